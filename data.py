@@ -1,0 +1,418 @@
+"""Images and labels in, batches out: built-in shapes, IDX and CIFAR-10 files, any folder of pictures, cached latents.
+
+    python data.py                       # writes shapes.png: one of every class, as drawn and as read back
+
+Every source becomes one `Dataset`: uint8 images (N, H, W, C), integer labels or none, class names. `LatentCache` holds what
+a VAE's encoder says of them. `batch_indices` is the only source of order: a pure function of (seed, step), so that a run
+resumed at any step sees exactly the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import sys
+import tarfile
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@dataclass
+class Dataset:
+    images: np.ndarray          # (N, H, W, C) uint8, in memory or memory-mapped
+    labels: np.ndarray | None   # (N,) int64, or None where there are no classes
+    classes: list[str]          # names; empty where there are no classes
+    fingerprint: str            # changes whenever a pixel or a label may have
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) nominally in [-1, 1] -> uint8 (B, H, W, C)."""
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """(batch_size,) indices into n examples for one step: epochs in fresh random order, joined without a gap."""
+    k = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: _order(n, int(epoch), seed) for epoch in np.unique(k // n)}
+    return np.array([orders[epoch][i] for epoch, i in zip(k // n, k % n)])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(n: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes: one coloured shape on a grey background, drawn from a signed distance, read back by drawing again
+
+KINDS = ["circle", "square", "triangle", "cross"]
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220),
+           "yellow": (235, 205, 40), "magenta": (200, 50, 190), "cyan": (40, 195, 210)}
+SHAPE_CLASSES = [f"{colour}-{kind}" for colour in COLOURS for kind in KINDS]
+AREA = {"circle": np.pi, "square": 1.7**2, "triangle": 1.15**2 * 27**0.5 / 4, "cross": 4 * 0.7 - 0.7**2}  # radius 1
+
+
+def coverage(kind: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Share of each pixel that the shape covers; x and y are pixel offsets from its centroid, y pointing down."""
+    ax, ay = np.abs(x), np.abs(y)
+    if kind == "circle":
+        distance = np.hypot(x, y) - radius
+    elif kind == "square":
+        distance = np.maximum(ax, ay) - 0.85 * radius
+    elif kind == "triangle":
+        distance = np.maximum(y, 0.75**0.5 * ax - 0.5 * y) - 0.575 * radius
+    else:
+        distance = np.minimum(np.maximum(ax - radius, ay - 0.35 * radius), np.maximum(ax - 0.35 * radius, ay - radius))
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    """Picture `index` of the infinite sequence, uint8 (H, W, 3); its class is index % 24 = colour * 4 + kind."""
+    height, width = size
+    rng, label = np.random.default_rng([24, index]), index % len(SHAPE_CLASSES)
+    colour, kind = list(COLOURS.values())[label // len(KINDS)], KINDS[label % len(KINDS)]
+    radius = rng.uniform(0.17, 0.31) * min(size)
+    margin = 1.15 * radius + 1
+    cx, cy = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
+    x, y = np.arange(width) + 0.5 - cx, np.arange(height)[:, None] + 0.5 - cy
+    grey, slope = rng.uniform(20, 230), rng.uniform(-40, 40)
+    background = np.clip(grey + slope * (x + cx - width / 2) / width + 0 * y, 0, 255)[..., None]
+    alpha = coverage(kind, x, y, radius)[..., None]
+    return np.round(alpha * np.array(colour) + (1 - alpha) * background).astype(np.uint8)
+
+
+def read_shape(image: np.ndarray) -> tuple[str, str]:
+    """(colour, kind) of a picture, uint8 (H, W, 3). Exact for what `draw_shape` draws; a best guess for anything else.
+
+    The background is grey, so a pixel's max - min channel is its coverage times that of the colour. Given coverage, centroid
+    and area place one candidate of each kind, and the candidate nearest to the coverage is the answer."""
+    image = image.astype(np.float64)
+    chroma = image.max(-1) - image.min(-1)
+    inside = chroma >= 0.7 * np.quantile(chroma, 0.98)
+    mean = image[inside].mean(0)
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float64)
+    nearest = int(((palette - mean) ** 2).sum(1).argmin())
+    alpha = np.clip(chroma / np.ptp(palette[nearest]), 0, 1)
+    alpha[alpha < 0.15] = 0                       # decoder haze on the background would pull the centroid
+    area = max(alpha.sum(), 1.0)
+    y, x = np.mgrid[:image.shape[0], :image.shape[1]] + 0.5
+    x, y = x - (alpha * x).sum() / area, y - (alpha * y).sum() / area
+    errors = [((coverage(kind, x, y, (area / AREA[kind]) ** 0.5) - alpha) ** 2).sum() for kind in KINDS]
+    return names[nearest], KINDS[int(np.argmin(errors))]
+
+
+def load_shapes(split: str, size: tuple[int, int], count: int) -> Dataset:
+    first = 0 if split == "train" else 10**9      # the sequence is infinite: validation is a part that training never reaches
+    first -= first % len(SHAPE_CLASSES)
+    images = np.stack([draw_shape(first + i, size) for i in range(count)])
+    labels = np.arange(count) % len(SHAPE_CLASSES)
+    return Dataset(images, labels, SHAPE_CLASSES, _digest("shapes", split, images, labels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published data sets, from --data-dir, the system, or the network
+
+MIRRORS = {
+    "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/",
+}
+MD5 = {
+    "mnist/train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "mnist/train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "mnist/t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "mnist/t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    "fashion-mnist/train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "fashion-mnist/train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "fashion-mnist/t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "fashion-mnist/t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    "cifar10/cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+}
+
+
+def find_file(source: str, name: str, data_dir: Path) -> Path:
+    """The file in data_dir (packed or not, there or in data_dir/source), where Debian puts it, or downloaded and checked."""
+    for folder in (data_dir, data_dir / source, Path("/usr/share/datasets") / source):
+        for candidate in (folder / name, folder / name.removesuffix(".gz")):
+            if candidate.is_file():
+                return candidate
+    target, partial = data_dir / source / name, data_dir / source / (name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(MIRRORS[source] + name, timeout=30) as reply, open(partial, "wb") as out:
+            total = int(reply.headers.get("Content-Length", 0)) or None
+            with tqdm(desc=f"download {name}", total=total, unit="B", unit_scale=True) as bar:
+                while chunk := reply.read(1 << 16):
+                    bar.update(out.write(chunk))
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(f"{name} of {source} is not in {data_dir} and cannot be downloaded from {MIRRORS[source]} "
+                         f"({error}); put the file there or name its folder with --data-dir") from None
+    if (found := hashlib.md5(partial.read_bytes()).hexdigest()) != MD5[f"{source}/{name}"]:
+        partial.unlink()
+        raise ValueError(f"{MIRRORS[source]}{name}: MD5 {found} is not {MD5[f'{source}/{name}']}; the download was dropped")
+    partial.replace(target)
+    return target
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array of an IDX file (LeCun's format: two zero bytes, type 8 = uint8, rank, big-endian sizes, data)."""
+    try:
+        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("not an IDX file of bytes")
+        shape = np.frombuffer(raw, ">u4", raw[3], 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not an IDX file ({error}); delete it to have it downloaded again") from None
+
+
+def load_mnist(source: str, split: str, size: tuple[int, int], data_dir: Path) -> Dataset:
+    part = "train" if split == "train" else "t10k"
+    images = read_idx(find_file(source, f"{part}-images-idx3-ubyte.gz", data_dir))
+    labels = read_idx(find_file(source, f"{part}-labels-idx1-ubyte.gz", data_dir)).astype(np.int64)
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]   # 28 -> 32, so that powers of two divide it
+    classes = FASHION if source == "fashion-mnist" else [str(digit) for digit in range(10)]
+    return Dataset(_resize(images, size), labels, classes, _digest(source, split, size, images, labels))
+
+
+def load_cifar10(split: str, size: tuple[int, int], data_dir: Path) -> Dataset:
+    path = find_file("cifar10", "cifar-10-binary.tar.gz", data_dir)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    try:
+        with tarfile.open(path) as tar:
+            raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
+        rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    except (KeyError, ValueError, EOFError, OSError, tarfile.TarError) as error:
+        raise ValueError(f"{path}: damaged or not CIFAR-10's binary version ({error}); delete it to download again") from None
+    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = rows[:, 0].astype(np.int64)
+    return Dataset(_resize(images, size), labels, CIFAR10, _digest("cifar10", split, size, images, labels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a folder of any pictures
+
+def open_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Any picture that Pillow opens -> uint8 (H, W, 3): turned as its EXIF says, transparency on white, scaled to cover
+    `size` and cropped in the centre. Raises OSError or ValueError for a file that cannot be decoded."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":        # 16 and 32 bits: convert() would clip at 255
+            values = np.asarray(image, dtype=np.float64)
+            top = 65535.0 if image.mode.startswith("I") and values.max() <= 65535 else max(values.max(), 1e-9)
+            image = Image.fromarray(np.round(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
+
+
+def list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
+    """Pictures of a flat folder (labels None) or of a folder of class folders, in sorted order."""
+    endings = {e for e, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder}: neither a built-in source (shapes, fashion-mnist, mnist, cifar10) nor a folder")
+    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    flat = [p for p in pictures if p.parent == folder]
+    if not pictures:
+        raise ValueError(f"--data {folder}: no pictures in this folder (looked for files that Pillow opens, such as .png, .jpg)")
+    if flat and len(flat) < len(pictures):
+        raise ValueError(f"--data {folder}: {flat[0].name} lies beside class folders; use a flat folder or class folders, not both")
+    if flat:
+        return flat, None, []
+    classes = sorted({p.relative_to(folder).parts[0] for p in pictures})
+    return pictures, [classes.index(p.relative_to(folder).parts[0]) for p in pictures], classes
+
+
+def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path) -> Dataset:
+    """Decode once into cache_dir, memory-mapped from then on. Every 20th picture (at most 256) is for validation."""
+    paths, labels, classes = list_folder(folder)
+    stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    fingerprint = _digest("folder", size, stats)
+    stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
+    if _read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        keep, partial = [], cache_dir / "images.npy.part"
+        store = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *size, 3))
+        for i, path in enumerate(tqdm(paths, desc="decode pictures", unit="img")):
+            try:
+                store[len(keep)] = open_image(path, size)
+                keep.append(i)
+            except Exception as error:             # Pillow's decoders raise a dozen kinds; any of them means: skip this file
+                tqdm.write(f"skipped {path}: {type(error).__name__}: {error}", file=sys.stderr)
+        store.flush()
+        if not keep:
+            partial.unlink()
+            raise ValueError(f"--data {folder}: none of its {len(paths)} pictures can be decoded")
+        partial.replace(array_path)
+        _write_stamp(stamp_path, {"fingerprint": fingerprint, "keep": keep})
+    keep = np.array(_read_stamp(stamp_path)["keep"])
+    images = np.load(array_path, mmap_mode="r")[: len(keep)]
+    held_out = np.arange(len(keep))[::20][:256]
+    chosen = held_out if split != "train" or len(keep) == 1 else np.setdiff1d(np.arange(len(keep)), held_out)
+    if split == "train":
+        # A gather would read the whole file into memory: index through the map instead.
+        images = _Rows(images, chosen)
+    else:
+        images = images[chosen]
+    chosen_labels = np.array(labels)[keep][chosen] if labels is not None else None
+    return Dataset(images, chosen_labels, classes, _digest(fingerprint, split))
+
+
+class _Rows:
+    """`array[rows]` that reads only the rows asked for."""
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray):
+        self.array, self.rows, self.shape = array, rows, (len(rows), *array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self.array[self.rows[index]]
+
+
+def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: Path, cache_dir: Path,
+              count: int = 20_000) -> Dataset:
+    """The training or validation part ("train", "val") of a source at `size` = (H, W), by default 32 x 32.
+
+    `count` is how many `shapes` are drawn for training. Raises ValueError with one line for the user."""
+    size = size or (32, 32)
+    if source == "shapes":
+        return load_shapes(split, size, count if split == "train" else 480)
+    if source in ("mnist", "fashion-mnist"):
+        return load_mnist(source, split, size, data_dir)
+    if source == "cifar10":
+        return load_cifar10(split, size, data_dir)
+    return load_folder(Path(source), split, size, cache_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# latents
+
+class LatentCache:
+    """What the encoder says of every picture, encoded once: float16 (N, flips, 2, C, h, w) on disk, 2 = mean and standard
+    deviation, so that each step draws a fresh z ~ q(z|x); flips = 2 keeps the mirrored picture's own latent as well.
+
+    Stamped with the VAE's and the data's fingerprint: a cache with any other stamp is rebuilt, never used."""
+
+    def __init__(self, path: Path, vae, vae_fingerprint: str, data: Dataset, flip: bool, device: torch.device | str = "cpu",
+                 batch_size: int = 256):
+        h, w = data.images.shape[1] // vae.factor, data.images.shape[2] // vae.factor
+        shape = (len(data), 1 + flip, 2, vae.config.latent_channels, h, w)
+        stamp = {"vae": vae_fingerprint, "data": data.fingerprint, "shape": list(shape)}
+        stamp_path = path.with_suffix(".json")
+        size = int(np.prod(shape)) * 2
+        found = _read_stamp(stamp_path)
+        if found != stamp or not path.is_file() or path.stat().st_size < size:
+            if found:
+                print(f"{path} was made from another VAE or other data: rebuilding it")
+            self._build(path, vae, data, shape, device, batch_size)
+            _write_stamp(stamp_path, stamp)
+        self.latents, self.labels = np.load(path, mmap_mode="r"), data.labels
+
+    def _build(self, path: Path, vae, data: Dataset, shape: tuple[int, ...], device, batch_size: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        partial = path.with_suffix(".part")
+        try:
+            store = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+            for i in tqdm(range(0, len(data), batch_size), desc="encode latents", unit="batch"):
+                x = to_tensor(data.images[np.arange(i, min(i + batch_size, len(data)))]).to(device)
+                for f in range(shape[1]):
+                    with torch.no_grad():
+                        posterior = vae.encode(x.flip(-1) if f else x)
+                    store[i:i + len(x), f, 0] = posterior.mean.cpu().numpy()
+                    store[i:i + len(x), f, 1] = posterior.std.cpu().numpy()
+            store.flush()
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(path)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and variance (C,) of z ~ q(z|x) over all pictures and pixels, in float64."""
+        first, second = 0.0, 0.0
+        for i in range(0, len(self), 1024):
+            mean, std = self.latents[i:i + 1024].astype(np.float64).transpose(2, 3, 0, 1, 4, 5)   # each (C, N, flips, h, w)
+            first = first + mean.reshape(len(mean), -1).sum(1)
+            second = second + (mean**2 + std**2).reshape(len(mean), -1).sum(1)
+        count = self.latents.size / (2 * self.latents.shape[3])
+        mean = first / count
+        return torch.from_numpy(mean), torch.from_numpy(second / count - mean**2)
+
+    def batch(self, indices: np.ndarray, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Raw latents (B, C, h, w) float32, freshly drawn from the posterior with a random flip each, and labels (B,)."""
+        flip = torch.randint(self.latents.shape[1], (len(indices),), generator=generator)
+        mean, std = torch.from_numpy(self.latents[indices, flip.numpy()]).float().unbind(1)
+        z = mean + std * torch.randn(mean.shape, generator=generator)
+        return z, None if self.labels is None else torch.from_numpy(self.labels[indices])
+
+
+def _digest(*parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
+    return digest.hexdigest()[:32]
+
+
+def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
+    """A name for these very weights."""
+    return _digest(*(part for name in sorted(tensors) for part in (name, tensors[name].detach().cpu().numpy())))
+
+
+def _read_stamp(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_stamp(path: Path, stamp: dict) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(stamp))
+    os.replace(partial, path)
+
+
+def grid(images: np.ndarray, columns: int | None = None, pad: int = 2) -> Image.Image:
+    """uint8 (N, H, W, C) -> one picture, row by row, on white."""
+    n, h, w, c = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+        canvas[top:top + h, left:left + w] = image
+    return Image.fromarray(canvas[..., 0] if c == 1 else canvas)
+
+
+if __name__ == "__main__":
+    pictures = np.stack([draw_shape(i) for i in range(2400)])
+    right = [f"{colour}-{kind}" == SHAPE_CLASSES[i % 24] for i, (colour, kind) in enumerate(map(read_shape, pictures))]
+    grid(pictures[:96], 24).resize((24 * 68, 4 * 68), Image.Resampling.NEAREST).save("shapes.png")
+    print(f"shapes.png written; {sum(right)} of {len(right)} pictures read back as drawn")

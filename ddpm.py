@@ -1,0 +1,178 @@
+"""The diffusion path: data turns into noise along a variance-preserving curve, and a network learns the way back.
+
+    python ddpm.py                       # learns a 2-D density in seconds and writes ddpm.png
+    python train.py --arch unet --objective ddpm
+
+    xt = alpha_t * x0 + sigma_t * eps,   alpha_t^2 = prod(1 - beta),  sigma_t^2 = 1 - alpha_t^2,   loss = |prediction - target|^2
+
+Ho et al. 2020 (arXiv:2006.11239) in its own indexing: t = n / 1000, n = 0 is data, n = 1..1000 the noisy steps. Salimans & Ho
+2022 (arXiv:2202.00512) for v; Hang et al. 2023 (arXiv:2303.09556) for min-SNR; Lin et al. 2023 (arXiv:2305.08891) for zero
+terminal SNR. What the network predicts is known here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+STEPS = 1000
+
+
+def betas(schedule: str) -> Tensor:
+    """(1000,) float64: beta_1 .. beta_1000."""
+    if schedule == "linear":                       # Ho et al. section 4
+        return torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
+    if schedule == "scaled_linear":                # Stable Diffusion: linear in sqrt(beta)
+        return torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
+    if schedule == "cosine":                       # Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 17
+        n = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
+        f = torch.cos((n + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    raise ValueError(f"schedule {schedule!r}: must be linear, scaled_linear or cosine")
+
+
+def like(a: Tensor, x: Tensor) -> Tensor:
+    """Give a, () or (B,), trailing ones until it broadcasts over x (B, ...)."""
+    return a.reshape(a.shape + (1,) * (x.ndim - a.ndim)) if a.ndim else a
+
+
+class DDPM:
+    """The path and its loss. `prediction` is what the network returns: "eps", "v" or "x0".
+
+    min_snr: gamma of Hang et al., or None for the plain loss. zero_terminal_snr: rescale so that alpha_1000 = 0."""
+
+    def __init__(self, prediction: str = "eps", schedule: str = "scaled_linear", min_snr: float | None = None,
+                 zero_terminal_snr: bool = False):
+        if prediction not in ("eps", "v", "x0"):
+            raise ValueError(f"prediction {prediction!r}: the diffusion path knows eps, v and x0")
+        if prediction == "eps" and zero_terminal_snr:
+            raise ValueError("eps prediction with zero terminal SNR: where alpha = 0, eps says nothing of x0; use v or x0")
+        self.prediction, self.min_snr = prediction, min_snr
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(schedule), 0)])
+        if zero_terminal_snr:                      # Lin et al. algorithm 1: shift sqrt(abar) to end at 0, keep its start
+            root = abar.sqrt()
+            abar = torch.cat([abar[:1], ((root[1:] - root[-1]) * root[1] / (root[1] - root[-1])) ** 2])
+        self.table = torch.stack([abar, 1 - abar])         # (2, 1001) float64: alpha^2 and sigma^2 at n = 0..1000
+        self._tables: dict[tuple, Tensor] = {}             # the same where and as a caller needs it
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t () or (B,) in [0, 1] -> alpha and sigma of its shape; alpha^2 and sigma^2 are linear between the steps n / 1000."""
+        key = (t.device, t.dtype)
+        if key not in self._tables:
+            self._tables[key] = self.table.to(*key)
+        table = self._tables[key]
+        position = (t * STEPS).clamp(0, STEPS)
+        left = position.floor().clamp(max=STEPS - 1).long()
+        a, b = table[:, left], table[:, left + 1]
+        alpha2, sigma2 = a + (position - left) * (b - a)
+        return alpha2.sqrt(), sigma2.sqrt()
+
+    def sample_t(self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
+        """(n,) training times, uniform over 1/1000 .. 1."""
+        return torch.randint(1, STEPS + 1, (n,), device=device, generator=generator) / STEPS
+
+    def times(self, steps: int) -> Tensor:
+        """(steps + 1,) float64 from 1 to 0, evenly spaced among the thousandths."""
+        if not 1 <= steps <= STEPS:
+            raise ValueError(f"steps {steps}: the diffusion path has 1 to {STEPS}")
+        return torch.linspace(STEPS, 0, steps + 1, dtype=torch.float64).round() / STEPS
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The forward process, eq. 4: q(xt | x0)."""
+        alpha, sigma = (like(a, x0) for a in self.alpha_sigma(t))
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (like(a, x0) for a in self.alpha_sigma(t))
+        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[self.prediction]
+
+    def to_x0_eps(self, raw: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's answer at (xt, t) as the pair (x0, eps) with alpha * x0 + sigma * eps = xt."""
+        alpha, sigma = (like(a, xt) for a in self.alpha_sigma(t))
+        if self.prediction == "eps":
+            return (xt - sigma * raw) / alpha, raw
+        if self.prediction == "x0":
+            return raw, (xt - alpha * raw) / sigma
+        return alpha * xt - sigma * raw, sigma * xt + alpha * raw
+
+    def weight(self, t: Tensor) -> Tensor:
+        """(B,) loss weight: 1, or min(SNR, gamma) expressed for this prediction (the +1 of v is |v|^2's own SNR + 1)."""
+        if self.min_snr is None:
+            return torch.ones_like(t)
+        alpha, sigma = self.alpha_sigma(t)
+        snr = (alpha / sigma) ** 2
+        clipped = snr.clamp(max=self.min_snr)
+        # min(SNR, gamma) / SNR, written so that SNR = 0 gives its limit, 1
+        return {"x0": clipped, "eps": (self.min_snr / snr).clamp(max=1.0), "v": clipped / (snr + 1)}[self.prediction]
+
+    def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None, **cond) -> Tensor:
+        """(B,) weighted mean squared error at random times, eq. 14; t (B,) and eps may be fixed, as validation does."""
+        t = self.sample_t(len(x0), x0.device) if t is None else t
+        eps = torch.randn_like(x0) if eps is None else eps
+        raw = model(self.add_noise(x0, eps, t), t, **cond)
+        return self.weight(t) * (raw.float() - self.target(x0, eps, t)).square().flatten(1).mean(1)
+
+    def posterior(self, x0: Tensor, xt: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(xs | xt, x0) for s < t: eqs. 6 and 7, for any two times."""
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
+        ratio = alpha_t / alpha_s
+        step_var = sigma_t**2 - ratio**2 * sigma_s**2            # beta_t, where s and t are neighbours
+        mean = like(alpha_s * step_var / sigma_t**2, x0) * x0 + like(ratio * sigma_s**2 / sigma_t**2, x0) * xt
+        return mean, step_var * sigma_s**2 / sigma_t**2
+
+
+def demo() -> None:
+    """Learn two interleaved moons with a small network, draw from it by ancestral sampling, and show the way there."""
+    import numpy as np
+    from PIL import Image
+
+    torch.manual_seed(0)
+
+    def moons(n: int) -> Tensor:
+        side, angle = torch.randint(2, (n,)) * 2 - 1, math.pi * torch.rand(n)
+        points = torch.stack([angle.cos() * side + 0.5 * side, angle.sin() * side - 0.25 * side], 1)
+        return 1.2 * points + 0.05 * torch.randn(n, 2)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = (2 + 16, 128, 128, 128)
+            hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (torch.nn.Linear(a, b), torch.nn.SiLU())]
+            self.layers = torch.nn.Sequential(*hidden, torch.nn.Linear(sizes[-1], 2))
+
+        def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+            angles = t[:, None] * math.pi * 2.0 ** torch.arange(-2, 6)
+            return self.layers(torch.cat([xt, angles.cos(), angles.sin()], 1))
+
+    path, model, steps = DDPM(), Net(), 2000
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        loss = path.loss(model, moons(512)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 500 == 0:
+            print(f"step {step:4d}  loss {loss.item():.3f}")
+    x, frames, times = torch.randn(4000, 2), [], path.times(200).float()
+    with torch.no_grad():
+        for i, (t, s) in enumerate(zip(times, times[1:])):
+            if i % 50 == 0:
+                frames.append(x)
+            x0, _ = path.to_x0_eps(model(x, t.expand(len(x))), x, t)
+            mean, var = path.posterior(x0, x, s, t)
+            x = mean + var.sqrt() * torch.randn_like(x)
+    data = moons(4000)
+    nearest = torch.cdist(x, data).amin(1).mean().item()
+    print(f"mean distance of 4000 samples to the nearest of 4000 data points: {nearest:.3f} "
+          f"(of fresh data: {torch.cdist(moons(4000), data).amin(1).mean().item():.3f})")
+    panels = [np.histogram2d(-p[:, 1].numpy(), p[:, 0].numpy(), 120, [[-3, 3]] * 2)[0] for p in (*frames, x, data)]
+    Image.fromarray(np.hstack([255 - np.clip(p * 80, 0, 255) for p in panels]).astype(np.uint8)).resize((1440, 240)).save("ddpm.png")
+    print("ddpm.png: noise ... samples | data")
+
+
+if __name__ == "__main__":
+    demo()
