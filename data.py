@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tarfile
 import urllib.request
@@ -188,6 +189,14 @@ def read_idx(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: damaged or not an IDX file ({error}); delete it to have it downloaded again") from None
 
 
+def _resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (N, h, w, C) -> (N, H, W, C), scaled to cover and cropped in the centre; as it is where the size fits."""
+    if images.shape[1:3] == tuple(size):
+        return images
+    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size[::-1],
+                                             Image.Resampling.BICUBIC)).reshape(*size, -1) for image in images])
+
+
 def load_mnist(source: str, split: str, size: tuple[int, int], data_dir: Path) -> Dataset:
     part = "train" if split == "train" else "t10k"
     images = read_idx(find_file(source, f"{part}-images-idx3-ubyte.gz", data_dir))
@@ -253,9 +262,8 @@ def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path
     fingerprint = _digest("folder", size, stats)
     stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
     if _read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
-        cache_dir.mkdir(parents=True, exist_ok=True)
         keep, partial = [], cache_dir / "images.npy.part"
-        store = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *size, 3))
+        store = _new_array(partial, np.uint8, (len(paths), *size, 3))
         for i, path in enumerate(tqdm(paths, desc="decode pictures", unit="img")):
             try:
                 store[len(keep)] = open_image(path, size)
@@ -334,11 +342,10 @@ class LatentCache:
         self.latents, self.labels = np.load(path, mmap_mode="r"), data.labels
 
     def _build(self, path: Path, vae, data: Dataset, shape: tuple[int, ...], device, batch_size: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
         partial = path.with_suffix(".part")
+        store = _new_array(partial, np.float16, shape)
         try:
-            store = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
             for i in tqdm(range(0, len(data), batch_size), desc="encode latents", unit="batch"):
                 x = to_tensor(data.images[np.arange(i, min(i + batch_size, len(data)))]).to(device)
                 for f in range(shape[1]):
@@ -372,6 +379,23 @@ class LatentCache:
         mean, std = torch.from_numpy(self.latents[indices, flip.numpy()]).float().unbind(1)
         z = mean + std * torch.randn(mean.shape, generator=generator)
         return z, None if self.labels is None else torch.from_numpy(self.labels[indices])
+
+
+def _new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A memory-mapped array in a new file. Its room is claimed at once: a map that meets a full disk later kills the process."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(28, "No space left on device")
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} of {size / 2**20:.0f} MiB: {error.strerror}") from None
+    return array
 
 
 def _digest(*parts) -> str:

@@ -29,7 +29,7 @@ class DiTConfig:
     out_channels: int | None = None         # default: as many as come in
     patch: tuple[int, int] = (2, 2)         # height, width
     width: int = 256
-    depth: int = 8
+    depth: int = 6
     heads: int = 4
     mlp_ratio: float = 4.0
     num_classes: int = 0                    # 0: no labels
@@ -43,7 +43,8 @@ class DiTConfig:
 
 PUBLISHED = dict(norm="layer", mlp="gelu", qk_norm=False, rope=False)   # the block of Peebles & Xie
 PRESETS = {
-    "small": dict(width=256, depth=8, heads=4),
+    "tiny": dict(width=64, depth=2, heads=2),
+    "small": dict(width=256, depth=6, heads=4),
     "S": dict(width=384, depth=12, heads=6),
     "B": dict(width=768, depth=12, heads=12),
     "L": dict(width=1024, depth=24, heads=16),

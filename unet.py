@@ -24,19 +24,20 @@ from torch import Tensor
 class UNetConfig:
     channels: int = 4
     out_channels: int | None = None                  # default: as many as come in
-    widths: tuple[int, ...] = (128, 256)             # one per level; every level but the last halves the latent
+    widths: tuple[int, ...] = (64, 128)              # one per level; every level but the last halves the latent
     layers: int = 2                                  # ResNet blocks a level on the way down; one more on the way up
     attention: tuple[bool, ...] = (True, True)       # a transformer after each ResNet block, level by level
-    heads: int | tuple[int, ...] = 4                 # per level, or one number for all
-    groups: int = 32
+    heads: int | tuple[int, ...] = 2                 # per level, or one number for all
+    groups: int = 16
     context_width: int | None = None                 # None: no cross-attention
     linear_projection: bool = False                  # Stable Diffusion 2 projects in and out of attention by Linear
     num_classes: int = 0                             # 0: no labels
 
 
 PRESETS = {
-    "small": dict(),                                                                                        # 17 M
-    "sd1": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, context_width=768),   # 860 M
+    "tiny": dict(widths=(32, 64), layers=1, attention=(False, True), groups=8),
+    "small": dict(),
+    "sd1": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, groups=32, context_width=768),
 }
 
 

@@ -31,6 +31,7 @@ class VAEConfig:
 
 
 PRESETS = {
+    "tiny": dict(widths=(8, 16, 16), groups=4),
     "small": dict(),                                                           # 0.7 M: two cores train it in minutes
     "sd": dict(widths=(128, 256, 512, 512), layers=2, groups=32),              # 83.7 M: Stable Diffusion 1, 2, XL
 }
@@ -40,12 +41,13 @@ class Posterior:
     """Diagonal Gaussian q(z|x) from the encoder's 2C channels: mean (B, C, h, w) and clamped log-variance."""
 
     def __init__(self, moments: Tensor):
-        self.mean, logvar = moments.float().chunk(2, dim=1)
+        wide = moments if moments.dtype == torch.float64 else moments.float()
+        self.mean, logvar = wide.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
@@ -194,8 +196,11 @@ class VAE(nn.Module):
         return Posterior(self.quant_conv(moments) if self.config.quant_conv else moments)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Raw latent z (B, C, h, w) -> image (B, image_channels, h * factor, w * factor), nominally in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
+        """Raw latent z (B, C, h, w) -> image (B, image_channels, h * factor, w * factor), nominally in [-1, 1].
+
+        Never under autocast: pixels need more than the 8 bits of bfloat16."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latent -> x0, mean 0 and standard deviation 1 per channel over the training set."""
@@ -216,7 +221,7 @@ class VAE(nn.Module):
 
         Dividing both by the number of values keeps `kl_weight` on the scale of the published 1e-6, where both are sums."""
         posterior = self.encode(x)
-        recon = self.decode(posterior.sample(generator)).float()
+        recon = self.decode(posterior.sample(generator))
         l1 = (recon - x).abs().flatten(1).mean(1)
         kl = posterior.kl()
         logs = {"psnr": psnr(recon, x).mean(), "kl": kl.mean(), "latent_std": posterior.mean.std(dim=(0, 2, 3))}

@@ -1,0 +1,267 @@
+"""data.py: every source, every kind of picture, and the caches."""
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import (COLOURS, KINDS, SHAPE_CLASSES, LatentCache, batch_indices, draw_shape, grid, load_data, open_image, read_shape,
+                  to_tensor, to_uint8)
+from vae import VAE, VAEConfig
+
+SIZE = (32, 32)
+
+
+def load(source, split="train", size=None, tmp=None, **options):
+    return load_data(str(source), split, size, tmp, tmp / "cache", **options)
+
+
+def test_shapes_are_read_back_exactly():
+    for i in range(2400):
+        assert "-".join(read_shape(draw_shape(i))) == SHAPE_CLASSES[i % 24]
+    for i in range(96):
+        assert "-".join(read_shape(draw_shape(i, (48, 64)))) == SHAPE_CLASSES[i % 24]
+
+
+def test_read_shape_survives_a_decoder_and_sees_a_wrong_picture():
+    rng = np.random.default_rng(0)
+    noisy = [np.clip(draw_shape(i) + rng.normal(0, 6, (32, 32, 3)), 0, 255).astype(np.uint8) for i in range(240)]
+    assert np.mean(["-".join(read_shape(image)) == SHAPE_CLASSES[i % 24] for i, image in enumerate(noisy)]) >= 0.99
+    swapped = [draw_shape(i)[..., [1, 2, 0]] for i in range(48)]                # another colour is not the asked one
+    assert not any("-".join(read_shape(image)) == SHAPE_CLASSES[i % 24] for i, image in enumerate(swapped))
+    turned = [np.rot90(draw_shape(i), 2) for i in range(2, 240, 4)]             # upside-down triangles are no triangles' match
+    assert all(draw_shape(i).shape == image.shape for i, image in zip(range(2, 240, 4), turned))
+
+
+def test_shapes_are_deterministic_varied_and_split(tmp_path):
+    train, val = load("shapes", tmp=tmp_path, count=480), load("shapes", "val", tmp=tmp_path)
+    again = load("shapes", tmp=tmp_path, count=480)
+    assert (train.images == again.images).all() and train.fingerprint == again.fingerprint != val.fingerprint
+    assert (np.bincount(train.labels) == 20).all() and train.classes == [f"{c}-{k}" for c in COLOURS for k in KINDS]
+    for i in range(0, 480, 48):
+        assert "-".join(read_shape(val.images[i])) == SHAPE_CLASSES[val.labels[i]]
+    seen = {image.tobytes() for image in train.images}
+    assert len(seen) == 480 and not any(image.tobytes() in seen for image in val.images)
+
+
+def test_batch_indices():
+    n = 10
+    stream = np.concatenate([batch_indices(n, 4, step, seed=3) for step in range(10)])
+    for epoch in stream.reshape(4, n):
+        assert sorted(epoch) == list(range(n))                                  # every example once per epoch, no gap
+    assert (batch_indices(n, 4, 7, seed=3) == stream[28:32]).all()              # a pure function of the step
+    assert (stream[:10] != stream[10:20]).any() and (batch_indices(n, 4, 0, seed=4) != stream[:4]).any()
+    assert len(batch_indices(3, 8, 0, seed=0)) == 8                             # a batch larger than the data
+
+
+def test_uint8_round_trip():
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    assert (to_uint8(to_tensor(images)) == images).all()
+    assert to_tensor(images).min() >= -1 and to_tensor(np.full((1, 1, 1, 1), 255, np.uint8)).item() == 1
+    assert to_uint8(torch.tensor([[[[-9.0]], [[9.0]]]])).ravel().tolist() == [0, 255]
+
+
+# ---- IDX, CIFAR-10
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    raw = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist_files(tmp_path, packed):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28))
+    ending = ".gz" if packed else ""
+    write_idx(tmp_path / "mnist" / f"train-images-idx3-ubyte{ending}", images)
+    write_idx(tmp_path / "mnist" / f"train-labels-idx1-ubyte{ending}", np.arange(5))
+    found = load("mnist", tmp=tmp_path)
+    assert (found.images[:, 2:-2, 2:-2, 0] == images).all() and found.images.shape == (5, 32, 32, 1)
+    assert found.images[:, :2].max() == 0 and found.labels.tolist() == [0, 1, 2, 3, 4] and found.classes[3] == "3"
+    assert load("mnist", size=(16, 24), tmp=tmp_path).images.shape == (5, 16, 24, 1)
+
+
+def test_damaged_idx(tmp_path):
+    good = tmp_path / "mnist" / "train-labels-idx1-ubyte"
+    write_idx(good, np.arange(5))
+    for broken in (b"", b"\0\0\x08", b"PNG", good.read_bytes()[:-2]):
+        (tmp_path / "mnist" / "train-images-idx3-ubyte").write_bytes(broken)
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte: damaged"):
+            load("mnist", tmp=tmp_path)
+
+
+def test_cifar10(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (4, 3073), dtype=np.uint8)
+    rows[:, 0] = [3, 1, 4, 1]
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = rows.nbytes
+            tar.addfile(info, io.BytesIO(rows.tobytes()))
+    val = load("cifar10", "val", tmp=tmp_path)
+    assert val.labels.tolist() == [3, 1, 4, 1] and len(load("cifar10", tmp=tmp_path)) == 20
+    assert val.images[2, 5, 7, 1] == rows[2, 1 + 1024 + 5 * 32 + 7]             # planes, then rows, then columns
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"not a tar")
+    with pytest.raises(ValueError, match="damaged or not CIFAR-10"):
+        load("cifar10", tmp=tmp_path)
+
+
+def test_download_is_checked(tmp_path, monkeypatch):
+    payload = gzip.compress(b"\0\0\x08\x01" + (3).to_bytes(4, "big") + bytes([7, 8, 9]))
+    source = tmp_path / "mirror"
+    source.mkdir()
+    (source / "train-labels-idx1-ubyte.gz").write_bytes(payload)
+    monkeypatch.setitem(data.MIRRORS, "mnist", source.as_uri() + "/")
+    with pytest.raises(ValueError, match="MD5"):
+        data.find_file("mnist", "train-labels-idx1-ubyte.gz", tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*ubyte*"))                      # nothing half-trusted stays
+    monkeypatch.setitem(data.MD5, "mnist/train-labels-idx1-ubyte.gz", hashlib.md5(payload).hexdigest())
+    path = data.find_file("mnist", "train-labels-idx1-ubyte.gz", tmp_path / "data")
+    assert data.read_idx(path).tolist() == [7, 8, 9]
+    monkeypatch.setitem(data.MIRRORS, "mnist", (tmp_path / "nowhere").as_uri() + "/")
+    with pytest.raises(ValueError, match="--data-dir"):
+        data.find_file("mnist", "t10k-labels-idx1-ubyte.gz", tmp_path / "data")
+
+
+# ---- folders
+
+RED = (250, 10, 20)
+
+
+def save_all_kinds(folder):
+    """One picture of every kind, all red or mid-grey, 20 wide and 10 high."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rgb = Image.new("RGB", (20, 10), RED)
+    rgb.save(folder / "rgb.png")
+    rgb.save(folder / "jpeg.jpg", quality=100)
+    rgb.quantize(4).save(folder / "palette.png")
+    rgb.convert("CMYK").save(folder / "cmyk.tif")
+    Image.new("L", (20, 10), 128).save(folder / "grey.png")
+    Image.fromarray(np.full((10, 20), 128 * 257, np.uint16)).save(folder / "grey16.png")
+    Image.new("RGBA", (20, 10), (*RED, 0)).save(folder / "clear.png")
+    Image.new("LA", (20, 10), (0, 0)).save(folder / "clear-grey.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                            # turn by 90 degrees to show it
+    wide = Image.new("RGB", (20, 10), RED)
+    wide.paste((0, 0, 255), (0, 0, 10, 10))                                     # stored: blue left; shown: blue on top
+    wide.save(folder / "turned.png", exif=exif)
+
+
+def test_every_kind_of_picture(tmp_path):
+    save_all_kinds(tmp_path)
+    for name, want in {"rgb.png": RED, "jpeg.jpg": RED, "palette.png": RED, "cmyk.tif": RED, "grey.png": (128,) * 3,
+                       "grey16.png": (128,) * 3, "clear.png": (255,) * 3, "clear-grey.png": (255,) * 3}.items():
+        image = open_image(tmp_path / name, (8, 12))
+        assert image.shape == (8, 12, 3) and np.abs(image.astype(int) - want).max() <= 3, name
+    turned = open_image(tmp_path / "turned.png", (8, 4)).astype(int)
+    assert turned[0, 2, 2] > 200 > 60 > turned[-1, 2, 2]
+
+
+def test_crop_is_central_and_keeps_the_aspect(tmp_path):
+    image = Image.new("RGB", (60, 20), (0, 0, 0))
+    image.paste((255, 255, 255), (20, 0, 40, 20))
+    image.save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png", (20, 20)).min() > 250                 # the middle third, not a squeezed whole
+
+
+def test_folders_flat_and_with_classes(tmp_path, capsys):
+    save_all_kinds(tmp_path / "flat")
+    (tmp_path / "flat" / "broken.png").write_bytes(b"\x89PNG no")
+    (tmp_path / "flat" / "notes.txt").write_text("not a picture")
+    flat = load(tmp_path / "flat", size=(8, 12), tmp=tmp_path)
+    assert len(flat) == 8 and flat.labels is None and flat.classes == []        # 9 pictures, one of them for validation
+    assert len(load(tmp_path / "flat", "val", size=(8, 12), tmp=tmp_path)) == 1
+    assert capsys.readouterr().err.count("skipped") == 1                        # by name, once for both parts
+    for kind, colour in (("red", RED), ("blue", (0, 0, 255))):
+        (tmp_path / "classes" / kind).mkdir(parents=True)
+        for i in range(30):
+            Image.new("RGB", (9, 9), colour).save(tmp_path / "classes" / kind / f"{i}.png")
+    for split, count in (("train", 57), ("val", 3)):
+        part = load_data(str(tmp_path / "classes"), split, (8, 8), tmp_path, tmp_path / "cache2")
+        assert part.classes == ["blue", "red"] and len(part) == count
+        for i in range(count):
+            assert tuple(part.images[np.array([i])][0, 4, 4]) == ((0, 0, 255), RED)[part.labels[i]]
+
+
+def test_stale_picture_cache_is_rebuilt(tmp_path):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), RED).save(folder / "a.png")
+    first = load(folder, size=(8, 8), tmp=tmp_path)
+    Image.new("RGB", (8, 8), (0, 0, 255)).save(folder / "a.png")
+    second = load(folder, size=(8, 8), tmp=tmp_path)
+    assert tuple(second.images[np.array([0])][0, 0, 0]) == (0, 0, 255) and first.fingerprint != second.fingerprint
+    assert load(folder, size=(4, 8), tmp=tmp_path).images.shape == (1, 4, 8, 3)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(ValueError, match="neither a built-in source"):
+        load(tmp_path / "missing", tmp=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures"):
+        load(tmp_path / "empty", tmp=tmp_path)
+    (tmp_path / "empty" / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its 1 pictures"):
+        load(tmp_path / "empty", tmp=tmp_path)
+    (tmp_path / "empty" / "sub").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "sub" / "b.png")
+    with pytest.raises(ValueError, match="beside class folders"):
+        load(tmp_path / "empty", tmp=tmp_path)
+
+
+# ---- latents
+
+def make_cache(tmp_path, vae, flip=False, stamp="v1", count=48):
+    return LatentCache(tmp_path / "latents.npy", vae, stamp, load("shapes", tmp=tmp_path, count=count), flip)
+
+
+def test_latent_cache(tmp_path):
+    vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
+    cache, shapes = make_cache(tmp_path, vae, flip=True), load("shapes", tmp=tmp_path, count=48)
+    x = to_tensor(shapes.images[:5])
+    with torch.no_grad():
+        posterior, mirrored = vae.encode(x), vae.encode(x.flip(-1))
+    assert cache.latents.shape == (48, 2, 2, 4, 16, 16) and isinstance(cache.latents, np.memmap)
+    for f, q in enumerate((posterior, mirrored)):                               # the mirrored picture's own latent, not a mirrored latent
+        np.testing.assert_allclose(cache.latents[:5, f, 0], q.mean, atol=2e-3)
+        np.testing.assert_allclose(cache.latents[:5, f, 1], q.std, atol=2e-3)
+    draws = torch.stack([cache.batch(np.arange(5))[0] for _ in range(400)])
+    want = torch.stack([torch.stack([q.mean, q.mean**2 + q.std**2]) for q in (posterior, mirrored)]).mean(0)
+    error = (draws.mean(0) - want[0]).abs() / draws.std(0)
+    assert error.max() < 5.5 / 400**0.5 and draws.std(0).min() > 0.1            # resampled, both flips equally often
+    assert (cache.batch(np.array([3]))[1] == torch.tensor([3])).all()
+    mean, var = cache.statistics()
+    latents = torch.from_numpy(np.asarray(cache.latents)).double()
+    total = latents[:, :, 0].mean((0, 1, 3, 4))
+    torch.testing.assert_close(mean, total)
+    torch.testing.assert_close(var, (latents[:, :, 0] ** 2 + latents[:, :, 1] ** 2).mean((0, 1, 3, 4)) - total**2)
+
+
+def test_stale_latents_are_rebuilt(tmp_path, capsys):
+    vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
+    make_cache(tmp_path, vae)
+    first = (tmp_path / "latents.npy").stat().st_mtime_ns
+    make_cache(tmp_path, vae)
+    assert (tmp_path / "latents.npy").stat().st_mtime_ns == first and "rebuilding" not in capsys.readouterr().out
+    for change in (dict(stamp="v2"), dict(stamp="v2", flip=True), dict(stamp="v2", flip=True, count=72)):
+        cache = make_cache(tmp_path, vae, **change)
+        assert "rebuilding" in capsys.readouterr().out
+        assert json.loads((tmp_path / "latents.json").read_text())["shape"] == list(cache.latents.shape)
+    (tmp_path / "latents.npy").write_bytes((tmp_path / "latents.npy").read_bytes()[:1000])    # a copy cut short
+    assert make_cache(tmp_path, vae, **change).latents.shape[0] == 72
+
+
+def test_grid():
+    images = np.stack([np.full((4, 6, 3), 10 * i, np.uint8) for i in range(5)])
+    picture = np.asarray(grid(images, columns=3))
+    assert picture.shape == (2 * 6 + 2, 3 * 8 + 2, 3)
+    assert picture[2, 2, 0] == 0 and picture[2 + 6, 2 + 8, 0] == 40 and picture[0, 0, 0] == 255
+    assert grid(images[..., :1]).mode == "L"

@@ -1,0 +1,220 @@
+"""ddpm.py and rectified_flow.py against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import DDPM, betas
+from rectified_flow import RectifiedFlow, draw, shift_time
+
+DDPM_KINDS = [dict(prediction=p, schedule=s, zero_terminal_snr=z) for p in ("eps", "v", "x0")
+              for s in ("linear", "scaled_linear", "cosine") for z in (False, True) if not (z and p == "eps")]
+PATHS = [DDPM(**kind) for kind in DDPM_KINDS] + [RectifiedFlow(prediction=p) for p in ("velocity", "v", "x0", "eps")]
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{type(p).__name__}-{p.prediction}")
+def test_to_x0_eps_inverts_target(path):
+    """The network that returns the target exactly must be read as exactly (x0, eps), at (B,) and at scalar t."""
+    t = path.sample_t(64).double()
+    x0, eps = torch.randn(2, 64, 3, 4, 6, dtype=torch.float64)
+    alpha, sigma = (a.view(-1, 1, 1, 1) for a in path.alpha_sigma(t))
+    xt = alpha * x0 + sigma * eps
+    got = path.to_x0_eps(path.target(x0, eps, t), xt, t)
+    torch.testing.assert_close(got[0], x0, rtol=0, atol=1e-8)
+    torch.testing.assert_close(got[1], eps, rtol=0, atol=1e-8)
+    one = path.to_x0_eps(path.target(x0, eps, t)[:1], xt[:1], t[0])
+    torch.testing.assert_close(one[0], x0[:1], rtol=0, atol=1e-8)
+
+
+def test_t_is_per_example():
+    """(B,) times with B = H = W must not be broadcast along the width."""
+    for path in PATHS:
+        t, x0 = f64(0.1, 0.5, 0.9), torch.randn(3, 1, 3, 3, dtype=torch.float64)
+        eps = torch.randn_like(x0)
+        whole = path.target(x0, eps, t)
+        for i in range(3):
+            torch.testing.assert_close(whole[i:i + 1], path.target(x0[i:i + 1], eps[i:i + 1], t[i:i + 1]))
+        losses = path.loss(lambda xt, t: torch.zeros_like(xt), x0, t=t, eps=eps)
+        torch.testing.assert_close(losses, whole.square().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{type(p).__name__}-{p.prediction}")
+def test_times(path):
+    for steps in (1, 2, 7, 50, 999, 1000):
+        times = path.times(steps)
+        assert len(times) == steps + 1 and times[-1] == 0 and (times[1:] < times[:-1]).all()
+        assert times[0] == (0.98 if isinstance(path, RectifiedFlow) and path.prediction == "eps" else 1.0)
+    with pytest.raises(ValueError, match="steps 0"):
+        path.times(0)
+
+
+def test_ddpm_times_are_thousandths():
+    n = DDPM().times(30) * 1000
+    assert (n == n.round()).all()
+    with pytest.raises(ValueError, match="steps 1001"):
+        DDPM().times(1001)
+
+
+def test_schedules_against_their_definitions():
+    b = np.linspace(1e-4, 0.02, 1000)
+    np.testing.assert_allclose(betas("linear").numpy(), b, rtol=1e-12)
+    b = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha, _ = DDPM(schedule="scaled_linear").alpha_sigma(torch.arange(1001, dtype=torch.float64) / 1000)
+    np.testing.assert_allclose(alpha[1:].numpy() ** 2, np.cumprod(1 - b), rtol=1e-11)
+    assert abs(alpha[-1].item() ** 2 - 0.0046600) < 1e-6                       # Stable Diffusion's last abar
+    cosine = betas("cosine")
+    assert cosine.max() == 0.999 and (cosine > 0).all()
+    n = np.arange(1001) / 1000
+    f = np.cos((n + 0.008) / 1.008 * np.pi / 2) ** 2
+    alpha, sigma = DDPM(schedule="cosine").alpha_sigma(torch.arange(1001, dtype=torch.float64) / 1000)
+    np.testing.assert_allclose(alpha[:990].numpy() ** 2, f[:990] / f[0], rtol=1e-10)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="schedule"):
+        DDPM(schedule="square")
+
+
+def test_alpha_sigma_keep_precision():
+    """A float32 call must not spoil a later float64 one, and small sigma must not be lost in 1 - alpha^2."""
+    path = DDPM()
+    path.alpha_sigma(torch.tensor(0.5))
+    alpha, sigma = path.alpha_sigma(f64(0.001))
+    assert abs(sigma.item() - 0.00085**0.5) < 1e-12
+    _, sigma32 = path.alpha_sigma(torch.tensor([0.001]))
+    assert abs(sigma32.item() / 0.00085**0.5 - 1) < 1e-5
+    assert path.alpha_sigma(torch.zeros(1))[1].item() == 0
+
+
+def test_zero_terminal_snr():
+    for schedule in ("linear", "scaled_linear", "cosine"):
+        path, plain = (DDPM("v", schedule, zero_terminal_snr=z) for z in (True, False))
+        assert path.alpha_sigma(f64(1.0))[0].item() == 0
+        torch.testing.assert_close(path.alpha_sigma(f64(0.001)), plain.alpha_sigma(f64(0.001)))
+        root, roots = plain.table[0].sqrt(), path.table[0].sqrt()
+        torch.testing.assert_close(roots[1:], (root[1:] - root[-1]) * root[1] / (root[1] - root[-1]))
+    with pytest.raises(ValueError, match="eps prediction with zero terminal SNR"):
+        DDPM("eps", zero_terminal_snr=True)
+
+
+def test_posterior_is_ho_et_al_equation_7():
+    path, x0, xt = DDPM(schedule="linear"), *torch.randn(2, 1, 5, dtype=torch.float64)
+    beta, abar = betas("linear"), path.table[0]
+    for n in (1, 2, 500, 1000):
+        mean, var = path.posterior(x0, xt, f64((n - 1) / 1000)[0], f64(n / 1000)[0])
+        want = (abar[n - 1].sqrt() * beta[n - 1] / (1 - abar[n]) * x0
+                + (1 - beta[n - 1]).sqrt() * (1 - abar[n - 1]) / (1 - abar[n]) * xt)
+        torch.testing.assert_close(mean, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(var, (1 - abar[n - 1]) / (1 - abar[n]) * beta[n - 1], rtol=1e-9, atol=1e-12)
+
+
+def test_posterior_by_bayes():
+    """q(xs|xt,x0) is proportional to q(xt|xs) q(xs|x0): the product of Gaussians, for a jump of many steps."""
+    path, s, t, x0, xt = DDPM(), f64(0.3)[0], f64(0.8)[0], 0.7, -0.4
+    (a_s, s_s), (a_t, s_t) = path.alpha_sigma(s), path.alpha_sigma(t)
+    ratio, step_var = a_t / a_s, s_t**2 - (a_t / a_s * s_s) ** 2
+    precision = 1 / s_s**2 + ratio**2 / step_var
+    mean, var = path.posterior(f64(x0), f64(xt), s, t)
+    assert abs(var - 1 / precision) < 1e-12
+    assert abs(mean - (a_s * x0 / s_s**2 + ratio * xt / step_var) / precision) < 1e-12
+
+
+def test_min_snr_weights():
+    t = f64(0.01, 0.2, 0.5, 0.9)
+    alpha, sigma = DDPM().alpha_sigma(t)
+    snr = alpha**2 / sigma**2
+    clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
+    assert (snr > 5).any() and (snr < 5).any()
+    for prediction, want in (("x0", clipped), ("eps", clipped / snr), ("v", clipped / (snr + 1))):
+        torch.testing.assert_close(DDPM(prediction, min_snr=5.0).weight(t), want)
+        torch.testing.assert_close(DDPM(prediction).weight(t), torch.ones_like(t))
+    # one error of x0, seen through each prediction, costs the same
+    x0, eps, wrong = torch.randn(3, 4, 2, dtype=torch.float64)
+    losses = []
+    for prediction in ("x0", "eps", "v"):
+        path = DDPM(prediction, min_snr=5.0)
+        xt = alpha[:, None] * x0 + sigma[:, None] * eps
+        eps_of_wrong = (xt - alpha[:, None] * wrong) / sigma[:, None]
+        answer = path.target(wrong, eps_of_wrong, t)
+        losses.append(path.loss(lambda xt, t: answer, x0, t=t, eps=eps))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+    weight = DDPM("v", zero_terminal_snr=True, min_snr=5.0).weight(f64(0.5, 1.0))
+    assert torch.isfinite(weight).all() and weight[1] == 0
+
+
+def test_densities_have_their_distribution():
+    """Each density's samples against its own cumulative distribution (Kolmogorov-Smirnov, 100,000 draws)."""
+    from math import erf
+
+    def logit_normal_cdf(t, m, s):
+        return 0.5 * (1 + np.vectorize(erf)((np.log(t / (1 - t)) - m) / s / 2**0.5))
+
+    n = 100_000
+    grid = np.linspace(0.01, 0.99, 99)
+    cases = [
+        (RectifiedFlow(density="uniform"), grid),
+        (RectifiedFlow(), logit_normal_cdf(grid, 0, 1)),
+        (RectifiedFlow(mean=-0.5, std=0.7), logit_normal_cdf(grid, -0.5, 0.7)),
+        (RectifiedFlow(shift=3.0), logit_normal_cdf(grid / (3 - 2 * grid), 0, 1)),       # shift applied once, undone once
+        # cosmap: density 2 / (pi (1 - 2 t + 2 t^2)), Esser et al. eq. 21
+        (RectifiedFlow(density="cosmap"), np.array([np.trapezoid(2 / (np.pi * (1 - 2 * u + 2 * u**2)), u)
+                                                    for u in (np.linspace(0, g, 2001) for g in grid)])),
+    ]
+    for path, cdf in cases:
+        t = path.sample_t(n).numpy()
+        assert 0 < t.min() and t.max() <= 1
+        empirical = (t[:, None] <= grid).mean(0)
+        assert np.abs(empirical - cdf).max() < 1.95 / n**0.5, (path.density, path.shift)   # p = 0.001
+    # mode: invert f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u) numerically; f falls from 1 to 0
+    t = RectifiedFlow(density="mode", mode_scale=0.8).sample_t(n).numpy()
+    u = np.linspace(0, 1, 100_001)
+    f = 1 - u - 0.8 * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+    cdf = 1 - np.interp(grid, f[::-1], u[::-1])
+    assert np.abs((t[:, None] <= grid).mean(0) - cdf).max() < 1.95 / n**0.5
+    with pytest.raises(ValueError, match="density"):
+        RectifiedFlow(density="beta")
+
+
+def test_density_is_not_a_weight():
+    x0 = torch.zeros(3, 2, dtype=torch.float64)
+    eps = torch.ones_like(x0)
+    for density in ("uniform", "logit_normal", "mode", "cosmap"):
+        loss = RectifiedFlow(density=density, shift=2.0).loss(lambda xt, t: torch.zeros_like(xt), x0, t=f64(0.01, 0.5, 0.99), eps=eps)
+        torch.testing.assert_close(loss, torch.ones(3, dtype=torch.float64))
+
+
+def test_shift():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(shift_time(t, 1.0), t)
+    torch.testing.assert_close(shift_time(shift_time(t, 3.0), 1 / 3.0), t)
+    assert shift_time(f64(0.5), 3.0).item() == 0.75
+    # eq. 23: the noise-to-signal ratio is multiplied by the shift
+    shifted = shift_time(t[1:-1], 3.0)
+    torch.testing.assert_close(shifted / (1 - shifted), 3 * t[1:-1] / (1 - t[1:-1]))
+    torch.testing.assert_close(RectifiedFlow(shift=3.0).times(10), shift_time(RectifiedFlow().times(10), 3.0))
+
+
+def test_losses_at_the_optimum():
+    """For x0 ~ N(0, 1) the best velocity is known and its loss has a closed form, 1 / (alpha^2 + sigma^2)."""
+    n, t = 200_000, 0.3
+    path = RectifiedFlow()
+    x0 = torch.randn(n, 1, dtype=torch.float64)
+    best = lambda xt, t: ((2 * t - 1) / (t**2 + (1 - t) ** 2))[:, None] * xt
+    loss = path.loss(best, x0, t=torch.full((n,), t, dtype=torch.float64))
+    want = 1 / (t**2 + (1 - t) ** 2)
+    assert abs(loss.mean() - want) < 5 * math.sqrt(2 / n) * want
+
+
+def test_wrong_predictions_are_refused():
+    with pytest.raises(ValueError, match="velocity"):
+        DDPM("velocity")
+    with pytest.raises(ValueError, match="straight path"):
+        RectifiedFlow("score")
+    with pytest.raises(ValueError, match="shift"):
+        RectifiedFlow(shift=0.0)
+    assert draw("uniform", f64(0.25), 0, 1, 1).item() == 0.25

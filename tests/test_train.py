@@ -1,0 +1,460 @@
+"""train.py and sample.py as a user meets them, with tiny networks."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from conftest import ROOT
+
+KILLS = int(os.environ.get("KILLS", 3))   # KILLS=20 for the long version
+QUICK = ["--batch-size", "8", "--steps", "3", "--preset", "tiny", "--precision", "fp32", "--preview-every", "1000"]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with a trained (for seconds) VAE and one finished run on it."""
+    folder = tmp_path_factory.mktemp("home")
+    old = os.getcwd()
+    os.chdir(folder)
+    train.main(["--arch", "vae", "--vae-preset", "tiny", "--steps", "40", "--batch-size", "16", "--precision", "fp32", "--preview-every", "40"])
+    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--log-every", "5", "--val-every", "20", "--warmup", "5"])
+    yield folder
+    os.chdir(old)
+
+
+@pytest.fixture
+def cwd(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def weights(run, key="model"):
+    return sample.load_checkpoint(run)[key]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- a whole run
+
+def test_a_finished_run_leaves_what_it_promises(cwd, capsys):
+    assert {"checkpoint.pt", "settings.json", "metrics.jsonl", "loss.png", "samples.png"} <= files(cwd / "runs/done")
+    lines = [json.loads(line) for line in open("runs/done/metrics.jsonl")]
+    losses, vals = [r for r in lines if "loss" in r], [r for r in lines if "val_loss" in r]
+    assert [r["step"] for r in losses] == list(range(5, 61, 5)) and [r["step"] for r in vals] == [20, 40, 60]
+    assert set(vals[0]["val_by_time"]) == {"0.0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1.0"}
+    np.testing.assert_allclose(np.mean(list(vals[0]["val_by_time"].values())), vals[0]["val_loss"], rtol=1e-5)
+    assert vals[-1]["val_loss"] < 0.97 * vals[0]["val_loss"]                    # it learns
+    assert losses[-1]["lr"] < losses[4]["lr"] / 10                              # and the rate came down
+    vae_lines = [json.loads(line) for line in open("runs/shapes-vae/metrics.jsonl")]
+    assert {"psnr", "kl", "latent_std"} <= set(vae_lines[-1]) and len(vae_lines[-1]["latent_std"]) == 4
+    assert json.load(open("runs/done/settings.json"))["arch"] == "dit"
+    checkpoint = sample.load_checkpoint("runs/done")                            # weights_only, on the CPU
+    assert not any(k.startswith(("_orig_mod", "module")) for k in checkpoint["model"])
+    assert not same(checkpoint["model"], checkpoint["ema"])
+    before = (cwd / "runs/done/checkpoint.pt").read_bytes()
+    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--log-every", "5", "--val-every", "20", "--warmup", "5"])
+    assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before             # a finished run is not trained further
+    assert "python sample.py runs/done --label red-circle" in capsys.readouterr().out
+
+
+def test_latent_statistics_are_measured_once_over_the_training_set(cwd):
+    vae = sample.load_vae("runs/shapes-vae")
+    latents = torch.from_numpy(np.load("runs/shapes-vae/latents.npy").astype(np.float64))
+    assert len(latents) == 20_000
+    torch.testing.assert_close(vae.latent_mean.double(), latents[:, :, 0].mean((0, 1, 3, 4)), rtol=1e-4, atol=1e-5)
+    z = latents[:, 0, 0] + latents[:, 0, 1] * torch.randn(latents[:, 0, 0].shape, dtype=torch.float64)
+    x0 = vae.normalize(z.float())
+    assert x0.mean((0, 2, 3)).abs().max() < 0.01 and (x0.std((0, 2, 3)) - 1).abs().max() < 0.01
+    inside = sample.unpack_vae(sample.load_checkpoint("runs/done")["vae"])      # the run carries the very same VAE
+    assert same(inside.state_dict(), vae.state_dict())
+
+
+@pytest.mark.parametrize("arch", ["dit", "unet"])
+@pytest.mark.parametrize("objective, prediction", [("rf", None), ("rf", "v"), ("rf", "x0"), ("rf", "eps"), ("ddpm", None), ("ddpm", "v"), ("ddpm", "x0")])
+def test_every_combination_trains_and_samples(cwd, arch, objective, prediction):
+    name = f"{arch}-{objective}-{prediction}"
+    train.main(["--arch", arch, "--objective", objective, *QUICK, "--name", name, *(["--prediction", prediction] if prediction else [])])
+    checkpoint = sample.load_checkpoint(f"runs/{name}")
+    assert checkpoint["objective"].get("prediction") == prediction and checkpoint["config"]["num_classes"] == 24
+    for sampler in sample.SAMPLERS:
+        sample.main([f"runs/{name}", "--n", "2", "--steps", "3", "--sampler", sampler, "--out", f"{name}.npz"])
+        images = np.load(f"{name}.npz")["arr_0"]
+        assert images.shape == (2, 32, 32, 3) and images.std() > 1
+
+
+def make_folder(folder, classes):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        sub = folder / (("a", "b", "c")[i % 3] if classes else "")
+        sub.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(sub / f"{i}.png")
+
+
+@pytest.mark.parametrize("classes", [True, False])
+@pytest.mark.parametrize("arch, options", [("dit", ["--patch", "1", "2", "--block", "published"]), ("unet", ["--flip"])])
+def test_own_pictures_of_any_size(tmp_path, monkeypatch, arch, options, classes):
+    """A folder with or without classes, 16 x 24: VAE, latents, network and samples from one command."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "pictures", classes)
+    train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options, "--vae-preset", "tiny", "--vae-steps", "2"])
+    run = f"runs/pictures-16x24-{arch}-rf"
+    sample.main([run, "--n", "3", "--steps", "2", "--out", "x.npz"])
+    assert np.load("x.npz")["arr_0"].shape == (3, 16, 24, 3)
+    assert sample.load_checkpoint(run)["data"]["classes"] == (["a", "b", "c"] if classes else [])
+    if not classes:
+        with pytest.raises(ValueError, match="without classes"):
+            sample.main([run, "--label", "0"])
+    else:
+        train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options, "--cond", "none", "--name", "plain"])
+        assert sample.load_checkpoint("runs/plain")["config"]["num_classes"] == 0
+    make_folder(tmp_path / "pictures", classes)                                 # the same pictures, touched: another fingerprint
+    with pytest.raises(ValueError, match="changed since"):
+        train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options, "--vae-preset", "tiny", "--vae-steps", "2"])
+
+
+def test_grey_data(tmp_path, monkeypatch):
+    from test_data import write_idx
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / "data" / "mnist" / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (30, 28, 28)))
+        write_idx(tmp_path / "data" / "mnist" / f"{part}-labels-idx1-ubyte.gz", np.arange(30) % 10)
+    train.main(["--arch", "unet", "--objective", "ddpm", "--data", "mnist", *QUICK, "--vae-preset", "tiny", "--vae-steps", "2"])
+    sample.main(["runs/mnist-unet-ddpm", "--n", "2", "--steps", "2", "--label", "7", "--out", "out"])
+    assert sorted(p.name for p in Path("out").iterdir()) == ["000000-7.png", "000001-7.png"]
+    assert Image.open("out/000000-7.png").mode == "L"
+
+
+# ---- what the loop does
+
+class Recorder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, xt, t, y=None):
+        self.seen.append((xt, t, y))
+        return torch.zeros_like(xt)
+
+
+def denoising(cwd, *flags):
+    args = train.resolve(train.parse_args(["--arch", "dit", *QUICK, *flags]))
+    vae = sample.load_vae("runs/shapes-vae")
+    datasets = [train.load_data("shapes", split, (32, 32), cwd, cwd) for split in ("train", "val")]
+    cache = train.encode(vae, datasets[0], args, Path("runs/shapes-vae"))
+    return train.Denoising(args, cache, datasets[1], vae, train.objective_of(args), 24, torch.device("cpu"))
+
+
+def test_label_dropout_is_per_example_and_once(cwd):
+    task, model = denoising(cwd, "--label-dropout", "0.3"), Recorder()
+    indices = np.arange(2400)
+    task.loss(model, indices)
+    y = model.seen[0][2]
+    dropped = (y == 24).float().mean().item()
+    assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / 2400) ** 0.5                    # neither all-or-nothing nor 0.51
+    assert (y[y < 24] == torch.arange(2400)[y < 24] % 24).all()
+    task = denoising(cwd, "--label-dropout", "0")
+    task.loss(model, indices)
+    assert (model.seen[1][2] < 24).all()
+
+
+def test_training_sees_normalised_latents(cwd):
+    task, model = denoising(cwd), Recorder()
+    task.path.sample_t = lambda n, device: torch.full((n,), 1e-5)
+    task.loss(model, np.arange(4000))
+    xt = model.seen[0][0]
+    assert xt.mean((0, 2, 3)).abs().max() < 0.1 and (xt.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_validation_is_fixed_and_leaves_the_generator_alone(cwd):
+    task, model = denoising(cwd), torch.nn.Identity()
+    network = sample.build_model("dit", sample.load_checkpoint("runs/done")["config"])
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first, second = task.validate(network), task.validate(network)
+        task.preview(network, 2)
+    assert first == second and torch.equal(torch.get_rng_state(), state)
+    assert sorted(task.t.tolist()) == [(i + 0.5) / len(task.t) for i in range(len(task.t))]
+
+
+def test_ema_and_learning_rate(cwd):
+    """Three runs cut at 1, 2, 3 steps give the raw weights from which the averaged ones must follow."""
+    raws = []
+    for steps in (1, 2, 3):
+        flags = ["--arch", "dit", *QUICK[:2], "--steps", str(steps), *QUICK[4:], "--cooldown", "0", "--warmup", "0", "--name", f"ema{steps}", "--ema", "0.15"]
+        train.main(flags)
+        raws.append(weights(f"runs/ema{steps}"))
+    torch.manual_seed(0)
+    want = {k: v.clone() for k, v in sample.build_model("dit", sample.load_checkpoint("runs/ema1")["config"]).state_dict().items()}
+    for raw, decay in zip(raws, (1 / 10, 0.15, 0.15)):                          # (step + 1) / (step + 10), capped by --ema
+        want = {k: decay * v + (1 - decay) * raw[k] for k, v in want.items()}
+    for k, v in weights("runs/ema3", "ema").items():
+        torch.testing.assert_close(v, want[k], rtol=1e-5, atol=1e-7)
+    args = train.resolve(train.parse_args(["--arch", "dit", "--steps", "100", "--lr", "1", "--warmup", "10", "--cooldown", "0.5"]))
+    rates = [train.learning_rate(step, args) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[50] == 1.0 and abs(rates[75] - 0.5) < 1e-9 and abs(rates[99] - 0.02) < 1e-9
+
+
+def test_accumulation_is_the_same_step(cwd, monkeypatch):
+    """With noise tied to the example, four pieces of 2 are one batch of 8."""
+    def loss(self, model, indices):
+        mean = torch.from_numpy(self.cache.latents[indices, 0, 0].astype(np.float32))
+        eps = torch.stack([torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in indices])
+        t = torch.from_numpy((indices % 10 + 0.5) / 10).float()
+        y = torch.from_numpy(indices % 24)
+        return self.path.loss(model, self.vae.normalize(mean), t=t, eps=eps, y=y), t
+
+    monkeypatch.setattr(train.Denoising, "loss", loss)
+    for pieces in (1, 4):
+        train.main(["--arch", "dit", *QUICK, "--accumulate", str(pieces), "--name", f"pieces{pieces}"])
+    a, b = (weights(f"runs/pieces{pieces}") for pieces in (1, 4))
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=2e-5)
+
+
+# ---- interruption
+
+RESUME = ["--arch", "dit", "--steps", "30", *QUICK[:2], *QUICK[4:], "--save-every", "5", "--log-every", "3", "--val-every", "10"]
+
+
+def command(name):
+    return [sys.executable, str(ROOT / "train.py"), *RESUME, "--name", name]
+
+
+def test_kill_9_at_random_moments(cwd):
+    """Killed wherever it may be, the rerun ends in the same bits, and the checkpoint is loadable at every moment."""
+    train.main([*RESUME, "--name", "whole"])
+    started = time.time()
+    subprocess.run(command("timed"), check=True, capture_output=True)
+    length, rng = time.time() - started, random.Random(os.environ.get("KILL_SEED", 0))
+    for _ in range(KILLS):
+        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 1.0) * length)
+        process.kill()
+        process.wait()
+        if (cwd / "runs/killed/checkpoint.pt").is_file():
+            sample.load_checkpoint("runs/killed")
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    whole, killed = (sample.load_checkpoint(f"runs/{name}") for name in ("whole", "killed"))
+    for key in ("model", "ema"):
+        assert same(whole[key], killed[key])
+    assert torch.equal(whole["training"]["rng"], killed["training"]["rng"])
+    lines = [[{k: v for k, v in json.loads(line).items()} for line in open(f"runs/{name}/metrics.jsonl")] for name in ("whole", "killed")]
+    assert [r["step"] for r in lines[0]] == [r["step"] for r in lines[1]]       # nothing twice, nothing missing
+    assert [r.get("val_loss") for r in lines[0]] == [r.get("val_loss") for r in lines[1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_save(cwd, monkeypatch, capsys, number):
+    name, calls, original = f"signal{int(number)}", [], train.Denoising.loss
+
+    def loss(self, model, indices):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), number)
+        return original(self, model, indices)
+
+    monkeypatch.setattr(train.Denoising, "loss", loss)
+    handler = signal.getsignal(number)
+    train.main([*RESUME, "--name", name])
+    assert signal.getsignal(number) is handler and "the same command continues" in capsys.readouterr().out
+    assert sample.load_checkpoint(f"runs/{name}")["step"] == 7                  # between two planned checkpoints
+    monkeypatch.setattr(train.Denoising, "loss", original)
+    train.main([*RESUME, "--name", name])
+    if not (cwd / "runs/whole").exists():
+        train.main([*RESUME, "--name", "whole"])
+    assert same(weights("runs/whole"), weights(f"runs/{name}")) and same(weights("runs/whole", "ema"), weights(f"runs/{name}", "ema"))
+
+
+def test_non_finite_loss_never_reaches_a_checkpoint(cwd, monkeypatch):
+    original, calls = train.Denoising.loss, []
+
+    def loss(self, model, indices):
+        value, t = original(self, model, indices)
+        calls.append(1)
+        return (value * float("nan") if len(calls) == 13 else value), t
+
+    monkeypatch.setattr(train.Denoising, "loss", loss)
+    with pytest.raises(FloatingPointError, match=r"nan .* at step 13, times 0\.\d+ to 0\.\d+, fp32"):
+        train.main([*RESUME, "--name", "nan"])
+    checkpoint = sample.load_checkpoint("runs/nan")
+    assert checkpoint["step"] == 10 and all(torch.isfinite(v).all() for v in checkpoint["model"].values())
+
+
+def test_second_process_and_other_settings_are_refused(cwd):
+    with train.locked(Path("runs/done")), pytest.raises(ValueError, match="another process"):
+        train.main(["--arch", "dit", *QUICK, "--name", "done"])
+    before = (cwd / "runs/done/checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="--lr 0.001, not 0.5"):
+        train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--warmup", "5", "--lr", "0.5"])
+    with pytest.raises(ValueError, match="--latent-channels 4, not 8"):
+        train.main(["--arch", "dit", *QUICK, "--name", "other", "--latent-channels", "8"])
+    assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    target = tmp_path / "checkpoint.pt"
+    target.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt: .*No space left"):
+        train.write_atomically(target, write)
+    assert target.read_bytes() == b"old" and files(tmp_path) == {"checkpoint.pt"}
+    with pytest.raises(OSError, match="cannot write"):
+        train.write_atomically(target, lambda f: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file")))
+
+
+# ---- sample.py
+
+def draw(*flags, out):
+    sample.main(["runs/done", "--steps", "3", *flags, "--out", out])
+    return np.load(out)["arr_0"]
+
+
+def test_pictures_do_not_depend_on_the_batch(cwd):
+    for flags in ([], ["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]):
+        one = draw("--n", "7", "--batch-size", "1", *flags, out="one.npz").astype(int)
+        three = draw("--n", "7", "--batch-size", "3", *flags, out="three.npz").astype(int)
+        assert np.abs(one - three).max() <= 1 and np.abs(one[0] - one[1]).max() > 20
+    a, b = (draw("--n", "2", "--label", "3", "--seed", seed, out="a.npz").astype(int) for seed in ("4", "5"))
+    assert np.abs(a[1] - b[0]).max() <= 1 and np.abs(a[0] - b[0]).max() > 5     # picture i is seed + i
+
+
+def test_output_kinds(cwd):
+    arrays = draw("--n", "24", "--seed", "0", out="e.npz")
+    assert zipfile.ZipFile("e.npz").namelist() == ["arr_0.npy"] and arrays.dtype == np.uint8 and arrays.shape == (24, 32, 32, 3)
+    sample.main(["runs/done", "--steps", "3", "--n", "24", "--out", "grid.png"])
+    picture = np.asarray(Image.open("grid.png"))
+    assert picture.shape == (36, 24 * 34 + 2, 3) and np.abs(picture[2:34, 36:68].astype(int) - arrays[1]).max() <= 1
+    sample.main(["runs/done", "--steps", "3", "--n", "3", "--out", "singles"])
+    assert np.abs(np.asarray(Image.open("singles/000001-red-square.png")).astype(int) - arrays[1]).max() <= 1
+    sample.main(["runs/done", "--steps", "3", "--n", "2", "--out", "way.gif"])
+    assert Image.open("way.gif").n_frames == 3
+    assert np.abs(draw("--n", "2", "--weights", "raw", out="r.npz").astype(int) - arrays[:2]).max() > 0
+    by_name, by_number = draw("--n", "1", "--label", "green-cross", out="n.npz"), draw("--n", "1", "--label", "7", out="n.npz")
+    assert (by_name == by_number).all()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["runs/done", "--label", "purple"], "--label purple: not a class"),
+    (["runs/done", "--label", "24"], "0 to 23"),
+    (["runs/done", "--label", "-1"], "--label -1"),
+    (["runs/done", "--steps", "0"], "--steps 0"),
+    (["runs/done", "--n", "0"], "--n 0"),
+    (["runs/done", "--eta", "0.5", "--sampler", "heun"], "eta belongs to ddim"),
+    (["runs/done", "--eta", "2"], "between 0 and 1"),
+    (["runs/done", "--cfg", "0", "--label", "1"], "unconditional"),
+    (["runs/done", "--out", "x.jpg"], "must end in"),
+    (["runs/done", "--out", "no/such/x.png"], "does not exist"),
+    (["runs/done", "--device", "tpu"], "--device tpu"),
+    (["runs/shapes-vae"], "this run is a VAE"),
+    (["runs/nothing"], "no checkpoint"),
+])
+def test_sample_refuses(cwd, flags, message):
+    before = files(cwd)
+    with pytest.raises(ValueError, match=message):
+        sample.main(flags)
+    assert files(cwd) == before
+
+
+def test_guidance_needs_dropout(cwd):
+    train.main(["--arch", "dit", *QUICK, "--label-dropout", "0", "--name", "nodrop"])
+    for scale in ("2", "0"):
+        with pytest.raises(ValueError, match="label dropout 0"):
+            sample.main(["runs/nodrop", "--cfg", scale])
+    sample.main(["runs/nodrop", "--n", "1", "--steps", "1", "--out", "nodrop.png"])
+
+
+def test_damaged_and_foreign_checkpoints(cwd, tmp_path):
+    good = (cwd / "runs/done/checkpoint.pt").read_bytes()
+    flag = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (flag,))
+
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    for name, content in {"short.pt": good[:5000], "empty.pt": b"", "text.pt": b"hello", "evil.pt": pickle.dumps(Evil())}.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("short.pt", "empty.pt", "text.pt", "evil.pt", "foreign.pt"):
+        with pytest.raises(ValueError, match=f"{name}: not a checkpoint"):
+            sample.main([str(tmp_path / name)])
+    assert not flag.exists()
+    checkpoint = sample.load_checkpoint("runs/done")
+    name = next(iter(checkpoint["ema"]))
+    checkpoint["ema"]["surplus.weight"] = checkpoint["ema"].pop(name)
+    torch.save(checkpoint, tmp_path / "keys.pt")
+    with pytest.raises(ValueError, match=f"missing {name}.*surplus surplus.weight"):
+        sample.main([str(tmp_path / "keys.pt")])
+
+
+# ---- bad input to train.py
+
+@pytest.mark.parametrize("flags, message", [
+    (["--arch", "dit", "--data", "no/such/folder"], "neither a built-in source"),
+    (["--arch", "dit", "--image-size", "30"], "multiple of 8"),
+    (["--arch", "unet", "--image-size", "32", "36"], "width of 8"),
+    (["--arch", "dit", "--image-size", "32", "40", "--patch", "2", "4"], "width of 16"),
+    (["--arch", "vae", "--image-size", "30"], "multiple of 4"),
+    (["--arch", "dit", "--image-size", "32", "32", "32"], "one side, or height and width"),
+    (["--arch", "dit", "--steps", "0"], "--steps 0"),
+    (["--arch", "dit", "--label-dropout", "1.5"], "--label-dropout 1.5"),
+    (["--arch", "dit", "--schedule", "cosine"], "belongs to --objective ddpm"),
+    (["--arch", "dit", "--objective", "ddpm", "--shift", "3"], "belongs to --objective rf"),
+    (["--arch", "unet", "--patch", "2"], "belongs to --arch dit"),
+    (["--arch", "dit", "--objective", "ddpm", "--zero-terminal-snr"], "zero terminal SNR"),
+    (["--arch", "dit", "--objective", "ddpm", "--prediction", "velocity"], "velocity"),
+    (["--arch", "dit", "--preset", "S/3"], "--preset S/3"),
+    (["--arch", "vae", "--preset", "S/2"], "--vae-preset"),
+    (["--arch", "dit", "--vae", "runs/shapes-vae", "--latent-channels", "8"], "trained already"),
+    (["--arch", "dit", "--vae", "runs/none"], "no checkpoint"),
+    (["--arch", "dit", "--batch-size", "10", "--accumulate", "3"], "--accumulate 3"),
+    (["--arch", "dit", "--device", "cuda:7"], "--device cuda:7"),
+])
+def test_train_refuses_before_anything_is_written(cwd, flags, message):
+    before = files(cwd)
+    with pytest.raises(ValueError, match=message):
+        train.main([*flags, "--name", "refused"])
+    assert files(cwd) == before
+
+
+@pytest.mark.parametrize("script, flags", [("train.py", ["--arch", "dit", "--image-size", "30"]), ("sample.py", ["runs/nothing"])])
+def test_one_line_and_exit_status_2(cwd, script, flags):
+    result = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"{script}: error: ")
+
+
+def test_damaged_settings_and_checkpoint_of_a_run(cwd):
+    train.main(["--arch", "dit", *QUICK, "--name", "hurt"])
+    Path("runs/hurt/settings.json").write_text("{")
+    with pytest.raises(ValueError, match="settings.json: damaged"):
+        train.main(["--arch", "dit", *QUICK, "--name", "hurt"])
+    Path("runs/hurt/settings.json").unlink()
+    Path("runs/hurt/checkpoint.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train.main(["--arch", "dit", *QUICK, "--name", "hurt"])
+    assert Path("runs/hurt/checkpoint.pt").read_bytes() == b"x"
