@@ -1,9 +1,11 @@
-"""Attention with its usual company, QK-norm and rotary positions, as one function over (B, heads, N, head_dim).
+"""Attention with its usual company, QK-norm and rotary positions,
+as one function over (B, heads, N, head_dim).
 
     python attention.py                  # checks the fast path against the formula
 
-`attention_formula` is the specification; `attention` is what dit.py calls. Vaswani et al. 2017 (arXiv:1706.03762) eq. 1;
-QK-norm: Dehghani et al. 2023 (arXiv:2302.05442); rotary positions: Su et al. 2021 (arXiv:2104.09864).
+`attention_formula` is the specification; `attention` is what dit.py calls. Vaswani et al. 2017
+(arXiv:1706.03762) eq. 1; QK-norm: Dehghani et al. 2023 (arXiv:2302.05442); rotary positions: Su et al. 2021
+(arXiv:2104.09864).
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, the specification of everything below. Same arguments as `attention`."""
+    """softmax(q k^T / sqrt(head_dim)) v, the specification of everything below.
+    Same arguments as `attention`."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
@@ -40,14 +43,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
               rope: Rope | None = None, mask: Tensor | None = None) -> Tensor:
     """Fused attention. q (B, heads, N, head_dim), k and v (B, heads, M, head_dim) -> (B, heads, N, head_dim).
 
-    q_norm, k_norm: RMS-norm weights (head_dim,), applied before the rotation. rope: tables for the rows of q and of k alike.
-    mask (B, M), bool: True where a key may be attended to; every row needs at least one."""
+    q_norm, k_norm: RMS-norm weights (head_dim,), applied before the rotation. rope: tables for the rows of q
+    and of k alike. mask (B, M), bool: True where a key may be attended to; every row needs at least one."""
     if q_norm is not None:
         q, k = rms_norm(q, q_norm), rms_norm(k, k_norm)
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 128 * 128:
-        return attention_formula(q, k, v, mask)    # short rows: CPU SDPA's backward takes 7x as long at N = 16 in bf16
+        # short rows: CPU SDPA's backward takes 7x as long at N = 16 in bf16
+        return attention_formula(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
 
 
@@ -58,4 +62,5 @@ if __name__ == "__main__":
         mask = torch.arange(m) < torch.tensor([[m], [max(1, m // 2)]])
         want = attention_formula(q.double(), k.double(), v.double(), mask)
         error = (attention(q, k, v, mask=mask) - want).norm() / want.norm()
-        print(f"N {n:3d}  M {m:3d}  head_dim {dim:3d}  relative error against the formula in float64: {error:.1e}")
+        print(f"N {n:3d}  M {m:3d}  head_dim {dim:3d}  "
+              f"relative error against the formula in float64: {error:.1e}")

@@ -1,13 +1,14 @@
-"""The diffusion path: data turns into noise along a variance-preserving curve, and a network learns the way back.
+"""The diffusion path: data turns into noise along a variance-preserving curve; a network learns the way back.
 
     python ddpm.py                       # learns a 2-D density in seconds and writes ddpm.png
     python train.py --arch unet --objective ddpm
 
-    xt = alpha_t * x0 + sigma_t * eps,   alpha_t^2 = prod(1 - beta),  sigma_t^2 = 1 - alpha_t^2,   loss = |prediction - target|^2
+    xt = alpha_t * x0 + sigma_t * eps,   alpha_t^2 = prod(1 - beta),   sigma_t^2 = 1 - alpha_t^2,
+    loss = |prediction - target|^2
 
-Ho et al. 2020 (arXiv:2006.11239) in its own indexing: t = n / 1000, n = 0 is data, n = 1..1000 the noisy steps. Salimans & Ho
-2022 (arXiv:2202.00512) for v; Hang et al. 2023 (arXiv:2303.09556) for min-SNR; Lin et al. 2023 (arXiv:2305.08891) for zero
-terminal SNR. What the network predicts is known here and nowhere else.
+Ho et al. 2020 (arXiv:2006.11239) in its own indexing: t = n / 1000, n = 0 is data, n = 1..1000 the noisy
+steps. Salimans & Ho 2022 (arXiv:2202.00512) for v; Hang et al. 2023 (arXiv:2303.09556) for min-SNR; Lin et
+al. 2023 (arXiv:2305.08891) for zero terminal SNR. What the network predicts is known here and nowhere else.
 """
 
 from __future__ import annotations
@@ -41,24 +42,28 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 class DDPM:
     """The path and its loss. `prediction` is what the network returns: "eps", "v" or "x0".
 
-    min_snr: gamma of Hang et al., or None for the plain loss. zero_terminal_snr: rescale so that alpha_1000 = 0."""
+    min_snr: gamma of Hang et al., or None for the plain loss.
+    zero_terminal_snr: rescale so that alpha_1000 = 0."""
 
     def __init__(self, prediction: str = "eps", schedule: str = "scaled_linear", min_snr: float | None = None,
                  zero_terminal_snr: bool = False):
         if prediction not in ("eps", "v", "x0"):
             raise ValueError(f"prediction {prediction!r}: the diffusion path knows eps, v and x0")
         if prediction == "eps" and zero_terminal_snr:
-            raise ValueError("eps prediction with zero terminal SNR: where alpha = 0, eps says nothing of x0; use v or x0")
+            raise ValueError("eps prediction with zero terminal SNR: where alpha = 0, eps says nothing "
+                             "of x0; use v or x0")
         self.prediction, self.min_snr = prediction, min_snr
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(schedule), 0)])
-        if zero_terminal_snr:                      # Lin et al. algorithm 1: shift sqrt(abar) to end at 0, keep its start
+        # Lin et al. algorithm 1: shift sqrt(abar) to end at 0, keep its start
+        if zero_terminal_snr:
             root = abar.sqrt()
             abar = torch.cat([abar[:1], ((root[1:] - root[-1]) * root[1] / (root[1] - root[-1])) ** 2])
-        self.table = torch.stack([abar, 1 - abar])         # (2, 1001) float64: alpha^2 and sigma^2 at n = 0..1000
-        self._tables: dict[tuple, Tensor] = {}             # the same where and as a caller needs it
+        self.table = torch.stack([abar, 1 - abar])    # (2, 1001) float64: alpha^2 and sigma^2 at n = 0..1000
+        self._tables: dict[tuple, Tensor] = {}        # the same where and as a caller needs it
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t () or (B,) in [0, 1] -> alpha and sigma of its shape; alpha^2 and sigma^2 are linear between the steps n / 1000."""
+        """t () or (B,) in [0, 1] -> alpha and sigma of its shape;
+        alpha^2 and sigma^2 are linear between the steps n / 1000."""
         key = (t.device, t.dtype)
         if key not in self._tables:
             self._tables[key] = self.table.to(*key)
@@ -69,7 +74,8 @@ class DDPM:
         alpha2, sigma2 = a + (position - left) * (b - a)
         return alpha2.sqrt(), sigma2.sqrt()
 
-    def sample_t(self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
+    def sample_t(self, n: int, device: torch.device | str = "cpu",
+                 generator: torch.Generator | None = None) -> Tensor:
         """(n,) training times, uniform over 1/1000 .. 1."""
         return torch.randint(1, STEPS + 1, (n,), device=device, generator=generator) / STEPS
 
@@ -98,17 +104,21 @@ class DDPM:
         return alpha * xt - sigma * raw, sigma * xt + alpha * raw
 
     def weight(self, t: Tensor) -> Tensor:
-        """(B,) loss weight: 1, or min(SNR, gamma) expressed for this prediction (the +1 of v is |v|^2's own SNR + 1)."""
+        """(B,) loss weight: 1, or min(SNR, gamma) expressed for this prediction (the +1 of v is |v|^2's
+        own SNR + 1)."""
         if self.min_snr is None:
             return torch.ones_like(t)
         alpha, sigma = self.alpha_sigma(t)
         snr = (alpha / sigma) ** 2
         clipped = snr.clamp(max=self.min_snr)
         # min(SNR, gamma) / SNR, written so that SNR = 0 gives its limit, 1
-        return {"x0": clipped, "eps": (self.min_snr / snr).clamp(max=1.0), "v": clipped / (snr + 1)}[self.prediction]
+        return {"x0": clipped, "eps": (self.min_snr / snr).clamp(max=1.0),
+                "v": clipped / (snr + 1)}[self.prediction]
 
-    def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None, **cond) -> Tensor:
-        """(B,) weighted mean squared error at random times, eq. 14; t (B,) and eps may be fixed, as validation does."""
+    def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None,
+             **cond) -> Tensor:
+        """(B,) weighted mean squared error at random times, eq. 14; t (B,) and eps may be fixed,
+        as validation does."""
         t = self.sample_t(len(x0), x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         raw = model(self.add_noise(x0, eps, t), t, **cond)
@@ -124,7 +134,8 @@ class DDPM:
 
 
 def demo() -> None:
-    """Learn two interleaved moons with a small network, draw from it by ancestral sampling, and show the way there."""
+    """Learn two interleaved moons with a small network, draw from it by ancestral sampling,
+    and show the way there."""
     import numpy as np
     from PIL import Image
 
@@ -169,8 +180,10 @@ def demo() -> None:
     nearest = torch.cdist(x, data).amin(1).mean().item()
     print(f"mean distance of 4000 samples to the nearest of 4000 data points: {nearest:.3f} "
           f"(of fresh data: {torch.cdist(moons(4000), data).amin(1).mean().item():.3f})")
-    panels = [np.histogram2d(-p[:, 1].numpy(), p[:, 0].numpy(), 120, [[-3, 3]] * 2)[0] for p in (*frames, x, data)]
-    Image.fromarray(np.hstack([255 - np.clip(p * 80, 0, 255) for p in panels]).astype(np.uint8)).resize((1440, 240)).save("ddpm.png")
+    panels = [np.histogram2d(-p[:, 1].numpy(), p[:, 0].numpy(), 120, [[-3, 3]] * 2)[0]
+              for p in (*frames, x, data)]
+    Image.fromarray(np.hstack([255 - np.clip(p * 80, 0, 255) for p in panels]).astype(np.uint8)).resize(
+        (1440, 240)).save("ddpm.png")
     print("ddpm.png: noise ... samples | data")
 
 

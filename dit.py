@@ -3,9 +3,10 @@
     python dit.py                        # prints the presets and their parameter counts
     python train.py --arch dit --objective rf
 
-Peebles & Xie 2022, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748); the modern block (RMSNorm, SwiGLU,
-QK-norm, rotary positions) as in Yao et al. 2025 (arXiv:2501.01423). Contract: model(xt, t, y=...) -> raw, with xt
-(B, C, H, W), t (B,) in [0, 1], 0 = data, and y (B,) integer labels, `num_classes` standing for "no class".
+Peebles & Xie 2022, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748); the modern block
+(RMSNorm, SwiGLU, QK-norm, rotary positions) as in Yao et al. 2025 (arXiv:2501.01423). Contract:
+model(xt, t, y=...) -> raw, with xt (B, C, H, W), t (B,) in [0, 1], 0 = data, and y (B,) integer labels,
+`num_classes` standing for "no class".
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from attention import Rope, attention
 @dataclass
 class DiTConfig:
     channels: int = 4
-    out_channels: int | None = None         # default: as many as come in
-    patch: tuple[int, int] = (2, 2)         # height, width
+    out_channels: int | None = None   # default: as many as come in
+    patch: tuple[int, int] = (2, 2)   # height, width
     width: int = 256
     depth: int = 6
     heads: int = 4
     mlp_ratio: float = 4.0
-    num_classes: int = 0                    # 0: no labels
-    norm: str = "rms"                       # "rms", or "layer" as published; both without learned scale
-    mlp: str = "swiglu"                     # "swiglu" at 2/3 of the width, for equal parameters, or "gelu" as published
+    num_classes: int = 0              # 0: no labels
+    norm: str = "rms"                 # "rms", or "layer" as published; both without learned scale
+    mlp: str = "swiglu"               # "swiglu" at 2/3 width, for equal parameters, or "gelu" as published
     qk_norm: bool = True
-    rope: bool = True                       # rotary positions in addition to the sin-cos ones
-    rope_theta: float = 100.0               # grids are tens of tokens wide, not thousands (Heo et al. 2024)
-    learn_sigma: bool = False               # published DiT also predicts a variance: twice the channels
+    rope: bool = True                 # rotary positions in addition to the sin-cos ones
+    rope_theta: float = 100.0         # grids are tens of tokens wide, not thousands (Heo et al. 2024)
+    learn_sigma: bool = False         # published DiT also predicts a variance: twice the channels
 
 
 PUBLISHED = dict(norm="layer", mlp="gelu", qk_norm=False, rope=False)   # the block of Peebles & Xie
@@ -50,7 +51,8 @@ PRESETS = {
     "L": dict(width=1024, depth=24, heads=16),
     "XL": dict(width=1152, depth=28, heads=16),
 }
-PRESETS |= {f"{size}/{p}": dict(PRESETS[size], patch=(p, p)) for size in ("S", "B", "L", "XL") for p in (8, 4, 2)}
+PRESETS |= {f"{size}/{p}": dict(PRESETS[size], patch=(p, p))
+            for size in ("S", "B", "L", "XL") for p in (8, 4, 2)}
 
 
 class Modulation(NamedTuple):
@@ -64,17 +66,21 @@ def modulate(x: Tensor, m: Modulation) -> Tensor:
 
 
 def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
-    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t at dim / 2 frequencies; float32 whatever comes in."""
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t at dim / 2 frequencies;
+    float32 whatever comes in."""
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+                            / (dim // 2))
     angles = scale * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 @lru_cache(maxsize=16)
 def sincos_positions(h: int, w: int, dim: int) -> Tensor:
-    """(h * w, dim) fixed 2-D positions as published: the first half of the channels encodes x, the second half y."""
+    """(h * w, dim) fixed 2-D positions as published: the first half of the channels encodes x,
+    the second half y."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64),
+                          indexing="ij")
     ax, ay = (p.flatten()[:, None] * frequencies for p in (x, y))
     return torch.cat([ax.sin(), ax.cos(), ay.sin(), ay.cos()], dim=-1).float()
 
@@ -83,13 +89,15 @@ def sincos_positions(h: int, w: int, dim: int) -> Tensor:
 def rope_tables(h: int, w: int, head_dim: int, theta: float) -> Rope:
     """cos and sin (h * w, head_dim / 2): the first half of the pairs turns with y, the second half with x."""
     frequencies = theta ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64),
+                          indexing="ij")
     angles = torch.cat([p.flatten()[:, None] * frequencies for p in (y, x)], dim=-1)
     return angles.cos().float(), angles.sin().float()
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, without learned parameters: the modulation scales and shifts."""
+    """RMSNorm or LayerNorm over the last dimension, without learned parameters:
+    the modulation scales and shifts."""
 
     def __init__(self, kind: str, width: int):
         super().__init__()
@@ -108,12 +116,14 @@ class SelfAttention(nn.Module):
         self.heads = c.heads
         self.qkv = nn.Linear(c.width, 3 * c.width)
         self.proj = nn.Linear(c.width, c.width)
-        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.width // c.heads)) if c.qk_norm else None for _ in "qk")
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.width // c.heads)) if c.qk_norm else None
+                                    for _ in "qk")
 
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (B, heads, N, head_dim)
+        # q, k, v: each (B, heads, N, head_dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope)
-        return self.proj(x.transpose(1, 2).flatten(2))                                    # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))     # (B, N, D)
 
 
 class MLP(nn.Module):
@@ -210,15 +220,16 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))   # a convolution, but it acts as a linear layer
+        # a convolution, but it acts as a linear layer
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         # adaLN-Zero: every gate starts closed, so every block starts as the identity and the output at zero
-        for module in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
-                       self.final_layer.linear):
+        for module in (*(block.adaLN_modulation[1] for block in self.blocks),
+                       self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -233,16 +244,16 @@ class DiT(nn.Module):
         if c.rope:
             rope = tuple(table.to(xt.device) for table in rope_tables(h, w, c.width // c.heads, c.rope_theta))
 
-        x = self.x_embedder(xt)                                                # (B, N, D), N = h * w
-        x = x + positions.to(self.x_embedder.proj.weight.dtype)                # under autocast the residual stream is float32
-        condition = self.t_embedder(t)                                         # (B, D)
+        x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
+        x = x + positions.to(self.x_embedder.proj.weight.dtype)              # stays float32 under autocast
+        condition = self.t_embedder(t)                                       # (B, D)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, condition, rope)
-        x = self.final_layer(x, condition)                                     # (B, N, p * q * C)
-        x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))    # (B, h, w, p, q, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)         # (B, C, H, W)
+        x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
+        x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
 
 
 if __name__ == "__main__":

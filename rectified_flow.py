@@ -5,9 +5,10 @@
 
     xt = (1 - t) * x0 + t * eps,   velocity = dx/dt = eps - x0,   loss = |prediction - velocity|^2
 
-Liu et al. 2022 (arXiv:2209.03003); Lipman et al. 2022 (arXiv:2210.02747); Esser et al. 2024 (arXiv:2403.03206, Stable
-Diffusion 3) for the densities of t and the shift. t = 0 is data, t = 1 is noise. The density only says where t is drawn; it is
-never a weight of the loss. What the network predicts is known here and nowhere else.
+Liu et al. 2022 (arXiv:2209.03003); Lipman et al. 2022 (arXiv:2210.02747); Esser et al. 2024
+(arXiv:2403.03206, Stable Diffusion 3) for the densities of t and the shift. t = 0 is data, t = 1 is noise.
+The density only says where t is drawn; it is never a weight of the loss. What the network predicts is known
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import Tensor
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Esser et al. eq. 23: move times toward the noise; `shift` = sqrt(m / n) keeps, at m tokens or pixels, the uncertainty
-    that t left at n. Monotone from 0 to 1; shift 1 is the identity."""
+    """Esser et al. eq. 23: move times toward the noise; `shift` = sqrt(m / n) keeps, at m tokens or pixels,
+    the uncertainty that t left at n. Monotone from 0 to 1; shift 1 is the identity."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def draw(density: str, u: Tensor, mean: float, std: float, mode_scale: float) -> Tensor:
-    """Map u, uniform on (0, 1), to a time of the named density (Esser et al. section 3.1), by its quantile function."""
+    """Map u, uniform on (0, 1), to a time of the named density (Esser et al. section 3.1),
+    by its quantile function."""
     if density == "uniform":
         return u
     if density == "logit_normal":                  # eq. 19: logit(t) ~ N(mean, std^2)
@@ -43,36 +45,42 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 
 
 class RectifiedFlow:
-    """The path and its loss. `prediction` is what the network returns: "velocity", or "v", "x0", "eps" as on any path.
+    """The path and its loss. `prediction` is what the network returns: "velocity", or "v", "x0",
+    "eps" as on any path.
 
-    mean and std belong to logit_normal, mode_scale to mode (-1 .. 2 / (pi - 2)); shift is applied once, to training times and to
-    sampling times alike. eps prediction says nothing of x0 where alpha = 0, so its path ends at alpha = 0.02."""
+    mean and std belong to logit_normal, mode_scale to mode (-1 .. 2 / (pi - 2)); shift is applied once, to
+    training times and to sampling times alike. eps prediction says nothing of x0 where alpha = 0, so its path
+    ends at alpha = 0.02."""
 
-    def __init__(self, prediction: str = "velocity", density: str = "logit_normal", mean: float = 0.0, std: float = 1.0,
-                 mode_scale: float = 1.29, shift: float = 1.0):
+    def __init__(self, prediction: str = "velocity", density: str = "logit_normal", mean: float = 0.0,
+                 std: float = 1.0, mode_scale: float = 1.29, shift: float = 1.0):
         if prediction not in ("velocity", "v", "x0", "eps"):
             raise ValueError(f"prediction {prediction!r}: the straight path knows velocity, v, x0 and eps")
         if shift <= 0:
             raise ValueError(f"shift {shift}: must be positive")
         draw(density, torch.full((1,), 0.5), mean, std, mode_scale)
-        self.prediction, self.density, self.mean, self.std, self.mode_scale = prediction, density, mean, std, mode_scale
+        self.prediction, self.density, self.mean, self.std, self.mode_scale = (
+            prediction, density, mean, std, mode_scale)
         self.shift = shift
         self.t_max = 0.98 if prediction == "eps" else 1.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
-    def sample_t(self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
+    def sample_t(self, n: int, device: torch.device | str = "cpu",
+                 generator: torch.Generator | None = None) -> Tensor:
         """(n,) training times from the density, shifted."""
         u = torch.rand(n, device=device, generator=generator).clamp(1e-6, 1 - 1e-6)
         t = draw(self.density, u, self.mean, self.std, self.mode_scale)
-        return shift_time(t, self.shift).clamp(1e-5, self.t_max)      # at t = 0 there is nothing to learn from x0 prediction's eps
+        # at t = 0 there is nothing to learn from x0 prediction's eps
+        return shift_time(t, self.shift).clamp(1e-5, self.t_max)
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,) float64 from t_max (1, unless eps is predicted) to 0: evenly spaced, then shifted."""
         if steps < 1:
             raise ValueError(f"steps {steps}: at least 1")
-        return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.shift).clamp(max=self.t_max)
+        return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64),
+                          self.shift).clamp(max=self.t_max)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (like(a, x0) for a in self.alpha_sigma(t))
@@ -87,10 +95,11 @@ class RectifiedFlow:
             return (xt - sigma * raw) / alpha, raw
         if self.prediction == "x0":
             return raw, (xt - alpha * raw) / sigma
-        norm2 = alpha**2 + sigma**2                # v's rotation is one of length sqrt(alpha^2 + sigma^2) here, not 1
+        norm2 = alpha**2 + sigma**2  # v's rotation is one of length sqrt(alpha^2 + sigma^2) here, not 1
         return (alpha * xt - sigma * raw) / norm2, (sigma * xt + alpha * raw) / norm2
 
-    def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None, **cond) -> Tensor:
+    def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None,
+             **cond) -> Tensor:
         """(B,) mean squared error at random times; t (B,) and eps may be fixed, as validation does."""
         t = self.sample_t(len(x0), x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
@@ -100,7 +109,8 @@ class RectifiedFlow:
 
 
 def demo() -> None:
-    """Learn two interleaved moons with a small network, follow its velocity from noise in 20 Euler steps, show the way."""
+    """Learn two interleaved moons with a small network, follow its velocity from noise in 20 Euler steps,
+    show the way."""
     import numpy as np
     from PIL import Image
 
@@ -143,8 +153,10 @@ def demo() -> None:
     nearest = torch.cdist(x, data).amin(1).mean().item()
     print(f"mean distance of 4000 samples to the nearest of 4000 data points: {nearest:.3f} "
           f"(of fresh data: {torch.cdist(moons(4000), data).amin(1).mean().item():.3f})")
-    panels = [np.histogram2d(-p[:, 1].numpy(), p[:, 0].numpy(), 120, [[-3, 3]] * 2)[0] for p in (*frames, x, data)]
-    Image.fromarray(np.hstack([255 - np.clip(p * 80, 0, 255) for p in panels]).astype(np.uint8)).resize((1440, 240)).save("rectified_flow.png")
+    panels = [np.histogram2d(-p[:, 1].numpy(), p[:, 0].numpy(), 120, [[-3, 3]] * 2)[0]
+              for p in (*frames, x, data)]
+    Image.fromarray(np.hstack([255 - np.clip(p * 80, 0, 255) for p in panels]).astype(np.uint8)).resize(
+        (1440, 240)).save("rectified_flow.png")
     print("rectified_flow.png: noise ... samples | data")
 
 

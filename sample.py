@@ -151,6 +151,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64); changes speed only")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which of the run's weights (default ema)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (default fp32)")
     return p.parse_args(argv)
 
 
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; give a dit or unet run")
 
     classes, trained_with_dropout = checkpoint["data"]["classes"], checkpoint["label_dropout"] > 0
-    labelled = checkpoint["config"].get("num_classes", 0) > 0
+    labelled = bool(classes)
     if args.label is not None and not labelled:
         raise ValueError(f"--label {args.label}: this run was trained without classes")
     if args.cfg is not None and args.cfg != 1 and not (labelled and trained_with_dropout):
@@ -196,20 +197,23 @@ def main(argv: list[str] | None = None) -> None:
     height, width = checkpoint["data"]["size"]
     shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
     labels = None
-    if labelled:
-        count = len(classes)
-        labels = torch.full((args.n,), parse_label(args.label, classes)) if args.label else torch.arange(args.n) % count
+    if args.label is not None:
+        labels = torch.full((args.n,), parse_label(args.label, classes))
+    elif labelled:
+        labels = torch.arange(args.n) % len(classes)
 
     def batches(on_step=None) -> Iterator[np.ndarray]:
         with tqdm(total=args.n, unit="img", desc=f"{sampler} x {steps}, guidance {scale:g}") as bar:
             for i in range(0, args.n, args.batch_size):
                 seeds = range(args.seed + i, args.seed + min(i + args.batch_size, args.n))
                 batch = labels[i:i + args.batch_size] if labels is not None else None
-                yield draw(model, vae, path, shape, batch, seeds, sampler=sampler, steps=steps, scale=scale,
-                           num_classes=checkpoint["config"].get("num_classes", 0), on_step=on_step, **options)
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                    images = draw(model, vae, path, shape, batch, seeds, sampler=sampler, steps=steps, scale=scale,
+                                  num_classes=len(classes), on_step=on_step, **options)
+                yield images
                 bar.update(len(seeds))
 
-    columns = len(classes) if labelled and not args.label and len(classes) <= min(24, args.n) else None
+    columns = len(classes) if labelled and args.label is None and len(classes) <= min(24, args.n) else None
     if kind == ".npz":
         partial = out.with_name(out.name + ".part")
         try:
@@ -229,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         grid(np.concatenate(list(batches())), columns).save(out)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        names = (f"{args.seed + i:06d}" + (f"-{classes[labels[i]]}" if labelled and classes else "") for i in range(args.n))
+        names = (f"{args.seed + i:06d}" + (f"-{classes[labels[i]]}" if labelled else "") for i in range(args.n))
         for images in batches():
             for image, name in zip(images, names):
                 Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(out / f"{name}.png")
@@ -241,3 +245,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(print(f"sample.py: error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("sample.py: interrupted", file=sys.stderr) or 130)

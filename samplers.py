@@ -1,10 +1,10 @@
 """Every solver, for both paths: from noise to data along a list of times.
 
-    python samplers.py                   # measures each solver's order of convergence against an exact solution
+    python samplers.py             # measures each solver's order of convergence against an exact solution
 
-All have one signature, `sampler(denoise, path, x, times, *, generator=None, on_step=None)`. `denoise(xt, t)` returns the pair
-(x0, eps); nothing else of the model is seen. x (B, ...) is noise at times[0]; times (N + 1,) fall strictly to 0, and N steps are
-N intervals. Each step combines x0 and eps with the path's own alpha and sigma,
+All have one signature, `sampler(denoise, path, x, times, *, generator=None, on_step=None)`. `denoise(xt, t)`
+returns the pair (x0, eps); nothing else of the model is seen. x (B, ...) is noise at times[0]; times (N + 1,)
+fall strictly to 0 in N steps. Each step combines x0 and eps with the path's own alpha and sigma,
 
     x_s = alpha_s * x0 + sigma_s * eps
 
@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-Generators = torch.Generator | Sequence[torch.Generator] | None   # one for the batch, or one per image
-OnStep = Callable[[int, Tensor, Tensor], None] | None             # on_step(i, x at times[i + 1], x0 it came from)
+Generators = torch.Generator | Sequence[torch.Generator] | None    # one for the batch, or one per image
+OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at times[i + 1], x0 it came from)
 
 
 def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0) -> Denoiser:
-    """A denoiser from a network: classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) on all channels.
+    """A denoiser from a network: classifier-free guidance on all channels
+    (Ho & Salimans 2022, arXiv:2207.12598).
 
-    raw = raw(uncond) + scale * (raw(cond) - raw(uncond)): scale 1 is conditional, 0 unconditional, and neither evaluates the
-    other. `cond` and `uncond` are the network's keyword arguments, of the batch's length."""
+    raw = raw(uncond) + scale * (raw(cond) - raw(uncond)): scale 1 is conditional, 0 unconditional, and
+    neither evaluates the other. `cond` and `uncond` are the network's keyword arguments, of the batch's
+    length."""
     if scale != 1.0 and uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
 
@@ -45,7 +47,8 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
 
 
 def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
-    """Unit Gaussian noise of x's shape; with one generator per image, image i does not depend on who else is in the batch."""
+    """Unit Gaussian noise of x's shape; with one generator per image,
+    image i does not depend on who else is in the batch."""
     if isinstance(generator, Sequence):
         return torch.stack([noise_like(row, g) for row, g in zip(x, generator, strict=True)])
     device = x.device if generator is None else generator.device
@@ -57,7 +60,8 @@ def check_times(times: Tensor) -> None:
         raise ValueError(f"times must fall strictly to 0 in at least one step, got {times.tolist()}")
 
 
-def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None, on_step: OnStep = None) -> Tensor:
+def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+          on_step: OnStep = None) -> Tensor:
     """First order: (x0, eps) held over the step. DDIM at eta = 0; Euler's method on the straight path."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -69,9 +73,11 @@ def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
     return x
 
 
-def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None, on_step: OnStep = None) -> Tensor:
-    """Second order: (x0, eps) averaged over both ends of the step, dx = x0 dalpha + eps dsigma by the trapezoid rule.
-    The last step is first order: at t = 0 the network has nothing to say. 2N - 1 evaluations."""
+def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+         on_step: OnStep = None) -> Tensor:
+    """Second order: (x0, eps) averaged over both ends of the step, dx = x0 dalpha + eps dsigma by the
+    trapezoid rule. The last step is first order: at t = 0 the network has nothing to say. 2N - 1
+    evaluations."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
@@ -87,9 +93,10 @@ def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
     return x
 
 
-def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None, on_step: OnStep = None,
-         eta: float = 0.0) -> Tensor:
-    """Song et al. 2020 eqs. 12 and 16: eta 0 is `euler`, eta 1 draws from the posterior q(xs | xt, x0), on any path."""
+def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+         on_step: OnStep = None, eta: float = 0.0) -> Tensor:
+    """Song et al. 2020 eqs. 12 and 16: eta 0 is `euler`, eta 1 draws from the posterior q(xs | xt, x0),
+    on any path."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
@@ -103,7 +110,8 @@ def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
     return x
 
 
-def ddpm(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None, on_step: OnStep = None) -> Tensor:
+def ddpm(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+         on_step: OnStep = None) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the posterior variance: ddim at eta = 1."""
     return ddim(denoise, path, x, times, generator=generator, on_step=on_step, eta=1.0)
 
@@ -112,8 +120,8 @@ SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm}
 
 
 def gaussian_mixture(path, means: Tensor, std: float) -> Denoiser:
-    """The exact denoiser of data drawn evenly from Gaussians at `means` (K, D) with one `std`: E[x0 | xt] and its eps.
-    What a perfect network would say; every solver can be held against it."""
+    """The exact denoiser of data drawn evenly from Gaussians at `means` (K, D) with one `std`: E[x0 | xt] and
+    its eps. What a perfect network would say; every solver can be held against it."""
 
     def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = path.alpha_sigma(t)
@@ -133,15 +141,18 @@ def demo() -> None:
     torch.manual_seed(0)
     means = torch.tensor([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]], dtype=torch.float64)
     x = torch.randn(64, 2, dtype=torch.float64)
-    print("error against the exact probability flow, and its slope (order) in log-log, three Gaussians in 2-D, float64")
+    print("error against the exact probability flow, and its slope (order) in log-log, "
+          "three Gaussians in 2-D, float64")
     for path in (RectifiedFlow(), DDPM(schedule="cosine")):
         denoise = gaussian_mixture(path, means, 0.4)
         exact = heun(denoise, path, x, path.times(1000))
         for name in ("euler", "heun"):
             steps = (10, 20, 40, 80)
-            errors = [(SAMPLERS[name](denoise, path, x, path.times(n)) - exact).norm(dim=1).mean() for n in steps]
+            errors = [(SAMPLERS[name](denoise, path, x, path.times(n)) - exact).norm(dim=1).mean()
+                      for n in steps]
             slope = torch.log2(errors[-2] / errors[-1])
-            print(f"{type(path).__name__:14s} {name:6s} " + "  ".join(f"N={n}: {e:.2e}" for n, e in zip(steps, errors))
+            print(f"{type(path).__name__:14s} {name:6s} "
+                  + "  ".join(f"N={n}: {e:.2e}" for n, e in zip(steps, errors))
                   + f"   order {slope:.2f}")
 
 

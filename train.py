@@ -42,7 +42,7 @@ DEFAULTS = {
     "dit":  dict(steps=2600, batch_size=64, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2600, batch_size=64, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
-VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-6}
+VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 3e-3}
 # Flags that may differ when a run is continued: where things are and how often we look, never what is learnt.
 FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every", "preview_every",
         "save_every"}
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--vae-preset", choices=vae_file.PRESETS, help="a row of PRESETS in vae.py (default: small)")
     g.add_argument("--vae-widths", type=int, nargs="+", metavar="N", help="per level; all but the last halve the image")
     g.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent (default: 4)")
-    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 1e-6)")
+    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 3e-3)")
     g.add_argument("--vae-steps", type=int, help="its optimizer steps, when trained on the way to another network")
     g = p.add_argument_group("objective")
     g.add_argument("--schedule", choices=("linear", "scaled_linear", "cosine"), help="ddpm (default: scaled_linear)")
@@ -412,7 +412,7 @@ def train(args: argparse.Namespace) -> bool:
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
                   network_config(args, vae.config.latent_channels, num_classes))
         model = build_model(args.arch, config).to(device)
-        if device.type == "cuda" and args.arch != "dit":
+        if is_vae or (device.type == "cuda" and args.arch == "unet"):      # a bf16 U-Net on the CPU is slower so
             model = model.to(memory_format=torch.channels_last)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         matrices = [p for p in model.parameters() if p.ndim > 1]

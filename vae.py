@@ -244,16 +244,17 @@ def demo() -> None:
         distance = torch.hypot(x - centre[:, 0], y - centre[:, 1])
         return torch.tanh(8 * (radius - distance))[:, None]
 
-    model = VAE(VAEConfig(image_channels=1, latent_channels=2, widths=(16, 32, 32), groups=4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    test = discs(256)
+    model = VAE(VAEConfig(image_channels=1, latent_channels=2, widths=(8, 16, 16), groups=4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    test = discs(128)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, 16x16 image -> 2x4x4 latent")
-    for step in range(301):
-        if step % 100 == 0:
+    for step in range(201):
+        if step % 50 == 0:
             with torch.no_grad():
-                z = model.encode(test).mean
-                print(f"step {step:3d}  PSNR {psnr(model.decode(z), test).mean():5.2f} dB  "
-                      f"KL {model.encode(test).kl().mean():7.2f} nats  latent std {z.std(dim=(0, 2, 3)).tolist()}")
+                posterior = model.encode(test)
+                quality = psnr(model.decode(posterior.mean), test).mean()
+            std = " ".join(f"{s:.2f}" for s in posterior.mean.std(dim=(0, 2, 3)))
+            print(f"step {step:3d}  PSNR {quality:5.2f} dB  KL {posterior.kl().mean():6.1f} nats  latent std {std}")
         loss, _ = model.loss(discs(32), kl_weight=1e-6)
         optimizer.zero_grad()
         loss.mean().backward()

@@ -1,14 +1,17 @@
-"""Score a Fashion-MNIST run: does a classifier see the asked class, and how far are the samples from the test images?
+"""Score a Fashion-MNIST run: does a classifier see the asked class, and how far are the samples from the
+test images?
 
-    python benchmarks/fashion_mnist.py runs/fashion-mnist-dit-rf --cfg 1 1.5 2 3        (from the repository's root)
+    python benchmarks/fashion_mnist.py runs/fashion-mnist-dit-rf --cfg 1 1.5 2 3  (from the repository's root)
 
-The classifier is trained here, once (benchmarks/fashion_mnist_classifier.pt, about 2 minutes on two cores, >= 91 % on the test
-set), on images and labels alone: it has seen nothing of the VAE or of any run. Per guidance scale it prints, over 2,000 samples,
+The classifier is trained here, once (benchmarks/fashion_mnist_classifier.pt, about 2 minutes on two
+cores, >= 91 % on the test set), on images and labels alone: it has seen nothing of the VAE or of any run. Per
+guidance scale it prints, over 2,000 samples,
 
   agreement   share of samples that the classifier gives the asked class (of real test images: its accuracy)
-  Frechet     distance between Gaussians fitted to its 64 last features, of the samples and of the 10,000 test images
-              (Heusel et al. 2017, arXiv:1706.08500, eq. 6), beside two yardsticks in the same space: the VAE's own
-              reconstructions of the test images (the floor), and 10,000 training images (the ideal).
+  Frechet     distance between Gaussians fitted to its 64 last features, of the samples and of the 10,000
+              test images (Heusel et al. 2017, arXiv:1706.08500, eq. 6), beside two yardsticks in the same
+              space: the VAE's own reconstructions of the test images (the floor), and 10,000 training images
+              (the ideal).
 
 The distance of fewer samples is biased upward; the yardsticks are therefore also given for 2,000 images.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import batch_indices, load_mnist, to_tensor, to_uint8
-from sample import DRAW_DEFAULTS, build_model, build_path, draw, load_checkpoint, load_weights, unpack_vae
+import sample
 
 FILE = Path(__file__).with_name("fashion_mnist_classifier.pt")
 
@@ -43,7 +47,8 @@ class Classifier(nn.Module):
         def block(a: int, b: int) -> list[nn.Module]:
             return [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
                     nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-        self.features = nn.Sequential(*block(1, 16), *block(16, 32), *block(32, 64), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU())
+        self.features = nn.Sequential(*block(1, 16), *block(16, 32), *block(32, 64), nn.Flatten(),
+                                      nn.Linear(1024, 64), nn.ReLU())
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +80,8 @@ def look(model: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)); the trace of the root is the sum of the roots of A B's eigenvalues."""
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2));
+    the trace of the root is the sum of the roots of A B's eigenvalues."""
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_a @ cov_b).real, 0, None))
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
@@ -88,6 +94,7 @@ def main() -> None:
     p.add_argument("--sampler")
     p.add_argument("--steps", type=int)
     p.add_argument("--n", type=int, default=2000)
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--data-dir", default="data")
     p.add_argument("--json", help="also write the figures to this file")
     args = p.parse_args()
@@ -107,33 +114,34 @@ def main() -> None:
             {"what": "10,000 training images (the ideal)", "frechet": frechet(ideal, reference)},
             {"what": f"{args.n:,} of them", "frechet": frechet(ideal[:args.n], reference)}]
     for run in args.runs:
-        checkpoint = load_checkpoint(run)
-        is_vae = checkpoint["arch"] == "vae"
-        vae = unpack_vae({"config": checkpoint["config"], "state": checkpoint["ema"]} if is_vae else checkpoint["vae"])
+        vae = sample.load_vae(run)
         with torch.no_grad():
             recon = np.concatenate([to_uint8(vae.decode(vae.encode(to_tensor(test.images[i:i + 250])).mean))
                                     for i in tqdm(range(0, 10_000, 250), desc="reconstruct")])
-        psnr = -10 * np.log10(((recon[:, 2:-2, 2:-2] / 255.0 - test.images[:, 2:-2, 2:-2] / 255.0) ** 2).mean((1, 2, 3))).mean()
+        psnr = -10 * np.log10(((recon[:, 2:-2, 2:-2] / 255.0 - test.images[:, 2:-2, 2:-2] / 255.0) ** 2
+                               ).mean((1, 2, 3))).mean()
         features, predicted = look(classifier, recon)
-        rows += [{"what": f"{run}: reconstructions of the test images (the floor)", "frechet": frechet(features, reference),
+        rows += [{"what": f"{run}: reconstructions of the test images (the floor)",
+                  "frechet": frechet(features, reference),
                   "agreement": float((predicted == test.labels).mean()), "psnr": float(psnr)},
                  {"what": f"{run}: {args.n:,} of them", "frechet": frechet(features[:args.n], reference)}]
-        if is_vae:
+        if sample.load_checkpoint(run)["arch"] == "vae":
             continue
-        model = load_weights(build_model(checkpoint["arch"], checkpoint["config"]), checkpoint["ema"], run).eval()
-        path, defaults = build_path(checkpoint["objective"]), DRAW_DEFAULTS[checkpoint["objective"]["name"]]
-        sampler, steps = args.sampler or defaults["sampler"], args.steps or defaults["steps"]
-        labels = torch.arange(args.n) % 10
+        labels = np.arange(args.n) % 10
         for scale in args.cfg:
-            images = np.concatenate([
-                draw(model, vae, path, (vae.config.latent_channels, 32 // vae.factor, 32 // vae.factor), labels[i:i + 250],
-                     range(i, i + len(labels[i:i + 250])), sampler=sampler, steps=steps, scale=scale, num_classes=10)
-                for i in tqdm(range(0, args.n, 250), desc=f"draw, guidance {scale:g}")])
+            flags = [run, "--n", str(args.n), "--batch-size", "250", "--cfg", str(scale), "--precision", args.precision]
+            flags += ["--sampler", args.sampler] if args.sampler else []
+            flags += ["--steps", str(args.steps)] if args.steps else []
+            with tempfile.TemporaryDirectory() as folder:
+                sample.main([*flags, "--out", f"{folder}/samples.npz"])
+                images = np.load(f"{folder}/samples.npz")["arr_0"]
             features, predicted = look(classifier, images)
-            rows.append({"what": f"{run}: {args.n:,} samples, {sampler} x {steps}, guidance {scale:g}",
-                         "frechet": frechet(features, reference), "agreement": float((predicted == labels.numpy()).mean())})
+            sampler, steps = args.sampler or "default sampler", args.steps or "default"
+            rows.append({"what": f"{run}: {args.n:,} samples, {sampler}, {steps} steps, guidance {scale:g}",
+                         "frechet": frechet(features, reference), "agreement": float((predicted == labels).mean())})
     for row in rows:
-        print(f"{row['what']:75s}" + "".join(f"  {name} {row[name]:.3f}" for name in ("agreement", "frechet", "psnr") if name in row))
+        print(f"{row['what']:75s}" + "".join(f"  {name} {row[name]:.3f}"
+                                             for name in ("agreement", "frechet", "psnr") if name in row))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import data
-from data import (COLOURS, KINDS, SHAPE_CLASSES, LatentCache, batch_indices, draw_shape, grid, load_data, open_image, read_shape,
-                  to_tensor, to_uint8)
+from data import (COLOURS, KINDS, SHAPE_CLASSES, LatentCache, batch_indices, draw_shape, grid, load_data,
+                  open_image, read_shape, to_tensor, to_uint8)
 from vae import VAE, VAEConfig
 
 SIZE = (32, 32)
@@ -32,11 +32,14 @@ def test_shapes_are_read_back_exactly():
 
 def test_read_shape_survives_a_decoder_and_sees_a_wrong_picture():
     rng = np.random.default_rng(0)
-    noisy = [np.clip(draw_shape(i) + rng.normal(0, 6, (32, 32, 3)), 0, 255).astype(np.uint8) for i in range(240)]
-    assert np.mean(["-".join(read_shape(image)) == SHAPE_CLASSES[i % 24] for i, image in enumerate(noisy)]) >= 0.99
-    swapped = [draw_shape(i)[..., [1, 2, 0]] for i in range(48)]                # another colour is not the asked one
+    noisy = [np.clip(draw_shape(i) + rng.normal(0, 6, (32, 32, 3)), 0, 255).astype(np.uint8)
+             for i in range(240)]
+    assert np.mean(["-".join(read_shape(image)) == SHAPE_CLASSES[i % 24]
+                    for i, image in enumerate(noisy)]) >= 0.99
+    swapped = [draw_shape(i)[..., [1, 2, 0]] for i in range(48)]   # another colour is not the asked one
     assert not any("-".join(read_shape(image)) == SHAPE_CLASSES[i % 24] for i, image in enumerate(swapped))
-    turned = [np.rot90(draw_shape(i), 2) for i in range(2, 240, 4)]             # upside-down triangles are no triangles' match
+    # upside-down triangles are no triangles' match
+    turned = [np.rot90(draw_shape(i), 2) for i in range(2, 240, 4)]
     assert all(draw_shape(i).shape == image.shape for i, image in zip(range(2, 240, 4), turned))
 
 
@@ -44,7 +47,8 @@ def test_shapes_are_deterministic_varied_and_split(tmp_path):
     train, val = load("shapes", tmp=tmp_path, count=480), load("shapes", "val", tmp=tmp_path)
     again = load("shapes", tmp=tmp_path, count=480)
     assert (train.images == again.images).all() and train.fingerprint == again.fingerprint != val.fingerprint
-    assert (np.bincount(train.labels) == 20).all() and train.classes == [f"{c}-{k}" for c in COLOURS for k in KINDS]
+    assert ((np.bincount(train.labels) == 20).all()
+            and train.classes == [f"{c}-{k}" for c in COLOURS for k in KINDS])
     for i in range(0, 480, 48):
         assert "-".join(read_shape(val.images[i])) == SHAPE_CLASSES[val.labels[i]]
     seen = {image.tobytes() for image in train.images}
@@ -55,10 +59,10 @@ def test_batch_indices():
     n = 10
     stream = np.concatenate([batch_indices(n, 4, step, seed=3) for step in range(10)])
     for epoch in stream.reshape(4, n):
-        assert sorted(epoch) == list(range(n))                                  # every example once per epoch, no gap
-    assert (batch_indices(n, 4, 7, seed=3) == stream[28:32]).all()              # a pure function of the step
+        assert sorted(epoch) == list(range(n))                       # every example once per epoch, no gap
+    assert (batch_indices(n, 4, 7, seed=3) == stream[28:32]).all()   # a pure function of the step
     assert (stream[:10] != stream[10:20]).any() and (batch_indices(n, 4, 0, seed=4) != stream[:4]).any()
-    assert len(batch_indices(3, 8, 0, seed=0)) == 8                             # a batch larger than the data
+    assert len(batch_indices(3, 8, 0, seed=0)) == 8                  # a batch larger than the data
 
 
 def test_uint8_round_trip():
@@ -85,7 +89,8 @@ def test_mnist_files(tmp_path, packed):
     write_idx(tmp_path / "mnist" / f"train-labels-idx1-ubyte{ending}", np.arange(5))
     found = load("mnist", tmp=tmp_path)
     assert (found.images[:, 2:-2, 2:-2, 0] == images).all() and found.images.shape == (5, 32, 32, 1)
-    assert found.images[:, :2].max() == 0 and found.labels.tolist() == [0, 1, 2, 3, 4] and found.classes[3] == "3"
+    assert (found.images[:, :2].max() == 0 and found.labels.tolist() == [0, 1, 2, 3, 4]
+            and found.classes[3] == "3")
     assert load("mnist", size=(16, 24), tmp=tmp_path).images.shape == (5, 16, 24, 1)
 
 
@@ -108,7 +113,7 @@ def test_cifar10(tmp_path):
             tar.addfile(info, io.BytesIO(rows.tobytes()))
     val = load("cifar10", "val", tmp=tmp_path)
     assert val.labels.tolist() == [3, 1, 4, 1] and len(load("cifar10", tmp=tmp_path)) == 20
-    assert val.images[2, 5, 7, 1] == rows[2, 1 + 1024 + 5 * 32 + 7]             # planes, then rows, then columns
+    assert val.images[2, 5, 7, 1] == rows[2, 1 + 1024 + 5 * 32 + 7]  # planes, then rows, then columns
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"not a tar")
     with pytest.raises(ValueError, match="damaged or not CIFAR-10"):
         load("cifar10", tmp=tmp_path)
@@ -149,16 +154,17 @@ def save_all_kinds(folder):
     Image.new("RGBA", (20, 10), (*RED, 0)).save(folder / "clear.png")
     Image.new("LA", (20, 10), (0, 0)).save(folder / "clear-grey.png")
     exif = Image.Exif()
-    exif[0x0112] = 6                                                            # turn by 90 degrees to show it
+    exif[0x0112] = 6                                                 # turn by 90 degrees to show it
     wide = Image.new("RGB", (20, 10), RED)
-    wide.paste((0, 0, 255), (0, 0, 10, 10))                                     # stored: blue left; shown: blue on top
+    wide.paste((0, 0, 255), (0, 0, 10, 10))                          # stored: blue left; shown: blue on top
     wide.save(folder / "turned.png", exif=exif)
 
 
 def test_every_kind_of_picture(tmp_path):
     save_all_kinds(tmp_path)
-    for name, want in {"rgb.png": RED, "jpeg.jpg": RED, "palette.png": RED, "cmyk.tif": RED, "grey.png": (128,) * 3,
-                       "grey16.png": (128,) * 3, "clear.png": (255,) * 3, "clear-grey.png": (255,) * 3}.items():
+    for name, want in {"rgb.png": RED, "jpeg.jpg": RED, "palette.png": RED, "cmyk.tif": RED,
+                       "grey.png": (128,) * 3, "grey16.png": (128,) * 3, "clear.png": (255,) * 3,
+                       "clear-grey.png": (255,) * 3}.items():
         image = open_image(tmp_path / name, (8, 12))
         assert image.shape == (8, 12, 3) and np.abs(image.astype(int) - want).max() <= 3, name
     turned = open_image(tmp_path / "turned.png", (8, 4)).astype(int)
@@ -169,7 +175,7 @@ def test_crop_is_central_and_keeps_the_aspect(tmp_path):
     image = Image.new("RGB", (60, 20), (0, 0, 0))
     image.paste((255, 255, 255), (20, 0, 40, 20))
     image.save(tmp_path / "a.png")
-    assert open_image(tmp_path / "a.png", (20, 20)).min() > 250                 # the middle third, not a squeezed whole
+    assert open_image(tmp_path / "a.png", (20, 20)).min() > 250      # the middle third, not a squeezed whole
 
 
 def test_folders_flat_and_with_classes(tmp_path, capsys):
@@ -177,7 +183,8 @@ def test_folders_flat_and_with_classes(tmp_path, capsys):
     (tmp_path / "flat" / "broken.png").write_bytes(b"\x89PNG no")
     (tmp_path / "flat" / "notes.txt").write_text("not a picture")
     flat = load(tmp_path / "flat", size=(8, 12), tmp=tmp_path)
-    assert len(flat) == 8 and flat.labels is None and flat.classes == []        # 9 pictures, one of them for validation
+    # 9 pictures, one of them for validation
+    assert len(flat) == 8 and flat.labels is None and flat.classes == []
     assert len(load(tmp_path / "flat", "val", size=(8, 12), tmp=tmp_path)) == 1
     assert capsys.readouterr().err.count("skipped") == 1                        # by name, once for both parts
     for kind, colour in (("red", RED), ("blue", (0, 0, 255))):
@@ -198,7 +205,8 @@ def test_stale_picture_cache_is_rebuilt(tmp_path):
     first = load(folder, size=(8, 8), tmp=tmp_path)
     Image.new("RGB", (8, 8), (0, 0, 255)).save(folder / "a.png")
     second = load(folder, size=(8, 8), tmp=tmp_path)
-    assert tuple(second.images[np.array([0])][0, 0, 0]) == (0, 0, 255) and first.fingerprint != second.fingerprint
+    assert (tuple(second.images[np.array([0])][0, 0, 0]) == (0, 0, 255)
+            and first.fingerprint != second.fingerprint)
     assert load(folder, size=(4, 8), tmp=tmp_path).images.shape == (1, 4, 8, 3)
 
 
@@ -230,19 +238,20 @@ def test_latent_cache(tmp_path):
     with torch.no_grad():
         posterior, mirrored = vae.encode(x), vae.encode(x.flip(-1))
     assert cache.latents.shape == (48, 2, 2, 4, 16, 16) and isinstance(cache.latents, np.memmap)
-    for f, q in enumerate((posterior, mirrored)):                               # the mirrored picture's own latent, not a mirrored latent
+    for f, q in enumerate((posterior, mirrored)):   # the mirrored picture's latent, not a mirrored one
         np.testing.assert_allclose(cache.latents[:5, f, 0], q.mean, atol=2e-3)
         np.testing.assert_allclose(cache.latents[:5, f, 1], q.std, atol=2e-3)
     draws = torch.stack([cache.batch(np.arange(5))[0] for _ in range(400)])
     want = torch.stack([torch.stack([q.mean, q.mean**2 + q.std**2]) for q in (posterior, mirrored)]).mean(0)
     error = (draws.mean(0) - want[0]).abs() / draws.std(0)
-    assert error.max() < 5.5 / 400**0.5 and draws.std(0).min() > 0.1            # resampled, both flips equally often
+    assert error.max() < 5.5 / 400**0.5 and draws.std(0).min() > 0.1  # resampled, both flips equally often
     assert (cache.batch(np.array([3]))[1] == torch.tensor([3])).all()
     mean, var = cache.statistics()
     latents = torch.from_numpy(np.asarray(cache.latents)).double()
     total = latents[:, :, 0].mean((0, 1, 3, 4))
     torch.testing.assert_close(mean, total)
-    torch.testing.assert_close(var, (latents[:, :, 0] ** 2 + latents[:, :, 1] ** 2).mean((0, 1, 3, 4)) - total**2)
+    torch.testing.assert_close(
+        var, (latents[:, :, 0] ** 2 + latents[:, :, 1] ** 2).mean((0, 1, 3, 4)) - total**2)
 
 
 def test_stale_latents_are_rebuilt(tmp_path, capsys):
@@ -250,12 +259,14 @@ def test_stale_latents_are_rebuilt(tmp_path, capsys):
     make_cache(tmp_path, vae)
     first = (tmp_path / "latents.npy").stat().st_mtime_ns
     make_cache(tmp_path, vae)
-    assert (tmp_path / "latents.npy").stat().st_mtime_ns == first and "rebuilding" not in capsys.readouterr().out
+    assert ((tmp_path / "latents.npy").stat().st_mtime_ns == first
+            and "rebuilding" not in capsys.readouterr().out)
     for change in (dict(stamp="v2"), dict(stamp="v2", flip=True), dict(stamp="v2", flip=True, count=72)):
         cache = make_cache(tmp_path, vae, **change)
         assert "rebuilding" in capsys.readouterr().out
         assert json.loads((tmp_path / "latents.json").read_text())["shape"] == list(cache.latents.shape)
-    (tmp_path / "latents.npy").write_bytes((tmp_path / "latents.npy").read_bytes()[:1000])    # a copy cut short
+    # a copy cut short
+    (tmp_path / "latents.npy").write_bytes((tmp_path / "latents.npy").read_bytes()[:1000])
     assert make_cache(tmp_path, vae, **change).latents.shape[0] == 72
 
 

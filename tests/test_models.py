@@ -1,4 +1,5 @@
-"""unet.py, dit.py, attention.py and vae.py: identities, parameter counts, values against formulas written differently."""
+"""unet.py, dit.py, attention.py and vae.py: identities, parameter counts, values against formulas
+written differently."""
 
 import math
 
@@ -41,7 +42,8 @@ def test_attention_formula_by_hand():
     for b in range(2):
         for h in range(3):
             for i in range(4):
-                weights = [math.exp(q[b, h, i] @ k[b, h, j] / 8**0.5) if mask[b, j] else 0.0 for j in range(5)]
+                weights = [math.exp(q[b, h, i] @ k[b, h, j] / 8**0.5) if mask[b, j] else 0.0
+                           for j in range(5)]
                 want = sum(w * v[b, h, j] for j, w in enumerate(weights)) / sum(weights)
                 torch.testing.assert_close(got[b, h, i], want)
 
@@ -49,13 +51,15 @@ def test_attention_formula_by_hand():
 @pytest.mark.parametrize("n, m, dim", [(16, 16, 64), (1, 1, 32), (7, 77, 8), (200, 130, 16)])
 def test_attention_equals_formula_and_sdpa(n, m, dim):
     """Both CPU paths (short and long rows), with gradients, mask, and the norm and rotation written out."""
-    q, k, v = (torch.randn(2, 3, length, dim, dtype=torch.float64, requires_grad=True) for length in (n, m, m))
+    q, k, v = (torch.randn(2, 3, length, dim, dtype=torch.float64, requires_grad=True)
+               for length in (n, m, m))
     mask = torch.rand(2, m) < 0.7
     mask[:, 0] = True
     out, grad = attention(q, k, v, mask=mask), torch.randn(2, 3, n, dim, dtype=torch.float64)
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     torch.testing.assert_close(out, want)
-    torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(want, (q, k, v), grad))
+    torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), grad),
+                               torch.autograd.grad(want, (q, k, v), grad))
     if n == m:
         weight = torch.rand(dim, dtype=torch.float64)
         angles = torch.randn(n, dim // 2, dtype=torch.float64)
@@ -87,21 +91,25 @@ def test_timestep_embedding(module):
     got = module.timestep_embedding(torch.tensor([0.0, 0.25, 1.0]), 8)
     for row, t in zip(got, (0.0, 250.0, 1000.0)):
         angles = [t * 10000 ** (-i / 4) for i in range(4)]
-        torch.testing.assert_close(row, torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            row, torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles]),
+            rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cls, config", [(DiT, DiTConfig(**SMALL_DIT)), (UNet, UNetConfig(**SMALL_UNET))])
 def test_time_is_not_rounded_in_bf16(cls, config):
-    """bf16 has 8 bits: t and 1000 t would collapse neighbouring times. The embedding must see them in float32."""
+    """bf16 has 8 bits: t and 1000 t would collapse neighbouring times.
+    The embedding must see them in float32."""
     model = randomize(cls(config)).bfloat16()
     seen = []
     embed = model.t_embedder.mlp[0] if cls is DiT else model.time_embedding.linear_1
     embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     for t in (0.899, 0.9):
         model(torch.randn(1, 4, 8, 8, dtype=torch.bfloat16), torch.tensor([t]), y=torch.tensor([0]))
-    assert (seen[0].float() - seen[1].float()).abs().max() > 0.5               # cos(899) and cos(900) are far apart
+    assert (seen[0].float() - seen[1].float()).abs().max() > 0.5      # cos(899) and cos(900) are far apart
     module = dit if cls is DiT else unet
-    torch.testing.assert_close(seen[1].float(), module.timestep_embedding(torch.tensor([0.9]), seen[1].shape[1]), rtol=0, atol=4e-3)
+    torch.testing.assert_close(
+        seen[1].float(), module.timestep_embedding(torch.tensor([0.9]), seen[1].shape[1]), rtol=0, atol=4e-3)
 
 
 def test_sincos_positions_distinguish_axes_and_any_grid():
@@ -114,7 +122,8 @@ def test_sincos_positions_distinguish_axes_and_any_grid():
 
 # ---- DiT
 
-@pytest.mark.parametrize("name, millions", [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675), ("XL/8", 676), ("S/8", 33), ("B/4", 130)])
+@pytest.mark.parametrize("name, millions", [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675),
+                                            ("XL/8", 676), ("S/8", 33), ("B/4", 130)])
 def test_dit_presets_have_their_published_size(name, millions):
     """Peebles & Xie table 1 (and table 4 for the patches), with 1000 classes and learned variance."""
     total = count(DiT, DiTConfig(num_classes=1000, learn_sigma=True, **dit.PRESETS[name], **dit.PUBLISHED))
@@ -131,7 +140,8 @@ def test_sd1_presets_have_their_published_size():
 def test_dit_block_written_out():
     """The published block against its equations, with every parameter random."""
     model = randomize(DiT(DiTConfig(**SMALL_DIT, **dit.PUBLISHED)))
-    block, x, c = model.blocks[0], torch.randn(2, 6, 32, dtype=torch.float64), torch.randn(2, 32, dtype=torch.float64)
+    block, x, c = (model.blocks[0], torch.randn(2, 6, 32, dtype=torch.float64),
+                   torch.randn(2, 32, dtype=torch.float64))
     shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, 1)
     h = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale1[:, None]) + shift1[:, None]
     q, k, v = block.attn.qkv(h).chunk(3, -1)
@@ -143,31 +153,35 @@ def test_dit_block_written_out():
 
 
 def test_dit_patches_are_put_back_where_they_came_from():
-    """With blocks silenced and linear maps inverse to each other, patchify and unpatchify must be the identity."""
+    """With blocks silenced and linear maps inverse to each other,
+    patchify and unpatchify must be the identity."""
     config = DiTConfig(channels=3, patch=(2, 4), width=24, depth=0, heads=1, qk_norm=False)
     model = DiT(config).double()
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
-    tokens = F.unfold(x, (2, 4), stride=(2, 4)).mT                             # (B, N, C * p * q), channel slowest
-    order = torch.arange(24).view(3, 2, 4).permute(1, 2, 0).flatten()          # the final layer has channel fastest
+    tokens = F.unfold(x, (2, 4), stride=(2, 4)).mT                     # (B, N, C * p * q), channel slowest
+    order = torch.arange(24).view(3, 2, 4).permute(1, 2, 0).flatten()  # the final layer has channel fastest
     model.final_layer.forward = lambda _, c: tokens[..., order]
     torch.testing.assert_close(model(x, torch.zeros(2)), x)
     weight = torch.eye(24, dtype=torch.float64).view(24, 3, 2, 4)
-    model.x_embedder.proj.weight.data, model.x_embedder.proj.bias.data = weight, torch.zeros(24, dtype=torch.float64)
+    model.x_embedder.proj.weight.data, model.x_embedder.proj.bias.data = (
+        weight, torch.zeros(24, dtype=torch.float64))
     torch.testing.assert_close(model.x_embedder(x), tokens)
 
 
-@pytest.mark.parametrize("cls, config", [(DiT, DiTConfig(**SMALL_DIT)), (DiT, DiTConfig(**SMALL_DIT, **dit.PUBLISHED)),
+@pytest.mark.parametrize("cls, config", [(DiT, DiTConfig(**SMALL_DIT)),
+                                         (DiT, DiTConfig(**SMALL_DIT, **dit.PUBLISHED)),
                                          (UNet, UNetConfig(**SMALL_UNET))])
 def test_zero_at_the_start_and_rectangular(cls, config):
     model, x, t, y = cls(config), torch.randn(3, 4, 8, 12), torch.rand(3), torch.tensor([0, 4, 5])
-    assert (model(x, t, y=y) == 0).all()                                       # zero-initialised output
+    assert (model(x, t, y=y) == 0).all()                               # zero-initialised output
     model = randomize(model)
     x = x.double()
     out = model(x, t, y=y)
     assert out.shape == x.shape
-    for i in range(3):                                                         # nobody sees the rest of the batch
+    for i in range(3):                                                 # nobody sees the rest of the batch
         torch.testing.assert_close(model(x[i:i + 1], t[i:i + 1], y=y[i:i + 1]), out[i:i + 1])
-    assert (model(x, t, y=torch.tensor([1, 4, 5]))[0] - out[0]).abs().max() > 1e-6     # labels, times, null all matter
+    # labels, times, null all matter
+    assert (model(x, t, y=torch.tensor([1, 4, 5]))[0] - out[0]).abs().max() > 1e-6
     assert (model(x, t * 0.9, y=y) - out).abs().amax((1, 2, 3)).min() > 1e-6
     assert (model(x.transpose(2, 3), t, y=y).transpose(2, 3) - out).abs().max() > 1e-6
     with pytest.raises(ValueError, match="7x12"):
@@ -189,9 +203,10 @@ def test_unet_cross_attention_and_mask():
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     out = model(x, t, context=context, mask=mask)
     changed = context.clone()
-    changed[0, 3:] = 100.0                                                     # behind the mask: must not be seen
+    changed[0, 3:] = 100.0                                             # behind the mask: must not be seen
     torch.testing.assert_close(model(x, t, context=changed, mask=mask), out, rtol=0, atol=1e-12)
-    torch.testing.assert_close(model(x[:1], t[:1], context=context[:1, :3]), out[:1])   # padding changes nothing
+    # padding changes nothing
+    torch.testing.assert_close(model(x[:1], t[:1], context=context[:1, :3]), out[:1])
     assert (model(x, t, context=changed) - out)[0].abs().max() > 1e-6
     with pytest.raises(ValueError, match="context"):
         model(x, t)
@@ -218,11 +233,13 @@ def test_posterior():
     moments = torch.randn(4, 6, 2, 2)
     moments[0, 3:] = 1000.0
     posterior = Posterior(moments)
-    assert posterior.logvar.max() == 20.0                                      # clamped: no inf in std or KL
-    want = torch.distributions.kl_divergence(torch.distributions.Normal(posterior.mean[1:], posterior.std[1:]),
-                                             torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    assert posterior.logvar.max() == 20.0                              # clamped: no inf in std or KL
+    want = torch.distributions.kl_divergence(
+        torch.distributions.Normal(posterior.mean[1:], posterior.std[1:]),
+        torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
     torch.testing.assert_close(posterior.kl()[1:], want)
-    small = Posterior(torch.cat([torch.full((1, 1, 64, 64), 0.3), torch.full((1, 1, 64, 64), 2 * math.log(0.5))], 1))
+    small = Posterior(torch.cat([torch.full((1, 1, 64, 64), 0.3),
+                                 torch.full((1, 1, 64, 64), 2 * math.log(0.5))], 1))
     z = small.sample(torch.Generator().manual_seed(0))
     assert abs(z.mean() - 0.3) < 0.04 and abs(z.std() - 0.5) < 0.03
     torch.testing.assert_close(z, small.sample(torch.Generator().manual_seed(0)))
@@ -244,7 +261,8 @@ def test_vae_factor_is_any_power_of_two(widths, quant_conv):
 
 def test_normalisation_goes_both_ways():
     model = VAE(VAEConfig(widths=(8, 8), groups=4))
-    z = torch.randn(500, 4, 4, 4) * torch.tensor([0.1, 1.0, 5.0, 0.0]).view(4, 1, 1) + torch.arange(4.0).view(4, 1, 1)
+    z = (torch.randn(500, 4, 4, 4) * torch.tensor([0.1, 1.0, 5.0, 0.0]).view(4, 1, 1)
+         + torch.arange(4.0).view(4, 1, 1))
     model.set_latent_statistics(z.mean((0, 2, 3)), z.var((0, 2, 3)))
     x0 = model.normalize(z)
     torch.testing.assert_close(x0.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
@@ -262,13 +280,15 @@ def test_vae_loss_is_l1_plus_kl():
     torch.testing.assert_close(loss, (recon - x).abs().mean((1, 2, 3)) + 0.1 * posterior.kl() / 72)
     torch.testing.assert_close(logs["psnr"], psnr(recon, x).mean())
     assert logs["latent_std"].shape == (4,)
-    assert abs(psnr(torch.full((1, 1, 2, 2), 0.1), torch.zeros(1, 1, 2, 2)).item() - 10 * math.log10(4 / 0.01)) < 1e-4
+    assert abs(psnr(torch.full((1, 1, 2, 2), 0.1), torch.zeros(1, 1, 2, 2)).item()
+               - 10 * math.log10(4 / 0.01)) < 1e-4
 
 
 def test_vae_attention_and_padding_written_out():
     layer = randomize(vae.Attention(8, 4))
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
-    h = F.group_norm(x, 4, layer.group_norm.weight, layer.group_norm.bias, 1e-6).permute(0, 2, 3, 1).reshape(2, 6, 8)
+    h = F.group_norm(x, 4, layer.group_norm.weight, layer.group_norm.bias, 1e-6).permute(
+        0, 2, 3, 1).reshape(2, 6, 8)
     q, k, v = layer.to_q(h), layer.to_k(h), layer.to_v(h)
     want = x + layer.to_out[0](F.softmax(q @ k.mT / 8**0.5, -1) @ v).reshape(2, 3, 2, 8).permute(0, 3, 1, 2)
     torch.testing.assert_close(layer(x), want)

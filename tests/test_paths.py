@@ -11,7 +11,8 @@ from rectified_flow import RectifiedFlow, draw, shift_time
 
 DDPM_KINDS = [dict(prediction=p, schedule=s, zero_terminal_snr=z) for p in ("eps", "v", "x0")
               for s in ("linear", "scaled_linear", "cosine") for z in (False, True) if not (z and p == "eps")]
-PATHS = [DDPM(**kind) for kind in DDPM_KINDS] + [RectifiedFlow(prediction=p) for p in ("velocity", "v", "x0", "eps")]
+PATHS = ([DDPM(**kind) for kind in DDPM_KINDS]
+         + [RectifiedFlow(prediction=p) for p in ("velocity", "v", "x0", "eps")])
 
 
 def f64(*values):
@@ -20,7 +21,8 @@ def f64(*values):
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{type(p).__name__}-{p.prediction}")
 def test_to_x0_eps_inverts_target(path):
-    """The network that returns the target exactly must be read as exactly (x0, eps), at (B,) and at scalar t."""
+    """The network that returns the target exactly must be read as exactly (x0, eps),
+    at (B,) and at scalar t."""
     t = path.sample_t(64).double()
     x0, eps = torch.randn(2, 64, 3, 4, 6, dtype=torch.float64)
     alpha, sigma = (a.view(-1, 1, 1, 1) for a in path.alpha_sigma(t))
@@ -109,11 +111,13 @@ def test_posterior_is_ho_et_al_equation_7():
         want = (abar[n - 1].sqrt() * beta[n - 1] / (1 - abar[n]) * x0
                 + (1 - beta[n - 1]).sqrt() * (1 - abar[n - 1]) / (1 - abar[n]) * xt)
         torch.testing.assert_close(mean, want, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(var, (1 - abar[n - 1]) / (1 - abar[n]) * beta[n - 1], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(var, (1 - abar[n - 1]) / (1 - abar[n]) * beta[n - 1],
+                                   rtol=1e-9, atol=1e-12)
 
 
 def test_posterior_by_bayes():
-    """q(xs|xt,x0) is proportional to q(xt|xs) q(xs|x0): the product of Gaussians, for a jump of many steps."""
+    """q(xs|xt,x0) is proportional to q(xt|xs) q(xs|x0): the product of Gaussians,
+    for a jump of many steps."""
     path, s, t, x0, xt = DDPM(), f64(0.3)[0], f64(0.8)[0], 0.7, -0.4
     (a_s, s_s), (a_t, s_t) = path.alpha_sigma(s), path.alpha_sigma(t)
     ratio, step_var = a_t / a_s, s_t**2 - (a_t / a_s * s_s) ** 2
@@ -160,7 +164,8 @@ def test_densities_have_their_distribution():
         (RectifiedFlow(density="uniform"), grid),
         (RectifiedFlow(), logit_normal_cdf(grid, 0, 1)),
         (RectifiedFlow(mean=-0.5, std=0.7), logit_normal_cdf(grid, -0.5, 0.7)),
-        (RectifiedFlow(shift=3.0), logit_normal_cdf(grid / (3 - 2 * grid), 0, 1)),       # shift applied once, undone once
+        # shift applied once, undone once
+        (RectifiedFlow(shift=3.0), logit_normal_cdf(grid / (3 - 2 * grid), 0, 1)),
         # cosmap: density 2 / (pi (1 - 2 t + 2 t^2)), Esser et al. eq. 21
         (RectifiedFlow(density="cosmap"), np.array([np.trapezoid(2 / (np.pi * (1 - 2 * u + 2 * u**2)), u)
                                                     for u in (np.linspace(0, g, 2001) for g in grid)])),
@@ -184,7 +189,8 @@ def test_density_is_not_a_weight():
     x0 = torch.zeros(3, 2, dtype=torch.float64)
     eps = torch.ones_like(x0)
     for density in ("uniform", "logit_normal", "mode", "cosmap"):
-        loss = RectifiedFlow(density=density, shift=2.0).loss(lambda xt, t: torch.zeros_like(xt), x0, t=f64(0.01, 0.5, 0.99), eps=eps)
+        loss = RectifiedFlow(density=density, shift=2.0).loss(
+            lambda xt, t: torch.zeros_like(xt), x0, t=f64(0.01, 0.5, 0.99), eps=eps)
         torch.testing.assert_close(loss, torch.ones(3, dtype=torch.float64))
 
 

@@ -7,8 +7,8 @@ from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 from samplers import SAMPLERS, ddim, ddpm, euler, gaussian_mixture, guided, heun, noise_like
 
-PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "ddpm": DDPM(), "ddpm-cosine": DDPM(schedule="cosine"),
-         "ddpm-zero-snr": DDPM("v", zero_terminal_snr=True)}
+PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "ddpm": DDPM(),
+         "ddpm-cosine": DDPM(schedule="cosine"), "ddpm-zero-snr": DDPM("v", zero_terminal_snr=True)}
 MEAN, STD = 0.8, 0.3
 
 
@@ -17,7 +17,8 @@ def gaussian(path, sign=1.0):
     def denoise(xt, t):
         alpha, sigma = path.alpha_sigma(t)
         var = (alpha * STD) ** 2 + sigma**2
-        return MEAN + sign * alpha * STD**2 / var * (xt - alpha * MEAN), sign * sigma / var * (xt - alpha * MEAN)
+        return (MEAN + sign * alpha * STD**2 / var * (xt - alpha * MEAN),
+                sign * sigma / var * (xt - alpha * MEAN))
     return denoise
 
 
@@ -27,7 +28,8 @@ def test_every_sampler_recovers_a_gaussian(name, path):
     n, path = 20_000, PATHS[path]
     x = torch.randn(n, 1, dtype=torch.float64)
     y = SAMPLERS[name](gaussian(path), path, x, path.times(200))
-    # statistical error at five sigma, and the discretisation of 200 steps; Ho et al.'s own variance is small by O(1/N)
+    # statistical error at five sigma, and the discretisation of 200 steps;
+    # Ho et al.'s own variance is small by O(1/N)
     assert abs(y.mean() - MEAN) < 5 * STD / n**0.5 + 0.01
     assert abs(y.std() / STD - 1) < 5 / (2 * n) ** 0.5 + 0.05
 
@@ -47,7 +49,8 @@ def exact_flow(path, x):
 
 
 def grids(path, steps):
-    """A list of times on which both paths are smooth to the end: sigma falls in proportion to the remaining steps."""
+    """A list of times on which both paths are smooth to the end:
+    sigma falls in proportion to the remaining steps."""
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return u if isinstance(path, RectifiedFlow) else u**2
 
@@ -56,7 +59,8 @@ def grids(path, steps):
 @pytest.mark.parametrize("sampler, order", [(euler, 1), (ddim, 1), (heun, 2)])
 def test_order_of_convergence(path, sampler, order):
     path, x = PATHS[path], torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    errors = [(sampler(gaussian(path), path, x, grids(path, n)) - exact_flow(path, x)).abs().max() for n in (40, 80, 160)]
+    errors = [(sampler(gaussian(path), path, x, grids(path, n)) - exact_flow(path, x)).abs().max()
+              for n in (40, 80, 160)]
     slopes = [torch.log2(a / b).item() for a, b in zip(errors, errors[1:])]
     assert all(order - 0.1 < slope < order + 0.35 for slope in slopes), slopes
 
@@ -69,7 +73,8 @@ def test_one_sampler_is_another():
         denoise = gaussian_mixture(path, means, 0.5)
         torch.testing.assert_close(ddim(denoise, path, x, times), euler(denoise, path, x, times))
         seeds = lambda: torch.Generator().manual_seed(3)
-        torch.testing.assert_close(ddim(denoise, path, x, times, eta=1.0, generator=seeds()), ddpm(denoise, path, x, times, generator=seeds()))
+        torch.testing.assert_close(ddim(denoise, path, x, times, eta=1.0, generator=seeds()),
+                                   ddpm(denoise, path, x, times, generator=seeds()))
         assert (ddpm(denoise, path, x, times) - euler(denoise, path, x, times)).abs().max() > 0.01
 
 
@@ -104,8 +109,8 @@ def test_ancestral_step_is_the_posterior():
     mean, var = path.posterior(denoise(x, t)[0], x, s, t)
     want = mean + var.sqrt() * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
     seen = []
-    ddpm(denoise, path, x, torch.stack([t, s, torch.zeros_like(s)]), generator=torch.Generator().manual_seed(5),
-         on_step=lambda i, x, x0: seen.append(x))
+    ddpm(denoise, path, x, torch.stack([t, s, torch.zeros_like(s)]),
+         generator=torch.Generator().manual_seed(5), on_step=lambda i, x, x0: seen.append(x))
     torch.testing.assert_close(seen[0], want)
 
 
@@ -121,10 +126,11 @@ def test_steps_are_intervals_and_one_works(name, path):
 
     for steps in (1, 5):
         calls.clear(), shown.clear()
-        y = SAMPLERS[name](counting, path, torch.randn(3, 1), path.times(steps), on_step=lambda i, x, x0: shown.append(i))
+        y = SAMPLERS[name](counting, path, torch.randn(3, 1), path.times(steps),
+                           on_step=lambda i, x, x0: shown.append(i))
         assert torch.isfinite(y).all() and shown == list(range(steps))
         assert len(calls) == (2 * steps - 1 if name == "heun" else steps)
-        assert min(calls) > 0                                                  # the network is never asked at t = 0
+        assert min(calls) > 0                                   # the network is never asked at t = 0
 
 
 def test_bad_times_are_refused():
@@ -145,7 +151,8 @@ def test_guidance():
 
     cond, uncond = {"y": torch.tensor([1, 2, 3])}, {"y": torch.tensor([7, 7, 7])}
     channels = torch.arange(1.0, 5.0).view(4, 1, 1)
-    for scale, y, size in ((1.0, [1, 2, 3], 3), (0.0, [7, 7, 7], 3), (2.5, [7 + 2.5 * (k - 7) for k in (1, 2, 3)], 6)):
+    for scale, y, size in ((1.0, [1, 2, 3], 3), (0.0, [7, 7, 7], 3),
+                           (2.5, [7 + 2.5 * (k - 7) for k in (1, 2, 3)], 6)):
         batches.clear()
         x0, eps = guided(model, path, cond, uncond, scale)(x, t)
         raw = torch.tensor(y).view(-1, 1, 1, 1).float() * channels
@@ -167,7 +174,8 @@ def test_noise_is_per_image():
 
 def test_mixture_denoiser_by_monte_carlo():
     """E[x0 | xt] of the mixture against importance-weighted draws from it."""
-    path, means, t = RectifiedFlow(), torch.tensor([[1.0], [-1.0]], dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    path, means, t = (RectifiedFlow(), torch.tensor([[1.0], [-1.0]], dtype=torch.float64),
+                      torch.tensor(0.4, dtype=torch.float64))
     draws = means[torch.randint(2, (400_000,))] + 0.3 * torch.randn(400_000, 1, dtype=torch.float64)
     xt = torch.tensor([[0.1]], dtype=torch.float64)
     weight = torch.exp(-((xt - 0.6 * draws) ** 2) / (2 * 0.4**2))

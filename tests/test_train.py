@@ -21,7 +21,8 @@ import train
 from conftest import ROOT
 
 KILLS = int(os.environ.get("KILLS", 3))   # KILLS=20 for the long version
-QUICK = ["--batch-size", "8", "--steps", "3", "--preset", "tiny", "--precision", "fp32", "--preview-every", "1000"]
+QUICK = ["--batch-size", "8", "--steps", "3", "--preset", "tiny", "--precision", "fp32",
+         "--preview-every", "1000"]
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +31,10 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     old = os.getcwd()
     os.chdir(folder)
-    train.main(["--arch", "vae", "--vae-preset", "tiny", "--steps", "40", "--batch-size", "16", "--precision", "fp32", "--preview-every", "40"])
-    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--log-every", "5", "--val-every", "20", "--warmup", "5"])
+    train.main(["--arch", "vae", "--vae-preset", "tiny", "--steps", "40", "--batch-size", "16",
+                "--precision", "fp32", "--preview-every", "40"])
+    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done",
+                "--log-every", "5", "--val-every", "20", "--warmup", "5"])
     yield folder
     os.chdir(old)
 
@@ -57,7 +60,8 @@ def same(a, b):
 # ---- a whole run
 
 def test_a_finished_run_leaves_what_it_promises(cwd, capsys):
-    assert {"checkpoint.pt", "settings.json", "metrics.jsonl", "loss.png", "samples.png"} <= files(cwd / "runs/done")
+    assert {"checkpoint.pt", "settings.json", "metrics.jsonl", "loss.png",
+            "samples.png"} <= files(cwd / "runs/done")
     lines = [json.loads(line) for line in open("runs/done/metrics.jsonl")]
     losses, vals = [r for r in lines if "loss" in r], [r for r in lines if "val_loss" in r]
     assert [r["step"] for r in losses] == list(range(5, 61, 5)) and [r["step"] for r in vals] == [20, 40, 60]
@@ -68,12 +72,13 @@ def test_a_finished_run_leaves_what_it_promises(cwd, capsys):
     vae_lines = [json.loads(line) for line in open("runs/shapes-vae/metrics.jsonl")]
     assert {"psnr", "kl", "latent_std"} <= set(vae_lines[-1]) and len(vae_lines[-1]["latent_std"]) == 4
     assert json.load(open("runs/done/settings.json"))["arch"] == "dit"
-    checkpoint = sample.load_checkpoint("runs/done")                            # weights_only, on the CPU
+    checkpoint = sample.load_checkpoint("runs/done")                  # weights_only, on the CPU
     assert not any(k.startswith(("_orig_mod", "module")) for k in checkpoint["model"])
     assert not same(checkpoint["model"], checkpoint["ema"])
     before = (cwd / "runs/done/checkpoint.pt").read_bytes()
-    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--log-every", "5", "--val-every", "20", "--warmup", "5"])
-    assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before             # a finished run is not trained further
+    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done",
+                "--log-every", "5", "--val-every", "20", "--warmup", "5"])
+    assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before   # a finished run is not trained further
     assert "python sample.py runs/done --label red-circle" in capsys.readouterr().out
 
 
@@ -81,23 +86,28 @@ def test_latent_statistics_are_measured_once_over_the_training_set(cwd):
     vae = sample.load_vae("runs/shapes-vae")
     latents = torch.from_numpy(np.load("runs/shapes-vae/latents.npy").astype(np.float64))
     assert len(latents) == 20_000
-    torch.testing.assert_close(vae.latent_mean.double(), latents[:, :, 0].mean((0, 1, 3, 4)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.latent_mean.double(), latents[:, :, 0].mean((0, 1, 3, 4)),
+                               rtol=1e-4, atol=1e-5)
     z = latents[:, 0, 0] + latents[:, 0, 1] * torch.randn(latents[:, 0, 0].shape, dtype=torch.float64)
     x0 = vae.normalize(z.float())
     assert x0.mean((0, 2, 3)).abs().max() < 0.01 and (x0.std((0, 2, 3)) - 1).abs().max() < 0.01
-    inside = sample.unpack_vae(sample.load_checkpoint("runs/done")["vae"])      # the run carries the very same VAE
+    inside = sample.unpack_vae(sample.load_checkpoint("runs/done")["vae"])  # the run carries the same VAE
     assert same(inside.state_dict(), vae.state_dict())
 
 
 @pytest.mark.parametrize("arch", ["dit", "unet"])
-@pytest.mark.parametrize("objective, prediction", [("rf", None), ("rf", "v"), ("rf", "x0"), ("rf", "eps"), ("ddpm", None), ("ddpm", "v"), ("ddpm", "x0")])
+@pytest.mark.parametrize("objective, prediction", [("rf", None), ("rf", "v"), ("rf", "x0"), ("rf", "eps"),
+                                                   ("ddpm", None), ("ddpm", "v"), ("ddpm", "x0")])
 def test_every_combination_trains_and_samples(cwd, arch, objective, prediction):
     name = f"{arch}-{objective}-{prediction}"
-    train.main(["--arch", arch, "--objective", objective, *QUICK, "--name", name, *(["--prediction", prediction] if prediction else [])])
+    train.main(["--arch", arch, "--objective", objective, *QUICK, "--name", name,
+                *(["--prediction", prediction] if prediction else [])])
     checkpoint = sample.load_checkpoint(f"runs/{name}")
-    assert checkpoint["objective"].get("prediction") == prediction and checkpoint["config"]["num_classes"] == 24
+    assert (checkpoint["objective"].get("prediction") == prediction
+            and checkpoint["config"]["num_classes"] == 24)
     for sampler in sample.SAMPLERS:
-        sample.main([f"runs/{name}", "--n", "2", "--steps", "3", "--sampler", sampler, "--out", f"{name}.npz"])
+        sample.main([f"runs/{name}", "--n", "2", "--steps", "3", "--sampler", sampler,
+                     "--out", f"{name}.npz"])
         images = np.load(f"{name}.npz")["arr_0"]
         assert images.shape == (2, 32, 32, 3) and images.std() > 1
 
@@ -111,12 +121,14 @@ def make_folder(folder, classes):
 
 
 @pytest.mark.parametrize("classes", [True, False])
-@pytest.mark.parametrize("arch, options", [("dit", ["--patch", "1", "2", "--block", "published"]), ("unet", ["--flip"])])
+@pytest.mark.parametrize("arch, options", [("dit", ["--patch", "1", "2", "--block", "published"]),
+                                           ("unet", ["--flip"])])
 def test_own_pictures_of_any_size(tmp_path, monkeypatch, arch, options, classes):
     """A folder with or without classes, 16 x 24: VAE, latents, network and samples from one command."""
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "pictures", classes)
-    train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options, "--vae-preset", "tiny", "--vae-steps", "2"])
+    train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options,
+                "--vae-preset", "tiny", "--vae-steps", "2"])
     run = f"runs/pictures-16x24-{arch}-rf"
     sample.main([run, "--n", "3", "--steps", "2", "--out", "x.npz"])
     assert np.load("x.npz")["arr_0"].shape == (3, 16, 24, 3)
@@ -125,11 +137,13 @@ def test_own_pictures_of_any_size(tmp_path, monkeypatch, arch, options, classes)
         with pytest.raises(ValueError, match="without classes"):
             sample.main([run, "--label", "0"])
     else:
-        train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options, "--cond", "none", "--name", "plain"])
+        train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options,
+                    "--cond", "none", "--name", "plain"])
         assert sample.load_checkpoint("runs/plain")["config"]["num_classes"] == 0
-    make_folder(tmp_path / "pictures", classes)                                 # the same pictures, touched: another fingerprint
+    make_folder(tmp_path / "pictures", classes)        # the same pictures, touched: another fingerprint
     with pytest.raises(ValueError, match="changed since"):
-        train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options, "--vae-preset", "tiny", "--vae-steps", "2"])
+        train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options,
+                    "--vae-preset", "tiny", "--vae-steps", "2"])
 
 
 def test_grey_data(tmp_path, monkeypatch):
@@ -137,9 +151,11 @@ def test_grey_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for part in ("train", "t10k"):
-        write_idx(tmp_path / "data" / "mnist" / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (30, 28, 28)))
+        write_idx(tmp_path / "data" / "mnist" / f"{part}-images-idx3-ubyte.gz",
+                  rng.integers(0, 256, (30, 28, 28)))
         write_idx(tmp_path / "data" / "mnist" / f"{part}-labels-idx1-ubyte.gz", np.arange(30) % 10)
-    train.main(["--arch", "unet", "--objective", "ddpm", "--data", "mnist", *QUICK, "--vae-preset", "tiny", "--vae-steps", "2"])
+    train.main(["--arch", "unet", "--objective", "ddpm", "--data", "mnist", *QUICK,
+                "--vae-preset", "tiny", "--vae-steps", "2"])
     sample.main(["runs/mnist-unet-ddpm", "--n", "2", "--steps", "2", "--label", "7", "--out", "out"])
     assert sorted(p.name for p in Path("out").iterdir()) == ["000000-7.png", "000001-7.png"]
     assert Image.open("out/000000-7.png").mode == "L"
@@ -171,7 +187,7 @@ def test_label_dropout_is_per_example_and_once(cwd):
     task.loss(model, indices)
     y = model.seen[0][2]
     dropped = (y == 24).float().mean().item()
-    assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / 2400) ** 0.5                    # neither all-or-nothing nor 0.51
+    assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / 2400) ** 0.5     # neither all-or-nothing nor 0.51
     assert (y[y < 24] == torch.arange(2400)[y < 24] % 24).all()
     task = denoising(cwd, "--label-dropout", "0")
     task.loss(model, indices)
@@ -201,25 +217,30 @@ def test_ema_and_learning_rate(cwd):
     """Three runs cut at 1, 2, 3 steps give the raw weights from which the averaged ones must follow."""
     raws = []
     for steps in (1, 2, 3):
-        flags = ["--arch", "dit", *QUICK[:2], "--steps", str(steps), *QUICK[4:], "--cooldown", "0", "--warmup", "0", "--name", f"ema{steps}", "--ema", "0.15"]
+        flags = ["--arch", "dit", *QUICK[:2], "--steps", str(steps), *QUICK[4:], "--cooldown", "0",
+                 "--warmup", "0", "--name", f"ema{steps}", "--ema", "0.15"]
         train.main(flags)
         raws.append(weights(f"runs/ema{steps}"))
     torch.manual_seed(0)
-    want = {k: v.clone() for k, v in sample.build_model("dit", sample.load_checkpoint("runs/ema1")["config"]).state_dict().items()}
-    for raw, decay in zip(raws, (1 / 10, 0.15, 0.15)):                          # (step + 1) / (step + 10), capped by --ema
+    want = {k: v.clone() for k, v in sample.build_model(
+        "dit", sample.load_checkpoint("runs/ema1")["config"]).state_dict().items()}
+    for raw, decay in zip(raws, (1 / 10, 0.15, 0.15)):      # (step + 1) / (step + 10), capped by --ema
         want = {k: decay * v + (1 - decay) * raw[k] for k, v in want.items()}
     for k, v in weights("runs/ema3", "ema").items():
         torch.testing.assert_close(v, want[k], rtol=1e-5, atol=1e-7)
-    args = train.resolve(train.parse_args(["--arch", "dit", "--steps", "100", "--lr", "1", "--warmup", "10", "--cooldown", "0.5"]))
+    args = train.resolve(train.parse_args(["--arch", "dit", "--steps", "100", "--lr", "1",
+                                           "--warmup", "10", "--cooldown", "0.5"]))
     rates = [train.learning_rate(step, args) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[50] == 1.0 and abs(rates[75] - 0.5) < 1e-9 and abs(rates[99] - 0.02) < 1e-9
+    assert (rates[0] == 0.1 and rates[9] == rates[50] == 1.0
+            and abs(rates[75] - 0.5) < 1e-9 and abs(rates[99] - 0.02) < 1e-9)
 
 
 def test_accumulation_is_the_same_step(cwd, monkeypatch):
     """With noise tied to the example, four pieces of 2 are one batch of 8."""
     def loss(self, model, indices):
         mean = torch.from_numpy(self.cache.latents[indices, 0, 0].astype(np.float32))
-        eps = torch.stack([torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(int(i))) for i in indices])
+        eps = torch.stack([torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(int(i)))
+                           for i in indices])
         t = torch.from_numpy((indices % 10 + 0.5) / 10).float()
         y = torch.from_numpy(indices % 24)
         return self.path.loss(model, self.vae.normalize(mean), t=t, eps=eps, y=y), t
@@ -234,7 +255,8 @@ def test_accumulation_is_the_same_step(cwd, monkeypatch):
 
 # ---- interruption
 
-RESUME = ["--arch", "dit", "--steps", "30", *QUICK[:2], *QUICK[4:], "--save-every", "5", "--log-every", "3", "--val-every", "10"]
+RESUME = ["--arch", "dit", "--steps", "30", *QUICK[:2], *QUICK[4:], "--save-every", "5",
+          "--log-every", "3", "--val-every", "10"]
 
 
 def command(name):
@@ -242,7 +264,8 @@ def command(name):
 
 
 def test_kill_9_at_random_moments(cwd):
-    """Killed wherever it may be, the rerun ends in the same bits, and the checkpoint is loadable at every moment."""
+    """Killed wherever it may be, the rerun ends in the same bits,
+    and the checkpoint is loadable at every moment."""
     train.main([*RESUME, "--name", "whole"])
     started = time.time()
     subprocess.run(command("timed"), check=True, capture_output=True)
@@ -259,8 +282,9 @@ def test_kill_9_at_random_moments(cwd):
     for key in ("model", "ema"):
         assert same(whole[key], killed[key])
     assert torch.equal(whole["training"]["rng"], killed["training"]["rng"])
-    lines = [[{k: v for k, v in json.loads(line).items()} for line in open(f"runs/{name}/metrics.jsonl")] for name in ("whole", "killed")]
-    assert [r["step"] for r in lines[0]] == [r["step"] for r in lines[1]]       # nothing twice, nothing missing
+    lines = [[{k: v for k, v in json.loads(line).items()}
+              for line in open(f"runs/{name}/metrics.jsonl")] for name in ("whole", "killed")]
+    assert [r["step"] for r in lines[0]] == [r["step"] for r in lines[1]]  # nothing twice, nothing missing
     assert [r.get("val_loss") for r in lines[0]] == [r.get("val_loss") for r in lines[1]]
 
 
@@ -278,12 +302,13 @@ def test_signals_finish_the_step_and_save(cwd, monkeypatch, capsys, number):
     handler = signal.getsignal(number)
     train.main([*RESUME, "--name", name])
     assert signal.getsignal(number) is handler and "the same command continues" in capsys.readouterr().out
-    assert sample.load_checkpoint(f"runs/{name}")["step"] == 7                  # between two planned checkpoints
+    assert sample.load_checkpoint(f"runs/{name}")["step"] == 7           # between two planned checkpoints
     monkeypatch.setattr(train.Denoising, "loss", original)
     train.main([*RESUME, "--name", name])
     if not (cwd / "runs/whole").exists():
         train.main([*RESUME, "--name", "whole"])
-    assert same(weights("runs/whole"), weights(f"runs/{name}")) and same(weights("runs/whole", "ema"), weights(f"runs/{name}", "ema"))
+    assert (same(weights("runs/whole"), weights(f"runs/{name}"))
+            and same(weights("runs/whole", "ema"), weights(f"runs/{name}", "ema")))
 
 
 def test_non_finite_loss_never_reaches_a_checkpoint(cwd, monkeypatch):
@@ -306,7 +331,8 @@ def test_second_process_and_other_settings_are_refused(cwd):
         train.main(["--arch", "dit", *QUICK, "--name", "done"])
     before = (cwd / "runs/done/checkpoint.pt").read_bytes()
     with pytest.raises(ValueError, match="--lr 0.001, not 0.5"):
-        train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--warmup", "5", "--lr", "0.5"])
+        train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done",
+                    "--warmup", "5", "--lr", "0.5"])
     with pytest.raises(ValueError, match="--latent-channels 4, not 8"):
         train.main(["--arch", "dit", *QUICK, "--name", "other", "--latent-channels", "8"])
     assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before
@@ -324,7 +350,8 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
         train.write_atomically(target, write)
     assert target.read_bytes() == b"old" and files(tmp_path) == {"checkpoint.pt"}
     with pytest.raises(OSError, match="cannot write"):
-        train.write_atomically(target, lambda f: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file")))
+        train.write_atomically(target, lambda f: (_ for _ in ()).throw(
+            RuntimeError("PytorchStreamWriter failed writing file")))
 
 
 # ---- sample.py
@@ -345,16 +372,19 @@ def test_pictures_do_not_depend_on_the_batch(cwd):
 
 def test_output_kinds(cwd):
     arrays = draw("--n", "24", "--seed", "0", out="e.npz")
-    assert zipfile.ZipFile("e.npz").namelist() == ["arr_0.npy"] and arrays.dtype == np.uint8 and arrays.shape == (24, 32, 32, 3)
+    assert (zipfile.ZipFile("e.npz").namelist() == ["arr_0.npy"]
+            and arrays.dtype == np.uint8 and arrays.shape == (24, 32, 32, 3))
     sample.main(["runs/done", "--steps", "3", "--n", "24", "--out", "grid.png"])
     picture = np.asarray(Image.open("grid.png"))
-    assert picture.shape == (36, 24 * 34 + 2, 3) and np.abs(picture[2:34, 36:68].astype(int) - arrays[1]).max() <= 1
+    assert (picture.shape == (36, 24 * 34 + 2, 3)
+            and np.abs(picture[2:34, 36:68].astype(int) - arrays[1]).max() <= 1)
     sample.main(["runs/done", "--steps", "3", "--n", "3", "--out", "singles"])
     assert np.abs(np.asarray(Image.open("singles/000001-red-square.png")).astype(int) - arrays[1]).max() <= 1
     sample.main(["runs/done", "--steps", "3", "--n", "2", "--out", "way.gif"])
     assert Image.open("way.gif").n_frames == 3
     assert np.abs(draw("--n", "2", "--weights", "raw", out="r.npz").astype(int) - arrays[:2]).max() > 0
-    by_name, by_number = draw("--n", "1", "--label", "green-cross", out="n.npz"), draw("--n", "1", "--label", "7", out="n.npz")
+    by_name, by_number = (draw("--n", "1", "--label", "green-cross", out="n.npz"),
+                          draw("--n", "1", "--label", "7", out="n.npz"))
     assert (by_name == by_number).all()
 
 
@@ -397,7 +427,8 @@ def test_damaged_and_foreign_checkpoints(cwd, tmp_path):
             return (Path.touch, (flag,))
 
     torch.save({"model": {}}, tmp_path / "foreign.pt")
-    for name, content in {"short.pt": good[:5000], "empty.pt": b"", "text.pt": b"hello", "evil.pt": pickle.dumps(Evil())}.items():
+    for name, content in {"short.pt": good[:5000], "empty.pt": b"", "text.pt": b"hello",
+                          "evil.pt": pickle.dumps(Evil())}.items():
         (tmp_path / name).write_bytes(content)
     for name in ("short.pt", "empty.pt", "text.pt", "evil.pt", "foreign.pt"):
         with pytest.raises(ValueError, match=f"{name}: not a checkpoint"):
@@ -441,7 +472,8 @@ def test_train_refuses_before_anything_is_written(cwd, flags, message):
     assert files(cwd) == before
 
 
-@pytest.mark.parametrize("script, flags", [("train.py", ["--arch", "dit", "--image-size", "30"]), ("sample.py", ["runs/nothing"])])
+@pytest.mark.parametrize("script, flags", [("train.py", ["--arch", "dit", "--image-size", "30"]),
+                                           ("sample.py", ["runs/nothing"])])
 def test_one_line_and_exit_status_2(cwd, script, flags):
     result = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
