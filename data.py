@@ -1,10 +1,10 @@
-"""Images and labels in, batches out: built-in shapes, IDX and CIFAR-10 files, any folder of pictures, cached latents.
+"""Images and labels in, batches out: shapes, IDX and CIFAR-10 files, any folder of pictures, cached latents.
 
     python data.py                       # writes shapes.png: one of every class, as drawn and as read back
 
-Every source becomes one `Dataset`: uint8 images (N, H, W, C), integer labels or none, class names. `LatentCache` holds what
-a VAE's encoder says of them. `batch_indices` is the only source of order: a pure function of (seed, step), so that a run
-resumed at any step sees exactly the batches that it would have seen.
+Every source becomes one `Dataset`: uint8 images (N, H, W, C), integer labels or none, class names.
+`LatentCache` holds what a VAE's encoder says of them. `batch_indices` is the only source of order: a pure
+function of (seed, step), so that a run resumed at any step sees exactly the batches that it would have seen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
+FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle-boot"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -53,7 +54,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """(batch_size,) indices into n examples for one step: epochs in fresh random order, joined without a gap."""
+    """(batch_size,) indices into n examples for one step: epochs in fresh random order, joined seamlessly."""
     k = np.arange(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: _order(n, int(epoch), seed) for epoch in np.unique(k // n)}
     return np.array([orders[epoch][i] for epoch, i in zip(k // n, k % n)])
@@ -64,18 +65,19 @@ def _order(n: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # shapes: one coloured shape on a grey background, drawn from a signed distance, read back by drawing again
 
 KINDS = ["circle", "square", "triangle", "cross"]
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220),
            "yellow": (235, 205, 40), "magenta": (200, 50, 190), "cyan": (40, 195, 210)}
 SHAPE_CLASSES = [f"{colour}-{kind}" for colour in COLOURS for kind in KINDS]
-AREA = {"circle": np.pi, "square": 1.7**2, "triangle": 1.15**2 * 27**0.5 / 4, "cross": 4 * 0.7 - 0.7**2}  # radius 1
+# of each kind at radius 1
+AREA = {"circle": np.pi, "square": 1.7**2, "triangle": 1.15**2 * 27**0.5 / 4, "cross": 4 * 0.7 - 0.7**2}
 
 
 def coverage(kind: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Share of each pixel that the shape covers; x and y are pixel offsets from its centroid, y pointing down."""
+    """Share of each pixel that the shape covers; x and y are pixel offsets from its centroid, y downward."""
     ax, ay = np.abs(x), np.abs(y)
     if kind == "circle":
         distance = np.hypot(x, y) - radius
@@ -84,12 +86,13 @@ def coverage(kind: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.
     elif kind == "triangle":
         distance = np.maximum(y, 0.75**0.5 * ax - 0.5 * y) - 0.575 * radius
     else:
-        distance = np.minimum(np.maximum(ax - radius, ay - 0.35 * radius), np.maximum(ax - 0.35 * radius, ay - radius))
+        distance = np.minimum(np.maximum(ax - radius, ay - 0.35 * radius),
+                              np.maximum(ax - 0.35 * radius, ay - radius))
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
 def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
-    """Picture `index` of the infinite sequence, uint8 (H, W, 3); its class is index % 24 = colour * 4 + kind."""
+    """Picture `index` of the infinite sequence, uint8 (H, W, 3); class index % 24 = colour * 4 + kind."""
     height, width = size
     rng, label = np.random.default_rng([24, index]), index % len(SHAPE_CLASSES)
     colour, kind = list(COLOURS.values())[label // len(KINDS)], KINDS[label % len(KINDS)]
@@ -104,10 +107,11 @@ def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
 
 
 def read_shape(image: np.ndarray) -> tuple[str, str]:
-    """(colour, kind) of a picture, uint8 (H, W, 3). Exact for what `draw_shape` draws; a best guess for anything else.
+    """(colour, kind) of a picture, uint8 (H, W, 3). Exact for what `draw_shape` draws, else a best guess.
 
-    The background is grey, so a pixel's max - min channel is its coverage times that of the colour. Given coverage, centroid
-    and area place one candidate of each kind, and the candidate nearest to the coverage is the answer."""
+    The background is grey, so a pixel's max - min channel is its coverage times that of the colour. Given
+    coverage, centroid and area place one candidate of each kind, and the candidate nearest to the coverage is
+    the answer."""
     image = image.astype(np.float64)
     chroma = image.max(-1) - image.min(-1)
     inside = chroma >= 0.7 * np.quantile(chroma, 0.98)
@@ -124,14 +128,15 @@ def read_shape(image: np.ndarray) -> tuple[str, str]:
 
 
 def load_shapes(split: str, size: tuple[int, int], count: int) -> Dataset:
-    first = 0 if split == "train" else 10**9      # the sequence is infinite: validation is a part that training never reaches
+    # The sequence is infinite: validation is a part that training never reaches.
+    first = 0 if split == "train" else 10**9
     first -= first % len(SHAPE_CLASSES)
     images = np.stack([draw_shape(first + i, size) for i in range(count)])
     labels = np.arange(count) % len(SHAPE_CLASSES)
     return Dataset(images, labels, SHAPE_CLASSES, _digest("shapes", split, images, labels))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # published data sets, from --data-dir, the system, or the network
 
 MIRRORS = {
@@ -153,7 +158,8 @@ MD5 = {
 
 
 def find_file(source: str, name: str, data_dir: Path) -> Path:
-    """The file in data_dir (packed or not, there or in data_dir/source), where Debian puts it, or downloaded and checked."""
+    """The file in data_dir (packed or not, there or in data_dir/source), where Debian puts it, or downloaded
+    and checked."""
     for folder in (data_dir, data_dir / source, Path("/usr/share/datasets") / source):
         for candidate in (folder / name, folder / name.removesuffix(".gz")):
             if candidate.is_file():
@@ -168,17 +174,19 @@ def find_file(source: str, name: str, data_dir: Path) -> Path:
                     bar.update(out.write(chunk))
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ValueError(f"{name} of {source} is not in {data_dir} and cannot be downloaded from {MIRRORS[source]} "
-                         f"({error}); put the file there or name its folder with --data-dir") from None
+        raise ValueError(f"{name} of {source} is not in {data_dir} and cannot be downloaded from "
+                         f"{MIRRORS[source]} ({error}); put the file there or name its folder with --data-dir"
+                         ) from None
     if (found := hashlib.md5(partial.read_bytes()).hexdigest()) != MD5[f"{source}/{name}"]:
         partial.unlink()
-        raise ValueError(f"{MIRRORS[source]}{name}: MD5 {found} is not {MD5[f'{source}/{name}']}; the download was dropped")
+        raise ValueError(f"{MIRRORS[source]}{name}: MD5 {found} is not {MD5[f'{source}/{name}']}; "
+                         "the download was dropped")
     partial.replace(target)
     return target
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of an IDX file (LeCun's format: two zero bytes, type 8 = uint8, rank, big-endian sizes, data)."""
+    """The array of an IDX file (LeCun's format: two zero bytes, 8 = uint8, rank, big-endian sizes, data)."""
     try:
         raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
         if raw[:3] != b"\0\0\x08":
@@ -186,15 +194,17 @@ def read_idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(raw, ">u4", raw[3], 4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: damaged or not an IDX file ({error}); delete it to have it downloaded again") from None
+        raise ValueError(f"{path}: damaged or not an IDX file ({error}); "
+                         "delete it to have it downloaded again") from None
 
 
 def _resize(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (N, h, w, C) -> (N, H, W, C), scaled to cover and cropped in the centre; as it is where the size fits."""
+    """uint8 (N, h, w, C) -> (N, H, W, C), scaled to cover and cropped in the centre; as it is if it fits."""
     if images.shape[1:3] == tuple(size):
         return images
-    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size[::-1],
-                                             Image.Resampling.BICUBIC)).reshape(*size, -1) for image in images])
+    return np.stack([np.asarray(ImageOps.fit(
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size[::-1],
+        Image.Resampling.BICUBIC)).reshape(*size, -1) for image in images])
 
 
 def load_mnist(source: str, split: str, size: tuple[int, int], data_dir: Path) -> Dataset:
@@ -214,21 +224,23 @@ def load_cifar10(split: str, size: tuple[int, int], data_dir: Path) -> Dataset:
             raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
         rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
     except (KeyError, ValueError, EOFError, OSError, tarfile.TarError) as error:
-        raise ValueError(f"{path}: damaged or not CIFAR-10's binary version ({error}); delete it to download again") from None
+        raise ValueError(f"{path}: damaged or not CIFAR-10's binary version ({error}); "
+                         "delete it to download again") from None
     images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = rows[:, 0].astype(np.int64)
     return Dataset(_resize(images, size), labels, CIFAR10, _digest("cifar10", split, size, images, labels))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a folder of any pictures
 
 def open_image(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Any picture that Pillow opens -> uint8 (H, W, 3): turned as its EXIF says, transparency on white, scaled to cover
-    `size` and cropped in the centre. Raises OSError or ValueError for a file that cannot be decoded."""
+    """Any picture that Pillow opens -> uint8 (H, W, 3): turned as its EXIF says, transparency on white,
+    scaled to cover `size` and cropped in the centre. Raises OSError or ValueError for a file that cannot be
+    decoded."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":        # 16 and 32 bits: convert() would clip at 255
+        if image.mode.startswith("I") or image.mode == "F":      # 16 and 32 bits: convert() would clip at 255
             values = np.asarray(image, dtype=np.float64)
             top = 65535.0 if image.mode.startswith("I") and values.max() <= 65535 else max(values.max(), 1e-9)
             image = Image.fromarray(np.round(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
@@ -242,13 +254,16 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
     """Pictures of a flat folder (labels None) or of a folder of class folders, in sorted order."""
     endings = {e for e, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
     if not folder.is_dir():
-        raise ValueError(f"--data {folder}: neither a built-in source (shapes, fashion-mnist, mnist, cifar10) nor a folder")
+        raise ValueError(f"--data {folder}: neither a built-in source (shapes, fashion-mnist, mnist, cifar10)"
+                         " nor a folder")
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
     flat = [p for p in pictures if p.parent == folder]
     if not pictures:
-        raise ValueError(f"--data {folder}: no pictures in this folder (looked for files that Pillow opens, such as .png, .jpg)")
+        raise ValueError(f"--data {folder}: no pictures in this folder "
+                         "(looked for files that Pillow opens, such as .png, .jpg)")
     if flat and len(flat) < len(pictures):
-        raise ValueError(f"--data {folder}: {flat[0].name} lies beside class folders; use a flat folder or class folders, not both")
+        raise ValueError(f"--data {folder}: {flat[0].name} lies beside class folders; "
+                         "use a flat folder or class folders, not both")
     if flat:
         return flat, None, []
     classes = sorted({p.relative_to(folder).parts[0] for p in pictures})
@@ -256,7 +271,7 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
 
 
 def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path) -> Dataset:
-    """Decode once into cache_dir, memory-mapped from then on. Every 20th picture (at most 256) is for validation."""
+    """Decode once into cache_dir, memory-mapped from then on. Every 20th picture (at most 256) validates."""
     paths, labels, classes = list_folder(folder)
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     fingerprint = _digest("folder", size, stats)
@@ -268,7 +283,7 @@ def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path
             try:
                 store[len(keep)] = open_image(path, size)
                 keep.append(i)
-            except Exception as error:             # Pillow's decoders raise a dozen kinds; any of them means: skip this file
+            except Exception as error:   # Pillow's decoders raise a dozen kinds; any of them: skip this file
                 tqdm.write(f"skipped {path}: {type(error).__name__}: {error}", file=sys.stderr)
         store.flush()
         if not keep:
@@ -317,17 +332,18 @@ def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: P
     return load_folder(Path(source), split, size, cache_dir)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # latents
 
 class LatentCache:
-    """What the encoder says of every picture, encoded once: float16 (N, flips, 2, C, h, w) on disk, 2 = mean and standard
-    deviation, so that each step draws a fresh z ~ q(z|x); flips = 2 keeps the mirrored picture's own latent as well.
+    """What the encoder says of every picture, encoded once: float16 (N, flips, 2, C, h, w) on disk, 2 = mean
+    and standard deviation, so that each step draws a fresh z ~ q(z|x); flips = 2 keeps the mirrored picture's
+    own latent as well.
 
     Stamped with the VAE's and the data's fingerprint: a cache with any other stamp is rebuilt, never used."""
 
-    def __init__(self, path: Path, vae, vae_fingerprint: str, data: Dataset, flip: bool, device: torch.device | str = "cpu",
-                 batch_size: int = 256):
+    def __init__(self, path: Path, vae, vae_fingerprint: str, data: Dataset, flip: bool,
+                 device: torch.device | str = "cpu", batch_size: int = 256):
         h, w = data.images.shape[1] // vae.factor, data.images.shape[2] // vae.factor
         shape = (len(data), 1 + flip, 2, vae.config.latent_channels, h, w)
         stamp = {"vae": vae_fingerprint, "data": data.fingerprint, "shape": list(shape)}
@@ -366,15 +382,18 @@ class LatentCache:
         """Per-channel mean and variance (C,) of z ~ q(z|x) over all pictures and pixels, in float64."""
         first, second = 0.0, 0.0
         for i in range(0, len(self), 1024):
-            mean, std = self.latents[i:i + 1024].astype(np.float64).transpose(2, 3, 0, 1, 4, 5)   # each (C, N, flips, h, w)
+            # each (C, N, flips, h, w)
+            mean, std = self.latents[i:i + 1024].astype(np.float64).transpose(2, 3, 0, 1, 4, 5)
             first = first + mean.reshape(len(mean), -1).sum(1)
             second = second + (mean**2 + std**2).reshape(len(mean), -1).sum(1)
         count = self.latents.size / (2 * self.latents.shape[3])
         mean = first / count
         return torch.from_numpy(mean), torch.from_numpy(second / count - mean**2)
 
-    def batch(self, indices: np.ndarray, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        """Raw latents (B, C, h, w) float32, freshly drawn from the posterior with a random flip each, and labels (B,)."""
+    def batch(self, indices: np.ndarray,
+              generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Raw latents (B, C, h, w) float32, freshly drawn from the posterior with a random flip each, and
+        labels (B,)."""
         flip = torch.randint(self.latents.shape[1], (len(indices),), generator=generator)
         mean, std = torch.from_numpy(self.latents[indices, flip.numpy()]).float().unbind(1)
         z = mean + std * torch.randn(mean.shape, generator=generator)
@@ -382,7 +401,8 @@ class LatentCache:
 
 
 def _new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped array in a new file. Its room is claimed at once: a map that meets a full disk later kills the process."""
+    """A memory-mapped array in a new file. Its room is claimed at once: a map that meets a full disk later
+    kills the process."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -407,7 +427,8 @@ def _digest(*parts) -> str:
 
 def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
     """A name for these very weights."""
-    return _digest(*(part for name in sorted(tensors) for part in (name, tensors[name].detach().cpu().numpy())))
+    return _digest(*(part for name in sorted(tensors)
+                     for part in (name, tensors[name].detach().cpu().numpy())))
 
 
 def _read_stamp(path: Path) -> dict:
@@ -437,6 +458,7 @@ def grid(images: np.ndarray, columns: int | None = None, pad: int = 2) -> Image.
 
 if __name__ == "__main__":
     pictures = np.stack([draw_shape(i) for i in range(2400)])
-    right = [f"{colour}-{kind}" == SHAPE_CLASSES[i % 24] for i, (colour, kind) in enumerate(map(read_shape, pictures))]
+    right = [f"{colour}-{kind}" == SHAPE_CLASSES[i % 24]
+             for i, (colour, kind) in enumerate(map(read_shape, pictures))]
     grid(pictures[:96], 24).resize((24 * 68, 4 * 68), Image.Resampling.NEAREST).save("shapes.png")
     print(f"shapes.png written; {sum(right)} of {len(right)} pictures read back as drawn")

@@ -1,10 +1,11 @@
 """Draw pictures from a run: grids, single files, an .npz for evaluation, or a film of the way from noise.
 
-    python sample.py runs/shapes-dit-rf --label red-circle --n 64 --sampler heun --steps 10 --cfg 2 --seed 0 --out grid.png
+    python sample.py runs/shapes-dit-rf --label red-circle --n 64 --steps 10 --cfg 2 --seed 0 --out grid.png
     python sample.py runs/shapes-dit-rf --n 50000 --batch-size 500 --out samples.npz
 
-One checkpoint says everything: network, objective, data shape, class names, VAE, raw and EMA weights. Picture i is drawn by a
-generator of its own, seeded with seed + i, so it does not depend on the batch size or on how many are asked for.
+One checkpoint says everything: network, objective, data shape, class names, VAE, raw and EMA weights. Picture
+i is drawn by a generator of its own, seeded with seed + i, so it does not depend on the batch size or on how
+many are asked for.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from vae import VAE, VAEConfig
 
 MODELS = {"dit": (DiT, DiTConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
 PATHS = {"rf": RectifiedFlow, "ddpm": DDPM}
-DRAW_DEFAULTS = {"rf": dict(sampler="heun", steps=10), "ddpm": dict(sampler="ddim", steps=50)}   # 19 and 50 evaluations
+# 19 and 50 evaluations of the network
+DRAW_DEFAULTS = {"rf": dict(sampler="heun", steps=10), "ddpm": dict(sampler="ddim", steps=50)}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -42,12 +44,13 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind, there in present.items() if there)
     if not present.get(name.split(":")[0], False):
-        raise ValueError(f"--device {name}: not available here (there is {', '.join(k for k, v in present.items() if v)})")
+        raise ValueError(f"--device {name}: not available here "
+                         f"(there is {', '.join(k for k, v in present.items() if v)})")
     return torch.device(name)
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a run folder's or a file's checkpoint onto the CPU. Raises ValueError with one line for the user."""
+    """Read a run folder's or a file's checkpoint to the CPU. Raises ValueError with a line for the user."""
     path = Path(path)
     file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.is_file():
@@ -55,8 +58,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["arch"], checkpoint["config"], checkpoint["ema"]
-    except Exception as error:     # torch raises a dozen kinds for a damaged file; each means the same to the user
-        raise ValueError(f"{file}: not a checkpoint of train.py, or damaged ({type(error).__name__})") from None
+    except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same to the user
+        raise ValueError(f"{file}: not a checkpoint of train.py, or damaged "
+                         f"({type(error).__name__})") from None
     return checkpoint
 
 
@@ -64,7 +68,8 @@ def build_model(arch: str, config: dict) -> torch.nn.Module:
     model_class, config_class = MODELS[arch]
     known = {field.name for field in fields(config_class)}
     if surplus := set(config) - known:
-        raise ValueError(f"{arch} has no setting {sorted(surplus)[0]!r}; this checkpoint is from another version")
+        raise ValueError(f"{arch} has no setting {sorted(surplus)[0]!r}; "
+                         "this checkpoint is from another version")
     return model_class(config_class(**config))
 
 
@@ -86,7 +91,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) ->
 
 
 def load_vae(path: str | Path) -> VAE:
-    """The VAE of a VAE run or, of any other run, the one inside its checkpoint; EMA weights, evaluation mode."""
+    """The VAE of a VAE run or, of any other run, the one in its checkpoint; EMA weights, evaluation mode."""
     checkpoint = load_checkpoint(path)
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])
@@ -94,17 +99,21 @@ def load_vae(path: str | Path) -> VAE:
 
 
 def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
-    return load_weights(build_model("vae", packed["config"]), packed["state"], what).eval().requires_grad_(False)
+    return load_weights(
+        build_model("vae", packed["config"]), packed["state"], what).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], labels: Tensor | None, seeds: range, *,
-         sampler: str, steps: int, scale: float = 1.0, num_classes: int = 0, on_step=None, **options) -> np.ndarray:
-    """One batch of pictures, uint8 (B, H, W, C). shape (C, h, w) of the latent; labels (B,) or None; one seed per picture.
+def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], labels: Tensor | None,
+         seeds: range, *, sampler: str, steps: int, scale: float = 1.0, num_classes: int = 0, on_step=None,
+         **options) -> np.ndarray:
+    """One batch of pictures, uint8 (B, H, W, C). shape (C, h, w) of the latent; labels (B,) or None; one
+    seed per picture.
 
     num_classes is also the null label. on_step(i, decoded uint8 pictures) shows the way."""
     device = next(vae.parameters()).device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]   # on the CPU: the same noise on every device
+    # on the CPU: the same noise on every device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)
     cond, uncond = {}, {}
     if labels is not None:
@@ -115,13 +124,16 @@ def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], la
         return to_uint8(vae.decode(vae.denormalize(x0)))
 
     show = (lambda i, xs, x0: on_step(i, decode(xs))) if on_step else None
-    return decode(SAMPLERS[sampler](denoise, path, x, path.times(steps), generator=generators, on_step=show, **options))
+    return decode(SAMPLERS[sampler](denoise, path, x, path.times(steps), generator=generators,
+                                    on_step=show, **options))
 
 
 @contextlib.contextmanager
 def npz_writer(file: Path, shape: tuple[int, ...]) -> Iterator:
-    """An .npz with the one array `arr_0`, uint8 of `shape`, written batch by batch: the layout of ADM's evaluation suite."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as out:
+    """An .npz with the one array `arr_0`, uint8 of `shape`, written batch by batch: the layout of ADM's
+    evaluation suite."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(
+            "arr_0.npy", "w", force_zip64=True) as out:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
         yield lambda images: out.write(np.ascontiguousarray(images).tobytes())
 
@@ -139,7 +151,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Draw pictures from a run of train.py.")
     p.add_argument("run", help="run folder, or a checkpoint file")
     p.add_argument("--out", default="samples.png",
-                   help="NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC; NAME.gif: the way from noise; a folder: single PNGs")
+                   help="NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC; NAME.gif: the way from noise; "
+                        "a folder: single PNGs")
     p.add_argument("--n", type=int, default=64, help="how many pictures (default 64)")
     p.add_argument("--label", help="class, by number or name (default: all in turn)")
     p.add_argument("--cfg", type=float, help="guidance scale: 1 conditional, 0 unconditional, above 1 guided "
@@ -148,10 +161,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="intervals (default: 10 for rf, 50 for ddpm)")
     p.add_argument("--eta", type=float, help="ddim only: 0 deterministic (default) to 1 ancestral")
     p.add_argument("--seed", type=int, default=0, help="picture i is drawn with seed + i (default 0)")
-    p.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64); changes speed only")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which of the run's weights (default ema)")
+    p.add_argument("--batch-size", type=int, default=64,
+                   help="pictures at a time (default 64); changes speed only")
+    p.add_argument("--weights", choices=("ema", "raw"), default="ema",
+                   help="which of the run's weights (default ema)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (default fp32)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                   help="of the network (default fp32)")
     return p.parse_args(argv)
 
 
@@ -169,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.run)
     if checkpoint["arch"] == "vae":
-        raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; give a dit or unet run")
+        raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; "
+                         "give a dit or unet run")
 
     classes, trained_with_dropout = checkpoint["data"]["classes"], checkpoint["label_dropout"] > 0
     labelled = bool(classes)
@@ -179,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         reason = "with label dropout 0, so it has no unconditional branch" if labelled else "without classes"
         raise ValueError(f"--cfg {args.cfg:g}: this run was trained {reason}; use --cfg 1")
     if args.label is not None and args.cfg == 0:
-        raise ValueError(f"--label {args.label} with --cfg 0: scale 0 is unconditional and ignores the label; drop one of them")
+        raise ValueError(f"--label {args.label} with --cfg 0: scale 0 is unconditional and ignores the label;"
+                         " drop one of them")
     scale = args.cfg if args.cfg is not None else 2.0 if labelled and trained_with_dropout else 1.0
     defaults = DRAW_DEFAULTS[checkpoint["objective"]["name"]]
     sampler = args.sampler or ("ddim" if args.eta is not None else defaults["sampler"])
@@ -191,9 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     options = {"eta": args.eta} if args.eta is not None else {}
 
     weights = checkpoint["ema" if args.weights == "ema" else "model"]
-    model = load_weights(build_model(checkpoint["arch"], checkpoint["config"]), weights, args.run).to(device).eval()
+    model = load_weights(
+        build_model(checkpoint["arch"], checkpoint["config"]), weights, args.run).to(device).eval()
     vae, path = unpack_vae(checkpoint["vae"]).to(device), build_path(checkpoint["objective"])
-    path.times(steps)                              # a step count that the path does not have fails here, before any work
+    path.times(steps)                 # a step count that the path does not have fails here, before any work
     height, width = checkpoint["data"]["size"]
     shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
     labels = None
@@ -208,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
                 seeds = range(args.seed + i, args.seed + min(i + args.batch_size, args.n))
                 batch = labels[i:i + args.batch_size] if labels is not None else None
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    images = draw(model, vae, path, shape, batch, seeds, sampler=sampler, steps=steps, scale=scale,
-                                  num_classes=len(classes), on_step=on_step, **options)
+                    images = draw(model, vae, path, shape, batch, seeds, sampler=sampler, steps=steps,
+                                  scale=scale, num_classes=len(classes), on_step=on_step, **options)
                 yield images
                 bar.update(len(seeds))
 
@@ -228,15 +247,18 @@ def main(argv: list[str] | None = None) -> None:
         for _ in batches(on_step=lambda i, images: frames[i].append(images)):
             pass
         pictures = [grid(np.concatenate(frame), columns) for frame in frames]
-        pictures[0].save(out, save_all=True, append_images=pictures[1:], loop=0, duration=[120] * (steps - 1) + [1500])
+        pictures[0].save(out, save_all=True, append_images=pictures[1:], loop=0,
+                         duration=[120] * (steps - 1) + [1500])
     elif kind == ".png":
         grid(np.concatenate(list(batches())), columns).save(out)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        names = (f"{args.seed + i:06d}" + (f"-{classes[labels[i]]}" if labelled else "") for i in range(args.n))
+        names = (f"{args.seed + i:06d}" + (f"-{classes[labels[i]]}" if labelled else "")
+                 for i in range(args.n))
         for images in batches():
             for image, name in zip(images, names):
-                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(out / f"{name}.png")
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                    out / f"{name}.png")
     print(out)
 
 

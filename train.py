@@ -1,12 +1,13 @@
-"""Train a network in latent space: settings, data, VAE, latents, the loop, samples. Rerunning the same command resumes.
+"""Train a network in latent space: settings, data, VAE, latents, loop, samples. The same command resumes.
 
-    python train.py --arch dit --objective rf                       # everything from nothing, ten minutes on two cores
+    python train.py --arch dit --objective rf                       # all from nothing, ten minutes on 2 cores
     python train.py --arch unet --objective ddpm --prediction v --data fashion-mnist
     python train.py --arch vae --data FOLDER --image-size 128 192   # only the autoencoder
     python train.py --arch dit --data FOLDER --image-size 128 192
 
-A run lives in runs/NAME: settings.json, metrics.jsonl, previews, loss.png, checkpoint.pt. A network without --vae first trains
-the VAE of its data, as the run runs/DATA-HxW-vae, and shares it with every other network on that data.
+A run lives in runs/NAME: settings.json, metrics.jsonl, previews, loss.png, checkpoint.pt. A network without
+--vae first trains the VAE of its data, as the run runs/DATA-HxW-vae, and shares it with every other network
+on that data.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from tqdm import tqdm
 import dit
 import unet
 import vae as vae_file
-from data import Dataset, LatentCache, batch_indices, fingerprint_tensors, grid, load_data, to_tensor, to_uint8
-from sample import (DRAW_DEFAULTS, MODELS, build_model, build_path, draw, load_checkpoint, load_vae, load_weights,
-                    pick_device)
+from data import (Dataset, LatentCache, batch_indices, fingerprint_tensors, grid, load_data, to_tensor,
+                  to_uint8)
+from sample import (DRAW_DEFAULTS, MODELS, build_model, build_path, draw, load_checkpoint, load_vae,
+                    load_weights, pick_device)
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
 DEFAULTS = {
@@ -44,43 +46,49 @@ DEFAULTS = {
 }
 VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 3e-3}
 # Flags that may differ when a run is continued: where things are and how often we look, never what is learnt.
-FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every", "preview_every",
-        "save_every"}
+FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every",
+        "preview_every", "save_every"}
 # Flags that mean something only under one value of another flag.
-BELONGS = {"schedule": ("objective", "ddpm"), "min_snr": ("objective", "ddpm"), "zero_terminal_snr": ("objective", "ddpm"),
-           "density": ("objective", "rf"), "density_mean": ("objective", "rf"), "density_std": ("objective", "rf"),
+BELONGS = {"schedule": ("objective", "ddpm"), "min_snr": ("objective", "ddpm"),
+           "zero_terminal_snr": ("objective", "ddpm"), "density": ("objective", "rf"),
+           "density_mean": ("objective", "rf"), "density_std": ("objective", "rf"),
            "mode_scale": ("objective", "rf"), "shift": ("objective", "rf"), "patch": ("arch", "dit")}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Train a VAE, or a DiT or U-Net in its latent space.")
     g = p.add_argument_group("what")
-    g.add_argument("--arch", choices=MODELS, required=True, help="the network; vae trains only the autoencoder")
-    g.add_argument("--objective", choices=DRAW_DEFAULTS, default="rf", help="straight path (default), or diffusion")
+    g.add_argument("--arch", choices=MODELS, required=True, help="network; vae trains only the autoencoder")
+    g.add_argument("--objective", choices=DRAW_DEFAULTS, default="rf", help="straight (default) or diffusion")
     g.add_argument("--prediction", choices=("velocity", "eps", "v", "x0"),
                    help="what the network returns (default: velocity for rf, eps for ddpm)")
-    g.add_argument("--name", help="run folder in --runs-dir (default: DATA-ARCH-OBJECTIVE, with the size unless 32x32)")
+    g.add_argument("--name", help="run folder in --runs-dir "
+                                  "(default: DATA-ARCH-OBJECTIVE, with the size unless 32x32)")
     g.add_argument("--runs-dir", default="runs", help="where runs live (default: runs)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="shapes", help="shapes (default), fashion-mnist, mnist, cifar10, or a folder")
-    g.add_argument("--data-dir", default="data", help="where IDX and CIFAR-10 files are or go (default: data)")
-    g.add_argument("--image-size", type=int, nargs="+", metavar="N", help="side, or height and width (default: 32)")
+    g.add_argument("--data", default="shapes",
+                   help="shapes (default), fashion-mnist, mnist, cifar10, or a folder")
+    g.add_argument("--data-dir", default="data", help="IDX and CIFAR-10 files are or go here (default: data)")
+    g.add_argument("--image-size", type=int, nargs="+", metavar="N",
+                   help="side, or height and width (default: 32)")
     g.add_argument("--flip", action="store_true", help="mirror pictures at random")
-    g.add_argument("--cond", choices=("class", "none"), default="class", help="learn the labels (default), or not")
+    g.add_argument("--cond", choices=("class", "none"), default="class", help="learn labels (default) or not")
     g.add_argument("--cache-dir", help="for decoded pictures and latents (default: the VAE's folder)")
     g = p.add_argument_group("network")
-    g.add_argument("--preset", help="a row of PRESETS in dit.py or unet.py, such as S/2 or sd1 (default: small)")
+    g.add_argument("--preset", help="a row of PRESETS in dit.py or unet.py, like S/2 or sd1 (default: small)")
     g.add_argument("--patch", type=int, nargs="+", metavar="N", help="dit: patch side, or height and width")
-    g.add_argument("--block", choices=("modern", "published"), default="modern", help="dit: transformer block")
+    g.add_argument("--block", choices=("modern", "published"), default="modern", help="dit: kind of block")
     g.add_argument("--vae", help="a trained VAE: run folder or checkpoint (default: this data's own)")
     g = p.add_argument_group("VAE, where one is trained")
-    g.add_argument("--vae-preset", choices=vae_file.PRESETS, help="a row of PRESETS in vae.py (default: small)")
-    g.add_argument("--vae-widths", type=int, nargs="+", metavar="N", help="per level; all but the last halve the image")
+    g.add_argument("--vae-preset", choices=vae_file.PRESETS, help="row of PRESETS in vae.py (default: small)")
+    g.add_argument("--vae-widths", type=int, nargs="+", metavar="N",
+                   help="per level; all but the last halve the image")
     g.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent (default: 4)")
     g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 3e-3)")
-    g.add_argument("--vae-steps", type=int, help="its optimizer steps, when trained on the way to another network")
+    g.add_argument("--vae-steps", type=int, help="its steps, when trained on the way to another network")
     g = p.add_argument_group("objective")
-    g.add_argument("--schedule", choices=("linear", "scaled_linear", "cosine"), help="ddpm (default: scaled_linear)")
+    g.add_argument("--schedule", choices=("linear", "scaled_linear", "cosine"),
+                   help="ddpm (default: scaled_linear)")
     g.add_argument("--min-snr", type=float, help="ddpm: gamma of the min-SNR loss weight (default: off)")
     g.add_argument("--zero-terminal-snr", action="store_true", help="ddpm: end the schedule in pure noise")
     g.add_argument("--density", choices=("uniform", "logit_normal", "mode", "cosmap"),
@@ -88,27 +96,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--density-mean", type=float, help="rf, logit_normal: m (default: 0)")
     g.add_argument("--density-std", type=float, help="rf, logit_normal: s (default: 1)")
     g.add_argument("--mode-scale", type=float, help="rf, mode: s (default: 1.29)")
-    g.add_argument("--shift", type=float, help="rf: shift of t toward noise, for larger pictures (default: 1)")
+    g.add_argument("--shift", type=float, help="rf: shift t toward noise, for larger pictures (default: 1)")
     g.add_argument("--label-dropout", type=float, default=0.1,
                    help="share of labels dropped, for guidance (default: 0.1); 0: no guidance later")
     g = p.add_argument_group("optimisation (defaults depend on --arch: DEFAULTS in this file)")
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch-size", type=int, help="examples per optimizer step")
-    g.add_argument("--accumulate", type=int, default=1, help="pieces that a batch is cut into, to save memory")
+    g.add_argument("--accumulate", type=int, default=1, help="pieces a batch is cut into, to save memory")
     g.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    g.add_argument("--cooldown", type=float, default=0.5, help="last share of steps, falling to rate 0 (default: 0.5)")
+    g.add_argument("--cooldown", type=float, default=0.5,
+                   help="last share of steps, falling to rate 0 (default: 0.5)")
     g.add_argument("--weight-decay", type=float, help="of matrices; never of norms, biases and gains")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
     g.add_argument("--ema", type=float, help="decay of the averaged weights, after its warm-up")
     g.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: 0)")
     g = p.add_argument_group("machine and output")
     g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    g.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 where there is hardware")
+    g.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                   help="bf16 where there is hardware")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
-    g.add_argument("--log-every", type=int, default=20, help="steps between lines of metrics.jsonl (default: 20)")
-    g.add_argument("--val-every", type=int, default=500, help="steps between validation losses (default: 500)")
-    g.add_argument("--preview-every", type=int, default=1000, help="steps between preview grids (default: 1000)")
+    g.add_argument("--log-every", type=int, default=20, help="steps per line of metrics.jsonl (default: 20)")
+    g.add_argument("--val-every", type=int, default=500, help="steps between validations (default: 500)")
+    g.add_argument("--preview-every", type=int, default=1000, help="steps between previews (default: 1000)")
     g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
     return p.parse_args(argv)
 
@@ -134,7 +144,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"{flag(name)}: belongs to --{group} {owner}, not {getattr(args, group)}")
     for name in ("vae", "preset", "vae_steps"):
         if args.arch == "vae" and getattr(args, name) is not None:
-            raise ValueError(f"{flag(name)}: for a network in latent space; --arch vae has --vae-preset and --steps")
+            raise ValueError(f"{flag(name)}: for a network in latent space; "
+                             "--arch vae has --vae-preset and --steps")
     for name in (*VAE_FLAGS, "vae_steps"):
         if args.vae and getattr(args, name) is not None:
             raise ValueError(f"{flag(name)}: --vae {args.vae} is trained already; give one or the other")
@@ -159,7 +170,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 def objective_of(args: argparse.Namespace) -> dict:
     options = ({"density": args.density, "mean": args.density_mean, "std": args.density_std,
                 "mode_scale": args.mode_scale, "shift": args.shift} if args.objective == "rf" else
-               {"schedule": args.schedule, "min_snr": args.min_snr, "zero_terminal_snr": args.zero_terminal_snr})
+               {"schedule": args.schedule, "min_snr": args.min_snr,
+                "zero_terminal_snr": args.zero_terminal_snr})
     options["prediction"] = args.prediction
     return {"name": args.objective, **{name: value for name, value in options.items() if value is not None}}
 
@@ -180,14 +192,15 @@ def network_config(args: argparse.Namespace, latent_channels: int, num_classes: 
 
 
 def check_size(args: argparse.Namespace) -> None:
-    """The sides must be multiples of every halving and patch on the way: said before the VAE takes its minutes."""
+    """Sides must be multiples of every halving and patch on the way: said before the VAE takes minutes."""
     vae_widths = vae_config(args, 3).get("widths", vae_file.VAEConfig.widths)
     factor = load_vae(args.vae).factor if args.vae else 2 ** (len(vae_widths) - 1)
     factors = {"VAE": (factor, factor)}
     if args.arch == "dit":
         factors["patch"] = network_config(args, 4, 0).get("patch", dit.DiTConfig.patch)
     elif args.arch == "unet":
-        factors["U-Net"] = (2 ** (len(network_config(args, 4, 0).get("widths", unet.UNetConfig.widths)) - 1),) * 2
+        factors["U-Net"] = (
+            2 ** (len(network_config(args, 4, 0).get("widths", unet.UNetConfig.widths)) - 1),) * 2
     need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
     if any(side % multiple for side, multiple in zip(args.image_size, need)):
         why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
@@ -214,7 +227,7 @@ def locked(folder: Path):
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(file) into a temporary name, flush to the disk, rename: at every moment the old file or the new, whole."""
+    """write(file) into a temporary name, flush to disk, rename: always the old file or the new, whole."""
     partial = path.with_name(path.name + ".part")
     try:
         with open(partial, "wb") as file:
@@ -240,7 +253,8 @@ def open_run(args: argparse.Namespace, run: Path) -> None:
     for name in sorted(set(vars(args)) - FREE):
         if found.get(name) != getattr(args, name):
             raise ValueError(f"{run} holds a run with --{name.replace('_', '-')} {found.get(name)}, not "
-                             f"{getattr(args, name)}; repeat its settings to continue it, or use another --name")
+                             f"{getattr(args, name)}; repeat its settings to continue it, "
+                             "or use another --name")
 
 
 def make_vae(args: argparse.Namespace) -> bool:
@@ -249,7 +263,7 @@ def make_vae(args: argparse.Namespace) -> bool:
     vae_args = parse_args(["--arch", "vae"])
     free = {name: getattr(args, name) for name in FREE - {"name"}}
     if settings.is_file() and all(getattr(args, name) is None for name in (*VAE_FLAGS, "vae_steps")):
-        vars(vae_args).update(json.loads(settings.read_text()) | free)     # whoever began it chose its settings
+        vars(vae_args).update(json.loads(settings.read_text()) | free)   # whoever began it chose its settings
         return train(vae_args)
     shared = (*VAE_FLAGS, "data", "image_size", "flip", "precision", "seed")
     vars(vae_args).update({name: getattr(args, name) for name in shared} | free, steps=args.vae_steps)
@@ -281,7 +295,8 @@ def plot_loss(path: Path, records: list[dict]) -> None:
 
     def place(step: float, value: float) -> tuple[float, float]:
         return (left + step / last * (width - left - right),
-                height - bottom - math.log(max(value, 1e-9) / low) / math.log(high / low) * (height - bottom - top))
+                height - bottom
+                - math.log(max(value, 1e-9) / low) / math.log(high / low) * (height - bottom - top))
 
     for i in range(5):
         value, step = low * (high / low) ** (i / 4), last * i / 4
@@ -323,11 +338,11 @@ class Autoencoding:
 class Denoising:
     """The same for a network in latent space."""
 
-    def __init__(self, args: argparse.Namespace, cache: LatentCache, val: Dataset, vae: vae_file.VAE, objective: dict,
-                 num_classes: int, device: torch.device):
+    def __init__(self, args: argparse.Namespace, cache: LatentCache, val: Dataset, vae: vae_file.VAE,
+                 objective: dict, num_classes: int, device: torch.device):
         self.args, self.cache, self.vae, self.num_classes, self.device = args, cache, vae, num_classes, device
         self.path, self.draw_defaults = build_path(objective), DRAW_DEFAULTS[objective["name"]]
-        # Validation: fixed pictures, noise and times; times spread evenly, so that each bucket is a quarter of the way.
+        # Validation: fixed pictures, noise and times, spread evenly: each bucket is a quarter of the way.
         with torch.no_grad():
             pictures = to_tensor(val.images[:256]).split(32)
             self.x0 = torch.cat([vae.normalize(vae.encode(x.to(device)).mean) for x in pictures])
@@ -347,8 +362,10 @@ class Denoising:
         return self.path.loss(model, x0, t=t, **cond), t
 
     def validate(self, model: torch.nn.Module) -> dict:
-        loss, quarter = self.path.loss(model, self.x0, t=self.t, eps=self.eps, **self.cond), (self.t * 4).long()
-        buckets = {f"{i / 4}-{(i + 1) / 4}": loss[quarter == i].mean().item() for i in quarter.unique().tolist()}
+        loss, quarter = (self.path.loss(model, self.x0, t=self.t, eps=self.eps, **self.cond),
+                         (self.t * 4).long())
+        buckets = {f"{i / 4}-{(i + 1) / 4}": loss[quarter == i].mean().item()
+                   for i in quarter.unique().tolist()}
         return {"val_loss": loss.mean().item(), "val_by_time": buckets}
 
     def preview(self, model: torch.nn.Module, rows: int = 3) -> Image.Image:
@@ -357,8 +374,9 @@ class Denoising:
         labels = (torch.arange(rows * columns) % self.num_classes).split(64) if self.num_classes else None
         scale = 2.0 if self.num_classes and self.args.label_dropout > 0 else 1.0
         batches = [range(i, min(i + 64, rows * columns)) for i in range(0, rows * columns, 64)]
-        images = [draw(model, self.vae, self.path, self.x0.shape[1:], labels[i] if labels else None, seeds, scale=scale,
-                       num_classes=self.num_classes, **self.draw_defaults) for i, seeds in enumerate(batches)]
+        images = [draw(model, self.vae, self.path, self.x0.shape[1:], labels[i] if labels else None, seeds,
+                       scale=scale, num_classes=self.num_classes, **self.draw_defaults)
+                  for i, seeds in enumerate(batches)]
         return grid(np.concatenate(images), columns)
 
 
@@ -377,7 +395,8 @@ def train(args: argparse.Namespace) -> bool:
         build_path(objective)
     check_size(args)
     bf16_here = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
-                 device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
+                 device.type == "cpu"
+                 and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
     bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_here)
     number_format = "bf16 autocast" if bf16 else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -400,7 +419,8 @@ def train(args: argparse.Namespace) -> bool:
         if file.is_file():
             saved = load_checkpoint(file)
             if saved["training"]["data"] != data.fingerprint:
-                raise ValueError(f"--data {args.data}: changed since {run} began; use another --name for what is there now")
+                raise ValueError(f"--data {args.data}: changed since {run} began; "
+                                 "use another --name for what is there now")
             if saved["training"]["finished"]:
                 print(f"{run} is finished: {saved['step']:,} steps")
                 return True
@@ -412,14 +432,15 @@ def train(args: argparse.Namespace) -> bool:
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
                   network_config(args, vae.config.latent_channels, num_classes))
         model = build_model(args.arch, config).to(device)
-        if is_vae or (device.type == "cuda" and args.arch == "unet"):      # a bf16 U-Net on the CPU is slower so
+        if is_vae or (device.type == "cuda" and args.arch == "unet"):   # a bf16 U-Net on the CPU is slower so
             model = model.to(memory_format=torch.channels_last)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         matrices = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
+        # betas: 0.999 would average over more steps than a short run has
         optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                       {"params": others, "weight_decay": 0.0}], lr=args.lr, fused=device.type != "mps",
-                                      betas=(0.9, 0.95))   # 0.999 would average over more steps than a short run has
+                                       {"params": others, "weight_decay": 0.0}],
+                                      lr=args.lr, fused=device.type != "mps", betas=(0.9, 0.95))
         task = (Autoencoding(args, data, val, device) if is_vae else
                 Denoising(args, cache, val, vae, objective, num_classes, device))
         if args.compile:
@@ -440,12 +461,13 @@ def train(args: argparse.Namespace) -> bool:
         def save(step: int, finished: bool = False) -> None:
             write_atomically(file, lambda f: torch.save({
                 "arch": args.arch, "config": asdict(model.config), "objective": objective, "step": step,
-                "data": {"source": args.data, "size": args.image_size, "classes": data.classes if num_classes else []},
+                "data": {"source": args.data, "size": args.image_size,
+                         "classes": data.classes if num_classes else []},
                 "label_dropout": args.label_dropout if num_classes else 0.0,
                 "vae": None if is_vae else {"config": asdict(vae.config), "state": vae.state_dict()},
                 "model": model.state_dict(), "ema": ema.state_dict(),
-                "training": {"optimizer": optimizer.state_dict(), "data": data.fingerprint, "finished": finished,
-                             "rng": torch.get_rng_state(),
+                "training": {"optimizer": optimizer.state_dict(), "data": data.fingerprint,
+                             "finished": finished, "rng": torch.get_rng_state(),
                              "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None},
             }, f))
 
@@ -455,11 +477,12 @@ def train(args: argparse.Namespace) -> bool:
         write_atomically(metrics, lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
         if not saved:
             save(0)
-        print(f"{run}: {args.arch} with {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on "
-              f"{len(data):,} pictures; {device.type}, {number_format}; step {start:,} of {args.steps:,}", flush=True)
+        print(f"{run}: {args.arch} with {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters "
+              f"on {len(data):,} pictures; {device.type}, {number_format}; "
+              f"step {start:,} of {args.steps:,}", flush=True)
 
         # ---- the loop
-        pending: list[Tensor] = []                 # step, loss, gradient norm, first and last time; read every log_every
+        pending: list[Tensor] = []     # step, loss, gradient norm, first and last time; read every log_every
 
         def read_pending() -> dict:
             values = torch.stack(pending).tolist()
@@ -467,10 +490,11 @@ def train(args: argparse.Namespace) -> bool:
             for step, loss, norm, low, high in values:
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise FloatingPointError(
-                        f"loss {loss} with gradient norm {norm} at step {step:.0f}, times {low:.3f} to {high:.3f}, "
-                        f"{number_format}: stopped. {file} holds good weights; lower --lr"
+                        f"loss {loss} with gradient norm {norm} at step {step:.0f}, times {low:.3f} "
+                        f"to {high:.3f}, {number_format}: stopped. {file} holds good weights; lower --lr"
                         + (" or use --precision fp32" if bf16 else ""))
-            return {"loss": sum(v[1] for v in values) / len(values), "grad_norm": sum(v[2] for v in values) / len(values)}
+            return {"loss": sum(v[1] for v in values) / len(values),
+                    "grad_norm": sum(v[2] for v in values) / len(values)}
 
         def record(entry: dict) -> None:
             records.append(entry)
@@ -478,15 +502,18 @@ def train(args: argparse.Namespace) -> bool:
                 out.write(json.dumps(entry) + "\n")
 
         stop: list[int] = []
-        handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.signal(s, lambda number, _: stop.append(number))
+                    for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step", mininterval=0.5)
+            bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step",
+                       mininterval=0.5)
             for step in bar:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args)
                 model.train()
                 losses, times = [], []
-                for indices in np.split(batch_indices(len(data), args.batch_size, step, args.seed), args.accumulate):
+                for indices in np.split(batch_indices(len(data), args.batch_size, step, args.seed),
+                                        args.accumulate):
                     with autocast():
                         loss, t = task.loss(model, indices)
                     (loss.mean() / args.accumulate).backward()
@@ -495,7 +522,7 @@ def train(args: argparse.Namespace) -> bool:
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                decay = min(args.ema, (step + 1) / (step + 10))            # short at first, so that early weights fade
+                decay = min(args.ema, (step + 1) / (step + 10))   # short at first, so that early weights fade
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
                 times = torch.cat(times)
                 pending.append(torch.stack([times.new_tensor(step + 1), torch.stack(losses).mean(), norm,
@@ -515,20 +542,22 @@ def train(args: argparse.Namespace) -> bool:
                     if preview and not stop:
                         for name, network in (("ema", ema), ("raw", model)):
                             picture = task.preview(network)
-                            write_atomically(run / f"preview-{done:06d}-{name}.png", lambda f: picture.save(f, "PNG"))
+                            write_atomically(run / f"preview-{done:06d}-{name}.png",
+                                             lambda f: picture.save(f, "PNG"))
                         plot_loss(run / "loss.png", records)
                 if checkpoint:
                     save(done)
                 if stop:
                     bar.close()
-                    print(f"stopped at step {done:,} of {args.steps:,}, saved; the same command continues", flush=True)
+                    print(f"stopped at step {done:,} of {args.steps:,}, saved; the same command continues",
+                          flush=True)
                     return False
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
         # ---- what a finished run leaves
-        if is_vae:                                 # the scale of the latents: measured once, with the weights that will be used
+        if is_vae:               # the scale of the latents: measured once, with the weights that will be used
             statistics = encode(ema, data, args, cache_dir).statistics()
             for network in (ema, model):
                 network.set_latent_statistics(*statistics)
@@ -549,8 +578,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.arch != "vae":
         classes, dropout = (load_checkpoint(run)[key] for key in ("data", "label_dropout"))
         label = f" --label {classes['classes'][0]}" if classes["classes"] else ""
-        print(f"more: python sample.py {run}{label} --n 64 --sampler {defaults['sampler']} --steps {defaults['steps']}"
-              + (" --cfg 2" if dropout else "") + " --seed 0 --out grid.png")
+        print(f"more: python sample.py {run}{label} --n 64 --sampler {defaults['sampler']} "
+              f"--steps {defaults['steps']}" + (" --cfg 2" if dropout else "") + " --seed 0 --out grid.png")
 
 
 if __name__ == "__main__":
@@ -558,5 +587,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(print(f"train.py: error: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:                      # outside the loop; inside it, the step is finished and saved
+    except KeyboardInterrupt:                    # outside the loop; inside it, the step is finished and saved
         sys.exit(print("train.py: interrupted; the same command continues", file=sys.stderr) or 130)

@@ -94,7 +94,7 @@ class Attention(nn.Module):
         mask = None if mask is None else mask[:, None, None, :]
         if x.is_cuda:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:              # by the formula: the backward pass of the CPU's fused attention is 4 times as slow in bf16
+        else:      # by the formula: the backward pass of the CPU's fused attention is 4 times as slow in bf16
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             x = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
         return self.to_out[0](x.transpose(1, 2).flatten(2))                    # (B, N, C)

@@ -1,12 +1,13 @@
 """The autoencoder: images <-> latents, with the structure of Stable Diffusion's AutoencoderKL.
 
-    python vae.py                        # trains a tiny one for a few seconds and prints what it can reconstruct
+    python vae.py                     # trains a tiny one for a few seconds and prints what it can reconstruct
     python train.py --arch vae --data shapes
 
-Diffusion runs on the latents of this network: an image (B, 3, H, W) in [-1, 1] becomes a diagonal Gaussian over
-(B, C, H/f, W/f), of which one draw, brought to mean 0 and standard deviation 1 per channel, is the `x0` of the other files.
-Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G; Kingma & Welling 2014 for the posterior.
-Module names follow diffusers' AutoencoderKL, so a published Stable Diffusion VAE's state dict loads as it is.
+Diffusion runs on the latents of this network: an image (B, 3, H, W) in [-1, 1] becomes a diagonal Gaussian
+over (B, C, H/f, W/f), of which one draw, brought to mean 0 and standard deviation 1 per channel, is the `x0`
+of the other files. Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G; Kingma & Welling 2014
+for the posterior. Module names follow diffusers' AutoencoderKL, so a published Stable Diffusion VAE's state
+dict loads as it is.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class VAEConfig:
     layers: int = 1                          # ResNet blocks a level in the encoder; the decoder has one more
     groups: int = 8                          # of every GroupNorm
     attention: bool = True                   # single-head self-attention in the middle
-    quant_conv: bool = True                  # 1x1 convolutions around the latent (SD 1, 2, XL; not SD 3, FLUX)
+    quant_conv: bool = True                  # 1x1 convolutions around the latent (SD 1, 2, XL; not 3, FLUX)
 
 
 PRESETS = {
     "tiny": dict(widths=(8, 16, 16), groups=4),
-    "small": dict(),                                                           # 0.7 M: two cores train it in minutes
-    "sd": dict(widths=(128, 256, 512, 512), layers=2, groups=32),              # 83.7 M: Stable Diffusion 1, 2, XL
+    "small": dict(),                                                   # 0.7 M: two cores train it in minutes
+    "sd": dict(widths=(128, 256, 512, 512), layers=2, groups=32),      # 83.7 M: Stable Diffusion 1, 2, XL
 }
 
 
@@ -47,7 +48,8 @@ class Posterior:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device,
+                            dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
@@ -119,14 +121,15 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
+        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups)
+                                      for i in range(layers)])
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         elif resample == "up":
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():             # resnets, then the resampler: the order of assignment above
+        for module in self.children():            # resnets, then the resampler: the order of assignment above
             for layer in module:
                 x = layer(x)
         return x
@@ -139,7 +142,8 @@ class Encoder(nn.Module):
         widths = (c.widths[0], *c.widths)
         self.conv_in = nn.Conv2d(c.image_channels, c.widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[i], widths[i + 1], c.layers, c.groups, "down" if i < last else None) for i in range(last + 1))
+            Level(widths[i], widths[i + 1], c.layers, c.groups, "down" if i < last else None)
+            for i in range(last + 1))
         self.mid_block = Middle(c.widths[-1], c.groups, c.attention)
         self.conv_norm_out = nn.GroupNorm(c.groups, c.widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c.widths[-1], 2 * c.latent_channels, 3, padding=1)
@@ -159,7 +163,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.latent_channels, c.widths[-1], 3, padding=1)
         self.mid_block = Middle(c.widths[-1], c.groups, c.attention)
         self.up_blocks = nn.ModuleList(
-            Level(widths[i], widths[i + 1], c.layers + 1, c.groups, "up" if i < last else None) for i in range(last + 1))
+            Level(widths[i], widths[i + 1], c.layers + 1, c.groups, "up" if i < last else None)
+            for i in range(last + 1))
         self.conv_norm_out = nn.GroupNorm(c.groups, c.widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(c.widths[0], c.image_channels, 3, padding=1)
 
@@ -171,8 +176,9 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """AutoencoderKL. `encode` and `decode` speak the raw latent; `normalize` and `denormalize` are the only place in the
-    project that knows its scale. Raises ValueError for an image whose sides `config.factor` does not divide."""
+    """AutoencoderKL. `encode` and `decode` speak the raw latent; `normalize` and `denormalize` are the only
+    place in the project that knows its scale. Raises ValueError for an image whose sides `config.factor` does
+    not divide."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -190,13 +196,13 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """x (B, image_channels, H, W) in [-1, 1] -> posterior over (B, C, H/factor, W/factor)."""
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
-            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]}: both sides must be multiples of {self.factor}, "
-                             "by which this VAE downsamples")
+            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]}: both sides must be multiples of "
+                             f"{self.factor}, by which this VAE downsamples")
         moments = self.encoder(x)
         return Posterior(self.quant_conv(moments) if self.config.quant_conv else moments)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Raw latent z (B, C, h, w) -> image (B, image_channels, h * factor, w * factor), nominally in [-1, 1].
+        """Raw latent (B, C, h, w) -> image (B, image_channels, h * factor, w * factor), nominally in [-1, 1].
 
         Never under autocast: pixels need more than the 8 bits of bfloat16."""
         with torch.autocast(z.device.type, enabled=False):
@@ -216,15 +222,19 @@ class VAE(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(var.sqrt().clamp_min(1e-6))   # a dead channel must not divide by zero
 
-    def loss(self, x: Tensor, kl_weight: float, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) L1 per image value plus kl_weight times KL per image value, and what to log: PSNR, KL, latent std per channel.
+    def loss(self, x: Tensor, kl_weight: float,
+             generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) L1 per image value plus kl_weight times KL per image value, and what to log: PSNR, KL, latent
+        std per channel.
 
-        Dividing both by the number of values keeps `kl_weight` on the scale of the published 1e-6, where both are sums."""
+        Dividing both by the number of values keeps `kl_weight` on the scale of the published 1e-6, where both
+        are sums."""
         posterior = self.encode(x)
         recon = self.decode(posterior.sample(generator))
         l1 = (recon - x).abs().flatten(1).mean(1)
         kl = posterior.kl()
-        logs = {"psnr": psnr(recon, x).mean(), "kl": kl.mean(), "latent_std": posterior.mean.std(dim=(0, 2, 3))}
+        logs = {"psnr": psnr(recon, x).mean(), "kl": kl.mean(),
+                "latent_std": posterior.mean.std(dim=(0, 2, 3))}
         return l1 + kl_weight * kl / x[0].numel(), {k: v.detach() for k, v in logs.items()}
 
 
@@ -254,7 +264,8 @@ def demo() -> None:
                 posterior = model.encode(test)
                 quality = psnr(model.decode(posterior.mean), test).mean()
             std = " ".join(f"{s:.2f}" for s in posterior.mean.std(dim=(0, 2, 3)))
-            print(f"step {step:3d}  PSNR {quality:5.2f} dB  KL {posterior.kl().mean():6.1f} nats  latent std {std}")
+            print(f"step {step:3d}  PSNR {quality:5.2f} dB  KL {posterior.kl().mean():6.1f} nats  "
+                  f"latent std {std}")
         loss, _ = model.loss(discs(32), kl_weight=1e-6)
         optimizer.zero_grad()
         loss.mean().backward()
