@@ -193,7 +193,7 @@ def read_idx(path: Path) -> np.ndarray:
             raise ValueError("not an IDX file of bytes")
         shape = np.frombuffer(raw, ">u4", raw[3], 4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, IndexError, EOFError, OSError) as error:
         raise ValueError(f"{path}: damaged or not an IDX file ({error}); "
                          "delete it to have it downloaded again") from None
 

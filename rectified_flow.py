@@ -79,8 +79,8 @@ class RectifiedFlow:
         """(steps + 1,) float64 from t_max (1, unless eps is predicted) to 0: evenly spaced, then shifted."""
         if steps < 1:
             raise ValueError(f"steps {steps}: at least 1")
-        return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64),
-                          self.shift).clamp(max=self.t_max)
+        start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / self.shift)     # the shift undone
+        return shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), self.shift)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (like(a, x0) for a in self.alpha_sigma(t))

@@ -36,7 +36,7 @@ import vae as vae_file
 from data import (Dataset, LatentCache, batch_indices, fingerprint_tensors, grid, load_data, to_tensor,
                   to_uint8)
 from sample import (DRAW_DEFAULTS, MODELS, build_model, build_path, draw, load_checkpoint, load_vae,
-                    load_weights, pick_device)
+                    load_weights, pick_device, unpack_vae)
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
 DEFAULTS = {
@@ -44,6 +44,7 @@ DEFAULTS = {
     "dit":  dict(steps=2600, batch_size=64, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2600, batch_size=64, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
+SAMPLE_ROWS = 10   # of samples.png, a column per class
 VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 3e-3}
 # Flags that may differ when a run is continued: where things are and how often we look, never what is learnt.
 FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every",
@@ -240,34 +241,44 @@ def write_atomically(path: Path, write) -> None:
         raise OSError(f"cannot write {path}: {error}".splitlines()[0]) from None
 
 
+def read_settings(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise ValueError(f"{file}: damaged; restore it, or use another --name") from None
+
+
 def open_run(args: argparse.Namespace, run: Path) -> None:
     """Write the settings of a new run; refuse a folder that holds a run of other settings."""
     file = run / "settings.json"
     if not file.is_file():
         write_atomically(file, lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
         return
-    try:
-        found = json.loads(file.read_text())
-    except ValueError:
-        raise ValueError(f"{file}: damaged; restore it, or use another --name") from None
+    found = read_settings(file)
     for name in sorted(set(vars(args)) - FREE):
         if found.get(name) != getattr(args, name):
             raise ValueError(f"{run} holds a run with --{name.replace('_', '-')} {found.get(name)}, not "
-                             f"{getattr(args, name)}; repeat its settings to continue it, "
-                             "or use another --name")
+                             f"{getattr(args, name)}; repeat its settings to continue it, or use another --name")
 
 
 def make_vae(args: argparse.Namespace) -> bool:
     """Train the VAE of this data, or finish it, or find it finished. False if a signal interrupted that."""
-    settings = Path(args.runs_dir) / args.vae_name / "settings.json"
+    folder = Path(args.runs_dir) / args.vae_name
     vae_args = parse_args(["--arch", "vae"])
-    free = {name: getattr(args, name) for name in FREE - {"name"}}
-    if settings.is_file() and all(getattr(args, name) is None for name in (*VAE_FLAGS, "vae_steps")):
-        vars(vae_args).update(json.loads(settings.read_text()) | free)   # whoever began it chose its settings
-        return train(vae_args)
-    shared = (*VAE_FLAGS, "data", "image_size", "flip", "precision", "seed")
-    vars(vae_args).update({name: getattr(args, name) for name in shared} | free, steps=args.vae_steps)
-    return train(resolve(vae_args))
+    given = {name: getattr(args, name) for name in VAE_FLAGS} | {"steps": args.vae_steps}
+    if (folder / "settings.json").is_file():       # whoever began it chose its settings; a flag may not contradict them
+        found = read_settings(folder / "settings.json")
+        for name, value in given.items():
+            if value is not None and value != found.get(name):
+                raise ValueError(f"{folder} holds a VAE with {name.replace('_', '-')} {found.get(name)}, not {value}; train "
+                                 "another by --arch vae --name NAME and give it by --vae, or remove that folder")
+        vars(vae_args).update(found)
+    else:
+        vars(vae_args).update(given | {name: getattr(args, name) for name in (
+            "data", "image_size", "flip", "precision", "seed")})
+        resolve(vae_args)
+    vars(vae_args).update({name: getattr(args, name) for name in FREE - {"name"}})
+    return train(vae_args)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -426,7 +437,9 @@ def train(args: argparse.Namespace) -> bool:
                 return True
 
         # ---- network, averaged weights, optimizer
-        vae = None if is_vae else load_vae(vae_at).to(device)
+        vae = None
+        if not is_vae:                             # a continued run keeps the VAE that it began with
+            vae = (unpack_vae(saved["vae"]) if saved else load_vae(vae_at)).to(device)
         cache = None if is_vae else encode(vae, data, args, cache_dir)
         torch.manual_seed(args.seed)
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
@@ -562,7 +575,7 @@ def train(args: argparse.Namespace) -> bool:
             for network in (ema, model):
                 network.set_latent_statistics(*statistics)
         with torch.no_grad():
-            picture = task.preview(ema) if is_vae else task.preview(ema, rows=10)
+            picture = task.preview(ema) if is_vae else task.preview(ema, rows=SAMPLE_ROWS)
         write_atomically(run / "samples.png", lambda f: picture.save(f, "PNG"))
         plot_loss(run / "loss.png", records)
         save(args.steps, finished=True)

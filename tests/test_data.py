@@ -247,7 +247,7 @@ def test_latent_cache(tmp_path):
     assert error.max() < 5.5 / 400**0.5 and draws.std(0).min() > 0.1  # resampled, both flips equally often
     assert (cache.batch(np.array([3]))[1] == torch.tensor([3])).all()
     mean, var = cache.statistics()
-    latents = torch.from_numpy(np.asarray(cache.latents)).double()
+    latents = torch.from_numpy(cache.latents.astype(np.float64))
     total = latents[:, :, 0].mean((0, 1, 3, 4))
     torch.testing.assert_close(mean, total)
     torch.testing.assert_close(
@@ -276,3 +276,12 @@ def test_grid():
     assert picture.shape == (2 * 6 + 2, 3 * 8 + 2, 3)
     assert picture[2, 2, 0] == 0 and picture[2 + 6, 2 + 8, 0] == 40 and picture[0, 0, 0] == 255
     assert grid(images[..., :1]).mode == "L"
+
+
+def test_no_space_for_a_cache(tmp_path, monkeypatch):
+    """A memory map would only fail when its pages are written, and then by killing the process."""
+    vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match=r"cannot write .*latents.part of 0 MiB: No space left"):
+        make_cache(tmp_path, vae)
+    assert not list(tmp_path.glob("latents*"))

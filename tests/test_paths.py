@@ -12,7 +12,7 @@ from rectified_flow import RectifiedFlow, draw, shift_time
 DDPM_KINDS = [dict(prediction=p, schedule=s, zero_terminal_snr=z) for p in ("eps", "v", "x0")
               for s in ("linear", "scaled_linear", "cosine") for z in (False, True) if not (z and p == "eps")]
 PATHS = ([DDPM(**kind) for kind in DDPM_KINDS]
-         + [RectifiedFlow(prediction=p) for p in ("velocity", "v", "x0", "eps")])
+         + [RectifiedFlow(prediction=p) for p in ("velocity", "v", "x0", "eps")] + [RectifiedFlow("eps", shift=3.0)])
 
 
 def f64(*values):
@@ -51,7 +51,7 @@ def test_times(path):
     for steps in (1, 2, 7, 50, 999, 1000):
         times = path.times(steps)
         assert len(times) == steps + 1 and times[-1] == 0 and (times[1:] < times[:-1]).all()
-        assert times[0] == (0.98 if isinstance(path, RectifiedFlow) and path.prediction == "eps" else 1.0)
+        assert abs(times[0] - (0.98 if isinstance(path, RectifiedFlow) and path.prediction == "eps" else 1.0)) < 1e-12
     with pytest.raises(ValueError, match="steps 0"):
         path.times(0)
 
