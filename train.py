@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -485,7 +485,10 @@ def train(args: argparse.Namespace) -> bool:
             }, f))
 
         metrics = run / "metrics.jsonl"            # lines later than the checkpoint will be written again
-        records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+        records = []
+        for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+            with suppress(ValueError):             # a line cut short by a kill
+                records.append(json.loads(line))
         records = [record for record in records if record["step"] <= start]
         write_atomically(metrics, lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
         if not saved:
@@ -495,19 +498,18 @@ def train(args: argparse.Namespace) -> bool:
               f"step {start:,} of {args.steps:,}", flush=True)
 
         # ---- the loop
-        pending: list[Tensor] = []     # step, loss, gradient norm, first and last time; read every log_every
+        pending: list[Tensor] = []     # per step: loss, gradient norm, first and last time; read every log_every
 
-        def read_pending() -> dict:
+        def read_pending(done: int) -> dict:
             values = torch.stack(pending).tolist()
             pending.clear()
-            for step, loss, norm, low, high in values:
+            for step, (loss, norm, low, high) in enumerate(values, done + 1 - len(values)):
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise FloatingPointError(
-                        f"loss {loss} with gradient norm {norm} at step {step:.0f}, times {low:.3f} "
+                        f"loss {loss} with gradient norm {norm} at step {step}, times {low:.3f} "
                         f"to {high:.3f}, {number_format}: stopped. {file} holds good weights; lower --lr"
                         + (" or use --precision fp32" if bf16 else ""))
-            return {"loss": sum(v[1] for v in values) / len(values),
-                    "grad_norm": sum(v[2] for v in values) / len(values)}
+            return {name: sum(v[i] for v in values) / len(values) for i, name in enumerate(("loss", "grad_norm"))}
 
         def record(entry: dict) -> None:
             records.append(entry)
@@ -538,14 +540,13 @@ def train(args: argparse.Namespace) -> bool:
                 decay = min(args.ema, (step + 1) / (step + 10))   # short at first, so that early weights fade
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
                 times = torch.cat(times)
-                pending.append(torch.stack([times.new_tensor(step + 1), torch.stack(losses).mean(), norm,
-                                            times.min(), times.max()]))
+                pending.append(torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()]))
 
                 done, last = step + 1, step + 1 == args.steps or bool(stop)
                 log, validate, preview, checkpoint = (last or done % every == 0 for every in (
                     args.log_every, args.val_every, args.preview_every, args.save_every))
                 if log or validate or preview or checkpoint:
-                    entry = {"step": done, **read_pending(), "lr": learning_rate(step, args)}
+                    entry = {"step": done, **read_pending(done), "lr": learning_rate(step, args)}
                     bar.set_postfix(loss=f"{entry['loss']:.4f}")
                     record(entry)
                 model.eval()

@@ -304,7 +304,10 @@ def test_signals_finish_the_step_and_save(cwd, monkeypatch, capsys, number):
     assert signal.getsignal(number) is handler and "the same command continues" in capsys.readouterr().out
     assert sample.load_checkpoint(f"runs/{name}")["step"] == 7           # between two planned checkpoints
     monkeypatch.setattr(train.Denoising, "loss", original)
+    with open(f"runs/{name}/metrics.jsonl", "a") as out:
+        out.write('{"step": 9, "lo')                                            # a line that a kill cut short
     train.main([*RESUME, "--name", name])
+    assert all(json.loads(line) for line in open(f"runs/{name}/metrics.jsonl"))
     if not (cwd / "runs/whole").exists():
         train.main([*RESUME, "--name", "whole"])
     assert (same(weights("runs/whole"), weights(f"runs/{name}"))
