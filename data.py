@@ -18,6 +18,7 @@ import shutil
 import sys
 import tarfile
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,31 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     k = np.arange(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: _order(n, int(epoch), seed) for epoch in np.unique(k // n)}
     return np.array([orders[epoch][i] for epoch, i in zip(k // n, k % n)])
+
+
+def batches(shape: tuple[int, ...]) -> list[range]:
+    """Ranges that cut (N, H, W, C) images into batches of 256 pictures of 32 x 32, or of as many pixels."""
+    n, h, w, _ = shape
+    size = max(1, 256 * 32 * 32 // (h * w))
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False):
+    """Hold the lock file for this process; where another holds it, wait or raise BlockingIOError.
+    The lock goes with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        if os.name == "nt":
+            import msvcrt
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            except OSError as error:
+                raise BlockingIOError(str(error)) from None
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 @functools.lru_cache(maxsize=4)
@@ -266,8 +292,9 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
                          "use a flat folder or class folders, not both")
     if flat:
         return flat, None, []
-    classes = sorted({p.relative_to(folder).parts[0] for p in pictures})
-    return pictures, [classes.index(p.relative_to(folder).parts[0]) for p in pictures], classes
+    names = [p.relative_to(folder).parts[0] for p in pictures]
+    index = {name: i for i, name in enumerate(sorted(set(names)))}
+    return pictures, [index[name] for name in names], list(index)
 
 
 def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path) -> Dataset:
@@ -276,23 +303,26 @@ def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     fingerprint = _digest("folder", size, stats)
     stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
-    if _read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
-        keep, partial = [], cache_dir / "images.npy.part"
-        store = _new_array(partial, np.uint8, (len(paths), *size, 3))
-        for i, path in enumerate(tqdm(paths, desc="decode pictures", unit="img")):
-            try:
-                store[len(keep)] = open_image(path, size)
-                keep.append(i)
-            except Exception as error:   # Pillow's decoders raise a dozen kinds; any of them: skip this file
-                tqdm.write(f"skipped {path}: {type(error).__name__}: {error}", file=sys.stderr)
-        store.flush()
-        if not keep:
-            partial.unlink()
-            raise ValueError(f"--data {folder}: none of its {len(paths)} pictures can be decoded")
-        partial.replace(array_path)
-        _write_stamp(stamp_path, {"fingerprint": fingerprint, "keep": keep})
-    keep = np.array(_read_stamp(stamp_path)["keep"])
-    images = np.load(array_path, mmap_mode="r")[: len(keep)]
+    with locked(cache_dir / "images.lock", wait=True):
+        if _read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
+            keep, partial = [], cache_dir / "images.npy.part"
+            store = _new_array(partial, np.uint8, (len(paths), *size, 3))
+            for i, path in enumerate(tqdm(paths, desc="decode pictures", unit="img")):
+                try:
+                    store[len(keep)] = open_image(path, size)
+                    keep.append(i)
+                except Exception as error:   # Pillow raises a dozen kinds; each means: skip this file
+                    tqdm.write(f"skipped {path}: {type(error).__name__}: {error}", file=sys.stderr)
+            store.flush()
+            del store                        # Windows renames no file that is still mapped
+            if not keep:
+                partial.unlink()
+                raise ValueError(f"--data {folder}: none of its {len(paths)} pictures can be decoded")
+            stamp_path.unlink(missing_ok=True)
+            partial.replace(array_path)
+            _write_stamp(stamp_path, {"fingerprint": fingerprint, "keep": keep})
+        keep = np.array(_read_stamp(stamp_path)["keep"])
+        images = np.load(array_path, mmap_mode="r")[: len(keep)]
     held_out = np.arange(len(keep))[::20][:256]
     chosen = held_out if split != "train" or len(keep) == 1 else np.setdiff1d(np.arange(len(keep)), held_out)
     if split == "train":
@@ -343,37 +373,40 @@ class LatentCache:
     Stamped with the VAE's and the data's fingerprint: a cache with any other stamp is rebuilt, never used."""
 
     def __init__(self, path: Path, vae, vae_fingerprint: str, data: Dataset, flip: bool,
-                 device: torch.device | str = "cpu", batch_size: int = 256):
+                 device: torch.device | str = "cpu"):
         h, w = data.images.shape[1] // vae.factor, data.images.shape[2] // vae.factor
         shape = (len(data), 1 + flip, 2, vae.config.latent_channels, h, w)
         stamp = {"vae": vae_fingerprint, "data": data.fingerprint, "shape": list(shape)}
         stamp_path = path.with_suffix(".json")
         size = int(np.prod(shape)) * 2
-        found = _read_stamp(stamp_path)
-        if found != stamp or not path.is_file() or path.stat().st_size < size:
-            if found:
-                print(f"{path} was made from another VAE or other data: rebuilding it")
-            self._build(path, vae, data, shape, device, batch_size)
-            _write_stamp(stamp_path, stamp)
-        self.latents, self.labels = np.load(path, mmap_mode="r"), data.labels
+        with locked(path.with_suffix(".lock"), wait=True):
+            found = _read_stamp(stamp_path)
+            if found != stamp or not path.is_file() or path.stat().st_size < size:
+                if found:
+                    print(f"{path} was made from another VAE or other data: rebuilding it")
+                self._build(path, vae, data, shape, device)
+                _write_stamp(stamp_path, stamp)
+            self.latents, self.labels = np.load(path, mmap_mode="r"), data.labels
 
-    def _build(self, path: Path, vae, data: Dataset, shape: tuple[int, ...], device, batch_size: int) -> None:
+    def _build(self, path: Path, vae, data: Dataset, shape: tuple[int, ...], device) -> None:
         path.with_suffix(".json").unlink(missing_ok=True)
         partial = path.with_suffix(".part")
         store = _new_array(partial, np.float16, shape)
         try:
-            for i in tqdm(range(0, len(data), batch_size), desc="encode latents", unit="batch"):
-                x = to_tensor(data.images[np.arange(i, min(i + batch_size, len(data)))]).to(device)
+            for batch in tqdm(batches(data.images.shape), desc="encode latents", unit="batch"):
+                x = to_tensor(data.images[np.array(batch)]).to(device)
                 for f in range(shape[1]):
                     with torch.no_grad():
                         posterior = vae.encode(x.flip(-1) if f else x)
-                    store[i:i + len(x), f, 0] = posterior.mean.cpu().numpy()
-                    store[i:i + len(x), f, 1] = posterior.std.cpu().numpy()
+                    store[batch.start:batch.stop, f, 0] = posterior.mean.cpu().numpy()
+                    store[batch.start:batch.stop, f, 1] = posterior.std.cpu().numpy()
             store.flush()
+            del store                        # Windows renames no file that is still mapped
+            partial.replace(path)
         except BaseException:
+            store = None                     # unmapped, so that Windows lets it go
             partial.unlink(missing_ok=True)
             raise
-        partial.replace(path)
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -52,6 +52,8 @@ class DDPM:
         if prediction == "eps" and zero_terminal_snr:
             raise ValueError("eps prediction with zero terminal SNR: where alpha = 0, eps says nothing "
                              "of x0; use v or x0")
+        if min_snr is not None and not min_snr > 0:
+            raise ValueError(f"min_snr {min_snr}: must be positive")
         self.prediction, self.min_snr = prediction, min_snr
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(schedule), 0)])
         # Lin et al. algorithm 1: shift sqrt(abar) to end at 0, keep its start
@@ -77,7 +79,7 @@ class DDPM:
     def sample_t(self, n: int, device: torch.device | str = "cpu",
                  generator: torch.Generator | None = None) -> Tensor:
         """(n,) training times, uniform over 1/1000 .. 1."""
-        return torch.randint(1, STEPS + 1, (n,), device=device, generator=generator) / STEPS
+        return (torch.randint(1, STEPS + 1, (n,), generator=generator) / STEPS).to(device)
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,) float64 from 1 to 0, evenly spaced among the thousandths."""
@@ -104,8 +106,10 @@ class DDPM:
         return alpha * xt - sigma * raw, sigma * xt + alpha * raw
 
     def weight(self, t: Tensor) -> Tensor:
-        """(B,) loss weight: 1, or min(SNR, gamma) expressed for this prediction (the +1 of v is |v|^2's
-        own SNR + 1)."""
+        """(B,) loss weight: 1, or min(SNR, gamma) of an error in x0, expressed as one of this prediction:
+        |error of eps|^2 = SNR |error of x0|^2, and |error of v|^2 = (SNR + 1) |error of x0|^2.
+
+        For v at zero terminal SNR it vanishes at t = 1, where such a path starts: do not combine the two."""
         if self.min_snr is None:
             return torch.ones_like(t)
         alpha, sigma = self.alpha_sigma(t)

@@ -75,24 +75,24 @@ def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def sincos_positions(h: int, w: int, dim: int) -> Tensor:
+def sincos_positions(h: int, w: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
     """(h * w, dim) fixed 2-D positions as published: the first half of the channels encodes x,
     the second half y."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64),
                           indexing="ij")
     ax, ay = (p.flatten()[:, None] * frequencies for p in (x, y))
-    return torch.cat([ax.sin(), ax.cos(), ay.sin(), ay.cos()], dim=-1).float()
+    return torch.cat([ax.sin(), ax.cos(), ay.sin(), ay.cos()], dim=-1).float().to(device)
 
 
 @lru_cache(maxsize=16)
-def rope_tables(h: int, w: int, head_dim: int, theta: float) -> Rope:
+def rope_tables(h: int, w: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
     """cos and sin (h * w, head_dim / 2): the first half of the pairs turns with y, the second half with x."""
     frequencies = theta ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
     y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64),
                           indexing="ij")
     angles = torch.cat([p.flatten()[:, None] * frequencies for p in (y, x)], dim=-1)
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 class Norm(nn.Module):
@@ -239,10 +239,8 @@ class DiT(nn.Module):
         if xt.shape[-2] % p or xt.shape[-1] % q:
             raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: not a multiple of the patch {p}x{q}")
         h, w = xt.shape[-2] // p, xt.shape[-1] // q
-        positions = sincos_positions(h, w, c.width).to(xt.device)
-        rope = None
-        if c.rope:
-            rope = tuple(table.to(xt.device) for table in rope_tables(h, w, c.width // c.heads, c.rope_theta))
+        positions = sincos_positions(h, w, c.width, xt.device)
+        rope = rope_tables(h, w, c.width // c.heads, c.rope_theta, xt.device) if c.rope else None
 
         x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
         x = x + positions.to(self.x_embedder.proj.weight.dtype)              # stays float32 under autocast

@@ -31,7 +31,7 @@ def draw(density: str, u: Tensor, mean: float, std: float, mode_scale: float) ->
     if density == "uniform":
         return u
     if density == "logit_normal":                  # eq. 19: logit(t) ~ N(mean, std^2)
-        return torch.sigmoid(mean + std * torch.special.ndtri(u.double())).to(u.dtype)
+        return torch.sigmoid(mean + std * torch.special.ndtri(u))
     if density == "mode":                          # eq. 20
         return 1 - u - mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
     if density == "cosmap":                        # eq. 21: the log-SNR of the cosine schedule
@@ -56,8 +56,10 @@ class RectifiedFlow:
                  std: float = 1.0, mode_scale: float = 1.29, shift: float = 1.0):
         if prediction not in ("velocity", "v", "x0", "eps"):
             raise ValueError(f"prediction {prediction!r}: the straight path knows velocity, v, x0 and eps")
-        if shift <= 0:
-            raise ValueError(f"shift {shift}: must be positive")
+        for name, value, low, high in (("shift", shift, 0, math.inf), ("std", std, 0, math.inf),
+                                       ("mode_scale", mode_scale, -1, 2 / (math.pi - 2))):
+            if not low < value < high:
+                raise ValueError(f"{name} {value}: must be between {low} and {high:.4g}")
         draw(density, torch.full((1,), 0.5), mean, std, mode_scale)
         self.prediction, self.density, self.mean, self.std, self.mode_scale = (
             prediction, density, mean, std, mode_scale)
@@ -70,16 +72,17 @@ class RectifiedFlow:
     def sample_t(self, n: int, device: torch.device | str = "cpu",
                  generator: torch.Generator | None = None) -> Tensor:
         """(n,) training times from the density, shifted."""
-        u = torch.rand(n, device=device, generator=generator).clamp(1e-6, 1 - 1e-6)
+        # n numbers, drawn on the CPU in float64, which not every device has
+        u = torch.rand(n, dtype=torch.float64, generator=generator).clamp(1e-6, 1 - 1e-6)
         t = draw(self.density, u, self.mean, self.std, self.mode_scale)
-        # at t = 0 there is nothing to learn from x0 prediction's eps
-        return shift_time(t, self.shift).clamp(1e-5, self.t_max)
+        # t = 0 would ask an x0 prediction for noise that is not there
+        return shift_time(t, self.shift).clamp(1e-5, self.t_max).to(torch.float32).to(device)
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,) float64 from t_max (1, unless eps is predicted) to 0: evenly spaced, then shifted."""
         if steps < 1:
             raise ValueError(f"steps {steps}: at least 1")
-        start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / self.shift)     # the shift undone
+        start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / self.shift)   # unshifted t_max
         return shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), self.shift)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

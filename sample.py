@@ -43,9 +43,11 @@ def pick_device(name: str = "auto") -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in present.items() if there)
-    if not present.get(name.split(":")[0], False):
-        raise ValueError(f"--device {name}: not available here "
-                         f"(there is {', '.join(k for k, v in present.items() if v)})")
+    kind, _, index = name.partition(":")
+    if not present.get(kind) or (index and not (kind == "cuda" and index.isdigit()
+                                                and int(index) < torch.cuda.device_count())):
+        raise ValueError(f"--device {name}: not available here (there is "
+                         f"{', '.join(kind for kind, there in present.items() if there)})")
     return torch.device(name)
 
 
@@ -91,10 +93,13 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) ->
 
 
 def load_vae(path: str | Path) -> VAE:
-    """The VAE of a VAE run or, of any other run, the one in its checkpoint; EMA weights, evaluation mode."""
+    """The VAE of a finished VAE run or, of any other run, the one inside it; EMA weights, evaluation mode."""
     checkpoint = load_checkpoint(path)
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])
+    if not checkpoint["training"]["finished"]:     # the scale of its latents is measured at the end
+        raise ValueError(f"{path}: this VAE is not finished (step {checkpoint['step']:,}); "
+                         "run its command again")
     return unpack_vae({"config": checkpoint["config"], "state": checkpoint["ema"]}, str(path))
 
 

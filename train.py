@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,10 +33,11 @@ from tqdm import tqdm
 import dit
 import unet
 import vae as vae_file
-from data import (Dataset, LatentCache, batch_indices, fingerprint_tensors, grid, load_data, to_tensor,
-                  to_uint8)
+from data import (Dataset, LatentCache, batch_indices, batches, fingerprint_tensors, grid, load_data, locked,
+                  to_tensor, to_uint8)
 from sample import (DRAW_DEFAULTS, MODELS, build_model, build_path, draw, load_checkpoint, load_vae,
                     load_weights, pick_device, unpack_vae)
+from vae import VAEConfig
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
 DEFAULTS = {
@@ -45,7 +46,7 @@ DEFAULTS = {
     "unet": dict(steps=2600, batch_size=64, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
 SAMPLE_ROWS = 10   # of samples.png, a column per class
-VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 3e-3}
+VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-6}
 # Flags that may differ when a run is continued: where things are and how often we look, never what is learnt.
 FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every",
         "preview_every", "save_every"}
@@ -53,7 +54,8 @@ FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_e
 BELONGS = {"schedule": ("objective", "ddpm"), "min_snr": ("objective", "ddpm"),
            "zero_terminal_snr": ("objective", "ddpm"), "density": ("objective", "rf"),
            "density_mean": ("objective", "rf"), "density_std": ("objective", "rf"),
-           "mode_scale": ("objective", "rf"), "shift": ("objective", "rf"), "patch": ("arch", "dit")}
+           "mode_scale": ("objective", "rf"), "shift": ("objective", "rf"), "patch": ("arch", "dit"),
+           "block": ("arch", "dit")}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -78,14 +80,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("network")
     g.add_argument("--preset", help="a row of PRESETS in dit.py or unet.py, like S/2 or sd1 (default: small)")
     g.add_argument("--patch", type=int, nargs="+", metavar="N", help="dit: patch side, or height and width")
-    g.add_argument("--block", choices=("modern", "published"), default="modern", help="dit: kind of block")
+    g.add_argument("--block", choices=("modern", "published"), help="dit: kind of block")
     g.add_argument("--vae", help="a trained VAE: run folder or checkpoint (default: this data's own)")
     g = p.add_argument_group("VAE, where one is trained")
     g.add_argument("--vae-preset", choices=vae_file.PRESETS, help="row of PRESETS in vae.py (default: small)")
     g.add_argument("--vae-widths", type=int, nargs="+", metavar="N",
                    help="per level; all but the last halve the image")
     g.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent (default: 4)")
-    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 3e-3)")
+    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 1e-6)")
     g.add_argument("--vae-steps", type=int, help="its steps, when trained on the way to another network")
     g = p.add_argument_group("objective")
     g.add_argument("--schedule", choices=("linear", "scaled_linear", "cosine"),
@@ -127,21 +129,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse what contradicts itself and fill in what depends on other flags, before anything is written."""
     def flag(name: str) -> str:
-        return f"--{name.replace('_', '-')} {getattr(args, name)}"
+        value = getattr(args, name)
+        return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
-    args.image_size = args.image_size or [32]
-    if len(args.image_size) > 2 or min(args.image_size) < 1:
-        raise ValueError(f"{flag('image_size')}: give one side, or height and width")
-    args.image_size = [args.image_size[0], args.image_size[-1]]
-    for name in ("steps", "vae_steps", "batch_size", "accumulate", "latent_channels",
-                 "log_every", "val_every", "preview_every", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{flag(name)}: must be at least 1")
-    for name in ("label_dropout", "cooldown", "ema"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{flag(name)}: must be between 0 and 1")
+    for name in ("image_size", "patch"):
+        if (sides := getattr(args, name)) and (len(sides) > 2 or min(sides) < 1):
+            raise ValueError(f"{flag(name)}: give one side, or height and width")
+    args.image_size = [args.image_size[0], args.image_size[-1]] if args.image_size else [32, 32]
+    counts = ("steps", "vae_steps", "batch_size", "accumulate", "latent_channels", "log_every", "val_every",
+              "preview_every", "save_every")
+    ranges = ({name: (1, math.inf) for name in counts} | {"lr": (1e-12, 1e3), "clip": (1e-12, math.inf)}
+              | {name: (0, 1) for name in ("label_dropout", "cooldown", "ema")}
+              | {name: (0, math.inf) for name in ("warmup", "seed", "weight_decay", "kl_weight")})
+    for name, (low, high) in ranges.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise ValueError(f"{flag(name)}: must be " + (f"between {low} and {high}" if high < math.inf else
+                                                          f"at least {low}"))
     for name, (group, owner) in BELONGS.items():
-        if getattr(args, group) != owner and getattr(args, name) not in (None, False):
+        given = getattr(args, name) is not None and getattr(args, name) is not False
+        if given and getattr(args, group) != owner:
             raise ValueError(f"{flag(name)}: belongs to --{group} {owner}, not {getattr(args, group)}")
     for name in ("vae", "preset", "vae_steps"):
         if args.arch == "vae" and getattr(args, name) is not None:
@@ -192,16 +198,15 @@ def network_config(args: argparse.Namespace, latent_channels: int, num_classes: 
     return dit.PRESETS[args.preset] | shared | patch | (dit.PUBLISHED if args.block == "published" else {})
 
 
-def check_size(args: argparse.Namespace) -> None:
-    """Sides must be multiples of every halving and patch on the way: said before the VAE takes minutes."""
-    vae_widths = vae_config(args, 3).get("widths", vae_file.VAEConfig.widths)
-    factor = load_vae(args.vae).factor if args.vae else 2 ** (len(vae_widths) - 1)
-    factors = {"VAE": (factor, factor)}
-    if args.arch == "dit":
-        factors["patch"] = network_config(args, 4, 0).get("patch", dit.DiTConfig.patch)
-    elif args.arch == "unet":
-        factors["U-Net"] = (
-            2 ** (len(network_config(args, 4, 0).get("widths", unet.UNetConfig.widths)) - 1),) * 2
+def check_networks(args: argparse.Namespace, vae: VAEConfig) -> None:
+    """Build the networks without memory and check the sides of the picture against every halving and patch on
+    the way, so that what cannot work is said before the VAE takes its minutes."""
+    factors = {"VAE": (2 ** (len(vae.widths) - 1),) * 2}
+    with torch.device("meta"):
+        build_model("vae", asdict(vae))
+        if args.arch != "vae":
+            network = build_model(args.arch, network_config(args, vae.latent_channels, 0))
+            factors[args.arch] = network.config.patch if args.arch == "dit" else (network.factor,) * 2
     need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
     if any(side % multiple for side, multiple in zip(args.image_size, need)):
         why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
@@ -210,19 +215,13 @@ def check_size(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def locked(folder: Path):
-    """Hold the run folder for this process; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
+def hold(run: Path):
+    """Hold the run folder for this process."""
+    with ExitStack() as stack:
         try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{folder}: another process is training in this folder; wait for it, "
+            stack.enter_context(locked(run / "lock"))
+        except BlockingIOError:
+            raise ValueError(f"{run}: another process is training in this folder; wait for it, "
                              "or use another --name") from None
         yield
 
@@ -248,37 +247,34 @@ def read_settings(file: Path) -> dict:
         raise ValueError(f"{file}: damaged; restore it, or use another --name") from None
 
 
-def open_run(args: argparse.Namespace, run: Path) -> None:
-    """Write the settings of a new run; refuse a folder that holds a run of other settings."""
-    file = run / "settings.json"
-    if not file.is_file():
-        write_atomically(file, lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
-        return
-    found = read_settings(file)
+def check_settings(args: argparse.Namespace, file: Path) -> None:
+    """Refuse a folder that holds a run of other settings."""
+    found = read_settings(file) if file.is_file() else vars(args)
     for name in sorted(set(vars(args)) - FREE):
         if found.get(name) != getattr(args, name):
-            raise ValueError(f"{run} holds a run with --{name.replace('_', '-')} {found.get(name)}, not "
-                             f"{getattr(args, name)}; repeat its settings to continue it, or use another --name")
+            raise ValueError(f"{file.parent} holds a run with --{name.replace('_', '-')} {found.get(name)}, "
+                             f"not {getattr(args, name)}; repeat its settings to continue it, "
+                             "or use another --name")
 
 
-def make_vae(args: argparse.Namespace) -> bool:
-    """Train the VAE of this data, or finish it, or find it finished. False if a signal interrupted that."""
-    folder = Path(args.runs_dir) / args.vae_name
-    vae_args = parse_args(["--arch", "vae"])
+def vae_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The settings of the VAE run that a network shares with all others on its data."""
+    folder, vae_args = Path(args.runs_dir) / args.vae_name, parse_args(["--arch", "vae"])
     given = {name: getattr(args, name) for name in VAE_FLAGS} | {"steps": args.vae_steps}
-    if (folder / "settings.json").is_file():       # whoever began it chose its settings; a flag may not contradict them
+    if (folder / "settings.json").is_file():       # whoever began it chose its settings
         found = read_settings(folder / "settings.json")
-        for name, value in given.items():
+        for name, value in ({"data": args.data, "image_size": args.image_size} | given).items():
             if value is not None and value != found.get(name):
-                raise ValueError(f"{folder} holds a VAE with {name.replace('_', '-')} {found.get(name)}, not {value}; train "
-                                 "another by --arch vae --name NAME and give it by --vae, or remove that folder")
+                raise ValueError(f"{folder} holds a VAE with {name.replace('_', '-')} {found.get(name)}, not "
+                                 f"{value}; train one by --arch vae --name NAME and give it by --vae, "
+                                 "or remove that folder")
         vars(vae_args).update(found)
     else:
-        vars(vae_args).update(given | {name: getattr(args, name) for name in (
-            "data", "image_size", "flip", "precision", "seed")})
+        shared = ("data", "image_size", "flip", "precision", "seed")
+        vars(vae_args).update(given | {name: getattr(args, name) for name in shared})
         resolve(vae_args)
     vars(vae_args).update({name: getattr(args, name) for name in FREE - {"name"}})
-    return train(vae_args)
+    return vae_args
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -336,8 +332,12 @@ class Autoencoding:
         return loss, loss.new_zeros(len(x))
 
     def validate(self, model: vae_file.VAE) -> dict:
-        loss, logs = model.loss(self.val, self.args.kl_weight, torch.Generator(self.device).manual_seed(0))
-        return {"val_loss": loss.mean().item()} | {name: value.tolist() for name, value in logs.items()}
+        generator, parts = torch.Generator(self.device).manual_seed(0), []
+        for batch in batches((len(self.val), *self.val.shape[2:], 1)):
+            loss, logs = model.loss(self.val[batch.start:batch.stop], self.args.kl_weight, generator)
+            parts.append({"val_loss": loss.mean()} | logs)
+        weights = [len(b) for b in batches((len(self.val), *self.val.shape[2:], 1))]
+        return {k: (sum(w * p[k] for w, p in zip(weights, parts)) / sum(weights)).tolist() for k in parts[0]}
 
     def preview(self, model: vae_file.VAE) -> Image.Image:
         """Pictures, each with its reconstruction below."""
@@ -401,46 +401,54 @@ def train(args: argparse.Namespace) -> bool:
     """Train or continue one run. True when it is finished, False when a signal interrupted it."""
     # ---- refuse early what cannot work; nothing is written yet
     is_vae, run = args.arch == "vae", Path(args.runs_dir) / args.name
+    file, settings = run / "checkpoint.pt", run / "settings.json"
+    check_settings(args, settings)
     device, objective = pick_device(args.device), None if is_vae else objective_of(args)
     if objective:
         build_path(objective)
-    check_size(args)
-    bf16_here = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+    vae = load_vae(args.vae) if args.vae else None
+    vae_args = args if is_vae else None if vae else vae_arguments(args)
+    check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)))
+    bf16_here = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                  device.type == "cpu"
                  and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
     bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_here)
     number_format = "bf16 autocast" if bf16 else "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    # ---- data, and for a network in latent space the VAE
-    vae_at = run if is_vae else Path(args.vae) if args.vae else Path(args.runs_dir) / args.vae_name
-    cache_dir = Path(args.cache_dir) if args.cache_dir else vae_at.parent if vae_at.is_file() else vae_at
+    # ---- the VAE first, then data
+    if vae_args is not None and vae_args is not args:
+        if not train(vae_args):
+            return False
+        vae = load_vae(Path(vae_args.runs_dir) / vae_args.name)
+    # a VAE from elsewhere keeps its own folder; that of this data shares its cache with every network
+    home = run if is_vae or args.vae else Path(vae_args.runs_dir) / vae_args.name
+    cache_dir = Path(args.cache_dir) if args.cache_dir else home
     data, val = (load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir)
                  for split in ("train", "val"))
+    if vae and vae.config.image_channels != data.images.shape[-1]:
+        raise ValueError(f"--vae {args.vae}: for pictures of {vae.config.image_channels} channels; those of "
+                         f"--data {args.data} have {data.images.shape[-1]}")
     num_classes = len(data.classes) if args.cond == "class" and not is_vae else 0
-    if not is_vae and not args.vae and not make_vae(args):
-        return False
 
-    with locked(run):
-        open_run(args, run)
-        file, saved = run / "checkpoint.pt", None
-        if file.is_file():
-            saved = load_checkpoint(file)
-            if saved["training"]["data"] != data.fingerprint:
-                raise ValueError(f"--data {args.data}: changed since {run} began; "
-                                 "use another --name for what is there now")
-            if saved["training"]["finished"]:
-                print(f"{run} is finished: {saved['step']:,} steps")
-                return True
+    with hold(run):
+        if not settings.is_file():
+            write_atomically(settings, lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
+        saved = load_checkpoint(file) if file.is_file() else None
+        if saved and saved["training"]["data"] != data.fingerprint:
+            raise ValueError(f"--data {args.data}: changed since {run} began; "
+                             "use another --name for what is there now")
+        if saved and saved["training"]["finished"]:
+            print(f"{run} is finished: {saved['step']:,} steps")
+            return True
 
         # ---- network, averaged weights, optimizer
-        vae = None
-        if not is_vae:                             # a continued run keeps the VAE that it began with
-            vae = (unpack_vae(saved["vae"]) if saved else load_vae(vae_at)).to(device)
-        cache = None if is_vae else encode(vae, data, args, cache_dir)
+        if not is_vae:
+            vae = (unpack_vae(saved["vae"]) if saved else vae).to(device)   # the VAE that the run began with
+            cache = encode(vae, data, args, cache_dir)
         torch.manual_seed(args.seed)
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
                   network_config(args, vae.config.latent_channels, num_classes))
@@ -498,7 +506,7 @@ def train(args: argparse.Namespace) -> bool:
               f"step {start:,} of {args.steps:,}", flush=True)
 
         # ---- the loop
-        pending: list[Tensor] = []     # per step: loss, gradient norm, first and last time; read every log_every
+        pending: list[Tensor] = []     # per step: loss, gradient norm, first and last time; read now and then
 
         def read_pending(done: int) -> dict:
             values = torch.stack(pending).tolist()
@@ -507,9 +515,10 @@ def train(args: argparse.Namespace) -> bool:
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise FloatingPointError(
                         f"loss {loss} with gradient norm {norm} at step {step}, times {low:.3f} "
-                        f"to {high:.3f}, {number_format}: stopped. {file} holds good weights; lower --lr"
-                        + (" or use --precision fp32" if bf16 else ""))
-            return {name: sum(v[i] for v in values) / len(values) for i, name in enumerate(("loss", "grad_norm"))}
+                        f"to {high:.3f}, {number_format}: stopped. {file} holds the last good weights; "
+                        f"begin another --name with a lower --lr" + (" or --precision fp32" if bf16 else ""))
+            return {"loss": sum(v[0] for v in values) / len(values),
+                    "grad_norm": sum(v[1] for v in values) / len(values)}
 
         def record(entry: dict) -> None:
             records.append(entry)
@@ -538,7 +547,8 @@ def train(args: argparse.Namespace) -> bool:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 decay = min(args.ema, (step + 1) / (step + 10))   # short at first, so that early weights fade
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
                 times = torch.cat(times)
                 pending.append(torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()]))
 

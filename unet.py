@@ -92,9 +92,9 @@ class Attention(nn.Module):
         q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, heads, N or L, head_dim)
                    for p in (self.to_q(x), self.to_k(context), self.to_v(context)))
         mask = None if mask is None else mask[:, None, None, :]
-        if x.is_cuda:
+        if x.is_cuda or q.shape[-2] * k.shape[-2] > 128 * 128:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:      # by the formula: the backward pass of the CPU's fused attention is 4 times as slow in bf16
+        else:      # short rows, by formula: the CPU's fused attention has a backward pass 4 times as slow
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             x = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
         return self.to_out[0](x.transpose(1, 2).flatten(2))                    # (B, N, C)

@@ -6,8 +6,8 @@
 Diffusion runs on the latents of this network: an image (B, 3, H, W) in [-1, 1] becomes a diagonal Gaussian
 over (B, C, H/f, W/f), of which one draw, brought to mean 0 and standard deviation 1 per channel, is the `x0`
 of the other files. Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G; Kingma & Welling 2014
-for the posterior. Module names follow diffusers' AutoencoderKL, so a published Stable Diffusion VAE's state
-dict loads as it is.
+for the posterior. Module names follow diffusers' AutoencoderKL: the weights of a published Stable Diffusion
+VAE load by name, and only the two latent buffers are ours.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                      # (B, HW, C)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        q, k, v = (to(h)[:, None] for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, HW, C): one head
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)          # (B, C, H, W)
 
 
@@ -220,7 +221,7 @@ class VAE(nn.Module):
     def set_latent_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Store the per-channel mean and variance, each (C,), of the raw latent over the training set."""
         self.latent_mean.copy_(mean)
-        self.latent_std.copy_(var.sqrt().clamp_min(1e-6))   # a dead channel must not divide by zero
+        self.latent_std.copy_(var.clamp_min(1e-12).sqrt())   # a dead channel must not divide by zero
 
     def loss(self, x: Tensor, kl_weight: float,
              generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:

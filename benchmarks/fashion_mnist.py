@@ -129,7 +129,8 @@ def main() -> None:
             continue
         labels = np.arange(args.n) % 10
         for scale in args.cfg:
-            flags = [run, "--n", str(args.n), "--batch-size", "250", "--cfg", str(scale), "--precision", args.precision]
+            flags = [run, "--n", str(args.n), "--batch-size", "250", "--cfg", str(scale)]
+            flags += ["--precision", args.precision]
             flags += ["--sampler", args.sampler] if args.sampler else []
             flags += ["--steps", str(args.steps)] if args.steps else []
             with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,8 @@ def main() -> None:
             features, predicted = look(classifier, images)
             sampler, steps = args.sampler or "default sampler", args.steps or "default"
             rows.append({"what": f"{run}: {args.n:,} samples, {sampler}, {steps} steps, guidance {scale:g}",
-                         "frechet": frechet(features, reference), "agreement": float((predicted == labels).mean())})
+                         "frechet": frechet(features, reference),
+                         "agreement": float((predicted == labels).mean())})
     for row in rows:
         print(f"{row['what']:75s}" + "".join(f"  {name} {row[name]:.3f}"
                                              for name in ("agreement", "frechet", "psnr") if name in row))

@@ -22,7 +22,7 @@ def gaussian(path):
 
 
 def start(path, n):
-    """Draws of the exact marginal where the path starts; Stable Diffusion's schedule does not start in pure noise."""
+    """Draws of the exact marginal where the path starts; Stable Diffusion's does not start in pure noise."""
     alpha, sigma = path.alpha_sigma(path.times(1)[0])
     return alpha * MEAN + ((alpha * STD) ** 2 + sigma**2).sqrt() * torch.randn(n, 1, dtype=torch.float64)
 
@@ -41,10 +41,11 @@ def test_every_sampler_recovers_a_gaussian(name, path):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("path", ["rf", "ddpm"])
 def test_flipped_signs_fail(name, path):
-    """The test above must not pass a denoiser whose eps has the wrong sign, or whose pair is the wrong way round."""
+    """The test above must not pass a denoiser whose eps has the wrong sign, or whose pair is swapped."""
     path = PATHS[path]
     for wrong in (lambda x0, eps: (x0, -eps), lambda x0, eps: (eps, x0)):
-        y = SAMPLERS[name](lambda x, t: wrong(*gaussian(path)(x, t)), path, start(path, 5000), path.times(200))
+        denoise = lambda x, t: wrong(*gaussian(path)(x, t))
+        y = SAMPLERS[name](denoise, path, start(path, 5000), path.times(200))
         assert not (abs(y.mean() - MEAN) < 0.03 and abs(y.std() / STD - 1) < 0.1)
 
 

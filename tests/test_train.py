@@ -203,7 +203,7 @@ def test_training_sees_normalised_latents(cwd):
 
 
 def test_validation_is_fixed_and_leaves_the_generator_alone(cwd):
-    task, model = denoising(cwd), torch.nn.Identity()
+    task = denoising(cwd)
     network = sample.build_model("dit", sample.load_checkpoint("runs/done")["config"])
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -330,7 +330,7 @@ def test_non_finite_loss_never_reaches_a_checkpoint(cwd, monkeypatch):
 
 
 def test_second_process_and_other_settings_are_refused(cwd):
-    with train.locked(Path("runs/done")), pytest.raises(ValueError, match="another process"):
+    with train.locked(Path("runs/done/lock")), pytest.raises(ValueError, match="another process"):
         train.main(["--arch", "dit", *QUICK, "--name", "done"])
     before = (cwd / "runs/done/checkpoint.pt").read_bytes()
     with pytest.raises(ValueError, match="--lr 0.001, not 0.5"):
