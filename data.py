@@ -153,6 +153,7 @@ def read_shape(image: np.ndarray) -> tuple[str, str]:
     return names[nearest], KINDS[int(np.argmin(errors))]
 
 
+@functools.lru_cache(maxsize=2)
 def load_shapes(split: str, size: tuple[int, int], count: int) -> Dataset:
     # The sequence is infinite: validation is a part that training never reaches.
     first = 0 if split == "train" else 10**9
@@ -354,7 +355,7 @@ def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: P
     `count` is how many `shapes` are drawn for training. Raises ValueError with one line for the user."""
     size = size or (32, 32)
     if source == "shapes":
-        return load_shapes(split, size, count if split == "train" else 480)
+        return load_shapes(split, tuple(size), count if split == "train" else 480)
     if source in ("mnist", "fashion-mnist"):
         return load_mnist(source, split, size, data_dir)
     if source == "cifar10":
