@@ -20,21 +20,24 @@ import sample
 import train
 from conftest import ROOT
 
-KILLS = int(os.environ.get("KILLS", 3))   # KILLS=20 for the long version
+KILLS = int(os.environ.get("KILLS", 2))   # KILLS=20 for the long version
 QUICK = ["--batch-size", "8", "--steps", "3", "--preset", "tiny", "--precision", "fp32",
          "--preview-every", "1000"]
+DONE = ["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--log-every", "5",
+        "--val-every", "20", "--warmup", "5"]
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A folder with a trained (for seconds) VAE and one finished run on it."""
     folder = tmp_path_factory.mktemp("home")
-    old, train.SAMPLE_ROWS = os.getcwd(), 1         # the tests need no 240 samples per run
+    old, train.SAMPLE_ROWS = os.getcwd(), 1         # the tests need no 240 samples per run, nor good ones
+    for defaults in sample.DRAW_DEFAULTS.values():
+        defaults["steps"] = 3
     os.chdir(folder)
     train.main(["--arch", "vae", "--vae-preset", "tiny", "--steps", "40", "--batch-size", "16",
                 "--precision", "fp32", "--preview-every", "40"])
-    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done",
-                "--log-every", "5", "--val-every", "20", "--warmup", "5"])
+    train.main(DONE)
     yield folder
     os.chdir(old)
 
@@ -76,8 +79,7 @@ def test_a_finished_run_leaves_what_it_promises(cwd, capsys):
     assert not any(k.startswith(("_orig_mod", "module")) for k in checkpoint["model"])
     assert not same(checkpoint["model"], checkpoint["ema"])
     before = (cwd / "runs/done/checkpoint.pt").read_bytes()
-    train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done",
-                "--log-every", "5", "--val-every", "20", "--warmup", "5"])
+    train.main(DONE)
     assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before   # a finished run is not trained further
     assert "python sample.py runs/done --label red-circle" in capsys.readouterr().out
 
@@ -331,11 +333,10 @@ def test_non_finite_loss_never_reaches_a_checkpoint(cwd, monkeypatch):
 
 def test_second_process_and_other_settings_are_refused(cwd):
     with train.locked(Path("runs/done/lock")), pytest.raises(ValueError, match="another process"):
-        train.main(["--arch", "dit", *QUICK, "--name", "done"])
+        train.main(DONE)
     before = (cwd / "runs/done/checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match="--lr 0.001, not 0.5"):
-        train.main(["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done",
-                    "--warmup", "5", "--lr", "0.5"])
+    with pytest.raises(ValueError, match="--lr 0.0025, not 0.5"):
+        train.main([*DONE, "--lr", "0.5"])
     with pytest.raises(ValueError, match="latent-channels 4, not 8"):
         train.main(["--arch", "dit", *QUICK, "--name", "other", "--latent-channels", "8"])
     assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before
