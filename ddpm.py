@@ -181,14 +181,14 @@ def demo() -> None:
             mean, var = path.posterior(x0, x, s, t)
             x = mean + var.sqrt() * torch.randn_like(x)
     data = moons(4000)
-    distance = {name: torch.cdist(points, data).amin(1).mean().item()
-                for name, points in (("samples", x), ("fresh data", moons(4000)), ("noise", torch.randn(4000, 2)))}
+    clouds = {"samples": x, "fresh data": moons(4000), "noise": torch.randn(4000, 2)}
+    distance = {name: torch.cdist(points, data).amin(1).mean().item() for name, points in clouds.items()}
     print("mean distance to the nearest of 4000 data points: "
           + ", ".join(f"{name} {value:.3f}" for name, value in distance.items()))
     panels = [np.histogram2d(-p[:, 1].numpy(), p[:, 0].numpy(), 120, [[-3, 3]] * 2)[0]
               for p in (*frames, x, data)]
-    Image.fromarray(np.hstack([255 - np.clip(p * 80, 0, 255) for p in panels]).astype(np.uint8)).resize(
-        (1440, 240)).save("ddpm.png")
+    picture = Image.fromarray(np.hstack([255 - np.clip(p * 80, 0, 255) for p in panels]).astype(np.uint8))
+    picture.resize((1440, 240)).save("ddpm.png")
     print("ddpm.png: noise ... samples | data")
 
 

@@ -1,4 +1,4 @@
-"""Score a run on the built-in shapes: how many samples have the asked kind and colour, as `read_shape` sees them?
+"""Score a run on the built-in shapes: how many samples have the asked kind and colour, by `read_shape`?
 
     python benchmarks/shapes.py runs/shapes-dit-rf                       (from the repository's root)
 """
@@ -27,8 +27,8 @@ def main() -> None:
     p.add_argument("--cfg", default="2")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sample.main([args.run, "--n", str(args.n), "--sampler", args.sampler, "--steps", args.steps, "--cfg", args.cfg,
-                     "--out", f"{folder}/samples.npz"])
+        sample.main([args.run, "--n", str(args.n), "--sampler", args.sampler, "--steps", args.steps,
+                     "--cfg", args.cfg, "--out", f"{folder}/samples.npz"])
         images = np.load(f"{folder}/samples.npz")["arr_0"]
     seen = [read_shape(image) for image in images]
     asked = [tuple(SHAPE_CLASSES[i % len(SHAPE_CLASSES)].split("-")) for i in range(args.n)]
