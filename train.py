@@ -316,6 +316,16 @@ def plot_loss(path: Path, records: list[dict]) -> None:
     write_atomically(path, lambda file: image.save(file, "PNG"))
 
 
+def describe(record: dict) -> str:
+    """A validation record as a line for the terminal."""
+    parts = [f"step {record['step']:,}: validation loss {record['val_loss']:.4f}"]
+    parts += [f"PSNR {record['psnr']:.1f} dB, KL {record['kl']:.0f} nats, latent std "
+              + " ".join(f"{std:.2f}" for std in record["latent_std"])] if "psnr" in record else []
+    parts += ["by time " + "  ".join(f"{name} {loss:.3f}" for name, loss in record["val_by_time"].items())
+              ] if "val_by_time" in record else []
+    return ", ".join(parts)
+
+
 class Autoencoding:
     """What the loop asks of a task, answered for the VAE: the loss of a batch, the validation, a preview."""
 
@@ -563,6 +573,7 @@ def train(args: argparse.Namespace) -> bool:
                 with torch.no_grad(), autocast():
                     if validate:
                         record({"step": done, **task.validate(ema)})
+                        bar.write(describe(records[-1]))
                     if preview and not stop:
                         for name, network in (("ema", ema), ("raw", model)):
                             picture = task.preview(network)
@@ -598,7 +609,7 @@ def main(argv: list[str] | None = None) -> None:
     if not train(args):
         return
     run, defaults = Path(args.runs_dir) / args.name, DRAW_DEFAULTS[args.objective]
-    print(f"{run / 'samples.png'} after {(time.time() - started) / 60:.1f} minutes")
+    print(f"{run / 'samples.png'}, {run / 'loss.png'} after {(time.time() - started) / 60:.1f} minutes")
     if args.arch != "vae":
         classes, dropout = (load_checkpoint(run)[key] for key in ("data", "label_dropout"))
         label = f" --label {classes['classes'][0]}" if classes["classes"] else ""
