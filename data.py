@@ -122,11 +122,11 @@ def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
     height, width = size
     rng, label = np.random.default_rng([24, index]), index % len(SHAPE_CLASSES)
     colour, kind = list(COLOURS.values())[label // len(KINDS)], KINDS[label % len(KINDS)]
-    radius = rng.uniform(0.17, 0.31) * min(size)
+    radius = rng.uniform(0.2, 0.34) * min(size)
     margin = 1.15 * radius + 1
     cx, cy = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
     x, y = np.arange(width) + 0.5 - cx, np.arange(height)[:, None] + 0.5 - cy
-    grey, slope = rng.uniform(20, 230), rng.uniform(-40, 40)
+    grey, slope = rng.uniform(15, 95), rng.uniform(-30, 30)
     background = np.clip(grey + slope * (x + cx - width / 2) / width + 0 * y, 0, 255)[..., None]
     alpha = coverage(kind, x, y, radius)[..., None]
     return np.round(alpha * np.array(colour) + (1 - alpha) * background).astype(np.uint8)
