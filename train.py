@@ -41,12 +41,12 @@ from vae import VAEConfig
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
 DEFAULTS = {
-    "vae":  dict(steps=1200, batch_size=32, lr=4e-3, warmup=50, ema=0.99, weight_decay=0.0),
+    "vae":  dict(steps=1400, batch_size=32, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
     "dit":  dict(steps=2000, batch_size=64, lr=2.5e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2000, batch_size=64, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
 SAMPLE_ROWS = 10   # of samples.png, a column per class
-VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-6}
+VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-4}
 # Flags that may differ when a run is continued: where things are and how often we look, never what is learnt.
 FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every",
         "preview_every", "save_every"}
@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--vae-widths", type=int, nargs="+", metavar="N",
                    help="per level; all but the last halve the image")
     g.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent (default: 4)")
-    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 1e-6)")
+    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 1e-4)")
     g.add_argument("--vae-steps", type=int, help="its steps, when trained on the way to another network")
     g = p.add_argument_group("objective")
     g.add_argument("--schedule", choices=("linear", "scaled_linear", "cosine"),
