@@ -288,7 +288,7 @@ def plot_loss(path: Path, records: list[dict]) -> None:
     curves, smooth = {"train": [], "validation": []}, None
     for record in records:
         if "loss" in record:
-            smooth = record["loss"] if smooth is None else 0.9 * smooth + 0.1 * record["loss"]
+            smooth = record["loss"] if smooth is None else 0.7 * smooth + 0.3 * record["loss"]
             curves["train"].append((record["step"], smooth))
         elif "val_loss" in record:
             curves["validation"].append((record["step"], record["val_loss"]))
