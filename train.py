@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -235,9 +236,11 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError, in its own words
+        free = shutil.disk_usage(path.parent).free / 2**20
         partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}".splitlines()[0]) from None
+        message = f"cannot write {path} ({free:.0f} MiB left on the device): {error}"
+        raise OSError(message.splitlines()[0]) from None
 
 
 def read_settings(file: Path) -> dict:
