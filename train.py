@@ -236,7 +236,7 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:       # torch reports a full disk as RuntimeError, in its own words
+    except (OSError, RuntimeError) as error:   # torch reports a full disk as RuntimeError of its own words
         free = shutil.disk_usage(path.parent).free / 2**20
         partial.unlink(missing_ok=True)
         message = f"cannot write {path} ({free:.0f} MiB left on the device): {error}"
