@@ -348,9 +348,8 @@ class Autoencoding:
         generator, parts = torch.Generator(self.device).manual_seed(0), []
         for batch in batches((len(self.val), *self.val.shape[2:], 1)):
             loss, logs = model.loss(self.val[batch.start:batch.stop], self.args.kl_weight, generator)
-            parts.append({"val_loss": loss.mean()} | logs)
-        weights = [len(b) for b in batches((len(self.val), *self.val.shape[2:], 1))]
-        return {k: (sum(w * p[k] for w, p in zip(weights, parts)) / sum(weights)).tolist() for k in parts[0]}
+            parts.append((len(batch), {"val_loss": loss.mean()} | logs))
+        return {k: (sum(n * part[k] for n, part in parts) / len(self.val)).tolist() for k in parts[0][1]}
 
     def preview(self, model: vae_file.VAE) -> Image.Image:
         """Pictures, each with its reconstruction below."""
