@@ -42,9 +42,9 @@ from vae import VAEConfig
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
 DEFAULTS = {
-    "vae":  dict(steps=1400, batch_size=32, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
-    "dit":  dict(steps=2000, batch_size=64, lr=2.5e-3, warmup=100, ema=0.998, weight_decay=0.01),
-    "unet": dict(steps=2000, batch_size=64, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "vae":  dict(steps=3000, batch_size=16, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
+    "dit":  dict(steps=2000, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "unet": dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
 SAMPLE_ROWS = 10   # of samples.png, a column per class
 VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-4}

@@ -26,7 +26,7 @@ class UNetConfig:
     out_channels: int | None = None             # default: as many as come in
     widths: tuple[int, ...] = (64, 128)         # one per level; every level but the last halves the latent
     layers: int = 2                             # ResNet blocks a level going down, one more going up
-    attention: tuple[bool, ...] = (True, True)  # a transformer after each ResNet block, level by level
+    attention: tuple[bool, ...] = (False, True)  # a transformer after each ResNet block, level by level
     heads: int | tuple[int, ...] = 2            # per level, or one number for all
     groups: int = 16
     context_width: int | None = None            # None: no cross-attention
