@@ -81,11 +81,29 @@ class DDPM:
         """(n,) training times, uniform over 1/1000 .. 1."""
         return (torch.randint(1, STEPS + 1, (n,), generator=generator) / STEPS).to(device)
 
-    def times(self, steps: int) -> Tensor:
-        """(steps + 1,) float64 from 1 to 0, evenly spaced among the thousandths."""
+    def t_at(self, lam: Tensor) -> Tensor:
+        """The time at which log(alpha / sigma) = lam: the inverse of `alpha_sigma`."""
+        sigma2 = torch.sigmoid(-2 * lam.double())
+        grid = self.table[1].to(sigma2.device)
+        left = (torch.searchsorted(grid, sigma2) - 1).clamp(0, STEPS - 1)
+        a, b = grid[left], grid[left + 1]
+        return ((left + (sigma2 - a) / (b - a)) / STEPS).clamp(0, 1).to(lam.dtype)
+
+    def times(self, steps: int, spacing: str = "trailing") -> Tensor:
+        """(steps + 1,) float64, falling to 0 along the thousandths. Spacing after Lin et al. table 2: "trailing"
+        from 1 in even steps to 0; "linspace" from 1 evenly to 0.001, then 0; "leading" multiples of
+        floor(1000 / steps), plus one, which never reach 1 and so start with noise that has some signal."""
         if not 1 <= steps <= STEPS:
             raise ValueError(f"steps {steps}: the diffusion path has 1 to {STEPS}")
-        return torch.linspace(STEPS, 0, steps + 1, dtype=torch.float64).round() / STEPS
+        if spacing == "trailing":
+            return torch.linspace(STEPS, 0, steps + 1, dtype=torch.float64).round() / STEPS
+        if spacing == "linspace":
+            noisy = torch.linspace(STEPS, 1 if steps > 1 else STEPS, steps, dtype=torch.float64).round()
+        elif spacing == "leading":
+            noisy = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (STEPS // steps) + 1
+        else:
+            raise ValueError(f"spacing {spacing!r}: must be trailing, leading or linspace")
+        return torch.cat([noisy, noisy.new_zeros(1)]) / STEPS
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The forward process, eq. 4: q(xt | x0)."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -74,7 +73,6 @@ def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-@lru_cache(maxsize=16)
 def sincos_positions(h: int, w: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
     """(h * w, dim) fixed 2-D positions as published: the first half of the channels encodes x,
     the second half y."""
@@ -85,7 +83,6 @@ def sincos_positions(h: int, w: int, dim: int, device: torch.device | str = "cpu
     return torch.cat([ax.sin(), ax.cos(), ay.sin(), ay.cos()], dim=-1).float().to(device)
 
 
-@lru_cache(maxsize=16)
 def rope_tables(h: int, w: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
     """cos and sin (h * w, head_dim / 2): the first half of the pairs turns with y, the second half with x."""
     frequencies = theta ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
@@ -213,6 +210,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(c.num_classes, c.width) if c.num_classes else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.final_layer = FinalLayer(c, self.out_channels)
+        self._positions: dict[tuple, tuple[Tensor, Rope | None]] = {}
         self.initialize()
 
     def initialize(self) -> None:
@@ -233,14 +231,21 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
+    def positions(self, h: int, w: int, device: torch.device) -> tuple[Tensor, Rope | None]:
+        """Both tables for a grid of h x w tokens, computed once."""
+        c, key = self.config, (h, w, device)
+        if key not in self._positions:
+            rope = rope_tables(h, w, c.width // c.heads, c.rope_theta, device) if c.rope else None
+            self._positions[key] = sincos_positions(h, w, c.width, device), rope
+        return self._positions[key]
+
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes -> raw (B, out_channels, H, W)."""
         c, (p, q) = self.config, self.config.patch
         if xt.shape[-2] % p or xt.shape[-1] % q:
             raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: not a multiple of the patch {p}x{q}")
         h, w = xt.shape[-2] // p, xt.shape[-1] // q
-        positions = sincos_positions(h, w, c.width, xt.device)
-        rope = rope_tables(h, w, c.width // c.heads, c.rope_theta, xt.device) if c.rope else None
+        positions, rope = self.positions(h, w, xt.device)
 
         x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
         x = x + positions.to(self.x_embedder.proj.weight.dtype)              # stays float32 under autocast

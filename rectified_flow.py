@@ -69,6 +69,10 @@ class RectifiedFlow:
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
+    def t_at(self, lam: Tensor) -> Tensor:
+        """The time at which log(alpha / sigma) = lam: the inverse of `alpha_sigma`."""
+        return torch.sigmoid(-lam)
+
     def sample_t(self, n: int, device: torch.device | str = "cpu",
                  generator: torch.Generator | None = None) -> Tensor:
         """(n,) training times from the density, shifted."""

@@ -8,12 +8,16 @@ fall strictly to 0 in N steps. Each step combines x0 and eps with the path's own
 
     x_s = alpha_s * x0 + sigma_s * eps
 
-which is DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12) on any path, and Euler's step on the straight one.
+which is DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12) on any path, Euler's step on the straight one, and
+order one of every solver here. Higher orders expand x0 or eps in lam = log(alpha / sigma), of which a step
+covers h. A step from alpha = 0 or to sigma = 0 has h = inf and is of order one: there is nothing to expand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import factorial
 
 import torch
 from torch import Tensor
@@ -23,20 +27,21 @@ Generators = torch.Generator | Sequence[torch.Generator] | None    # one for the
 OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at times[i + 1], x0 it came from)
 
 
-def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0) -> Denoiser:
+def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0,
+           interval: tuple[float, float] = (0.0, 1.0)) -> Denoiser:
     """A denoiser from a network: classifier-free guidance on all channels
     (Ho & Salimans 2022, arXiv:2207.12598).
 
     raw = raw(uncond) + scale * (raw(cond) - raw(uncond)): scale 1 is conditional, 0 unconditional, and
     neither evaluates the other. `cond` and `uncond` are the network's keyword arguments, of the batch's
-    length."""
+    length. Outside `interval`, low < t <= high, the scale is 1 (Kynkaanniemi et al. 2024, arXiv:2404.07724)."""
     if scale != 1.0 and uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
 
     def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         time = t.to(torch.float32).to(xt.device).expand(len(xt))
-        if scale in (0.0, 1.0):
-            raw = model(xt, time, **(cond if scale else uncond)).to(xt.dtype)
+        if scale in (0.0, 1.0) or not interval[0] < t <= interval[1]:
+            raw = model(xt, time, **(uncond if scale == 0.0 else cond)).to(xt.dtype)
         else:
             both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
             with_cond, without = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype).chunk(2)
@@ -58,6 +63,13 @@ def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
 def check_times(times: Tensor) -> None:
     if times.ndim != 1 or len(times) < 2 or times[-1] != 0 or not (times[1:] < times[:-1]).all():
         raise ValueError(f"times must fall strictly to 0 in at least one step, got {times.tolist()}")
+
+
+def log_snr(path, t: Tensor) -> Tensor:
+    """lam = log(alpha / sigma), half the log of the signal-to-noise ratio: rises from -inf at alpha = 0 to inf
+    at t = 0."""
+    alpha, sigma = path.alpha_sigma(t)
+    return (alpha / sigma).log()
 
 
 def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
@@ -111,12 +123,233 @@ def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 
 
 def ddpm(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-         on_step: OnStep = None) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the posterior variance: ddim at eta = 1."""
-    return ddim(denoise, path, x, times, generator=generator, on_step=on_step, eta=1.0)
+         on_step: OnStep = None, variance: str = "small") -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2), between any two times of any path.
+
+    variance: "small", that of the posterior q(xs | xt, x0), which is ddim at eta = 1; "large", that of the
+    forward step (both section 3.2); "learned", between the two by the fraction in [0, 1] that `denoise` then
+    returns as a third value (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)."""
+    check_times(times)
+    if variance not in ("small", "large", "learned"):
+        raise ValueError(f"variance {variance!r}: must be small, large or learned")
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps, *fraction = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        large = (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp_min(0)
+        small = large * (sigma_s / sigma_t) ** 2
+        x = alpha_s * x0 + (sigma_s**2 - small).clamp_min(0).sqrt() * eps
+        if s > 0:
+            std = {"small": small, "large": large}[variance].sqrt() if variance != "learned" else (
+                0.5 * (fraction[0] * large.log() + (1 - fraction[0]) * small.log())).exp()
+            x = x + std * noise_like(x, generator)
+        if on_step:
+            on_step(i, x, x0)
+    return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm}
+def dpm_solver_2(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+                 on_step: OnStep = None) -> Tensor:
+    """Second order, single step: eps from the middle of the step. 2 evaluations a step.
+    Lu et al. 2022 (arXiv:2206.00927), algorithm 1 with r1 = 1/2."""
+    check_times(times)
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
+        x = alpha_s * x0 + sigma_s * eps
+        if h.isfinite():
+            mid = path.t_at(lam + h / 2)
+            alpha, sigma = path.alpha_sigma(mid)
+            _, eps_mid = denoise(alpha * x0 + sigma * eps, mid)
+            x = x - sigma_s * h.expm1() * (eps_mid - eps)
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def dpm_solver_3(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+                 on_step: OnStep = None) -> Tensor:
+    """Third order, single step: eps from one and two thirds of the step. 3 evaluations a step.
+    Lu et al. 2022 (arXiv:2206.00927), algorithm 2 with r1 = 1/3, r2 = 2/3."""
+    check_times(times)
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
+        x = alpha_s * x0 + sigma_s * eps
+        if h.isfinite():
+            r1, r2 = 1 / 3, 2 / 3
+            t1, t2 = path.t_at(lam + r1 * h), path.t_at(lam + r2 * h)
+            (alpha_1, sigma_1), (alpha_2, sigma_2) = path.alpha_sigma(t1), path.alpha_sigma(t2)
+            _, eps_1 = denoise(alpha_1 * x0 + sigma_1 * eps, t1)
+            slope = r2 / r1 * ((r2 * h).expm1() / (r2 * h) - 1) * (eps_1 - eps)
+            _, eps_2 = denoise(alpha_2 * x0 + sigma_2 * eps - sigma_2 * slope, t2)
+            x = x - sigma_s / r2 * (h.expm1() / h - 1) * (eps_2 - eps)
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+             on_step: OnStep = None) -> Tensor:
+    """DPM-Solver++(2M): second order, multistep: the slope of x0 from the step before. 1 evaluation a step.
+    Lu et al. 2022 (arXiv:2211.01095), algorithm 2."""
+    check_times(times)
+    h_last, x0_last = None, None
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        h = log_snr(path, s) - log_snr(path, t)
+        x = alpha_s * x0 + sigma_s * eps
+        if i > 0 and h.isfinite():
+            slope = h / h_last * (x0 - x0_last)
+            x = x - alpha_s * (-h).expm1() / 2 * slope
+        h_last, x0_last = h, x0
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+             on_step: OnStep = None, as_published: bool = False) -> Tensor:
+    """DPM-Solver++(3M): third order, multistep: slope and curvature of x0 from the two steps before.
+    1 evaluation a step. Lu et al. 2022 (arXiv:2211.01095), section 4 and appendix A, at k = 3.
+
+    as_published: the authors' code, and what follows it, takes the second divided difference, half the second
+    derivative, for the whole one, and is of second order; it is here to reproduce pictures."""
+    check_times(times)
+    h_last, slope_last, x0_last = None, None, None       # slope: divided difference of x0 over lam
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        h = log_snr(path, s) - log_snr(path, t)
+        x = alpha_s * x0 + sigma_s * eps
+        slope = (x0 - x0_last) / h_last if i > 0 else None
+        if i == 1 and h.isfinite():
+            x = x - alpha_s * (-h).expm1() / 2 * h * slope
+        elif i > 1 and h.isfinite():
+            half_curvature = (slope - slope_last) / (h_last + h_before)
+            phi2 = (-h).expm1() / h + 1
+            x = x + alpha_s * phi2 * h * (slope + h_last * half_curvature)
+            x = x - alpha_s * (phi2 / h - 0.5) * h**2 * half_curvature * (1 if as_published else 2)
+        h_before, h_last, slope_last, x0_last = h_last, h, slope, x0
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+                 on_step: OnStep = None) -> Tensor:
+    """SDE-DPM-Solver++(2M): the reverse SDE of the path, of which a step of order one is `ddpm`; x0 is
+    extrapolated as in `dpmpp_2m`. Lu et al. 2022 (arXiv:2211.01095), eq. 19 and appendix A."""
+    check_times(times)
+    h_last, x0_last = None, None
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, _ = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        h = log_snr(path, s) - log_snr(path, t)
+        new = -(-2 * h).expm1()                          # share of the noise that is drawn afresh
+        expected = x0 + h / h_last * (x0 - x0_last) / 2 if i > 0 and h.isfinite() else x0
+        x = sigma_s / sigma_t * (-h).exp() * x + alpha_s * new * expected
+        if s > 0:
+            x = x + sigma_s * new.sqrt() * noise_like(x, generator)
+        h_last, x0_last = h, x0
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+          on_step: OnStep = None, order: int = 3) -> Tensor:
+    """UniPC: a multistep predictor of the given order and a corrector, one order higher, that uses the
+    evaluation at the predicted point and costs none of its own. 1 evaluation a step.
+    Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 for x0, with B(h) = e^h - 1."""
+    check_times(times)
+    x0, past = denoise(x, times[0])[0], []               # past: (lam, x0) of earlier times, the latest first
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
+        first = sigma_s / sigma_t * x + (alpha_s - sigma_s * alpha_t / sigma_t) * x0
+        past = past[:order - 1] if h.isfinite() else []
+        r = [(lam_k - lam) / h for lam_k, _ in past]
+        slopes = [(x0_k - x0) / r_k for r_k, (_, x0_k) in zip(r, past)]
+        x = first - alpha_s * sum(w * d for w, d in zip(unipc_weights(r, h), slopes))
+        x0_last, x0_s = x0, x0
+        if s > 0:
+            x0_s = denoise(x, s)[0]
+            slopes.append(x0_s - x0)
+            x = first - alpha_s * sum(w * d for w, d in zip(unipc_weights([*r, 1.0], h), slopes))
+        past = [(lam, x0), *past] if lam.isfinite() else []
+        x0 = x0_s
+        if on_step:
+            on_step(i, x, x0_last)
+    return x
+
+
+def unipc_weights(r: list, h: Tensor) -> list[Tensor]:
+    """Weights w_k, one per r_k, for which sum_k w_k r_k^(j-1) = j! psi_j, j = 1, 2, ..., where psi_1 =
+    (e^-h - 1) / -h - 1 and psi_{j+1} = psi_j / -h - 1 / (j + 1)! (theorem 3.1: B(h) cancels). One weight alone
+    is free up to O(h^2): the paper's B(h) / 2."""
+    if len(r) < 2:
+        return [(-h).expm1() / 2] * len(r)
+    psi, right = (-h).expm1() / -h - 1, []
+    for j in range(1, len(r) + 1):
+        right.append(factorial(j) * psi)
+        psi = psi / -h - 1 / factorial(j + 1)
+    powers = torch.stack([torch.as_tensor(r_k, dtype=h.dtype).cpu() ** torch.arange(len(r)) for r_k in r], 1)
+    return list(torch.linalg.solve(powers, torch.stack(right).cpu()).to(h.device))
+
+
+def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+                on_step: OnStep = None, strength: float = 1.0) -> Tensor:
+    """Euler-Maruyama for dx = x0 dalpha + eps dsigma - w / 2 score dt + sqrt(w) dW, backward in time.
+
+    Every w >= 0 leaves the distribution at each t as it is (Song et al. 2021, arXiv:2011.13456; Ma et al.
+    2024, arXiv:2401.08740, eq. 5). Here w dt = strength * dsigma^2: with score = -eps / sigma the drift is
+    finite on either path, at alpha = 0 too; strength 0 is the ODE (Euler in alpha and sigma), 1 adds as much
+    noise as sigma loses. The last step, to the singular end sigma = 0, adds none."""
+    check_times(times)
+    if strength < 0:
+        raise ValueError(f"strength {strength}: must not be negative")
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        x = alpha_s * x0 + sigma_s * eps
+        if s > 0:
+            dvar = strength * 2 * sigma_t * (sigma_t - sigma_s)
+            x = x - dvar / 2 / sigma_t * eps + dvar.sqrt() * noise_like(x, generator)
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm,
+            "dpm_solver_2": dpm_solver_2, "dpm_solver_3": dpm_solver_3,
+            "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "dpmpp_2m_sde": dpmpp_2m_sde,
+            "unipc_2": partial(unipc, order=2), "unipc_3": partial(unipc, order=3), "reverse_sde": reverse_sde}
+
+
+def log_snr_times(path, steps: int, end: float = 1e-3) -> Tensor:
+    """(steps + 1,) times evenly spaced in lam from the path's start to t = end, then 0. A start at alpha = 0,
+    where lam = -inf, counts as t = 1 - end."""
+    return times_at(path, steps, end, lambda low, high: torch.linspace(low, high, steps, dtype=torch.float64))
+
+
+def karras_times(path, steps: int, end: float = 1e-3, rho: float = 7.0) -> Tensor:
+    """As log_snr_times, but (sigma / alpha)^(1 / rho) is evenly spaced:
+    Karras et al. 2022 (arXiv:2206.00364), eq. 5."""
+    def nodes(low: Tensor, high: Tensor) -> Tensor:
+        roots = torch.linspace((-low / rho).exp(), (-high / rho).exp(), steps, dtype=torch.float64)
+        return -rho * roots.log()
+    return times_at(path, steps, end, nodes)
+
+
+def times_at(path, steps: int, end: float, nodes: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    start = path.times(1)[0]
+    low = log_snr(path, start)
+    low = low if low.isfinite() else log_snr(path, start.clamp(max=1 - end))
+    inner = path.t_at(nodes(low, log_snr(path, start.new_tensor(end))))[1:]
+    return torch.cat([start[None], inner, start.new_zeros(1)])
 
 
 def gaussian_mixture(path, means: Tensor, std: float) -> Denoiser:

@@ -1,0 +1,287 @@
+"""The schedulers and models of diffusers (an independent implementation) against ours, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="pip install diffusers, for the comparison with published code")
+from diffusers import schedulers
+
+from ddpm import DDPM
+from rectified_flow import RectifiedFlow
+from samplers import (SAMPLERS, ddim, ddpm, dpm_solver_2, dpm_solver_3, dpmpp_2m_sde, dpmpp_3m, euler,
+                      gaussian_mixture, heun, karras_times, log_snr_times)
+
+SCHEDULES = {"linear": dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+             "scaled_linear": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+             "cosine": dict(beta_schedule="squaredcos_cap_v2")}
+SD = SCHEDULES["scaled_linear"]
+MEANS = torch.tensor([[1.1, 0.2, -0.4], [-0.9, 0.8, 0.1], [0.1, -1.2, 0.6]], dtype=torch.float64)
+PATH = DDPM()
+X = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Wide:
+    """A module whose float32 is float64: diffusers rounds its tables and states to float32 by name."""
+
+    def __init__(self, module, wide):
+        self.module, self.float32 = module, wide
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+@pytest.fixture
+def scheduler(monkeypatch):
+    """A function: scheduler of that name, computing in float64."""
+    def build(name, steps=None, **config):
+        found = getattr(schedulers, name)
+        module = __import__(found.__module__, fromlist=["torch"])
+        monkeypatch.setattr(module, "torch", Wide(torch, torch.float64))
+        if hasattr(module, "np"):
+            monkeypatch.setattr(module, "np", Wide(np, np.float64))
+        built = found(**config)
+        if steps:
+            built.set_timesteps(steps)
+        return built
+    return build
+
+
+def mixture(path):
+    return gaussian_mixture(path, MEANS, 0.4)
+
+
+def follow(scheduler, x, path=PATH, prediction="eps", noise=None):
+    """The scheduler's trajectory under the exact denoiser. Its sigmas are sigma / alpha, or t on the straight
+    path; its states x, or x / alpha where it has a scale_model_input that divides."""
+    states = []
+    for i, timestep in enumerate(scheduler.timesteps):
+        if hasattr(scheduler, "sigmas"):
+            if scheduler.step_index is None:
+                scheduler._init_step_index(timestep)
+            sigma = scheduler.sigmas[scheduler.step_index]
+            t = sigma if isinstance(path, RectifiedFlow) else path.t_at(-sigma.log())
+        else:
+            t = (timestep.double() + 1) / 1000
+        inside = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        x0, eps = mixture(path)(inside, t)
+        options = {} if noise is None else {"variance_noise": noise[i]}
+        x = scheduler.step(eps if prediction == "eps" else eps - x0, timestep, x, **options).prev_sample
+        states.append(x)
+    return states
+
+
+def ours(sampler, path, x, times, **options):
+    states = []
+    sampler(mixture(path), path, x, times, on_step=lambda i, x, x0: states.append(x), **options)
+    return states
+
+
+def times_of(scheduler):
+    return torch.cat([(scheduler.timesteps.double() + 1) / 1000, torch.zeros(1, dtype=torch.float64)])
+
+
+def error(a, b):
+    return max(((x - y).norm() / y.norm()).item() for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_alphas_cumprod(scheduler, name):
+    want = scheduler("DDPMScheduler", **SCHEDULES[name]).alphas_cumprod
+    assert want.dtype == torch.float64
+    torch.testing.assert_close(DDPM(schedule=name).table[0, 1:], want, rtol=1e-12, atol=0)
+
+
+def test_zero_terminal_snr(scheduler):
+    want = scheduler("DDIMScheduler", rescale_betas_zero_snr=True, **SD).alphas_cumprod
+    torch.testing.assert_close(DDPM("v", zero_terminal_snr=True).table[0, 1:], want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("steps", [1, 7, 50, 999])
+def test_spacings(scheduler, spacing, steps):
+    want = scheduler("DDPMScheduler", steps, timestep_spacing=spacing, **SD).timesteps.double()
+    if (spacing, steps) == ("linspace", 1):
+        want = want + 999          # numpy's linspace of one point is the clean end: nothing would be drawn
+    torch.testing.assert_close(DDPM().times(steps, spacing) * 1000, torch.cat([want + 1, want.new_zeros(1)]))
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+def test_ddpm(scheduler, variance):
+    kind = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
+    # leading: the scheduler's own step back is by floor(1000 / steps), whatever its list of timesteps says
+    theirs = scheduler("DDPMScheduler", 20, variance_type=kind, clip_sample=False, timestep_spacing="leading", **SD)
+    x = X[:, :, None, None]
+    fraction = torch.rand(x.shape, dtype=x.dtype)
+
+    def denoise(xt, t):
+        x0, eps = (p[:, :, None, None] for p in mixture(PATH)(xt[:, :, 0, 0], t))
+        return (x0, eps, fraction) if variance == "learned" else (x0, eps)
+
+    want, generator = x, torch.Generator().manual_seed(1)
+    for timestep in theirs.timesteps:
+        raw = denoise(want, (timestep.double() + 1) / 1000)[1]
+        raw = torch.cat([raw, 2 * fraction - 1], 1) if variance == "learned" else raw
+        want = theirs.step(raw, timestep, want, generator=generator).prev_sample
+    got = ddpm(denoise, PATH, x, PATH.times(20, "leading"), generator=torch.Generator().manual_seed(1), variance=variance)
+    assert error([got], [want]) < 1e-6
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim(scheduler, eta):
+    theirs = scheduler("DDIMScheduler", 20, clip_sample=False, timestep_spacing="leading", **SD)
+    generator, want = torch.Generator().manual_seed(1), X
+    for timestep in theirs.timesteps:
+        raw = mixture(PATH)(want, (timestep.double() + 1) / 1000)[1]
+        want = theirs.step(raw, timestep, want, eta=eta, generator=generator).prev_sample
+    got = ddim(mixture(PATH), PATH, X, PATH.times(20, "leading"), eta=eta,
+               generator=torch.Generator().manual_seed(1))
+    assert error([got], [want]) < 1e-6
+
+
+def test_euler(scheduler):
+    """In sigma / alpha and x / alpha, which is the same step."""
+    theirs = scheduler("EulerDiscreteScheduler", 12, timestep_spacing="trailing", **SD)
+    times = PATH.times(12)
+    alpha = PATH.alpha_sigma(times)[0]
+    want = follow(theirs, X / alpha[0])
+    assert error([x / a for x, a in zip(ours(euler, PATH, X, times), alpha[1:])], want) < 1e-6
+
+
+class Exploding:
+    """The path of alpha = 1 and sigma = t, in which diffusers' Heun averages eps."""
+
+    def alpha_sigma(self, t):
+        return torch.ones_like(t), t
+
+
+def test_heun(scheduler):
+    """Ours averages x0 and eps in alpha and sigma; diffusers' averages eps in sigma / alpha, which is ours on
+    the variance-exploding path. On the diffusion path the two differ within their second order."""
+    theirs = scheduler("HeunDiscreteScheduler", 12, timestep_spacing="trailing", **SD)
+    times = PATH.times(12)
+    alpha, sigma = PATH.alpha_sigma(times)
+    want = follow(theirs, X / alpha[0])[-1]
+    exploding = heun(mixture(Exploding()), Exploding(), X / alpha[0], sigma / alpha)
+    assert error([exploding], [want]) < 1e-6
+    differs = error([heun(mixture(PATH), PATH, X, times)], [want])
+    assert 1e-4 < differs < 0.1
+
+
+def with_intermediate(path, nodes, fractions):
+    """nodes and, between each two, the points at these fractions of the way in log(alpha / sigma)."""
+    alpha, sigma = path.alpha_sigma(nodes)
+    lam = (alpha / sigma).log()
+    inner = [torch.lerp(lam[:-1], lam[1:], f) for f in fractions]
+    return torch.cat([torch.stack([lam[:-1], *inner], 1).flatten(), lam[-1:]])
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpm_solver_singlestep(scheduler, order):
+    """Its grid lists the intermediate points as steps of their own. For the second of order 3 it takes
+    (e^h - 1) / 2 where the paper (algorithm 2) has (e^h - 1) / h - 1, its "heun": shown both ways."""
+    nodes = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1, 0.02], dtype=torch.float64)
+    lam = with_intermediate(PATH, nodes, [i / order for i in range(1, order)])
+
+    def their_end(second="midpoint"):
+        theirs = scheduler("DPMSolverSinglestepScheduler", len(lam) - 1, solver_order=order,
+                           algorithm_type="dpmsolver", final_sigmas_type="sigma_min", **SD)
+        theirs.sigmas, states, x = (-lam).exp(), [], X
+        theirs.timesteps = torch.arange(len(lam) - 1, 0, -1)
+        for i, timestep in enumerate(theirs.timesteps):
+            theirs.register_to_config(solver_type=second if i % order == 1 else "midpoint")
+            _, eps = mixture(PATH)(x, PATH.t_at(lam[i]))
+            x = theirs.step(eps, timestep, x).prev_sample
+            if i % order == order - 1:
+                states.append(x)
+        return states
+
+    got = ours({2: dpm_solver_2, 3: dpm_solver_3}[order], PATH, X,
+               torch.cat([nodes, nodes.new_zeros(1)]))[:-1]
+    if order == 2:
+        assert error(got, their_end()) < 1e-6
+    else:
+        assert error(got, their_end("heun")) < 1e-6
+        assert 1e-4 < error(got, their_end()) < 0.1
+
+
+def test_dpmpp_2m(scheduler):
+    theirs = scheduler("DPMSolverMultistepScheduler", 12, solver_order=2, **SD)
+    assert error(ours(SAMPLERS["dpmpp_2m"], PATH, X, times_of(theirs)), follow(theirs, X)) < 1e-6
+
+
+def test_dpmpp_3m(scheduler):
+    """diffusers, as the authors' code, lacks a factor 2 (see test_samplers.py for the order it costs)."""
+    build = lambda: scheduler("DPMSolverMultistepScheduler", 12, solver_order=3, lower_order_final=False, **SD)
+    times = times_of(build())
+    assert error(ours(dpmpp_3m, PATH, X, times, as_published=True), follow(build(), X)) < 1e-6
+    assert error(ours(dpmpp_3m, PATH, X, times), follow(build(), X)) > 1e-3
+
+
+def test_dpmpp_2m_sde(scheduler):
+    theirs = scheduler("DPMSolverMultistepScheduler", 12, solver_order=2, algorithm_type="sde-dpmsolver++", **SD)
+    generator = torch.Generator().manual_seed(2)
+    noise = [torch.randn(X.shape, dtype=X.dtype, generator=generator) for _ in range(12)]
+    got = ours(dpmpp_2m_sde, PATH, X, times_of(theirs), generator=torch.Generator().manual_seed(2))
+    assert error(got, follow(theirs, X, noise=noise)) < 1e-6
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc(scheduler, order):
+    """Ours shows each state corrected, diffusers' predicted only; so the last ones are compared. It lowers its
+    order step by step toward the end (3, 2, 1), ours only in the last step, where it must: at order 3 the
+    last but one differs, and agrees where diffusers' is told not to lower it."""
+    build = lambda **more: scheduler("UniPCMultistepScheduler", 12, solver_order=order, **more, **SD)
+    times = times_of(build())
+    got = SAMPLERS[f"unipc_{order}"](mixture(PATH), PATH, X, times)
+    if order == 3:
+        assert 1e-5 < error([got], follow(build(), X)[-1:]) < 0.1
+        theirs, keep = build(), build(lower_order_final=False)
+        states, x = [], X
+        for i, timestep in enumerate(theirs.timesteps):
+            keep.register_to_config(lower_order_final=i == 11)
+            if keep.step_index is None:
+                keep._init_step_index(timestep)
+            x = keep.step(mixture(PATH)(x, times[i])[1], timestep, x).prev_sample
+        assert error([got], [x]) < 1e-6
+    else:
+        assert error([got], follow(build(), X)[-1:]) < 1e-6
+
+
+def test_flow_match_euler(scheduler):
+    """Given the unshifted list, diffusers shifts it once, as ours. Left to itself it builds the list from an
+    end that was shifted before, and shifts again: its last step then is not ours."""
+    path = RectifiedFlow(shift=3.0)
+    theirs = scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    theirs.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8))
+    torch.testing.assert_close(theirs.sigmas, path.times(8))
+    got = ours(euler, path, X, path.times(8))
+    assert error(got, follow(theirs, X, path, "velocity")) < 1e-6
+    theirs.set_timesteps(8)
+    once, twice = theirs.sigmas[-2].item(), RectifiedFlow(shift=3.0).times(1000)[-2].item()
+    assert abs(once - 3 * twice / (1 + 2 * twice)) < 1e-9 and once != pytest.approx(path.times(8)[-2].item())
+
+
+def test_flow_match_heun(scheduler):
+    """As for Euler: on one and the same list, which is put in by hand, the trajectories agree."""
+    path = RectifiedFlow(shift=3.0)
+    theirs = scheduler("FlowMatchHeunDiscreteScheduler", 8, shift=3.0)
+    assert theirs.sigmas[-2].item() != pytest.approx(path.times(8)[-2].item())
+    times = path.times(8)
+    theirs.sigmas = torch.cat([times[:1], times[1:-1].repeat_interleave(2), times[-1:]])
+    theirs.timesteps = torch.cat([times[:1], times[1:-1].repeat_interleave(2)]) * 1000
+    x, states = X, []
+    for i, timestep in enumerate(theirs.timesteps):
+        t = theirs.sigmas[i + (i % 2)] if i else theirs.sigmas[0]
+        t = times[(i + 1) // 2]
+        x0, eps = mixture(path)(x, t)
+        x = theirs.step(eps - x0, timestep, x).prev_sample
+    assert error(ours(heun, path, X, times)[-1:], [x]) < 1e-6
+
+
+def test_log_snr_and_karras_grids(scheduler):
+    """Those of DPMSolverMultistepScheduler (use_lu_lambdas, use_karras_sigmas) over the same range."""
+    for flag, grid in (("use_lu_lambdas", log_snr_times), ("use_karras_sigmas", karras_times)):
+        theirs = scheduler("DPMSolverMultistepScheduler", 12, **{flag: True}, **SD)
+        alpha, sigma = PATH.alpha_sigma(grid(PATH, 12))
+        torch.testing.assert_close(sigma / alpha, theirs.sigmas, rtol=1e-9, atol=1e-12)
