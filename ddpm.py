@@ -43,10 +43,12 @@ class DDPM:
     """The path and its loss. `prediction` is what the network returns: "eps", "v" or "x0".
 
     min_snr: gamma of Hang et al., or None for the plain loss.
-    zero_terminal_snr: rescale so that alpha_1000 = 0."""
+    zero_terminal_snr: rescale so that alpha_1000 = 0.
+    learned_variance: the network returns twice the channels, of which the second half says where the variance
+    of each step lies between smallest and largest (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)."""
 
     def __init__(self, prediction: str = "eps", schedule: str = "scaled_linear", min_snr: float | None = None,
-                 zero_terminal_snr: bool = False):
+                 zero_terminal_snr: bool = False, learned_variance: bool = False):
         if prediction not in ("eps", "v", "x0"):
             raise ValueError(f"prediction {prediction!r}: the diffusion path knows eps, v and x0")
         if prediction == "eps" and zero_terminal_snr:
@@ -54,7 +56,7 @@ class DDPM:
                              "of x0; use v or x0")
         if min_snr is not None and not min_snr > 0:
             raise ValueError(f"min_snr {min_snr}: must be positive")
-        self.prediction, self.min_snr = prediction, min_snr
+        self.prediction, self.min_snr, self.learned_variance = prediction, min_snr, learned_variance
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(schedule), 0)])
         # Lin et al. algorithm 1: shift sqrt(abar) to end at 0, keep its start
         if zero_terminal_snr:
@@ -90,15 +92,15 @@ class DDPM:
         return ((left + (sigma2 - a) / (b - a)) / STEPS).clamp(0, 1).to(lam.dtype)
 
     def times(self, steps: int, spacing: str = "trailing") -> Tensor:
-        """(steps + 1,) float64, falling to 0 along the thousandths. Spacing after Lin et al. table 2: "trailing"
-        from 1 in even steps to 0; "linspace" from 1 evenly to 0.001, then 0; "leading" multiples of
-        floor(1000 / steps), plus one, which never reach 1 and so start with noise that has some signal."""
+        """(steps + 1,) float64, falling to 0 along the thousandths. Spacing after Lin et al. table 2:
+        "trailing" from 1 in even steps to 0; "linspace" from 1 evenly to 0.001, then 0; "leading" multiples
+        of floor(1000 / steps), plus one, which never reach 1 and so start with some signal left."""
         if not 1 <= steps <= STEPS:
             raise ValueError(f"steps {steps}: the diffusion path has 1 to {STEPS}")
         if spacing == "trailing":
             return torch.linspace(STEPS, 0, steps + 1, dtype=torch.float64).round() / STEPS
         if spacing == "linspace":
-            noisy = torch.linspace(STEPS, 1 if steps > 1 else STEPS, steps, dtype=torch.float64).round()
+            noisy = torch.linspace(STEPS - 1, 0, steps, dtype=torch.float64).round() + 1
         elif spacing == "leading":
             noisy = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (STEPS // steps) + 1
         else:
@@ -117,11 +119,18 @@ class DDPM:
     def to_x0_eps(self, raw: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The network's answer at (xt, t) as the pair (x0, eps) with alpha * x0 + sigma * eps = xt."""
         alpha, sigma = (like(a, xt) for a in self.alpha_sigma(t))
+        raw = raw[:, :xt.shape[1]]                    # the rest, if any, speaks of the variance
         if self.prediction == "eps":
             return (xt - sigma * raw) / alpha, raw
         if self.prediction == "x0":
             return raw, (xt - alpha * raw) / sigma
         return alpha * xt - sigma * raw, sigma * xt + alpha * raw
+
+    def fraction(self, raw: Tensor, xt: Tensor) -> Tensor:
+        """What a network of learned variance says of it, 0 smallest to 1 largest on the log scale."""
+        if raw.shape[1] != 2 * xt.shape[1]:
+            raise ValueError("this network was not trained to say anything of the variance")
+        return (raw[:, xt.shape[1]:] + 1) / 2
 
     def weight(self, t: Tensor) -> Tensor:
         """(B,) loss weight: 1, or min(SNR, gamma) of an error in x0, expressed as one of this prediction:
@@ -143,8 +152,15 @@ class DDPM:
         as validation does."""
         t = self.sample_t(len(x0), x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
-        raw = model(self.add_noise(x0, eps, t), t, **cond)
-        return self.weight(t) * (raw.float() - self.target(x0, eps, t)).square().flatten(1).mean(1)
+        xt = self.add_noise(x0, eps, t)
+        raw = model(xt, t, **cond).float()
+        error = (raw[:, :x0.shape[1]] - self.target(x0, eps, t)).square().flatten(1).mean(1)
+        if not self.learned_variance:
+            return self.weight(t) * error
+        # Nichol & Dhariwal eq. 16: the bound teaches the variance and leaves the mean alone;
+        # their weight 0.001 times the 1000 steps of which t is one
+        bound = self.bound_term(x0, xt, t, self.to_x0_eps(raw, xt, t)[0].detach(), self.fraction(raw, xt))
+        return self.weight(t) * error + bound
 
     def posterior(self, x0: Tensor, xt: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(xs | xt, x0) for s < t: eqs. 6 and 7, for any two times."""
@@ -153,6 +169,53 @@ class DDPM:
         step_var = sigma_t**2 - ratio**2 * sigma_s**2            # beta_t, where s and t are neighbours
         mean = like(alpha_s * step_var / sigma_t**2, x0) * x0 + like(ratio * sigma_s**2 / sigma_t**2, x0) * xt
         return mean, step_var * sigma_s**2 / sigma_t**2
+
+    def bound_term(self, x0: Tensor, xt: Tensor, t: Tensor, x0_hat: Tensor, variance: str | Tensor = "small",
+                   bins: float | None = None) -> Tensor:
+        """(B,) the term of eq. 5 at t = n / 1000, in bits per dimension: KL(q(xs | xt, x0) || p(xs | xt))
+        with s = t - 1 / 1000, and -log p(x0 | xt) for n = 1.
+
+        x0_hat: the network's. variance of p: "small" or "large" (section 3.2), or between them by a fraction.
+        bins: width of the intervals to which x0 was rounded (eq. 13; 2 / 255 for 8 bits in [-1, 1]); None
+        takes the density of p."""
+        n = (t * STEPS).round()
+        s, second = (n - 1) / STEPS, torch.full_like(n, 2) / STEPS
+        (mean, small), (mean_hat, _) = self.posterior(x0, xt, s, t), self.posterior(x0_hat, xt, s, t)
+        # at n = 1 the posterior is a point: p takes the variance of the step before
+        floor = self.posterior(x0, xt, second - 1 / STEPS, second)[1]
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.alpha_sigma(s), self.alpha_sigma(t)
+        low = torch.where(n == 1, floor, small).log()
+        high = (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).log()
+        low, high, small = like(low, x0), like(high, x0), like(small, x0)
+        fraction = {"small": 0.0, "large": 1.0}[variance] if isinstance(variance, str) else variance
+        logvar = fraction * high + (1 - fraction) * low
+        kl = 0.5 * (logvar - low - 1 + (small + (mean - mean_hat) ** 2) / logvar.exp())
+        if bins is None:
+            nll = 0.5 * (math.log(2 * math.pi) + logvar + (x0 - mean_hat) ** 2 / logvar.exp())
+        else:
+            above, below = (torch.special.ndtr((x0 - mean_hat + side * bins / 2) / (logvar / 2).exp())
+                            for side in (1, -1))
+            above, below = above.where(x0 < 1 - bins / 2, 1.0), below.where(x0 > bins / 2 - 1, 0.0)
+            nll = -(above - below).clamp_min(1e-12).log()
+        return torch.where(n == 1, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+    def bound(self, denoise, x0: Tensor, *, variance: str = "small", bins: float | None = None,
+              generator: torch.Generator | None = None) -> Tensor:
+        """(B, 1001) the terms L_0, L_1 .. L_999, L_T of the variational bound on -log p(x0), eq. 5, in bits
+        per dimension, with one draw of xt each. Their sum is the bound.
+
+        denoise(xt, t) as for samplers; variance "learned" takes its third value. bins as in bound_term."""
+        terms = []
+        for n in range(1, STEPS + 1):
+            t = torch.full((len(x0),), n / STEPS, dtype=torch.float64, device=x0.device)
+            eps = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
+            xt = self.add_noise(x0, eps, t).to(x0.dtype)
+            x0_hat, _, *fraction = denoise(xt, t[0])
+            kind = fraction[0] if variance == "learned" else variance
+            terms.append(self.bound_term(x0, xt, t, x0_hat, kind, bins))
+        alpha, sigma = self.alpha_sigma(t[0])
+        prior = 0.5 * ((alpha * x0) ** 2 + sigma**2 - 1 - (sigma**2).log())
+        return torch.stack([*terms, prior.flatten(1).mean(1) / math.log(2)], 1)
 
 
 def demo() -> None:

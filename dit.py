@@ -12,6 +12,7 @@ model(xt, t, y=...) -> raw, with xt (B, C, H, W), t (B,) in [0, 1], 0 = data, an
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class DiTConfig:
     rope: bool = True                 # rotary positions in addition to the sin-cos ones
     rope_theta: float = 100.0         # grids are tens of tokens wide, not thousands (Heo et al. 2024)
     learn_sigma: bool = False         # published DiT also predicts a variance: twice the channels
+    time_scale: float = 1000.0        # the embedding sees time_scale * t + time_offset: published DiT counts
+    time_offset: float = 0.0          # 0..999 (1000, -1); SiT's time runs from noise to data (-1, 1)
 
 
 PUBLISHED = dict(norm="layer", mlp="gelu", qk_norm=False, rope=False)   # the block of Peebles & Xie
@@ -64,12 +67,12 @@ def modulate(x: Tensor, m: Modulation) -> Tensor:
     return x * (1 + m.scale) + m.shift
 
 
-def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
-    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t at dim / 2 frequencies;
+def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0) -> Tensor:
+    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t + offset at dim / 2 frequencies;
     float32 whatever comes in."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
                             / (dim // 2))
-    angles = scale * t.float()[:, None] * frequencies
+    angles = (scale * t + offset).float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -170,12 +173,13 @@ class FinalLayer(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, c: DiTConfig):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.scale, self.offset = c.time_scale, c.time_offset
+        self.mlp = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, 256).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, 256, self.scale, self.offset).to(self.mlp[0].weight.dtype))
 
 
 class PatchEmbed(nn.Module):
@@ -206,7 +210,7 @@ class DiT(nn.Module):
             raise ValueError(f"width {c.width} with {c.heads} heads: width / heads must be a multiple of 4")
         self.out_channels = (c.out_channels or c.channels) * (2 if c.learn_sigma else 1)
         self.x_embedder = PatchEmbed(c)
-        self.t_embedder = TimestepEmbedder(c.width)
+        self.t_embedder = TimestepEmbedder(c)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width) if c.num_classes else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.final_layer = FinalLayer(c, self.out_channels)
@@ -257,6 +261,43 @@ class DiT(nn.Module):
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
+
+
+# diffusers' DiTTransformer2DModel: pattern and our name. Each of its blocks holds a copy of the embedders,
+# which the original shares.
+DIFFUSERS_NAMES = (
+    (r"^pos_embed\.proj\.", "x_embedder.proj."),
+    (r"^transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+    (r"^transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+    (r"^transformer_blocks\.0\.norm1\.emb\.class_embedder\.", "y_embedder."),
+    (r"^transformer_blocks\.(\d+)\.norm1\.linear\.", r"blocks.\1.adaLN_modulation.1."),
+    (r"^transformer_blocks\.(\d+)\.attn1\.to_out\.0\.", r"blocks.\1.attn.proj."),
+    (r"^transformer_blocks\.(\d+)\.attn1\.to_(q|k|v)\.", r"blocks.\1.attn.\2."),      # joined below
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.", r"blocks.\1.mlp.fc1."),
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.2\.", r"blocks.\1.mlp.fc2."),
+    (r"^proj_out_1\.", "final_layer.adaLN_modulation.1."), (r"^proj_out_2\.", "final_layer.linear."),
+)
+
+
+def published(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
+    """The state dict of a DiT of this config from a published one: the original DiT's and SiT's names, which
+    are ours, or diffusers'. SiT (time_scale < 0) predicts the velocity of its own time, from noise to data;
+    the last layer is negated, so that here as everywhere it is that of t."""
+    renamed: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if name == "pos_embed" or re.match(r"transformer_blocks\.[1-9]\d*\.norm1\.emb\.", name):
+            continue                      # the fixed table that `sincos_positions` computes; further copies
+        for pattern, replacement in DIFFUSERS_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = weight
+    for name in [name for name in renamed if ".attn.q." in name]:
+        q, k, v = (renamed.pop(name.replace(".q.", f".{part}."), None) for part in "qkv")
+        if k is not None and v is not None:
+            renamed[name.replace(".q.", ".qkv.")] = torch.cat([q, k, v])
+    if config.time_scale < 0:
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            renamed |= {name: -renamed[name]} if name in renamed else {}
+    return renamed
 
 
 if __name__ == "__main__":

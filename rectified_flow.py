@@ -87,7 +87,9 @@ class RectifiedFlow:
         if steps < 1:
             raise ValueError(f"steps {steps}: at least 1")
         start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / self.shift)   # unshifted t_max
-        return shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), self.shift)
+        times = shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), self.shift)
+        times[0] = self.t_max                        # exactly, whatever the rounding: beyond 1 alpha is negative
+        return times
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (like(a, x0) for a in self.alpha_sigma(t))
@@ -96,6 +98,7 @@ class RectifiedFlow:
     def to_x0_eps(self, raw: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The network's answer at (xt, t) as the pair (x0, eps) with alpha * x0 + sigma * eps = xt."""
         alpha, sigma = (like(a, xt) for a in self.alpha_sigma(t))
+        raw = raw[:, :xt.shape[1]]                    # published SiT has more channels, never trained
         if self.prediction == "velocity":
             return xt - sigma * raw, xt + alpha * raw
         if self.prediction == "eps":
@@ -111,7 +114,7 @@ class RectifiedFlow:
         t = self.sample_t(len(x0), x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         alpha, sigma = (like(a, x0) for a in self.alpha_sigma(t))
-        raw = model(alpha * x0 + sigma * eps, t, **cond)
+        raw = model(alpha * x0 + sigma * eps, t, **cond)[:, :x0.shape[1]]
         return (raw.float() - self.target(x0, eps, t)).square().flatten(1).mean(1)
 
 

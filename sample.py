@@ -2,20 +2,22 @@
 
     python sample.py runs/shapes-dit-rf --label red-circle --n 64 --steps 10 --cfg 2 --seed 0 --out grid.png
     python sample.py runs/shapes-dit-rf --n 50000 --batch-size 500 --out samples.npz
+    python sample.py --published dit-xl-2-256 --weights DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/ --n 1
 
-One checkpoint says everything: network, objective, data shape, class names, VAE, raw and EMA weights. Picture
-i is drawn by a generator of its own, seeded with seed + i, so it does not depend on the batch size or on how
-many are asked for.
+One checkpoint says everything: network, objective, data shape, class names, VAE, raw and EMA weights; of a
+published model, its row in PUBLISHED and the files that you have downloaded. Picture i is drawn by a
+generator of its own, seeded with seed + i, so it does not depend on the batch size or on how many are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import dit
+import vae as vae_file
 from data import grid, to_uint8
 from ddpm import DDPM
 from dit import DiT, DiTConfig
 from rectified_flow import RectifiedFlow
-from samplers import SAMPLERS, guided, noise_like
+from samplers import SAMPLERS, guided, karras_times, log_snr_times, noise_like
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -36,6 +40,26 @@ MODELS = {"dit": (DiT, DiTConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEC
 PATHS = {"rf": RectifiedFlow, "ddpm": DDPM}
 # 19 and 50 evaluations of the network
 DRAW_DEFAULTS = {"rf": dict(sampler="heun", steps=10), "ddpm": dict(sampler="ddim", steps=50)}
+# How times are spread: the path's own spacings, or evenly in something else
+TIMES = {"even": lambda path, steps: path.times(steps),
+         "leading": lambda path, steps: path.times(steps, "leading"),
+         "linspace": lambda path, steps: path.times(steps, "linspace"),
+         "log-snr": log_snr_times, "karras": karras_times}
+# Options of one sampler alone: sampler, least and largest value
+OPTIONS = {"eta": ("ddim", 0, 1), "variance": ("ddpm", None, None), "strength": ("reverse_sde", 0, 100)}
+# Published class-conditional models of ImageNet, in the latents of Stable Diffusion's VAE (SCALE), by
+# FAMILY-SIZE-PATCH-SIDE. DiT: Peebles & Xie 2023 (arXiv:2212.09748); SiT: Ma et al. 2024 (arXiv:2401.08740).
+SCALE = 0.18215
+PUBLISHED = {
+    f"{family}-{size.lower()}-{patch}-{side}": {
+        "config": (dit.PRESETS[f"{size}/{patch}"] | dit.PUBLISHED | time
+                   | {"learn_sigma": True, "num_classes": 1000}),
+        "objective": objective, "side": side}
+    for family, time, objective in (
+        ("dit", {"time_scale": 1000.0, "time_offset": -1.0},
+         {"name": "ddpm", "schedule": "linear", "learned_variance": True}),
+        ("sit", {"time_scale": -1.0, "time_offset": 1.0}, {"name": "rf", "density": "uniform"}))
+    for size in ("S", "B", "L", "XL") for patch in (2, 4, 8) for side in (256, 512)}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -79,8 +103,8 @@ def build_path(objective: dict) -> DDPM | RectifiedFlow:
     return PATHS[objective["name"]](**{k: v for k, v in objective.items() if k != "name"})
 
 
-def load_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> torch.nn.Module:
-    """Strict loading, with one line that names the first keys at fault."""
+def check_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Raise ValueError, one line, with the first keys that do not fit."""
     own, given = model.state_dict(), set(state)
     wrong = [f"missing {k}" for k in own if k not in given] + [f"surplus {k}" for k in state if k not in own]
     wrong += [f"{k} of shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
@@ -88,13 +112,83 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) ->
     if wrong:
         raise ValueError(f"{what}: weights do not fit the network: {'; '.join(wrong[:3])}"
                          + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> torch.nn.Module:
+    """Strict loading."""
+    check_weights(model, state, what)
     model.load_state_dict(state)
     return model
 
 
-def load_vae(path: str | Path) -> VAE:
-    """The VAE of a finished VAE run or, of any other run, the one inside it; EMA weights, evaluation mode."""
-    checkpoint = load_checkpoint(path)
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """A published state dict: .safetensors, or a torch file, of which the EMA weights if it has several."""
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; download it first")
+    if file.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{file}: needs the package safetensors (pip install safetensors)") from None
+    try:
+        state = (load_file(file) if file.suffix == ".safetensors" else
+                 torch.load(file, map_location="cpu", weights_only=True))
+        for part in ("ema", "state_dict", "model"):
+            state = state[part] if isinstance(state.get(part), dict) else state
+        return {name: weight for name, weight in state.items() if isinstance(weight, Tensor)}
+    except Exception as error:
+        raise ValueError(f"{file}: not a file of weights, or damaged ({type(error).__name__})") from None
+
+
+def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
+    """A published network and its VAE as what `load_checkpoint` returns. Raises ValueError with a line for
+    the user."""
+    if name not in PUBLISHED:
+        raise ValueError(f"--published {name}: known are {', '.join(n for n in PUBLISHED if '-xl-2-' in n)}, "
+                         "and the sizes s, b, l, xl at patch 2, 4, 8")
+    row = PUBLISHED[name]
+    with torch.device("meta"):
+        model = build_model("dit", row["config"])
+    state = dit.published(read_weights(weights), model.config)
+    check_weights(model, state, str(weights))
+    autoencoder = load_vae(vae, SCALE)
+    return {"arch": "dit", "config": row["config"], "objective": row["objective"], "step": 0,
+            "data": {"source": "imagenet", "size": [row["side"]] * 2,
+                     "classes": [str(i) for i in range(1000)]},
+            "label_dropout": 0.1, "model": state, "ema": state,
+            "vae": {"config": asdict(autoencoder.config), "state": autoencoder.state_dict()}}
+
+
+def load_vae(path: str | Path, scale: float | None = None) -> VAE:
+    """A VAE, EMA weights, evaluation mode: that of a finished VAE run or, of another run, the one inside it;
+    a folder of diffusers (config.json beside the weights); or a published file, whose latents have this
+    `scale`, or Stable Diffusion's where it has 4 channels."""
+    path, config = Path(path), {}
+    is_folder, is_run = (path / "config.json").is_file(), path.is_dir() and (path / "checkpoint.pt").is_file()
+    if is_folder and not is_run:
+        config = json.loads((path / "config.json").read_text())
+        files = [path / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
+        file = next((file for file in files if file.is_file()), files[0])
+    else:
+        file = path
+        with contextlib.suppress(ValueError):
+            checkpoint = load_checkpoint(path)
+            is_run = True
+    if not is_run and (is_folder or file.is_file()):
+        state = read_weights(file)
+        channels = next((weight.shape[1] for name, weight in state.items()
+                         if name.endswith("decoder.conv_in.weight")), 4)
+        scale = scale or config.get("scaling_factor") or (SCALE if channels == 4 else None)
+        if scale is None:
+            raise ValueError(f"{path}: the scale of latents of {channels} channels is not in this file; "
+                             "give the diffusers folder, whose config.json has it")
+        try:
+            return vae_file.published(state, scale, config.get("shift_factor") or 0.0,
+                                      config.get("norm_num_groups", 32))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    checkpoint = load_checkpoint(path)             # says what is wrong, if anything is
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])
     if not checkpoint["training"]["finished"]:     # the scale of its latents is measured at the end
@@ -110,7 +204,8 @@ def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
 
 @torch.no_grad()
 def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], labels: Tensor | None,
-         seeds: range, *, sampler: str, steps: int, scale: float = 1.0, num_classes: int = 0, on_step=None,
+         seeds: range, *, sampler: str, steps: int, scale: float = 1.0, num_classes: int = 0,
+         interval: tuple[float, float] = (0.0, 1.0), times: str = "even", on_step=None,
          **options) -> np.ndarray:
     """One batch of pictures, uint8 (B, H, W, C). shape (C, h, w) of the latent; labels (B,) or None; one
     seed per picture.
@@ -123,13 +218,13 @@ def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], la
     cond, uncond = {}, {}
     if labels is not None:
         cond, uncond = {"y": labels.to(device)}, {"y": torch.full_like(labels, num_classes).to(device)}
-    denoise = guided(model, path, cond, uncond, scale)
+    denoise = guided(model, path, cond, uncond, scale, interval, options.get("variance") == "learned")
 
     def decode(x0: Tensor) -> np.ndarray:
         return to_uint8(vae.decode(vae.denormalize(x0)))
 
     show = (lambda i, xs, x0: on_step(i, decode(xs))) if on_step else None
-    return decode(SAMPLERS[sampler](denoise, path, x, path.times(steps), generator=generators,
+    return decode(SAMPLERS[sampler](denoise, path, x, TIMES[times](path, steps), generator=generators,
                                     on_step=show, **options))
 
 
@@ -154,7 +249,11 @@ def parse_label(text: str, classes: list[str]) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Draw pictures from a run of train.py.")
-    p.add_argument("run", help="run folder, or a checkpoint file")
+    p.add_argument("run", nargs="?", help="run folder, or a checkpoint file")
+    p.add_argument("--published", metavar="NAME",
+                   help="instead of a run: a published model, like dit-xl-2-256 or sit-xl-2-256")
+    p.add_argument("--weights", metavar="FILE", help="of the published model: .pt, .ckpt or .safetensors")
+    p.add_argument("--vae", metavar="PATH", help="of the published model: a file, or a diffusers folder")
     p.add_argument("--out", default="samples.png",
                    help="NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC; NAME.gif: the way from noise; "
                         "a folder: single PNGs")
@@ -164,12 +263,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                                              "(default: 2 where the run was trained for it, else 1)")
     p.add_argument("--sampler", choices=SAMPLERS, help="default: heun for rf, ddim for ddpm")
     p.add_argument("--steps", type=int, help="intervals (default: 10 for rf, 50 for ddpm)")
+    p.add_argument("--times", choices=TIMES, default="even",
+                   help="how the steps are spread (default even; leading and linspace are of ddpm)")
+    p.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
+                   help="times between which guidance acts (default 0 1)")
     p.add_argument("--eta", type=float, help="ddim only: 0 deterministic (default) to 1 ancestral")
+    p.add_argument("--variance", choices=("small", "large", "learned"), help="ddpm only: of each step "
+                                                                             "(default small)")
+    p.add_argument("--strength", type=float, help="reverse_sde only: of the noise (default 1; 0 the ODE)")
     p.add_argument("--seed", type=int, default=0, help="picture i is drawn with seed + i (default 0)")
     p.add_argument("--batch-size", type=int, default=64,
                    help="pictures at a time (default 64); changes speed only")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema",
-                   help="which of the run's weights (default ema)")
+    p.add_argument("--raw", action="store_true", help="the run's raw weights, not their average")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                    help="of the network (default fp32)")
@@ -187,8 +292,23 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out}: must end in .png, .npz or .gif, or name a folder")
     if kind and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if bool(args.run) == bool(args.published) or bool(args.published) != bool(args.weights and args.vae):
+        raise ValueError("give a run, or --published NAME with its --weights FILE and --vae PATH")
+    given = [name for name in OPTIONS if getattr(args, name) is not None]
+    for name in given:
+        owner, low, high = OPTIONS[name]
+        value = getattr(args, name)
+        if (args.sampler or owner) != owner or len(given) > 1:
+            raise ValueError(f"--{name} {value} with --sampler {args.sampler or OPTIONS[given[-1]][0]}: "
+                             f"{name} belongs to {owner}")
+        if low is not None and not low <= value <= high:
+            raise ValueError(f"--{name} {value:g}: must be between {low} and {high}")
+    low, high = args.interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"--interval {low:g} {high:g}: two times between 0 and 1, the lower one first")
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.run)
+    what = args.run or args.weights
+    checkpoint = load_checkpoint(what) if args.run else load_published(args.published, args.weights, args.vae)
     if checkpoint["arch"] == "vae":
         raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; "
                          "give a dit or unet run")
@@ -205,19 +325,19 @@ def main(argv: list[str] | None = None) -> None:
                          " drop one of them")
     scale = args.cfg if args.cfg is not None else 2.0 if labelled and trained_with_dropout else 1.0
     defaults = DRAW_DEFAULTS[checkpoint["objective"]["name"]]
-    sampler = args.sampler or ("ddim" if args.eta is not None else defaults["sampler"])
+    options = {name: getattr(args, name) for name in given}
+    sampler = args.sampler or (OPTIONS[given[0]][0] if given else defaults["sampler"])
     steps = args.steps or defaults["steps"]
-    if args.eta is not None and sampler != "ddim":
-        raise ValueError(f"--eta {args.eta:g} with --sampler {sampler}: eta belongs to ddim")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta {args.eta:g}: must be between 0 and 1")
-    options = {"eta": args.eta} if args.eta is not None else {}
+    if args.times in ("leading", "linspace") and checkpoint["objective"]["name"] != "ddpm":
+        raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the straight one")
+    if args.variance == "learned" and not checkpoint["objective"].get("learned_variance"):
+        raise ValueError(f"--variance learned: {what} was not trained to say anything of the variance")
 
-    weights = checkpoint["ema" if args.weights == "ema" else "model"]
+    weights = checkpoint["model" if args.raw else "ema"]
     model = load_weights(
-        build_model(checkpoint["arch"], checkpoint["config"]), weights, args.run).to(device).eval()
+        build_model(checkpoint["arch"], checkpoint["config"]), weights, what).to(device).eval()
     vae, path = unpack_vae(checkpoint["vae"]).to(device), build_path(checkpoint["objective"])
-    path.times(steps)                 # a step count that the path does not have fails here, before any work
+    TIMES[args.times](path, steps)    # a step count that the path does not have fails here, before any work
     height, width = checkpoint["data"]["size"]
     shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
     labels = None
@@ -233,7 +353,8 @@ def main(argv: list[str] | None = None) -> None:
                 batch = labels[i:i + args.batch_size] if labels is not None else None
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     images = draw(model, vae, path, shape, batch, seeds, sampler=sampler, steps=steps,
-                                  scale=scale, num_classes=len(classes), on_step=on_step, **options)
+                                  scale=scale, num_classes=len(classes), interval=tuple(args.interval),
+                                  times=args.times, on_step=on_step, **options)
                 yield images
                 bar.update(len(seeds))
 

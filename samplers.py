@@ -22,31 +22,34 @@ from math import factorial
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, ...]]           # (x0, eps), and for ddpm a third
 Generators = torch.Generator | Sequence[torch.Generator] | None    # one for the batch, or one per image
 OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at times[i + 1], x0 it came from)
 
 
 def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0,
-           interval: tuple[float, float] = (0.0, 1.0)) -> Denoiser:
+           interval: tuple[float, float] = (0.0, 1.0), variance: bool = False) -> Denoiser:
     """A denoiser from a network: classifier-free guidance on all channels
     (Ho & Salimans 2022, arXiv:2207.12598).
 
     raw = raw(uncond) + scale * (raw(cond) - raw(uncond)): scale 1 is conditional, 0 unconditional, and
     neither evaluates the other. `cond` and `uncond` are the network's keyword arguments, of the batch's
-    length. Outside `interval`, low < t <= high, the scale is 1 (Kynkaanniemi et al. 2024, arXiv:2404.07724)."""
+    length. Outside `interval`, low < t <= high, the scale is 1 (Kynkaanniemi et al. 2024,
+    arXiv:2404.07724).
+    variance: return, third, what the network says of the variance; guidance leaves that alone."""
     if scale != 1.0 and uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
 
     def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         time = t.to(torch.float32).to(xt.device).expand(len(xt))
         if scale in (0.0, 1.0) or not interval[0] < t <= interval[1]:
-            raw = model(xt, time, **(uncond if scale == 0.0 else cond)).to(xt.dtype)
+            raw = said = model(xt, time, **(uncond if scale == 0.0 else cond)).to(xt.dtype)
         else:
             both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
-            with_cond, without = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype).chunk(2)
-            raw = without + scale * (with_cond - without)
-        return path.to_x0_eps(raw, xt, t)
+            said, without = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype).chunk(2)
+            raw = without + scale * (said - without)
+        pair = path.to_x0_eps(raw, xt, t)
+        return (*pair, path.fraction(said, xt)) if variance else pair
 
     return denoise
 
@@ -66,8 +69,8 @@ def check_times(times: Tensor) -> None:
 
 
 def log_snr(path, t: Tensor) -> Tensor:
-    """lam = log(alpha / sigma), half the log of the signal-to-noise ratio: rises from -inf at alpha = 0 to inf
-    at t = 0."""
+    """lam = log(alpha / sigma), half the log of the signal-to-noise ratio: it rises from -inf at alpha = 0 to
+    inf at t = 0."""
     alpha, sigma = path.alpha_sigma(t)
     return (alpha / sigma).log()
 
@@ -288,8 +291,8 @@ def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
 
 def unipc_weights(r: list, h: Tensor) -> list[Tensor]:
     """Weights w_k, one per r_k, for which sum_k w_k r_k^(j-1) = j! psi_j, j = 1, 2, ..., where psi_1 =
-    (e^-h - 1) / -h - 1 and psi_{j+1} = psi_j / -h - 1 / (j + 1)! (theorem 3.1: B(h) cancels). One weight alone
-    is free up to O(h^2): the paper's B(h) / 2."""
+    (e^-h - 1) / -h - 1 and psi_{j+1} = psi_j / -h - 1 / (j + 1)! (theorem 3.1: B(h) cancels). One weight
+    alone is free up to O(h^2): the paper's B(h) / 2."""
     if len(r) < 2:
         return [(-h).expm1() / 2] * len(r)
     psi, right = (-h).expm1() / -h - 1, []
@@ -326,13 +329,15 @@ def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator:
 SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm,
             "dpm_solver_2": dpm_solver_2, "dpm_solver_3": dpm_solver_3,
             "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "dpmpp_2m_sde": dpmpp_2m_sde,
-            "unipc_2": partial(unipc, order=2), "unipc_3": partial(unipc, order=3), "reverse_sde": reverse_sde}
+            "unipc_2": partial(unipc, order=2), "unipc_3": partial(unipc, order=3),
+            "reverse_sde": reverse_sde}
 
 
 def log_snr_times(path, steps: int, end: float = 1e-3) -> Tensor:
     """(steps + 1,) times evenly spaced in lam from the path's start to t = end, then 0. A start at alpha = 0,
     where lam = -inf, counts as t = 1 - end."""
-    return times_at(path, steps, end, lambda low, high: torch.linspace(low, high, steps, dtype=torch.float64))
+    return times_at(path, steps, end,
+                    lambda low, high: torch.linspace(low, high, steps, dtype=torch.float64))
 
 
 def karras_times(path, steps: int, end: float = 1e-3, rho: float = 7.0) -> Tensor:

@@ -1,9 +1,11 @@
-"""Train a network in latent space: settings, data, VAE, latents, loop, samples. The same command resumes.
+r"""Train a network in latent space: settings, data, VAE, latents, loop, samples. The same command resumes.
 
     python train.py --arch dit --objective rf                       # all from nothing, ten minutes on 2 cores
     python train.py --arch unet --objective ddpm --prediction v --data fashion-mnist
     python train.py --arch vae --data FOLDER --image-size 128 192   # only the autoencoder
     python train.py --arch dit --data FOLDER --image-size 128 192
+    python train.py --arch dit --objective ddpm --data FOLDER --image-size 256 --published dit-xl-2-256 \
+        --init-from DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/    # fine-tune
 
 A run lives in runs/NAME: settings.json, metrics.jsonl, previews, loss.png, checkpoint.pt. A network without
 --vae first trains the VAE of its data, as the run runs/DATA-HxW-vae, and shares it with every other network
@@ -36,8 +38,8 @@ import unet
 import vae as vae_file
 from data import (Dataset, LatentCache, batch_indices, batches, fingerprint_tensors, grid, load_data, locked,
                   to_tensor, to_uint8)
-from sample import (DRAW_DEFAULTS, MODELS, build_model, build_path, draw, load_checkpoint, load_vae,
-                    load_weights, pick_device, unpack_vae)
+from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_weights, draw,
+                    load_checkpoint, load_vae, load_weights, pick_device, read_weights, unpack_vae)
 from vae import VAEConfig
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
@@ -82,7 +84,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--preset", help="a row of PRESETS in dit.py or unet.py, like S/2 or sd1 (default: small)")
     g.add_argument("--patch", type=int, nargs="+", metavar="N", help="dit: patch side, or height and width")
     g.add_argument("--block", choices=("modern", "published"), help="dit: kind of block")
-    g.add_argument("--vae", help="a trained VAE: run folder or checkpoint (default: this data's own)")
+    g.add_argument("--vae", help="a trained VAE: run, checkpoint, published file or diffusers folder "
+                                 "(default: this data's own)")
+    g.add_argument("--init-from", metavar="PATH",
+                   help="begin with the weights of this run or published file (default lr: 1e-4)")
+    g.add_argument("--published", choices=PUBLISHED, metavar="NAME",
+                   help="what the published file is, like dit-xl-2-256: gives network and objective")
     g = p.add_argument_group("VAE, where one is trained")
     g.add_argument("--vae-preset", choices=vae_file.PRESETS, help="row of PRESETS in vae.py (default: small)")
     g.add_argument("--vae-widths", type=int, nargs="+", metavar="N",
@@ -150,15 +157,26 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         given = getattr(args, name) is not None and getattr(args, name) is not False
         if given and getattr(args, group) != owner:
             raise ValueError(f"{flag(name)}: belongs to --{group} {owner}, not {getattr(args, group)}")
-    for name in ("vae", "preset", "vae_steps"):
+    for name in ("vae", "preset", "vae_steps", "init_from", "published"):
         if args.arch == "vae" and getattr(args, name) is not None:
             raise ValueError(f"{flag(name)}: for a network in latent space; "
                              "--arch vae has --vae-preset and --steps")
+    if args.published:
+        row = PUBLISHED[args.published]
+        if not (args.init_from and args.vae):
+            raise ValueError(f"{flag('published')}: needs --init-from FILE, its weights, and --vae PATH")
+        if args.arch != "dit" or args.objective != row["objective"]["name"]:
+            raise ValueError(f"{flag('published')}: is --arch dit --objective {row['objective']['name']}")
+        for name in ("preset", "patch", "block", "prediction", *BELONGS):
+            if getattr(args, name):
+                raise ValueError(f"{flag(name)}: settled by --published {args.published}; "
+                                 "give one or the other")
     for name in (*VAE_FLAGS, "vae_steps"):
         if args.vae and getattr(args, name) is not None:
             raise ValueError(f"{flag(name)}: --vae {args.vae} is trained already; give one or the other")
 
-    for name, value in (DEFAULTS[args.arch] | (VAE_FLAGS if args.arch == "vae" else {})).items():
+    defaults = DEFAULTS[args.arch] | ({"lr": 1e-4} if args.init_from else {})
+    for name, value in (defaults | (VAE_FLAGS if args.arch == "vae" else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.batch_size % args.accumulate:
@@ -176,6 +194,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def objective_of(args: argparse.Namespace) -> dict:
+    if args.published:
+        return PUBLISHED[args.published]["objective"]
     options = ({"density": args.density, "mean": args.density_mean, "std": args.density_std,
                 "mode_scale": args.mode_scale, "shift": args.shift} if args.objective == "rf" else
                {"schedule": args.schedule, "min_snr": args.min_snr,
@@ -193,13 +213,40 @@ def vae_config(args: argparse.Namespace, image_channels: int) -> dict:
 
 def network_config(args: argparse.Namespace, latent_channels: int, num_classes: int) -> dict:
     shared = {"channels": latent_channels, "num_classes": num_classes}
+    if args.published:
+        return PUBLISHED[args.published]["config"] | shared
     if args.arch == "unet":
         return unet.PRESETS[args.preset] | shared | {"context_width": None}
     patch = {"patch": (args.patch[0], args.patch[-1])} if args.patch else {}
     return dit.PRESETS[args.preset] | shared | patch | (dit.PUBLISHED if args.block == "published" else {})
 
 
-def check_networks(args: argparse.Namespace, vae: VAEConfig) -> None:
+def initial_weights(args: argparse.Namespace) -> dict[str, Tensor] | None:
+    """What --init-from holds, by our names."""
+    if args.init_from is None:
+        return None
+    if args.published:
+        config = dit.DiTConfig(**PUBLISHED[args.published]["config"])
+        return dit.published(read_weights(args.init_from), config)
+    checkpoint = load_checkpoint(args.init_from)
+    if checkpoint["arch"] != args.arch:
+        raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
+    return checkpoint["ema"]
+
+
+def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """state for this model: strictly the same, but where the classes are others, their table begins anew."""
+    own, state = model.state_dict(), dict(state)
+    for name in ("y_embedder.embedding_table.weight", "class_embedding.weight"):
+        if name not in own:
+            state.pop(name, None)
+        elif name not in state or state[name].shape != own[name].shape:
+            state[name] = own[name]
+    check_weights(model, state, what)
+    return state
+
+
+def check_networks(args: argparse.Namespace, vae: VAEConfig, initial: dict[str, Tensor] | None) -> None:
     """Build the networks without memory and check the sides of the picture against every halving and patch on
     the way, so that what cannot work is said before the VAE takes its minutes."""
     factors = {"VAE": (2 ** (len(vae.widths) - 1),) * 2}
@@ -207,6 +254,8 @@ def check_networks(args: argparse.Namespace, vae: VAEConfig) -> None:
         build_model("vae", asdict(vae))
         if args.arch != "vae":
             network = build_model(args.arch, network_config(args, vae.latent_channels, 0))
+            if initial is not None:
+                fit_weights(network, initial, args.init_from)
             factors[args.arch] = network.config.patch if args.arch == "dit" else (network.factor,) * 2
     need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
     if any(side % multiple for side, multiple in zip(args.image_size, need)):
@@ -420,7 +469,8 @@ def train(args: argparse.Namespace) -> bool:
         build_path(objective)
     vae = load_vae(args.vae) if args.vae else None
     vae_args = args if is_vae else None if vae else vae_arguments(args)
-    check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)))
+    initial = initial_weights(args)
+    check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), initial)
     bf16_here = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                  device.type == "cpu"
                  and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
@@ -465,6 +515,8 @@ def train(args: argparse.Namespace) -> bool:
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
                   network_config(args, vae.config.latent_channels, num_classes))
         model = build_model(args.arch, config).to(device)
+        if initial is not None and not saved:
+            load_weights(model, fit_weights(model, initial, args.init_from), args.init_from)
         if is_vae or (device.type == "cuda" and args.arch == "unet"):   # a bf16 U-Net on the CPU is slower so
             model = model.to(memory_format=torch.channels_last)
         ema = copy.deepcopy(model).eval().requires_grad_(False)

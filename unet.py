@@ -32,33 +32,37 @@ class UNetConfig:
     context_width: int | None = None            # None: no cross-attention
     linear_projection: bool = False             # Stable Diffusion 2 goes in and out of attention by Linear
     num_classes: int = 0                        # 0: no labels
+    time_offset: float = 0.0                    # the embedding sees 1000 t + this; published: -1
 
 
 PRESETS = {
     "tiny": dict(widths=(32, 64), layers=1, attention=(False, True), groups=8),
     "small": dict(),
     "sd1": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, groups=32,
-                context_width=768),
+                context_width=768, time_offset=-1.0),
+    "sd2": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=(5, 10, 20, 20),
+                groups=32, context_width=1024, linear_projection=True, time_offset=-1.0),
 }
 
 
-def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
-    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t at dim / 2 frequencies;
+def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0) -> Tensor:
+    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t + offset at dim / 2 frequencies;
     float32 whatever comes in."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
                             / (dim // 2))
-    angles = scale * t.float()[:, None] * frequencies
+    angles = (scale * t + offset).float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimeEmbedding(nn.Module):
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, offset: float):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
+        self.offset = offset
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = timestep_embedding(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(embedding)))
+        embedding = timestep_embedding(t, self.linear_1.in_features, offset=self.offset)
+        return self.linear_2(F.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype))))
 
 
 class ResnetBlock(nn.Module):
@@ -246,7 +250,7 @@ class UNet(nn.Module):
         self.factor = 2 ** (len(c.widths) - 1)
         c_emb = 4 * c.widths[0]
         self.conv_in = nn.Conv2d(c.channels, c.widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(c.widths[0], c_emb)
+        self.time_embedding = TimeEmbedding(c.widths[0], c_emb, c.time_offset)
         # last row: no class
         self.class_embedding = nn.Embedding(c.num_classes + 1, c_emb) if c.num_classes else None
         levels = range(len(c.widths))

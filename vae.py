@@ -12,6 +12,7 @@ VAE load by name, and only the two latent buffers are ours.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -243,6 +244,66 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """(B,) peak signal-to-noise ratio in dB between images in [-1, 1], after clamping to that range."""
     mse = ((a.clamp(-1, 1) - b.clamp(-1, 1)) ** 2).flatten(1).mean(1)
     return 10.0 * torch.log10(4.0 / mse.clamp_min(1e-10))
+
+
+# Published names that differ from ours, which are diffusers': pattern and replacement, applied in this order.
+PUBLISHED_NAMES = (
+    (r"^(first_stage_model|vae)\.", ""),                               # inside a whole Stable Diffusion file
+    (r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."),  # diffusers before 0.15
+    (r"\.proj_attn\.", ".to_out.0."),
+    (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),   # CompVis and FLUX
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.(q|k|v)\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+)
+
+
+def published(state: dict[str, Tensor], scale: float, shift: float = 0.0, groups: int = 32) -> VAE:
+    """A VAE from a published state dict: diffusers' names, old or new, or those of CompVis and FLUX. The
+    widths are read from the weights.
+
+    scale and shift: what the model was published with, x0 = (z - shift) * scale (SD 1 and 2: 0.18215 and 0;
+    XL: 0.13025 and 0; SD 3: 1.5305 and 0.0609; FLUX: 0.3611 and 0.1159). Raises ValueError with the first
+    keys that do not fit."""
+    compvis = any(".up.0.block." in name for name in state)
+    renamed: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if re.match(r"(loss|model_ema|model|cond_stage_model)\.|.*(alphas|betas|sigmas|posterior)", name):
+            continue                               # of the training, or of the other parts of a whole file
+        for pattern, replacement in PUBLISHED_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = weight[:, :, 0, 0] if ".attentions." in name and weight.ndim == 4 else weight
+    levels = 0
+    while f"encoder.down_blocks.{levels}.resnets.0.conv1.weight" in renamed:
+        levels += 1
+    if not levels or "decoder.conv_in.weight" not in renamed:
+        raise ValueError("not the weights of an AutoencoderKL: no encoder and decoder of known names in it")
+    if compvis:                            # which counts the levels of the decoder from fine to coarse
+        renamed = {re.sub(r"(?<=up_blocks\.)\d+", lambda m: str(levels - 1 - int(m[0])), name): weight
+                   for name, weight in renamed.items()}
+    shape = {name: weight.shape for name, weight in renamed.items()}
+    config = VAEConfig(
+        image_channels=shape["encoder.conv_in.weight"][1],
+        latent_channels=shape["decoder.conv_in.weight"][1],
+        widths=tuple(shape[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
+        layers=sum(f"encoder.down_blocks.0.resnets.{i}.conv1.weight" in shape for i in range(9)),
+        groups=groups, attention="encoder.mid_block.attentions.0.to_q.weight" in shape,
+        quant_conv="quant_conv.weight" in shape)
+    with torch.device("meta"):
+        model = VAE(config)
+    channels = config.latent_channels
+    renamed |= {"latent_mean": torch.full((channels,), shift),
+                "latent_std": torch.full((channels,), 1 / scale)}
+    wrong = [f"missing {name}" for name in model.state_dict() if name not in renamed]
+    wrong += [f"surplus {name}" for name in renamed if name not in model.state_dict()]
+    if wrong:
+        raise ValueError(f"not an AutoencoderKL of widths {config.widths}: {'; '.join(wrong[:3])}")
+    model.load_state_dict(renamed, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def demo() -> None:

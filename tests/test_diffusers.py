@@ -1,12 +1,18 @@
 """The schedulers and models of diffusers (an independent implementation) against ours, in float64."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="pip install diffusers, for the comparison with published code")
-from diffusers import schedulers
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, schedulers
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
+import dit
+import unet
+import vae
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 from samplers import (SAMPLERS, ddim, ddpm, dpm_solver_2, dpm_solver_3, dpmpp_2m_sde, dpmpp_3m, euler,
@@ -110,7 +116,8 @@ def test_spacings(scheduler, spacing, steps):
 def test_ddpm(scheduler, variance):
     kind = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
     # leading: the scheduler's own step back is by floor(1000 / steps), whatever its list of timesteps says
-    theirs = scheduler("DDPMScheduler", 20, variance_type=kind, clip_sample=False, timestep_spacing="leading", **SD)
+    theirs = scheduler("DDPMScheduler", 20, variance_type=kind, clip_sample=False, timestep_spacing="leading",
+                       **SD)
     x = X[:, :, None, None]
     fraction = torch.rand(x.shape, dtype=x.dtype)
 
@@ -123,7 +130,8 @@ def test_ddpm(scheduler, variance):
         raw = denoise(want, (timestep.double() + 1) / 1000)[1]
         raw = torch.cat([raw, 2 * fraction - 1], 1) if variance == "learned" else raw
         want = theirs.step(raw, timestep, want, generator=generator).prev_sample
-    got = ddpm(denoise, PATH, x, PATH.times(20, "leading"), generator=torch.Generator().manual_seed(1), variance=variance)
+    got = ddpm(denoise, PATH, x, PATH.times(20, "leading"), generator=torch.Generator().manual_seed(1),
+               variance=variance)
     assert error([got], [want]) < 1e-6
 
 
@@ -212,14 +220,16 @@ def test_dpmpp_2m(scheduler):
 
 def test_dpmpp_3m(scheduler):
     """diffusers, as the authors' code, lacks a factor 2 (see test_samplers.py for the order it costs)."""
-    build = lambda: scheduler("DPMSolverMultistepScheduler", 12, solver_order=3, lower_order_final=False, **SD)
+    build = lambda: scheduler("DPMSolverMultistepScheduler", 12, solver_order=3, lower_order_final=False,
+                              **SD)
     times = times_of(build())
     assert error(ours(dpmpp_3m, PATH, X, times, as_published=True), follow(build(), X)) < 1e-6
     assert error(ours(dpmpp_3m, PATH, X, times), follow(build(), X)) > 1e-3
 
 
 def test_dpmpp_2m_sde(scheduler):
-    theirs = scheduler("DPMSolverMultistepScheduler", 12, solver_order=2, algorithm_type="sde-dpmsolver++", **SD)
+    theirs = scheduler("DPMSolverMultistepScheduler", 12, solver_order=2, algorithm_type="sde-dpmsolver++",
+                       **SD)
     generator = torch.Generator().manual_seed(2)
     noise = [torch.randn(X.shape, dtype=X.dtype, generator=generator) for _ in range(12)]
     got = ours(dpmpp_2m_sde, PATH, X, times_of(theirs), generator=torch.Generator().manual_seed(2))
@@ -228,8 +238,8 @@ def test_dpmpp_2m_sde(scheduler):
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_unipc(scheduler, order):
-    """Ours shows each state corrected, diffusers' predicted only; so the last ones are compared. It lowers its
-    order step by step toward the end (3, 2, 1), ours only in the last step, where it must: at order 3 the
+    """Ours shows each state corrected, diffusers' predicted only; so the last ones are compared. It lowers
+    its order step by step toward the end (3, 2, 1), ours only in the last step, where it must: at order 3 the
     last but one differs, and agrees where diffusers' is told not to lower it."""
     build = lambda **more: scheduler("UniPCMultistepScheduler", 12, solver_order=order, **more, **SD)
     times = times_of(build())
@@ -272,7 +282,6 @@ def test_flow_match_heun(scheduler):
     theirs.timesteps = torch.cat([times[:1], times[1:-1].repeat_interleave(2)]) * 1000
     x, states = X, []
     for i, timestep in enumerate(theirs.timesteps):
-        t = theirs.sigmas[i + (i % 2)] if i else theirs.sigmas[0]
         t = times[(i + 1) // 2]
         x0, eps = mixture(path)(x, t)
         x = theirs.step(eps - x0, timestep, x).prev_sample
@@ -285,3 +294,194 @@ def test_log_snr_and_karras_grids(scheduler):
         theirs = scheduler("DPMSolverMultistepScheduler", 12, **{flag: True}, **SD)
         alpha, sigma = PATH.alpha_sigma(grid(PATH, 12))
         torch.testing.assert_close(sigma / alpha, theirs.sigmas, rtol=1e-9, atol=1e-12)
+
+
+# ---- models: the same weights, the same numbers
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+both_precisions = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def shake(model):
+    """Random weights everywhere: zero-initialised layers would hide differences behind them."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            around = 1.0 if p.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
+            p.copy_(around + 0.2 * torch.randn(p.shape, generator=generator) / max(1, p[0].numel()) ** 0.25)
+    return model.eval()
+
+
+def assert_same(ours, theirs, x, dtype):
+    """Forward and input gradient."""
+    results = []
+    for function in (ours, theirs):
+        point = x.clone().requires_grad_()
+        out = function(point)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
+        results.append((out.detach(), point.grad))
+    for a, b in zip(*results):
+        assert (a - b).norm() / b.norm() < TOLERANCE[dtype]
+        assert b.std() > 1e-4                              # the comparison is not one of zeros
+
+
+def shapes(model):
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+VAES = {  # SD 1, 2 and XL; SD 3 and FLUX
+    "sd": dict(latent_channels=4),
+    "sd3": dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)}
+FULL_VAE = dict(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2)
+
+
+@both_precisions
+@pytest.mark.parametrize("kind", VAES)
+def test_autoencoder(kind, dtype):
+    torch.manual_seed(0)
+    theirs = shake(AutoencoderKL(**FULL_VAE | VAES[kind] | dict(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8))).to(dtype)
+    ours = vae.published(theirs.state_dict(), scale=0.5, shift=0.1, groups=8).to(dtype)
+    x = torch.randn(2, 3, 16, 24, dtype=dtype)
+    moments = lambda posterior: torch.cat([posterior.mean, posterior.logvar], 1)
+    # float32 in Posterior: autocast may hand it less
+    assert_same(lambda x: moments(ours.encode(x)), lambda x: moments(theirs.encode(x).latent_dist), x, dtype)
+    z = torch.randn(2, VAES[kind]["latent_channels"], 8, 12, dtype=dtype)
+    assert_same(ours.decode, lambda z: theirs.decode(z).sample, z, dtype)
+    torch.testing.assert_close(ours.normalize(z), (z - 0.1) * 0.5)       # (z - shift_factor) * scaling_factor
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_full_size_autoencoder_has_the_published_keys(kind):
+    with torch.device("meta"):
+        theirs = AutoencoderKL(**FULL_VAE | VAES[kind])
+        more = {"latent_channels": VAES[kind]["latent_channels"], "quant_conv": kind == "sd"}
+        ours = shapes(vae.VAE(vae.VAEConfig(**vae.PRESETS["sd"] | more)))
+        loaded = vae.published(theirs.state_dict(), scale=1.0)
+    assert {name: shape for name, shape in ours.items() if not name.startswith("latent_")} == shapes(theirs)
+    assert shapes(loaded) == ours
+
+
+def compvis(state, levels):
+    """diffusers' names -> those of CompVis and FLUX, written here from those repositories' modules."""
+    out = {}
+    for name, weight in state.items():
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+        for theirs, original in (
+                ("down_blocks.", "down."), (".resnets.", ".block."), ("conv_norm_out", "norm_out"),
+                ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
+                ("mid_block.block.0", "mid.block_1"), ("mid_block.block.1", "mid.block_2"),
+                ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+                ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+                ("mid_block.attentions.0.to_", "mid.attn_1."), ("conv_shortcut", "nin_shortcut")):
+            name = name.replace(theirs, original)
+        is_1x1 = ".attn_1." in name and weight.ndim == 2
+        out[name] = weight[:, :, None, None] if is_1x1 else weight
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("quant_conv", [True, False])
+def test_compvis_names(prefix, quant_conv):
+    """The original layout, which diffusers' own converter reads in the same way."""
+    config = vae.VAEConfig(widths=(8, 16, 24), layers=2, groups=8, quant_conv=quant_conv)
+    model = shake(vae.VAE(config))
+    state = {name: weight for name, weight in model.state_dict().items() if not name.startswith("latent_")}
+    original = {prefix + name: weight for name, weight in compvis(state, 3).items()}
+    original |= {"model.diffusion_model.out.2.weight": torch.ones(1), "alphas_cumprod": torch.ones(1)}
+    loaded = vae.published(original, scale=1.0, groups=8)
+    assert loaded.config == config
+    for name, weight in state.items():
+        torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=0, atol=0)
+    levels = {"down_block_types": [0] * 3, "up_block_types": [0] * 3}
+    theirs = convert_ldm_vae_checkpoint(dict(original), levels)
+    assert {name for name in theirs if "quant" not in name} == {name for name in state if "quant" not in name}
+    for name in theirs:
+        torch.testing.assert_close(theirs[name], state[name], rtol=0, atol=0)
+
+
+def test_autoencoder_refuses_what_is_none():
+    state = {name: w for name, w in vae.VAE(vae.VAEConfig()).state_dict().items() if "latent" not in name}
+    del state["encoder.conv_out.bias"]
+    with pytest.raises(ValueError, match="missing encoder.conv_out.bias; surplus odd"):
+        vae.published(state | {"odd": torch.ones(1)}, scale=1.0, groups=4)
+    with pytest.raises(ValueError, match="not the weights of an AutoencoderKL"):
+        vae.published({"blocks.0.weight": torch.ones(1)}, scale=1.0)
+
+
+SD15 = dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
+SD21 = dict(SD15, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+
+
+@both_precisions
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_unet(kind, dtype):
+    torch.manual_seed(0)
+    small = dict(block_out_channels=(16, 32), cross_attention_dim=24, norm_num_groups=8, layers_per_block=2,
+                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                 attention_head_dim=4 if kind == "sd1" else (2, 4), use_linear_projection=kind == "sd2")
+    theirs = shake(UNet2DConditionModel(**small)).to(dtype)
+    ours = unet.UNet(unet.UNetConfig(
+        widths=(16, 32), layers=2, attention=(True, False), groups=8, context_width=24, time_offset=-1.0,
+        heads=4 if kind == "sd1" else (2, 4), linear_projection=kind == "sd2")).to(dtype).eval()
+    ours.load_state_dict(theirs.state_dict())                        # strict, by name
+    x, context = torch.randn(2, 4, 8, 12, dtype=dtype), torch.randn(2, 5, 24, dtype=dtype)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    steps = torch.tensor([0, 731])
+    t = (steps.double() + 1) / 1000
+    assert_same(lambda x: ours(x, t, context=context, mask=mask),
+                lambda x: theirs(x, steps, context, encoder_attention_mask=mask).sample, x, dtype)
+
+
+@pytest.mark.parametrize("kind, config", [("sd1", SD15), ("sd2", SD21)])
+def test_full_size_unet_has_the_published_keys(kind, config):
+    with torch.device("meta"):
+        ours = unet.UNet(unet.UNetConfig(**unet.PRESETS[kind]))
+        assert shapes(ours) == shapes(UNet2DConditionModel(**config))
+
+
+def diffusers_dit(config, **more):
+    return DiTTransformer2DModel(**dict(
+        num_attention_heads=config.heads, attention_head_dim=config.width // config.heads, in_channels=4,
+        out_channels=8, num_layers=config.depth, sample_size=8, patch_size=config.patch[0],
+        num_embeds_ada_norm=config.num_classes, norm_eps=1e-6) | more)      # 1e-6: the original's, everywhere
+
+
+@both_precisions
+def test_dit(dtype):
+    """And its learned variance: 8 channels out. diffusers spaces the frequencies of the time embedding over
+    127, the original DiT, whose weights it loads, over 128: equal once that is put right, and not before."""
+    config = dit.DiTConfig(width=32, depth=2, heads=2, num_classes=10, learn_sigma=True, time_offset=-1.0,
+                           **dit.PUBLISHED)
+    torch.manual_seed(0)
+    theirs = shake(diffusers_dit(config)).to(dtype)
+    for block in theirs.transformer_blocks[1:]:            # converted checkpoints hold copies of one embedder
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    ours = dit.DiT(config).to(dtype).eval()
+    ours.load_state_dict(dit.published(theirs.state_dict(), config))
+    x, steps, y = torch.randn(3, 4, 8, 8, dtype=dtype), torch.tensor([0, 500, 999]), torch.tensor([1, 9, 10])
+    with torch.no_grad():
+        as_is = theirs(x, steps, class_labels=y).sample
+        assert (ours(x, (steps.double() + 1) / 1000, y) - as_is).norm() / as_is.norm() > 1e-3
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    assert_same(lambda x: ours(x, (steps.double() + 1) / 1000, y),
+                lambda x: theirs(x, steps, class_labels=y).sample, x, dtype)
+
+
+def test_full_size_dit_has_the_published_keys():
+    config = dit.DiTConfig(**dit.PRESETS["XL/2"], **dit.PUBLISHED, num_classes=1000, learn_sigma=True)
+    with torch.device("meta"):
+        state = diffusers_dit(config, sample_size=32).state_dict()
+        ours = shapes(dit.DiT(config))
+        assert {name: tuple(w.shape) for name, w in dit.published(state, config).items()} == ours
+    # the original's names, of which pos_embed is a fixed table
+    original = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table",
+                "final_layer.linear", "final_layer.adaLN_modulation.1"}
+    for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"):
+        original |= {f"blocks.{i}.{part}" for i in range(28)}
+    assert {name.rsplit(".", 1)[0] for name in ours} == original

@@ -225,3 +225,75 @@ def test_wrong_predictions_are_refused():
     with pytest.raises(ValueError, match="shift"):
         RectifiedFlow(shift=0.0)
     assert draw("uniform", f64(0.25), 0, 1, 1).item() == 0.25
+
+
+def gaussian_reverse(path, mean, std):
+    """Exact denoiser of N(mean, std^2), and the variance of its exact reverse step as the fraction of its way
+    from small to large on the log scale."""
+    def denoise(xt, t):
+        s = ((t * 1000).round() - 1) / 1000
+        (alpha, sigma), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        var = (alpha * std) ** 2 + sigma**2
+        x0 = mean + alpha * std**2 / var * (xt - alpha * mean)
+        step = sigma**2 - (alpha / alpha_s * sigma_s) ** 2
+        # Var(xs | xt) = Var over q(xs | xt, x0) + that of its mean under p(x0 | xt), whose variance is
+        # std^2 sigma^2 / var
+        exact = step * sigma_s**2 / sigma**2 + (alpha_s * step / sigma**2) ** 2 * std**2 * sigma**2 / var
+        second = path.table[1, 1] / path.table[1, 2] * (path.table[1, 2] - path.table[0, 2] / path.table[0, 1]
+                                                        * path.table[1, 1])
+        small = torch.where(s == 0, second, step * sigma_s**2 / sigma**2)
+        fraction = (exact / small).log() / (step / small).log()
+        return x0, (xt - alpha * x0) / sigma, fraction.expand_as(xt)
+    return denoise
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_bound_is_the_entropy_of_a_gaussian(schedule):
+    """With the exact reverse process the bound is tight: on average the differential entropy of the data, in
+    bits, but for the prior, N(0, 1), which the data at t = 1 are not quite. The other variances lose."""
+    path, n, std = DDPM(schedule=schedule), 4000, 0.5
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.3 + std * torch.randn(n, 2, dtype=torch.float64, generator=generator)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * std**2)
+    means = {}
+    for variance in ("learned", "small", "large"):
+        terms = path.bound(gaussian_reverse(path, 0.3, std), x0, variance=variance, generator=generator)
+        assert terms.shape == (n, 1001)
+        means[variance] = terms.sum(1).mean().item()
+    error = 5 * terms.sum(1).std().item() / n**0.5
+    assert abs(means["learned"] - entropy) < error + 1e-3
+    assert means["learned"] < min(means["small"], means["large"]) - 1e-3
+    alpha, sigma = path.alpha_sigma(torch.tensor(1.0, dtype=torch.float64))
+    prior = 0.5 * (alpha**2 * x0.square().mean() + sigma**2 - 1 - (sigma**2).log()) / math.log(2)
+    torch.testing.assert_close(terms[:, -1].mean(), prior)
+
+
+def test_bound_of_rounded_data():
+    """8-bit data: the probability of an interval is close to its width times the density, and the two ends of
+    the range take the tails, so that all 256 probabilities sum to one."""
+    path = DDPM(schedule="linear")
+    values = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
+    t, x0_hat = torch.full((256,), 1e-3, dtype=torch.float64), torch.full_like(values, 0.97)
+    bits = path.bound_term(values, values, t, x0_hat, "large", bins=2 / 255)
+    torch.testing.assert_close((2.0 ** -bits[60:]).sum().item(), 1.0, atol=1e-6, rtol=0)
+    t, middle = t[:1], torch.zeros(1, 1, dtype=torch.float64)
+    narrow = path.bound_term(middle, middle, t, middle, "large", bins=1e-5)
+    density = path.bound_term(middle, middle, t, middle, "large")
+    torch.testing.assert_close(narrow, density - math.log2(1e-5), atol=1e-4, rtol=0)
+
+
+def test_learned_variance_loss():
+    """The second half of the channels is taught by the bound alone, the first half by the error alone."""
+    path, plain = DDPM(learned_variance=True), DDPM()
+    x0, eps, t = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3), torch.tensor([1, 2, 400, 900, 1000]) / 1000
+    raw = torch.randn(5, 4, 3, 3, requires_grad=True)
+    path.loss(lambda xt, t: raw, x0, t=t, eps=eps).sum().backward()
+    mean = raw[:, :2].detach().requires_grad_()
+    plain.loss(lambda xt, t: mean, x0, t=t, eps=eps).sum().backward()
+    torch.testing.assert_close(raw.grad[:, :2], mean.grad)
+    assert (raw.grad[:, 2:].flatten(1).abs().amax(1) > 0).all()
+    xt = plain.add_noise(x0, eps, t)
+    pair, both = plain.to_x0_eps(raw[:, :2], xt, t), path.to_x0_eps(raw, xt, t)
+    torch.testing.assert_close(pair, both)
+    with pytest.raises(ValueError, match="not trained"):
+        path.fraction(raw[:, :2], xt)

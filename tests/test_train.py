@@ -386,7 +386,7 @@ def test_output_kinds(cwd):
     assert np.abs(np.asarray(Image.open("singles/000001-red-square.png")).astype(int) - arrays[1]).max() <= 1
     sample.main(["runs/done", "--steps", "3", "--n", "2", "--out", "way.gif"])
     assert Image.open("way.gif").n_frames == 3
-    assert np.abs(draw("--n", "2", "--weights", "raw", out="r.npz").astype(int) - arrays[:2]).max() > 0
+    assert np.abs(draw("--n", "2", "--raw", out="r.npz").astype(int) - arrays[:2]).max() > 0
     by_name, by_number = (draw("--n", "1", "--label", "green-cross", out="n.npz"),
                           draw("--n", "1", "--label", "7", out="n.npz"))
     assert (by_name == by_number).all()
