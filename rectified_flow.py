@@ -88,7 +88,7 @@ class RectifiedFlow:
             raise ValueError(f"steps {steps}: at least 1")
         start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / self.shift)   # unshifted t_max
         times = shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), self.shift)
-        times[0] = self.t_max                        # exactly, whatever the rounding: beyond 1 alpha is negative
+        times[0] = self.t_max                        # whatever the rounding: beyond 1, alpha is negative
         return times
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

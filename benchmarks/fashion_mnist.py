@@ -11,7 +11,7 @@ guidance scale it prints, over 2,000 samples,
   Frechet     distance between Gaussians fitted to its 64 last features, of the samples and of the 10,000
               test images (Heusel et al. 2017, arXiv:1706.08500, eq. 6), beside two yardsticks in the same
               space: the VAE's own reconstructions of the test images (the floor), and 10,000 training images
-              (the ideal).
+              (the ideal, a little generous: the classifier was trained on them).
 
 The distance of fewer samples is biased upward; the yardsticks are therefore also given for 2,000 images.
 """

@@ -283,6 +283,13 @@ def test_guidance():
         assert batches == [size]
     with pytest.raises(ValueError, match="unconditional"):
         guided(model, path, cond, None, 2.0)
+    batches.clear()
+    for t in (0.2, 0.5, 0.8, 1.0):
+        x0, eps = guided(model, path, cond, uncond, 2.5, interval=(0.2, 0.8))(x, torch.tensor(t))
+        scale = 2.5 if t in (0.5, 0.8) else 1.0
+        raw = torch.tensor([7 + scale * (k - 7) for k in (1, 2, 3)]).view(-1, 1, 1, 1) * channels
+        torch.testing.assert_close(eps - x0, raw.expand_as(x))
+    assert batches == [3, 6, 6, 3]
 
 
 def test_noise_is_per_image():

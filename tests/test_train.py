@@ -366,7 +366,7 @@ def draw(*flags, out):
 
 
 def test_pictures_do_not_depend_on_the_batch(cwd):
-    for flags in ([], ["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]):
+    for flags in (["--eta", "0.5"], ["--times", "karras"], *(["--sampler", name] for name in sample.SAMPLERS)):
         one = draw("--n", "7", "--batch-size", "1", *flags, out="one.npz").astype(int)
         three = draw("--n", "7", "--batch-size", "3", *flags, out="three.npz").astype(int)
         assert np.abs(one - three).max() <= 1 and np.abs(one[0] - one[1]).max() > 3
@@ -400,6 +400,12 @@ def test_output_kinds(cwd):
     (["runs/done", "--n", "0"], "--n 0"),
     (["runs/done", "--eta", "0.5", "--sampler", "heun"], "eta belongs to ddim"),
     (["runs/done", "--eta", "2"], "between 0 and 1"),
+    (["runs/done", "--strength", "1", "--sampler", "ddpm"], "strength belongs to reverse_sde"),
+    (["runs/done", "--strength", "-1"], "--strength -1"),
+    (["runs/done", "--eta", "1", "--variance", "small"], "belongs to"),
+    (["runs/done", "--variance", "learned"], "not trained to say anything of the variance"),
+    (["runs/done", "--times", "leading"], "a spacing of the ddpm path"),
+    (["runs/done", "--interval", "0.8", "0.2"], "--interval 0.8 0.2"),
     (["runs/done", "--cfg", "0", "--label", "1"], "unconditional"),
     (["runs/done", "--out", "x.jpg"], "must end in"),
     (["runs/done", "--out", "no/such/x.png"], "does not exist"),
