@@ -292,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out}: must end in .png, .npz or .gif, or name a folder")
     if kind and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
-    if bool(args.run) == bool(args.published) or bool(args.published) != bool(args.weights and args.vae):
+    published = [args.published is not None, args.weights is not None, args.vae is not None]
+    if (args.run is not None) == any(published) or any(published) != all(published):
         raise ValueError("give a run, or --published NAME with its --weights FILE and --vae PATH")
     given = [name for name in OPTIONS if getattr(args, name) is not None]
     for name in given:

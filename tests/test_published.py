@@ -133,7 +133,7 @@ def test_wrong_downloads(downloads, tmp_path, monkeypatch, change, message):
 
 
 def test_run_and_published_exclude_each_other(downloads):
-    for wrong in (["runs/x", *flags(downloads)], [], flags(downloads)[:4]):
+    for wrong in (["runs/x", *flags(downloads)], [], flags(downloads)[:4], ["runs/x", "--vae", "vae"]):
         with pytest.raises(ValueError, match="give a run, or --published NAME"):
             sample.main(wrong)
     with pytest.raises(ValueError, match="not trained to say"):
