@@ -379,7 +379,7 @@ def demo() -> None:
     torch.manual_seed(0)
     means = torch.tensor([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]], dtype=torch.float64)
     x = torch.randn(64, 2, dtype=torch.float64)
-    print("median error against the exact flow of three Gaussians in 2-D, and its slope in log-log (the order)")
+    print("median error against the exact flow of three Gaussians in 2-D, and its slope: the order")
     for path, end in ((RectifiedFlow(), 1e-5), (DDPM(schedule="linear"), 1e-9)):
         denoise = gaussian_mixture(path, means, 0.4)
         exact = dpm_solver_3(denoise, path, x, log_snr_times(path, 2000, end))

@@ -45,7 +45,7 @@ from vae import VAEConfig
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
 DEFAULTS = {
     "vae":  dict(steps=3000, batch_size=16, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
-    "dit":  dict(steps=2000, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "dit":  dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
 SAMPLE_ROWS = 10   # of samples.png, a column per class
