@@ -85,16 +85,15 @@ class DDPM:
 
     def t_at(self, lam: Tensor) -> Tensor:
         """The time at which log(alpha / sigma) = lam: the inverse of `alpha_sigma`."""
-        sigma2 = torch.sigmoid(-2 * lam.double())
-        grid = self.table[1].to(sigma2.device)
+        sigma2, grid = torch.sigmoid(-2 * lam.cpu().double()), self.table[1]
         left = (torch.searchsorted(grid, sigma2) - 1).clamp(0, STEPS - 1)
         a, b = grid[left], grid[left + 1]
-        return ((left + (sigma2 - a) / (b - a)) / STEPS).clamp(0, 1).to(lam.dtype)
+        return ((left + (sigma2 - a) / (b - a)) / STEPS).clamp(0, 1).to(lam)
 
     def times(self, steps: int, spacing: str = "trailing") -> Tensor:
         """(steps + 1,) float64, falling to 0 along the thousandths. Spacing after Lin et al. table 2:
         "trailing" from 1 in even steps to 0; "linspace" from 1 evenly to 0.001, then 0; "leading" multiples
-        of floor(1000 / steps), plus one, which never reach 1 and so start with some signal left."""
+        of floor(1000 / steps), plus one, which fall short of 1 and so start with some signal left."""
         if not 1 <= steps <= STEPS:
             raise ValueError(f"steps {steps}: the diffusion path has 1 to {STEPS}")
         if spacing == "trailing":
@@ -136,7 +135,7 @@ class DDPM:
         """(B,) loss weight: 1, or min(SNR, gamma) of an error in x0, expressed as one of this prediction:
         |error of eps|^2 = SNR |error of x0|^2, and |error of v|^2 = (SNR + 1) |error of x0|^2.
 
-        For v at zero terminal SNR it vanishes at t = 1, where such a path starts: do not combine the two."""
+        For v and x0 at zero terminal SNR it vanishes at t = 1, where such a path starts: do not combine."""
         if self.min_snr is None:
             return torch.ones_like(t)
         alpha, sigma = self.alpha_sigma(t)
@@ -199,6 +198,7 @@ class DDPM:
             nll = -(above - below).clamp_min(1e-12).log()
         return torch.where(n == 1, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
 
+    @torch.no_grad()
     def bound(self, denoise, x0: Tensor, *, variance: str = "small", bins: float | None = None,
               generator: torch.Generator | None = None) -> Tensor:
         """(B, 1001) the terms L_0, L_1 .. L_999, L_T of the variational bound on -log p(x0), eq. 5, in bits
@@ -207,13 +207,14 @@ class DDPM:
         denoise(xt, t) as for samplers; variance "learned" takes its third value. bins as in bound_term."""
         terms = []
         for n in range(1, STEPS + 1):
-            t = torch.full((len(x0),), n / STEPS, dtype=torch.float64, device=x0.device)
-            eps = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
-            xt = self.add_noise(x0, eps, t).to(x0.dtype)
-            x0_hat, _, *fraction = denoise(xt, t[0])
+            t = torch.tensor(n / STEPS, dtype=torch.float64)
+            device = x0.device if generator is None else generator.device
+            eps = torch.randn(x0.shape, dtype=x0.dtype, device=device, generator=generator).to(x0.device)
+            xt = self.add_noise(x0, eps, t)
+            x0_hat, _, *fraction = denoise(xt, t)
             kind = fraction[0] if variance == "learned" else variance
             terms.append(self.bound_term(x0, xt, t, x0_hat, kind, bins))
-        alpha, sigma = self.alpha_sigma(t[0])
+        alpha, sigma = self.alpha_sigma(t)
         prior = 0.5 * ((alpha * x0) ** 2 + sigma**2 - 1 - (sigma**2).log())
         return torch.stack([*terms, prior.flatten(1).mean(1) / math.log(2)], 1)
 

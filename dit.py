@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Rope, attention
+from attention import Rope, attention, rms_norm
 
 
 @dataclass
@@ -76,12 +76,19 @@ def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def sincos_positions(h: int, w: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
+def sincos_positions(h: int, w: int, dim: int, device: torch.device | str = "cpu",
+                     crop: tuple[int, int] | None = None) -> Tensor:
     """(h * w, dim) fixed 2-D positions as published: the first half of the channels encodes x,
-    the second half y."""
+    the second half y.
+
+    crop (base, largest): Stable Diffusion 3 takes the centre of a grid of largest x largest positions, which
+    run from 0 to base."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64),
                           indexing="ij")
+    if crop:
+        base, largest = crop
+        y, x = (((largest - side) // 2 + p) * (base / largest) for p, side in ((y, h), (x, w)))
     ax, ay = (p.flatten()[:, None] * frequencies for p in (x, y))
     return torch.cat([ax.sin(), ax.cos(), ay.sin(), ay.cos()], dim=-1).float().to(device)
 
@@ -111,18 +118,20 @@ class Norm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, c: DiTConfig):
+    def __init__(self, c: DiTConfig | MMDiTConfig, proj: bool = True):
         super().__init__()
         self.heads = c.heads
         self.qkv = nn.Linear(c.width, 3 * c.width)
-        self.proj = nn.Linear(c.width, c.width)
+        self.proj = nn.Linear(c.width, c.width) if proj else None
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.width // c.heads)) if c.qk_norm else None
                                     for _ in "qk")
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v: each (B, heads, N, head_dim)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        # q, k, v: each (B, heads, N, head_dim)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope)
+        x = attention(*self.split(x), q_norm=self.q_norm, k_norm=self.k_norm, rope=rope)
         return self.proj(x.transpose(1, 2).flatten(2))     # (B, N, D)
 
 
@@ -245,7 +254,7 @@ class DiT(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes -> raw (B, out_channels, H, W)."""
-        c, (p, q) = self.config, self.config.patch
+        p, q = self.config.patch
         if xt.shape[-2] % p or xt.shape[-1] % q:
             raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: not a multiple of the patch {p}x{q}")
         h, w = xt.shape[-2] // p, xt.shape[-1] // q
@@ -262,6 +271,220 @@ class DiT(nn.Module):
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
 
+
+# ---- text and image together
+
+
+@dataclass
+class MMDiTConfig:
+    channels: int = 4
+    out_channels: int | None = None          # default: as many as come in
+    patch: tuple[int, int] = (2, 2)
+    width: int = 256
+    depth: int = 6                           # joint blocks: weights of their own for text and for image
+    single_depth: int = 0                    # then FLUX's: one stream, attention and MLP side by side
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    context_width: int = 256                 # of the text's vectors
+    pooled_width: int | None = 256           # of one vector for the whole text, which modulates; None: none
+    norm: str = "rms"
+    mlp: str = "swiglu"
+    qk_norm: bool = True
+    dual_attention: int = 0                  # SD 3.5: joint blocks where the image also attends to itself
+    rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head that turn with (text, y, x)
+    rope_theta: float = 100.0
+    sincos: tuple[int, int] | None = None    # SD 3: added positions, see sincos_positions
+    guidance: bool = False                   # FLUX.1-dev was distilled and is told its guidance
+    time_scale: float = 1000.0
+    time_offset: float = 0.0
+    learn_sigma: bool = False                # for FinalLayer: never so here
+
+
+MMDIT_PUBLISHED = dict(norm="layer", mlp="gelu")
+MMDIT_PRESETS = {
+    "small": dict(),
+    "sd3-medium": dict(MMDIT_PUBLISHED, channels=16, width=1536, depth=24, heads=24, context_width=4096,
+                       pooled_width=2048, qk_norm=False, rope=None, sincos=(64, 192)),
+    "sd3.5-medium": dict(MMDIT_PUBLISHED, channels=16, width=1536, depth=24, heads=24, context_width=4096,
+                         pooled_width=2048, dual_attention=13, rope=None, sincos=(64, 384)),
+    "flux-dev": dict(MMDIT_PUBLISHED, channels=16, width=3072, depth=19, single_depth=38, heads=24,
+                     context_width=4096, pooled_width=768, rope=(16, 56, 56), rope_theta=10000.0,
+                     guidance=True),
+}
+
+
+def rope_3d(length: int, h: int, w: int, axes: tuple[int, int, int], theta: float,
+            device: torch.device | str = "cpu") -> Rope:
+    """cos and sin (length + h * w, sum(axes) / 2) for `length` words at (0, 0, 0) and h x w patches at
+    (0, y, x): the pairs of each axis turn with its coordinate (FLUX)."""
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64),
+                          indexing="ij")
+    patches = torch.stack([torch.zeros(h * w, dtype=torch.float64), y.flatten(), x.flatten()], 1)
+    positions = torch.cat([torch.zeros(length, 3, dtype=torch.float64), patches])          # (L + N, 3)
+    angles = torch.cat([p[:, None] * theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
+                        for p, d in zip(positions.T, axes)], 1)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+class VectorEmbedder(nn.Module):
+    def __init__(self, c_in: int, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(c_in, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class Stream(nn.Module):
+    """What one kind of token owns in a joint block. The text of a last block only speaks, as no one listens
+    to it any more."""
+
+    def __init__(self, c: MMDiTConfig, last: bool = False, dual: bool = False):
+        super().__init__()
+        self.norm1, self.attn = Norm(c.norm, c.width), SelfAttention(c, proj=not last)
+        self.attn2 = SelfAttention(c) if dual else None
+        if not last:
+            self.norm2, self.mlp = Norm(c.norm, c.width), MLP(c.mlp, c.width, c.mlp_ratio)
+        self.chunks = 2 if last else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, self.chunks * c.width))
+
+    def begin(self, x: Tensor, c: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """The modulation and q, k, v, normalised."""
+        m = self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
+        q, k, v = self.attn.split(modulate(self.norm1(x), Modulation(m[0], m[1], m[1])))
+        if self.attn.q_norm is not None:
+            q, k = rms_norm(q, self.attn.q_norm), rms_norm(k, self.attn.k_norm)
+        return m, (q, k, v)
+
+    def end(self, x: Tensor, m: list[Tensor], attended: Tensor) -> Tensor:
+        attn, mlp = Modulation(*m[:3]), Modulation(*m[3:6])
+        out = x + attn.gate * self.attn.proj(attended)
+        if self.attn2 is not None:
+            again = Modulation(*m[6:])
+            out = out + again.gate * self.attn2(modulate(self.norm1(x), again), None)
+        return out + mlp.gate * self.mlp(modulate(self.norm2(out), mlp))
+
+
+class JointBlock(nn.Module):
+    """Text and image, each with weights of its own, in one attention (Esser et al. 2024, figure 2b)."""
+
+    def __init__(self, c: MMDiTConfig, last: bool, dual: bool):
+        super().__init__()
+        self.context_block, self.x_block = Stream(c, last=last), Stream(c, dual=dual)
+        self.last = last
+
+    def forward(self, x: Tensor, context: Tensor, c: Tensor, rope: Rope | None,
+                mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        words, length = self.context_block.begin(context, c), context.shape[1]
+        patches = self.x_block.begin(x, c)
+        # q, k, v: each (B, heads, L + N, head_dim)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(words[1], patches[1]))
+        attended = attention(q, k, v, rope=rope, mask=mask).transpose(1, 2).flatten(2)
+        x = self.x_block.end(x, patches[0], attended[:, length:])
+        return x, context if self.last else self.context_block.end(context, words[0], attended[:, :length])
+
+
+class SingleBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP read the same input and are added together (FLUX;
+    Dehghani et al. 2023)."""
+
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        self.width, self.heads, hidden = c.width, c.heads, int(c.mlp_ratio * c.width)
+        self.norm = Norm(c.norm, c.width)
+        self.linear1 = nn.Linear(c.width, 3 * c.width + hidden)
+        self.linear2 = nn.Linear(c.width + hidden, c.width)
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.width // c.heads)) if c.qk_norm else None
+                                    for _ in "qk")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 3 * c.width))
+
+    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
+        m = Modulation(*self.adaLN_modulation(c)[:, None].chunk(3, dim=-1))
+        qkv, hidden = self.linear1(modulate(self.norm(x), m)).tensor_split([3 * self.width], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
+        hidden = F.gelu(hidden, approximate="tanh")
+        return x + m.gate * self.linear2(torch.cat([attended.transpose(1, 2).flatten(2), hidden], dim=-1))
+
+
+class MMDiT(nn.Module):
+    """Stable Diffusion 3's transformer (Esser et al. 2024, arXiv:2403.03206) and, with single_depth, FLUX's.
+    Raises ValueError where the patch does not divide the latent, or heads and rope do not fit."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        c = self.config = config
+        if c.width % c.heads or c.rope and (sum(c.rope) != c.width // c.heads or any(d % 2 for d in c.rope)):
+            raise ValueError(f"width {c.width} with {c.heads} heads and rope {c.rope}: rope must be three "
+                             "even numbers that add up to width / heads")
+        self.out_channels = c.out_channels or c.channels
+        self.x_embedder, self.t_embedder = PatchEmbed(c), TimestepEmbedder(c)
+        self.context_embedder = nn.Linear(c.context_width, c.width)
+        self.y_embedder = VectorEmbedder(c.pooled_width, c.width) if c.pooled_width else None
+        self.guidance_embedder = TimestepEmbedder(c) if c.guidance else None
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(c, last=i == c.depth - 1 and c.single_depth == 0, dual=i < c.dual_attention)
+            for i in range(c.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.single_depth))
+        self.final_layer = FinalLayer(c, self.out_channels)
+        self._positions: dict[tuple, tuple[Tensor | None, Rope | None]] = {}
+        self.initialize()
+
+    def initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for name, module in self.named_modules():          # adaLN-Zero, as in DiT
+            if name.endswith("adaLN_modulation.1"):
+                nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def positions(self, length: int, h: int, w: int,
+                  device: torch.device) -> tuple[Tensor | None, Rope | None]:
+        c, key = self.config, (length, h, w, device)
+        if key not in self._positions:
+            self._positions[key] = (
+                sincos_positions(h, w, c.width, device, c.sincos) if c.sincos else None,
+                rope_3d(length, h, w, c.rope, c.rope_theta, device) if c.rope else None)
+        return self._positions[key]
+
+    def forward(self, xt: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None,
+                pooled: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """xt (B, C, H, W), t (B,) in [0, 1], context (B, L, context_width), mask (B, L) True = word, pooled
+        (B, pooled_width), guidance (B,) -> raw (B, out_channels, H, W)."""
+        (p, q), length = self.config.patch, context.shape[1]
+        if xt.shape[-2] % p or xt.shape[-1] % q:
+            raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: not a multiple of the patch {p}x{q}")
+        h, w = xt.shape[-2] // p, xt.shape[-1] // q
+        sincos, rope = self.positions(length, h, w, xt.device)
+
+        x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
+        if sincos is not None:
+            x = x + sincos.to(self.x_embedder.proj.weight.dtype)
+        words = self.context_embedder(context)                               # (B, L, D)
+        condition = self.t_embedder(t)                                       # (B, D)
+        if self.guidance_embedder is not None:
+            condition = condition + self.guidance_embedder(guidance)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(pooled)
+        if mask is not None:                                                 # every patch may be attended to
+            mask = torch.cat([mask, mask.new_ones(len(x), h * w)], dim=1)    # (B, L + N)
+        for block in self.joint_blocks:
+            x, words = block(x, words, condition, rope, mask)
+        if self.single_blocks:
+            x = torch.cat([words, x], dim=1)                                 # (B, L + N, D)
+            for block in self.single_blocks:
+                x = block(x, condition, rope, mask)
+            x = x[:, length:]
+        x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
+        x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
+
+
+# ---- published names
 
 # diffusers' DiTTransformer2DModel: pattern and our name. Each of its blocks holds a copy of the embedders,
 # which the original shares.
@@ -297,6 +520,61 @@ def published(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
     if config.time_scale < 0:
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             renamed |= {name: -renamed[name]} if name in renamed else {}
+    return renamed
+
+
+# diffusers' SD3Transformer2DModel and FluxTransformer2DModel: pattern and our name, applied in this order.
+MMDIT_DIFFUSERS_NAMES = (
+    (r"^(pos_embed\.proj|x_embedder)\.", "x_embedder.proj."),
+    (r"^time_text_embed\.timestep_embedder\.", "t_embedder.mlp."),
+    (r"^time_text_embed\.guidance_embedder\.", "guidance_embedder.mlp."),
+    (r"^time_text_embed\.text_embedder\.", "y_embedder.mlp."),
+    (r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.2."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."), (r"^proj_out\.", "final_layer.linear."),
+    (r"^single_transformer_(blocks\.\d+)\.norm\.linear\.", r"single_\1.adaLN_modulation.1."),
+    (r"^single_transformer_(blocks\.\d+)\.attn\.to_(q|k|v)\.", r"single_\1.\2."),         # joined below
+    (r"^single_transformer_(blocks\.\d+)\.proj_mlp\.", r"single_\1.mlp."),
+    (r"^single_transformer_(blocks\.\d+)\.proj_out\.", r"single_\1.linear2."),
+    (r"^single_transformer_(blocks\.\d+)\.attn\.norm_(q|k)\.weight$", r"single_\1.\2_norm"),
+    (r"^transformer_", "joint_"),
+    (r"\.norm1\.linear\.", ".x_block.adaLN_modulation.1."),
+    (r"\.norm1_context\.linear\.", ".context_block.adaLN_modulation.1."),
+    (r"\.attn(2?)\.to_(q|k|v)\.", r".x_block.attn\1.\2."),
+    (r"\.attn\.add_(q|k|v)_proj\.", r".context_block.attn.\1."),
+    (r"\.attn(2?)\.to_out\.0\.", r".x_block.attn\1.proj."),
+    (r"\.attn\.to_add_out\.", ".context_block.attn.proj."),
+    (r"\.attn(2?)\.norm_(q|k)\.weight$", r".x_block.attn\1.\2_norm"),
+    (r"\.attn\.norm_added_(q|k)\.weight$", r".context_block.attn.\1_norm"),
+    (r"\.ff\.net\.0\.proj\.", ".x_block.mlp.fc1."), (r"\.ff\.net\.2\.", ".x_block.mlp.fc2."),
+    (r"\.ff_context\.net\.0\.proj\.", ".context_block.mlp.fc1."),
+    (r"\.ff_context\.net\.2\.", ".context_block.mlp.fc2."),
+)
+
+
+def published_mmdit(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
+    """The state dict of an MMDiT of this config from diffusers' SD3Transformer2DModel or
+    FluxTransformer2DModel."""
+    renamed: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if name != "pos_embed.pos_embed":              # the fixed table that `sincos_positions` computes
+            for pattern, replacement in MMDIT_DIFFUSERS_NAMES:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = weight
+    for name in [name for name in renamed if re.search(r"\.q\.(weight|bias)$", name)]:
+        parts = ("q", "k", "v", "mlp") if name.startswith("single_") else ("q", "k", "v")
+        whole = ".linear1." if name.startswith("single_") else ".qkv."
+        renamed[name.replace(".q.", whole)] = torch.cat([renamed.pop(name.replace(".q.", f".{part}."))
+                                                         for part in parts])
+    (p, q), c_in, c_out = config.patch, config.channels, config.out_channels or config.channels
+    last = f"joint_blocks.{config.depth - 1}.context_block.adaLN_modulation.1"
+    for kind in ("weight", "bias"):                    # where nothing is gated, theirs is (scale, shift)
+        for name in ("final_layer.adaLN_modulation.1", *([] if config.single_depth else [last])):
+            renamed[f"{name}.{kind}"] = torch.cat(renamed[f"{name}.{kind}"].chunk(2)[::-1])
+        if config.single_depth:                        # FLUX's patches are (c, p, q) where ours are (p, q, c)
+            rows = renamed[f"final_layer.linear.{kind}"].unflatten(0, (c_out, p * q))
+            renamed[f"final_layer.linear.{kind}"] = rows.transpose(0, 1).flatten(0, 1)
+    if (weight := renamed["x_embedder.proj.weight"]).ndim == 2:
+        renamed["x_embedder.proj.weight"] = weight.unflatten(1, (c_in, p, q))
     return renamed
 
 

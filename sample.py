@@ -122,7 +122,8 @@ def load_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) ->
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """A published state dict: .safetensors, or a torch file, of which the EMA weights if it has several."""
+    """A published state dict: .safetensors, or a torch file, of which the EMA weights if it has several.
+    Raises ValueError with a line for the user, also for a checkpoint of train.py."""
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file}: no such file; download it first")
@@ -132,13 +133,19 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         except ImportError:
             raise ValueError(f"{file}: needs the package safetensors (pip install safetensors)") from None
     try:
-        state = (load_file(file) if file.suffix == ".safetensors" else
-                 torch.load(file, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([argparse.Namespace]):   # the settings in DiT's own checkpoints
+            state = (load_file(file) if file.suffix == ".safetensors" else
+                     torch.load(file, map_location="cpu", weights_only=True))
+        own = "arch" in state and "ema" in state
         for part in ("ema", "state_dict", "model"):
             state = state[part] if isinstance(state.get(part), dict) else state
-        return {name: weight for name, weight in state.items() if isinstance(weight, Tensor)}
+        state = {name: weight for name, weight in state.items() if isinstance(weight, Tensor)}
     except Exception as error:
-        raise ValueError(f"{file}: not a file of weights, or damaged ({type(error).__name__})") from None
+        raise ValueError(f"{file}: not a file of weights alone, or damaged ({type(error).__name__}); "
+                         "where it holds other things too, convert it to .safetensors") from None
+    if own:
+        raise ValueError(f"{file}: is a run of train.py, not a published file; give it by itself")
+    return state
 
 
 def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
@@ -152,7 +159,13 @@ def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
         model = build_model("dit", row["config"])
     state = dit.published(read_weights(weights), model.config)
     check_weights(model, state, str(weights))
-    autoencoder = load_vae(vae, SCALE)
+    autoencoder = load_vae(vae)
+    channels, factor = autoencoder.config.latent_channels, autoencoder.factor
+    scale = 1 / autoencoder.latent_std
+    if channels != 4 or factor != 8 or autoencoder.latent_mean.any() or ((scale - SCALE).abs() > 1e-4).any():
+        raise ValueError(f"--vae {vae}: {name} was trained in latents of 4 channels at 1/8, scaled by "
+                         f"{SCALE} (Stable Diffusion 1 and 2); this one has {channels} at 1/{factor}, scaled "
+                         f"by {scale.mean():.5f}")
     return {"arch": "dit", "config": row["config"], "objective": row["objective"], "step": 0,
             "data": {"source": "imagenet", "size": [row["side"]] * 2,
                      "classes": [str(i) for i in range(1000)]},
@@ -160,35 +173,37 @@ def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
             "vae": {"config": asdict(autoencoder.config), "state": autoencoder.state_dict()}}
 
 
-def load_vae(path: str | Path, scale: float | None = None) -> VAE:
+def load_vae(path: str | Path) -> VAE:
     """A VAE, EMA weights, evaluation mode: that of a finished VAE run or, of another run, the one inside it;
-    a folder of diffusers (config.json beside the weights); or a published file, whose latents have this
-    `scale`, or Stable Diffusion's where it has 4 channels."""
-    path, config = Path(path), {}
-    is_folder, is_run = (path / "config.json").is_file(), path.is_dir() and (path / "checkpoint.pt").is_file()
-    if is_folder and not is_run:
-        config = json.loads((path / "config.json").read_text())
+    a folder of diffusers (config.json beside the weights); or a published file, which says nothing of the
+    scale of its latents: that of Stable Diffusion 1 and 2 where it has 4 channels (give XL's as a folder)."""
+    path, config, checkpoint = Path(path), {}, None
+    is_folder = (path / "config.json").is_file() and not (path / "checkpoint.pt").is_file()
+    file = path
+    if is_folder:
+        try:
+            config = dict(json.loads((path / "config.json").read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path / 'config.json'}: damaged; download it again") from None
         files = [path / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
         file = next((file for file in files if file.is_file()), files[0])
     else:
-        file = path
         with contextlib.suppress(ValueError):
             checkpoint = load_checkpoint(path)
-            is_run = True
-    if not is_run and (is_folder or file.is_file()):
+    if checkpoint is None and (is_folder or path.is_file()):
         state = read_weights(file)
         channels = next((weight.shape[1] for name, weight in state.items()
                          if name.endswith("decoder.conv_in.weight")), 4)
-        scale = scale or config.get("scaling_factor") or (SCALE if channels == 4 else None)
+        scale = config.get("scaling_factor") or (SCALE if channels == 4 else None)
         if scale is None:
             raise ValueError(f"{path}: the scale of latents of {channels} channels is not in this file; "
                              "give the diffusers folder, whose config.json has it")
         try:
             return vae_file.published(state, scale, config.get("shift_factor") or 0.0,
-                                      config.get("norm_num_groups", 32))
+                                      config.get("norm_num_groups") or 32)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    checkpoint = load_checkpoint(path)             # says what is wrong, if anything is
+    checkpoint = checkpoint or load_checkpoint(path)   # which says what is wrong
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])
     if not checkpoint["training"]["finished"]:     # the scale of its latents is measured at the end
@@ -307,6 +322,11 @@ def main(argv: list[str] | None = None) -> None:
     low, high = args.interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"--interval {low:g} {high:g}: two times between 0 and 1, the lower one first")
+    for flag, value, limit in (("--cfg", args.cfg, 1e6), ("--seed", args.seed, 2**62)):
+        if value is not None and not -limit < value < limit:
+            raise ValueError(f"{flag} {value}: out of range")
+    if args.raw and args.published:
+        raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
     device = pick_device(args.device)
     what = args.run or args.weights
     checkpoint = load_checkpoint(what) if args.run else load_published(args.published, args.weights, args.vae)
@@ -325,6 +345,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--label {args.label} with --cfg 0: scale 0 is unconditional and ignores the label;"
                          " drop one of them")
     scale = args.cfg if args.cfg is not None else 2.0 if labelled and trained_with_dropout else 1.0
+    if (low, high) != (0, 1) and scale in (0, 1):
+        raise ValueError(f"--interval {low:g} {high:g} with guidance {scale:g}: there is none to limit")
     defaults = DRAW_DEFAULTS[checkpoint["objective"]["name"]]
     options = {name: getattr(args, name) for name in given}
     sampler = args.sampler or (OPTIONS[given[0]][0] if given else defaults["sampler"])

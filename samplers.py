@@ -10,7 +10,8 @@ fall strictly to 0 in N steps. Each step combines x0 and eps with the path's own
 
 which is DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12) on any path, Euler's step on the straight one, and
 order one of every solver here. Higher orders expand x0 or eps in lam = log(alpha / sigma), of which a step
-covers h. A step from alpha = 0 or to sigma = 0 has h = inf and is of order one: there is nothing to expand.
+covers h. A step from alpha = 0 or to sigma = 0 has h = inf: there is nothing to expand, and the step is of
+order one (but for a corrector, heun's or UniPC's, which needs no lam).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
 
     raw = raw(uncond) + scale * (raw(cond) - raw(uncond)): scale 1 is conditional, 0 unconditional, and
     neither evaluates the other. `cond` and `uncond` are the network's keyword arguments, of the batch's
-    length. Outside `interval`, low < t <= high, the scale is 1 (Kynkaanniemi et al. 2024,
+    length. Outside `interval`, low < t <= high, a scale above 1 is 1 (Kynkaanniemi et al. 2024,
     arXiv:2404.07724).
     variance: return, third, what the network says of the variance; guidance leaves that alone."""
     if scale != 1.0 and uncond is None:
@@ -153,11 +154,11 @@ def ddpm(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 def dpm_solver_2(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                  on_step: OnStep = None) -> Tensor:
     """Second order, single step: eps from the middle of the step. 2 evaluations a step.
-    Lu et al. 2022 (arXiv:2206.00927), algorithm 1 with r1 = 1/2."""
+    Lu et al. 2022 (arXiv:2206.00927), algorithm 1."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        alpha_s, sigma_s = path.alpha_sigma(s)
         lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
         x = alpha_s * x0 + sigma_s * eps
         if h.isfinite():
@@ -177,7 +178,7 @@ def dpm_solver_3(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        alpha_s, sigma_s = path.alpha_sigma(s)
         lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
         x = alpha_s * x0 + sigma_s * eps
         if h.isfinite():
@@ -201,7 +202,7 @@ def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
     h_last, x0_last = None, None
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        alpha_s, sigma_s = path.alpha_sigma(s)
         h = log_snr(path, s) - log_snr(path, t)
         x = alpha_s * x0 + sigma_s * eps
         if i > 0 and h.isfinite():
@@ -221,10 +222,10 @@ def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
     as_published: the authors' code, and what follows it, takes the second divided difference, half the second
     derivative, for the whole one, and is of second order; it is here to reproduce pictures."""
     check_times(times)
-    h_last, slope_last, x0_last = None, None, None       # slope: divided difference of x0 over lam
+    h_before = h_last = slope_last = x0_last = None      # slope: divided difference of x0 over lam
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        alpha_s, sigma_s = path.alpha_sigma(s)
         h = log_snr(path, s) - log_snr(path, t)
         x = alpha_s * x0 + sigma_s * eps
         slope = (x0 - x0_last) / h_last if i > 0 else None
@@ -249,7 +250,7 @@ def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
     h_last, x0_last = None, None
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, _ = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        (_, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
         h = log_snr(path, s) - log_snr(path, t)
         new = -(-2 * h).expm1()                          # share of the noise that is drawn afresh
         expected = x0 + h / h_last * (x0 - x0_last) / 2 if i > 0 and h.isfinite() else x0
@@ -266,7 +267,7 @@ def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
           on_step: OnStep = None, order: int = 3) -> Tensor:
     """UniPC: a multistep predictor of the given order and a corrector, one order higher, that uses the
     evaluation at the predicted point and costs none of its own. 1 evaluation a step.
-    Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 for x0, with B(h) = e^h - 1."""
+    Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 for x0, with B = e^-h - 1."""
     check_times(times)
     x0, past = denoise(x, times[0])[0], []               # past: (lam, x0) of earlier times, the latest first
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -291,8 +292,8 @@ def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
 
 def unipc_weights(r: list, h: Tensor) -> list[Tensor]:
     """Weights w_k, one per r_k, for which sum_k w_k r_k^(j-1) = j! psi_j, j = 1, 2, ..., where psi_1 =
-    (e^-h - 1) / -h - 1 and psi_{j+1} = psi_j / -h - 1 / (j + 1)! (theorem 3.1: B(h) cancels). One weight
-    alone is free up to O(h^2): the paper's B(h) / 2."""
+    (e^-h - 1) / -h - 1 and psi_{j+1} = psi_j / -h - 1 / (j + 1)! (theorem 3.1: B cancels). One weight
+    alone is free up to O(h^2): B / 2."""
     if len(r) < 2:
         return [(-h).expm1() / 2] * len(r)
     psi, right = (-h).expm1() / -h - 1, []
@@ -316,7 +317,7 @@ def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator:
         raise ValueError(f"strength {strength}: must not be negative")
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        (_, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
         x = alpha_s * x0 + sigma_s * eps
         if s > 0:
             dvar = strength * 2 * sigma_t * (sigma_t - sigma_s)

@@ -1,6 +1,6 @@
 r"""Train a network in latent space: settings, data, VAE, latents, loop, samples. The same command resumes.
 
-    python train.py --arch dit --objective rf                       # all from nothing, ten minutes on 2 cores
+    python train.py --arch dit --objective rf               # all from nothing, ten minutes on two cores
     python train.py --arch unet --objective ddpm --prediction v --data fashion-mnist
     python train.py --arch vae --data FOLDER --image-size 128 192   # only the autoencoder
     python train.py --arch dit --data FOLDER --image-size 128 192
@@ -56,8 +56,8 @@ FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_e
 # Flags that mean something only under one value of another flag.
 BELONGS = {"schedule": ("objective", "ddpm"), "min_snr": ("objective", "ddpm"),
            "zero_terminal_snr": ("objective", "ddpm"), "density": ("objective", "rf"),
-           "density_mean": ("objective", "rf"), "density_std": ("objective", "rf"),
-           "mode_scale": ("objective", "rf"), "shift": ("objective", "rf"), "patch": ("arch", "dit"),
+           "density_mean": ("density", "logit_normal"), "density_std": ("density", "logit_normal"),
+           "mode_scale": ("density", "mode"), "shift": ("objective", "rf"), "patch": ("arch", "dit"),
            "block": ("arch", "dit")}
 
 
@@ -143,22 +143,25 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("image_size", "patch"):
         if (sides := getattr(args, name)) and (len(sides) > 2 or min(sides) < 1):
             raise ValueError(f"{flag(name)}: give one side, or height and width")
-    args.image_size = [args.image_size[0], args.image_size[-1]] if args.image_size else [32, 32]
+    side = PUBLISHED[args.published]["side"] if args.published else 32
+    args.image_size = [args.image_size[0], args.image_size[-1]] if args.image_size else [side, side]
     counts = ("steps", "vae_steps", "batch_size", "accumulate", "latent_channels", "log_every", "val_every",
               "preview_every", "save_every")
     ranges = ({name: (1, math.inf) for name in counts} | {"lr": (1e-12, 1e3), "clip": (1e-12, math.inf)}
               | {name: (0, 1) for name in ("label_dropout", "cooldown", "ema")}
-              | {name: (0, math.inf) for name in ("warmup", "seed", "weight_decay", "kl_weight")})
+              | {name: (0, math.inf) for name in ("warmup", "weight_decay", "kl_weight")}
+              | {"seed": (0, 2**62), "density_mean": (-100, 100)})
     for name, (low, high) in ranges.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise ValueError(f"{flag(name)}: must be " + (f"between {low} and {high}" if high < math.inf else
                                                           f"at least {low}"))
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    kind = vars(args) | {"density": args.density or ("logit_normal" if args.objective == "rf" else None)}
     for name, (group, owner) in BELONGS.items():
-        given = getattr(args, name) is not None and getattr(args, name) is not False
-        if given and getattr(args, group) != owner:
-            raise ValueError(f"{flag(name)}: belongs to --{group} {owner}, not {getattr(args, group)}")
-    for name in ("vae", "preset", "vae_steps", "init_from", "published"):
-        if args.arch == "vae" and getattr(args, name) is not None:
+        if name in given and kind[group] != owner:
+            raise ValueError(f"{flag(name)}: belongs to --{group} {owner}, not {kind[group]}")
+    for name in ("vae", "preset", "vae_steps", "init_from", "published", "prediction", *BELONGS):
+        if args.arch == "vae" and name in given:
             raise ValueError(f"{flag(name)}: for a network in latent space; "
                              "--arch vae has --vae-preset and --steps")
     if args.published:
@@ -168,7 +171,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         if args.arch != "dit" or args.objective != row["objective"]["name"]:
             raise ValueError(f"{flag('published')}: is --arch dit --objective {row['objective']['name']}")
         for name in ("preset", "patch", "block", "prediction", *BELONGS):
-            if getattr(args, name):
+            if name in given:
                 raise ValueError(f"{flag(name)}: settled by --published {args.published}; "
                                  "give one or the other")
     for name in (*VAE_FLAGS, "vae_steps"):
@@ -221,14 +224,16 @@ def network_config(args: argparse.Namespace, latent_channels: int, num_classes: 
     return dit.PRESETS[args.preset] | shared | patch | (dit.PUBLISHED if args.block == "published" else {})
 
 
-def initial_weights(args: argparse.Namespace) -> dict[str, Tensor] | None:
-    """What --init-from holds, by our names."""
-    if args.init_from is None:
-        return None
-    if args.published:
+def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
+    """What --init-from holds, by our names: a published file, or a run of this project."""
+    path = Path(args.init_from)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError:
+        if not args.published or path.is_dir():
+            raise
         config = dit.DiTConfig(**PUBLISHED[args.published]["config"])
         return dit.published(read_weights(args.init_from), config)
-    checkpoint = load_checkpoint(args.init_from)
     if checkpoint["arch"] != args.arch:
         raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
     return checkpoint["ema"]
@@ -467,9 +472,10 @@ def train(args: argparse.Namespace) -> bool:
     device, objective = pick_device(args.device), None if is_vae else objective_of(args)
     if objective:
         build_path(objective)
-    vae = load_vae(args.vae) if args.vae else None
+    # a run that has begun holds its VAE and its first weights itself
+    vae = load_vae(file if file.is_file() else args.vae) if args.vae else None
     vae_args = args if is_vae else None if vae else vae_arguments(args)
-    initial = initial_weights(args)
+    initial = initial_weights(args) if args.init_from and not file.is_file() else None
     check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), initial)
     bf16_here = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                  device.type == "cpu"
@@ -517,6 +523,7 @@ def train(args: argparse.Namespace) -> bool:
         model = build_model(args.arch, config).to(device)
         if initial is not None and not saved:
             load_weights(model, fit_weights(model, initial, args.init_from), args.init_from)
+        initial = None                                     # gigabytes, perhaps
         if is_vae or (device.type == "cuda" and args.arch == "unet"):   # a bf16 U-Net on the CPU is slower so
             model = model.to(memory_format=torch.channels_last)
         ema = copy.deepcopy(model).eval().requires_grad_(False)

@@ -248,7 +248,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 # Published names that differ from ours, which are diffusers': pattern and replacement, applied in this order.
 PUBLISHED_NAMES = (
-    (r"^(first_stage_model|vae)\.", ""),                               # inside a whole Stable Diffusion file
     (r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."),  # diffusers before 0.15
     (r"\.proj_attn\.", ".to_out.0."),
     (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),   # CompVis and FLUX
@@ -269,14 +268,19 @@ def published(state: dict[str, Tensor], scale: float, shift: float = 0.0, groups
     scale and shift: what the model was published with, x0 = (z - shift) * scale (SD 1 and 2: 0.18215 and 0;
     XL: 0.13025 and 0; SD 3: 1.5305 and 0.0609; FLUX: 0.3611 and 0.1159). Raises ValueError with the first
     keys that do not fit."""
+    for prefix in ("first_stage_model.", "vae."):          # inside a whole Stable Diffusion file
+        if any(name.startswith(prefix) for name in state):
+            state = {name[len(prefix):]: w for name, w in state.items() if name.startswith(prefix)}
     compvis = any(".up.0.block." in name for name in state)
     renamed: dict[str, Tensor] = {}
     for name, weight in state.items():
-        if re.match(r"(loss|model_ema|model|cond_stage_model)\.|.*(alphas|betas|sigmas|posterior)", name):
-            continue                               # of the training, or of the other parts of a whole file
+        if name.startswith("loss."):                       # of the discriminator that trained it
+            continue
         for pattern, replacement in PUBLISHED_NAMES:
             name = re.sub(pattern, replacement, name)
-        renamed[name] = weight[:, :, 0, 0] if ".attentions." in name and weight.ndim == 4 else weight
+        is_1x1 = ".attentions." in name and weight.ndim == 4
+        renamed[name] = (weight[:, :, 0, 0] if is_1x1 else weight).to(torch.promote_types(weight.dtype,
+                                                                                         torch.float32))
     levels = 0
     while f"encoder.down_blocks.{levels}.resnets.0.conv1.weight" in renamed:
         levels += 1
@@ -298,8 +302,11 @@ def published(state: dict[str, Tensor], scale: float, shift: float = 0.0, groups
     channels = config.latent_channels
     renamed |= {"latent_mean": torch.full((channels,), shift),
                 "latent_std": torch.full((channels,), 1 / scale)}
-    wrong = [f"missing {name}" for name in model.state_dict() if name not in renamed]
-    wrong += [f"surplus {name}" for name in renamed if name not in model.state_dict()]
+    own = model.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in renamed]
+    wrong += [f"surplus {name}" for name in renamed if name not in own]
+    wrong += [f"{name} of shape {tuple(w.shape)}, not {tuple(own[name].shape)}" for name, w in renamed.items()
+              if name in own and w.shape != own[name].shape]
     if wrong:
         raise ValueError(f"not an AutoencoderKL of widths {config.widths}: {'; '.join(wrong[:3])}")
     model.load_state_dict(renamed, assign=True)

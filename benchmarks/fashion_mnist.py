@@ -91,6 +91,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", help="run folders; a VAE run gives only its floor")
     p.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    p.add_argument("--interval", nargs=2, default=["0", "1"], help="times between which guidance acts")
     p.add_argument("--sampler")
     p.add_argument("--steps", type=int)
     p.add_argument("--n", type=int, default=2000)
@@ -130,15 +131,16 @@ def main() -> None:
         labels = np.arange(args.n) % 10
         for scale in args.cfg:
             flags = [run, "--n", str(args.n), "--batch-size", "250", "--cfg", str(scale)]
-            flags += ["--precision", args.precision]
+            flags += ["--precision", args.precision, "--interval", *args.interval]
             flags += ["--sampler", args.sampler] if args.sampler else []
             flags += ["--steps", str(args.steps)] if args.steps else []
             with tempfile.TemporaryDirectory() as folder:
                 sample.main([*flags, "--out", f"{folder}/samples.npz"])
                 images = np.load(f"{folder}/samples.npz")["arr_0"]
             features, predicted = look(classifier, images)
-            sampler, steps = args.sampler or "default sampler", args.steps or "default"
-            rows.append({"what": f"{run}: {args.n:,} samples, {sampler}, {steps} steps, guidance {scale:g}",
+            how = f"{args.sampler or 'default sampler'}, {args.steps or 'default'} steps, guidance {scale:g}"
+            how += "" if args.interval == ["0", "1"] else f" for t in {'..'.join(args.interval)}"
+            rows.append({"what": f"{run}: {args.n:,} samples, {how}",
                          "frechet": frechet(features, reference),
                          "agreement": float((predicted == labels).mean())})
     for row in rows:

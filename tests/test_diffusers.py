@@ -7,7 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="pip install diffusers, for the comparison with published code")
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, schedulers
+from diffusers import (AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel,
+                       UNet2DConditionModel, schedulers)
+from diffusers.models import normalization
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 import dit
@@ -247,8 +249,7 @@ def test_unipc(scheduler, order):
     got = SAMPLERS[f"unipc_{order}"](mixture(PATH), PATH, X, times)
     if order == 3:
         assert 1e-5 < error([got], follow(build(), X)[-1:]) < 0.1
-        theirs, keep = build(), build(lower_order_final=False)
-        states, x = [], X
+        theirs, keep, x = build(), build(lower_order_final=False), X
         for i, timestep in enumerate(theirs.timesteps):
             keep.register_to_config(lower_order_final=i == 11)
             if keep.step_index is None:
@@ -281,7 +282,7 @@ def test_flow_match_heun(scheduler):
     times = path.times(8)
     theirs.sigmas = torch.cat([times[:1], times[1:-1].repeat_interleave(2), times[-1:]])
     theirs.timesteps = torch.cat([times[:1], times[1:-1].repeat_interleave(2)]) * 1000
-    x, states = X, []
+    x = X
     for i, timestep in enumerate(theirs.timesteps):
         t = times[(i + 1) // 2]
         x0, eps = mixture(path)(x, t)
@@ -392,7 +393,9 @@ def test_compvis_names(prefix, quant_conv):
     model = shake(vae.VAE(config))
     state = {name: weight for name, weight in model.state_dict().items() if not name.startswith("latent_")}
     original = {prefix + name: weight for name, weight in compvis(state, 3).items()}
-    original |= {"model.diffusion_model.out.2.weight": torch.ones(1), "alphas_cumprod": torch.ones(1)}
+    if prefix:                                                            # other parts of the whole file
+        original |= {"model.diffusion_model.out.2.weight": torch.ones(1), "alphas_cumprod": torch.ones(1),
+                     "conditioner.embedders.0.weight": torch.ones(1)}
     loaded = vae.published(original, scale=1.0, groups=8)
     assert loaded.config == config
     for name, weight in state.items():
@@ -409,6 +412,12 @@ def test_autoencoder_refuses_what_is_none():
     del state["encoder.conv_out.bias"]
     with pytest.raises(ValueError, match="missing encoder.conv_out.bias; surplus odd"):
         vae.published(state | {"odd": torch.ones(1)}, scale=1.0, groups=4)
+    state["encoder.conv_out.bias"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"encoder.conv_out.bias of shape \(3,\), not \(8,\)"):
+        vae.published(state, scale=1.0, groups=4)
+    state["encoder.conv_out.bias"] = torch.ones(8)
+    half = vae.published({name: w.half() for name, w in state.items()}, scale=1.0, groups=4)
+    assert {w.dtype for w in half.state_dict().values()} == {torch.float32}
     with pytest.raises(ValueError, match="not the weights of an AutoencoderKL"):
         vae.published({"blocks.0.weight": torch.ones(1)}, scale=1.0)
 
@@ -486,3 +495,94 @@ def test_full_size_dit_has_the_published_keys():
     for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"):
         original |= {f"blocks.{i}.{part}" for i in range(28)}
     assert {name.rsplit(".", 1)[0] for name in ours} == original
+
+
+# ---- text and image together
+
+@pytest.fixture
+def unrounded(monkeypatch, dtype):
+    """In float64 no table of positions and no norm, here or there, is rounded to float32 on the way."""
+    if dtype == torch.float64:
+        monkeypatch.setattr(normalization, "torch", Wide(torch, torch.float64))
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def mmdit(config, theirs, dtype):
+    ours = dit.MMDiT(config).to(dtype).eval()
+    ours.load_state_dict(dit.published_mmdit(theirs.state_dict(), config))                         # strict
+    return ours
+
+
+@both_precisions
+@pytest.mark.parametrize("qk_norm, dual", [(None, ()), ("rms_norm", (0, 1))])            # SD 3, SD 3.5
+def test_sd3(qk_norm, dual, dtype, unrounded):
+    theirs = shake(SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=12,
+        pos_embed_max_size=12, dual_attention_layers=dual, qk_norm=qk_norm)).to(dtype)
+    table = dit.sincos_positions(12, 12, 32, crop=(8, 12)).to(dtype)[None]
+    torch.testing.assert_close(theirs.pos_embed.pos_embed, table, atol=2e-6, rtol=0)
+    theirs.pos_embed.pos_embed = table                        # theirs is computed in float32
+    ours = mmdit(dit.MMDiTConfig(
+        width=32, depth=3, heads=2, context_width=24, pooled_width=12, qk_norm=qk_norm is not None, rope=None,
+        dual_attention=len(dual), sincos=(8, 12), **dit.MMDIT_PUBLISHED), theirs, dtype)
+    x, context, pooled = (torch.randn(size, dtype=dtype) for size in ((2, 4, 8, 12), (2, 5, 24), (2, 12)))
+    t = torch.tensor([0.25, 1.0])
+    assert_same(lambda x: ours(x, t, context, pooled=pooled),
+                lambda x: theirs(x, context, pooled, 1000 * t).sample, x, dtype)
+
+
+@both_precisions
+def test_flux(dtype, unrounded):
+    theirs = shake(FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=12, guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6))).to(dtype)
+    ours = mmdit(dit.MMDiTConfig(
+        width=32, depth=2, single_depth=2, heads=2, context_width=24, pooled_width=12, rope=(4, 6, 6),
+        rope_theta=10000.0, guidance=True, **dit.MMDIT_PUBLISHED), theirs, dtype)
+    x, context, pooled = (torch.randn(size, dtype=dtype) for size in ((2, 4, 8, 12), (2, 5, 24), (2, 12)))
+    t, guidance = torch.tensor([0.25, 1.0]), torch.tensor([3.5, 1.0])
+    y, x_ids = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
+    ids = torch.stack([torch.zeros(24, dtype=torch.long), y.flatten(), x_ids.flatten()], 1).to(dtype)
+
+    def call(x):
+        patches = x.unflatten(2, (4, 2)).unflatten(4, (6, 2)).permute(0, 2, 4, 1, 3, 5)   # (B, h, w, C, p, q)
+        tokens = patches.flatten(3).flatten(1, 2)
+        out = theirs(tokens, context, pooled, t.to(dtype), ids, torch.zeros(5, 3, dtype=dtype),
+                     guidance.to(dtype)).sample
+        return out.view(2, 4, 6, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+    assert_same(lambda x: ours(x, t, context, pooled=pooled, guidance=guidance), call, x, dtype)
+
+
+FULL_MMDIT = {
+    "sd3-medium": lambda: SD3Transformer2DModel(
+        sample_size=128, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+        joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16,
+        pos_embed_max_size=192),
+    "sd3.5-medium": lambda: SD3Transformer2DModel(
+        sample_size=128, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+        joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16,
+        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
+    "flux-dev": lambda: FluxTransformer2DModel(guidance_embeds=True)}
+
+
+@pytest.mark.parametrize("name", FULL_MMDIT)
+def test_full_size_mmdit_has_the_published_keys(name):
+    config = dit.MMDiTConfig(**dit.MMDIT_PRESETS[name])
+    with torch.device("meta"):
+        theirs = FULL_MMDIT[name]()
+        state = dit.published_mmdit(theirs.state_dict(), config)
+        assert {key: tuple(w.shape) for key, w in state.items()} == shapes(dit.MMDiT(config))
+
+
+@pytest.mark.parametrize("single_depth", [0, 2])
+def test_padding_changes_nothing(single_depth):
+    model = shake(dit.MMDiT(dit.MMDiTConfig(width=32, depth=2, heads=2, context_width=24, pooled_width=None,
+                                            rope=(4, 6, 6), single_depth=single_depth)))
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([0.5]), torch.randn(1, 9, 24)
+    outs = [model(x, t, context[:, :length], torch.arange(length)[None] < 3) for length in (3, 5, 9)]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-6, rtol=1e-6)
+    assert (model(x, t, context[:, :5]) - outs[0]).abs().max() > 1e-4                    # words do matter

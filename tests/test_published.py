@@ -1,5 +1,6 @@
 """Files of the published layouts, as a user would have downloaded them: here with random weights, small."""
 
+import argparse
 import json
 
 import numpy as np
@@ -31,14 +32,15 @@ def downloads(tmp_path_factory):
     state = shake(dit.DiT(config)).state_dict()
     table = dit.sincos_positions(4, 4, config.width)[None]
     torch.save(state | {"pos_embed": table}, folder / "DiT-S-8.pt")
-    torch.save({"ema": state | {"pos_embed": table}, "model": {}, "opt": {}}, folder / "SiT-S-8.ckpt")
+    torch.save({"ema": state | {"pos_embed": table}, "model": {}, "opt": {},
+                "args": argparse.Namespace(model="SiT-S/8")}, folder / "SiT-S-8.ckpt")
     torch.save({k: w for k, w in state.items() if not k.startswith("blocks.3.attn")}, folder / "short.pt")
     (folder / "page.pt").write_text("<html>404</html>")
     autoencoder = shake(vae.VAE(TINY_VAE))
     state = {name: w for name, w in autoencoder.state_dict().items() if not name.startswith("latent_")}
     (folder / "vae").mkdir()
     torch.save(state, folder / "vae/diffusion_pytorch_model.bin")
-    (folder / "vae/config.json").write_text(json.dumps({"norm_num_groups": 8, "scaling_factor": 0.5,
+    (folder / "vae/config.json").write_text(json.dumps({"norm_num_groups": 8, "scaling_factor": 0.18215,
                                                         "shift_factor": None}))
     (folder / "pictures").mkdir()
     for i in range(12):
@@ -57,7 +59,7 @@ def by_hand(downloads, path, call, steps, sampler, **options):
     state = torch.load(downloads / "DiT-S-8.pt", weights_only=True)
     del state["pos_embed"]
     network = sample.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
-    autoencoder = sample.load_vae(downloads / "vae", sample.SCALE)
+    autoencoder = sample.load_vae(downloads / "vae")
     return sample.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32),
                        torch.tensor([207]), range(0, 1), sampler=sampler, steps=steps, scale=4.0,
                        num_classes=1000, **options)[0]
@@ -105,13 +107,21 @@ def test_every_published_preset_takes_the_original_names(family):
             assert model.out_channels == 8
 
 
-def test_scale_of_a_published_vae(downloads):
-    assert torch.equal(sample.load_vae(downloads / "vae").latent_std, torch.full((4,), 2.0))   # config.json
-    file = downloads / "vae/diffusion_pytorch_model.bin"
+def test_scale_of_a_published_vae(downloads, tmp_path):
+    """config.json says it; one of another family is refused rather than drawn with."""
+    (tmp_path / "vae").mkdir()
+    config, name = tmp_path / "vae/config.json", "diffusion_pytorch_model.bin"
+    (tmp_path / "vae" / name).write_bytes((downloads / "vae" / name).read_bytes())
+    config.write_text('{"norm_num_groups": 8, "scaling_factor": 0.13025}')
+    torch.testing.assert_close(sample.load_vae(tmp_path / "vae").latent_std, torch.full((4,), 1 / 0.13025))
+    with pytest.raises(ValueError, match="scaled by 0.18215 .* this one has 4 at 1/8, scaled by 0.13025"):
+        sample.main([*flags(downloads, autoencoder=str(tmp_path / "vae")), "--n", "1"])
+    for damaged in ("{", "[3]"):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match="config.json: damaged"):
+            sample.load_vae(tmp_path / "vae")
     with pytest.raises(ValueError, match="groups = 32"):                 # a lone file is Stable Diffusion's
-        sample.load_vae(file)
-    torch.testing.assert_close(sample.load_vae(downloads / "vae", 0.18215).latent_std,
-                               torch.full((4,), 1 / 0.18215))
+        sample.load_vae(downloads / "vae" / name)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -136,6 +146,8 @@ def test_run_and_published_exclude_each_other(downloads):
     for wrong in (["runs/x", *flags(downloads)], [], flags(downloads)[:4], ["runs/x", "--vae", "vae"]):
         with pytest.raises(ValueError, match="give a run, or --published NAME"):
             sample.main(wrong)
+    with pytest.raises(ValueError, match="one set of weights"):
+        sample.main([*flags(downloads), "--raw"])
     with pytest.raises(ValueError, match="not trained to say"):
         sample.main([*flags(downloads, "sit-s-8-256"), "--variance", "learned", "--n", "1"])
 
@@ -160,6 +172,18 @@ def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch,
         torch.testing.assert_close(checkpoint["model"][name], sign * original[name], atol=1e-6, rtol=0)
     assert "y_embedder.embedding_table.weight" not in checkpoint["model"]       # the pictures have no classes
     sample.main([f"runs/{family}", "--n", "1", "--steps", "2", "--out", "tuned.png"])
+    # its own checkpoint goes on from where it is: nothing is read as a published layout twice
+    train.main([*FINE_TUNE, f"{family}-again", "--objective", objective, "--published", f"{family}-s-8-256",
+                "--vae", "vae", "--init-from", f"runs/{family}", "--lr", "1e-9"])
+    again = sample.load_checkpoint(f"runs/{family}-again")["model"]
+    torch.testing.assert_close(again, checkpoint["ema"], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="is a run of train.py"):
+        sample.main(flags(downloads, f"{family}-s-8-256", f"runs/{family}/checkpoint.pt"))
+    # and a finished or resumed run needs neither download any more
+    (downloads / file).rename(downloads / "moved")
+    train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-s-8-256",
+                "--vae", "vae", "--init-from", file, "--lr", "1e-9"])
+    (downloads / "moved").rename(downloads / file)
 
 
 def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
-from samplers import (SAMPLERS, ddim, ddpm, dpmpp_2m_sde, dpmpp_3m, euler, gaussian_mixture, guided, heun,
+from samplers import (SAMPLERS, ddim, ddpm, dpmpp_3m, euler, gaussian_mixture, guided, heun,
                       karras_times, log_snr, log_snr_times, noise_like, reverse_sde)
 
 PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "ddpm": DDPM(),
