@@ -1,12 +1,13 @@
-"""The transformer denoiser: DiT with adaLN-Zero, in its published form and in the modern one.
+"""The transformer denoisers: DiT for classes, in its published form and in the modern one; MMDiT for text.
 
     python dit.py                        # prints the presets and their parameter counts
     python train.py --arch dit --objective rf
 
 Peebles & Xie 2022, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748); the modern block
-(RMSNorm, SwiGLU, QK-norm, rotary positions) as in Yao et al. 2025 (arXiv:2501.01423). Contract:
-model(xt, t, y=...) -> raw, with xt (B, C, H, W), t (B,) in [0, 1], 0 = data, and y (B,) integer labels,
-`num_classes` standing for "no class".
+(RMSNorm, SwiGLU, QK-norm, rotary positions) as in Yao et al. 2025 (arXiv:2501.01423); MMDiT: Esser et al.
+2024 (arXiv:2403.03206). Contract: model(xt, t, **cond) -> raw, with xt (B, C, H, W), t (B,) in [0, 1], 0 =
+data; DiT takes y (B,) integer labels, `num_classes` standing for "no class"; MMDiT what a text encoder says,
+context (B, L, D), mask (B, L), True = word, and pooled (B, D).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class DiTConfig:
     norm: str = "rms"                 # "rms", or "layer" as published; both without learned scale
     mlp: str = "swiglu"               # "swiglu" at 2/3 width, for equal parameters, or "gelu" as published
     qk_norm: bool = True
+    conv: bool = False                # a depthwise 3x3 convolution inside every MLP
     rope: bool = True                 # rotary positions in addition to the sin-cos ones
     rope_theta: float = 100.0         # grids are tens of tokens wide, not thousands (Heo et al. 2024)
     learn_sigma: bool = False         # published DiT also predicts a variance: twice the channels
@@ -130,13 +132,15 @@ class SelfAttention(nn.Module):
         """q, k, v: each (B, heads, N, head_dim)."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        x = attention(*self.split(x), q_norm=self.q_norm, k_norm=self.k_norm, rope=rope)
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None = None) -> Tensor:
+        x = attention(*self.split(x), q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
         return self.proj(x.transpose(1, 2).flatten(2))     # (B, N, D)
 
 
 class MLP(nn.Module):
-    def __init__(self, kind: str, width: int, ratio: float):
+    """conv: a depthwise 3x3 convolution over the grid of tokens between the two layers; it starts at zero."""
+
+    def __init__(self, kind: str, width: int, ratio: float, conv: bool = False):
         super().__init__()
         if kind not in ("swiglu", "gelu"):
             raise ValueError(f"mlp {kind!r}: must be 'swiglu' or 'gelu'")
@@ -144,12 +148,20 @@ class MLP(nn.Module):
         hidden = int(ratio * width) if not self.gated else -(-int(ratio * width * 2 / 3) // 16) * 16
         self.fc1 = nn.Linear(width, 2 * hidden if self.gated else hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if conv else None
+        if conv:
+            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         if self.gated:
             gate, x = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * x)
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(self.fc1(x), approximate="tanh")
+        if self.conv is not None:
+            x = x + self.conv(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return self.fc2(x)
 
 
 class Block(nn.Module):
@@ -159,14 +171,14 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = Norm(c.norm, c.width), Norm(c.norm, c.width)
         self.attn = SelfAttention(c)
-        self.mlp = MLP(c.mlp, c.width, c.mlp_ratio)
+        self.mlp = MLP(c.mlp, c.width, c.mlp_ratio, c.conv)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 6 * c.width))
 
-    def forward(self, x: Tensor, c: Tensor, rope: Rope | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, grid: tuple[int, int] | None = None) -> Tensor:
         m = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         attn, mlp = Modulation(*m[:3]), Modulation(*m[3:])
         x = x + attn.gate * self.attn(modulate(self.norm1(x), attn), rope)
-        return x + mlp.gate * self.mlp(modulate(self.norm2(x), mlp))
+        return x + mlp.gate * self.mlp(modulate(self.norm2(x), mlp), grid)
 
 
 class FinalLayer(nn.Module):
@@ -266,7 +278,7 @@ class DiT(nn.Module):
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(y)
         for block in self.blocks:
-            x = block(x, condition, rope)
+            x = block(x, condition, rope, (h, w))
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
@@ -290,6 +302,7 @@ class MMDiTConfig:
     norm: str = "rms"
     mlp: str = "swiglu"
     qk_norm: bool = True
+    conv: bool = False                       # a depthwise 3x3 convolution in the MLPs of the image's stream
     dual_attention: int = 0                  # SD 3.5: joint blocks where the image also attends to itself
     rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head that turn with (text, y, x)
     rope_theta: float = 100.0
@@ -339,12 +352,12 @@ class Stream(nn.Module):
     """What one kind of token owns in a joint block. The text of a last block only speaks, as no one listens
     to it any more."""
 
-    def __init__(self, c: MMDiTConfig, last: bool = False, dual: bool = False):
+    def __init__(self, c: MMDiTConfig, last: bool = False, dual: bool = False, conv: bool = False):
         super().__init__()
         self.norm1, self.attn = Norm(c.norm, c.width), SelfAttention(c, proj=not last)
         self.attn2 = SelfAttention(c) if dual else None
         if not last:
-            self.norm2, self.mlp = Norm(c.norm, c.width), MLP(c.mlp, c.width, c.mlp_ratio)
+            self.norm2, self.mlp = Norm(c.norm, c.width), MLP(c.mlp, c.width, c.mlp_ratio, conv)
         self.chunks = 2 if last else 9 if dual else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, self.chunks * c.width))
 
@@ -356,13 +369,14 @@ class Stream(nn.Module):
             q, k = rms_norm(q, self.attn.q_norm), rms_norm(k, self.attn.k_norm)
         return m, (q, k, v)
 
-    def end(self, x: Tensor, m: list[Tensor], attended: Tensor) -> Tensor:
+    def end(self, x: Tensor, m: list[Tensor], attended: Tensor,
+            grid: tuple[int, int] | None = None) -> Tensor:
         attn, mlp = Modulation(*m[:3]), Modulation(*m[3:6])
         out = x + attn.gate * self.attn.proj(attended)
         if self.attn2 is not None:
             again = Modulation(*m[6:])
             out = out + again.gate * self.attn2(modulate(self.norm1(x), again), None)
-        return out + mlp.gate * self.mlp(modulate(self.norm2(out), mlp))
+        return out + mlp.gate * self.mlp(modulate(self.norm2(out), mlp), grid)
 
 
 class JointBlock(nn.Module):
@@ -370,17 +384,17 @@ class JointBlock(nn.Module):
 
     def __init__(self, c: MMDiTConfig, last: bool, dual: bool):
         super().__init__()
-        self.context_block, self.x_block = Stream(c, last=last), Stream(c, dual=dual)
+        self.context_block, self.x_block = Stream(c, last=last), Stream(c, dual=dual, conv=c.conv)
         self.last = last
 
-    def forward(self, x: Tensor, context: Tensor, c: Tensor, rope: Rope | None,
-                mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None,
+                grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         words, length = self.context_block.begin(context, c), context.shape[1]
         patches = self.x_block.begin(x, c)
         # q, k, v: each (B, heads, L + N, head_dim)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(words[1], patches[1]))
         attended = attention(q, k, v, rope=rope, mask=mask).transpose(1, 2).flatten(2)
-        x = self.x_block.end(x, patches[0], attended[:, length:])
+        x = self.x_block.end(x, patches[0], attended[:, length:], grid)
         return x, context if self.last else self.context_block.end(context, words[0], attended[:, :length])
 
 
@@ -473,7 +487,7 @@ class MMDiT(nn.Module):
         if mask is not None:                                                 # every patch may be attended to
             mask = torch.cat([mask, mask.new_ones(len(x), h * w)], dim=1)    # (B, L + N)
         for block in self.joint_blocks:
-            x, words = block(x, words, condition, rope, mask)
+            x, words = block(x, words, condition, rope, mask, (h, w))
         if self.single_blocks:
             x = torch.cat([words, x], dim=1)                                 # (B, L + N, D)
             for block in self.single_blocks:
@@ -482,6 +496,72 @@ class MMDiT(nn.Module):
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
         x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
+
+
+# ---- words
+
+START, PAD = 256, 257          # beside the 256 bytes
+
+
+@dataclass
+class TextConfig:
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    norm: str = "rms"
+    mlp: str = "swiglu"
+    qk_norm: bool = True
+    limit: int = 120           # bytes of a prompt that are read
+
+
+def cut(prompt: str, limit: int) -> tuple[str, str]:
+    """What of a prompt is read, at most `limit` bytes of UTF-8 in whole characters, and what is not."""
+    kept = prompt.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+    return kept, prompt[len(kept):]
+
+
+def tokenize(prompts: list[str], limit: int) -> tuple[Tensor, Tensor]:
+    """START and the bytes of each prompt as (B, L) ids, padded to the longest, and the mask (B, L), False
+    where padded. An empty prompt is START alone: what the unconditional branch is given."""
+    rows = [[START, *cut(prompt, limit)[0].encode("utf-8", "replace")] for prompt in prompts]
+    ids = torch.tensor([row + [PAD] * (max(map(len, rows)) - len(row)) for row in rows])
+    return ids, ids != PAD
+
+
+class TextBlock(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.norm1, self.attn = Norm(c.norm, c.width), SelfAttention(c)
+        self.norm2, self.mlp = Norm(c.norm, c.width), MLP(c.mlp, c.width, c.mlp_ratio)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """Bytes in, vectors out: a bidirectional transformer of the blocks above, trained with the network that
+    listens to it. No vocabulary: any UTF-8 text has bytes."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(258, c.width)
+        self.blocks = nn.ModuleList(TextBlock(c) for _ in range(c.depth))
+        self.norm = Norm(c.norm, c.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, prompts: list[str]) -> dict[str, Tensor]:
+        """-> context (B, L, D), 0 where padded; its mask (B, L); and pooled (B, D), which START gathered."""
+        c, device = self.config, self.embedding.weight.device
+        ids, mask = (part.to(device) for part in tokenize(prompts, c.limit))
+        rope = rope_3d(0, 1, ids.shape[1], (0, 0, c.width // c.heads), 10000.0, device)
+        x = self.embedding(ids)                                              # (B, L, D)
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        x = self.norm(x) * mask[..., None]
+        return {"context": x, "mask": mask, "pooled": x[:, 0]}
 
 
 # ---- published names
@@ -585,3 +665,8 @@ if __name__ == "__main__":
             counts = [sum(p.numel() for p in DiT(DiTConfig(num_classes=1000, **preset, **block)).parameters())
                       for block in (dict(PUBLISHED, learn_sigma=True), {})]
         print(f"{name:6s} {counts[0] / 1e6:20.1f} M {counts[1] / 1e6:27.1f} M")
+    print("MMDiT        parameters")
+    for name, preset in MMDIT_PRESETS.items():
+        with torch.device("meta"):
+            model = MMDiT(MMDiTConfig(**preset))
+        print(f"{name:12s} {sum(p.numel() for p in model.parameters()) / 1e6:8.1f} M")

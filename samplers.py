@@ -29,7 +29,8 @@ OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at ti
 
 
 def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0,
-           interval: tuple[float, float] = (0.0, 1.0), variance: bool = False) -> Denoiser:
+           interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0,
+           variance: bool = False) -> Denoiser:
     """A denoiser from a network: classifier-free guidance on all channels
     (Ho & Salimans 2022, arXiv:2207.12598).
 
@@ -37,6 +38,8 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
     neither evaluates the other. `cond` and `uncond` are the network's keyword arguments, of the batch's
     length. Outside `interval`, low < t <= high, a scale above 1 is 1 (Kynkaanniemi et al. 2024,
     arXiv:2404.07724).
+    rescale: share in which the guided answer takes back the standard deviation, per image, of the conditional
+    one, against overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
     variance: return, third, what the network says of the variance; guidance leaves that alone."""
     if scale != 1.0 and uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
@@ -49,6 +52,9 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
             both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
             said, without = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype).chunk(2)
             raw = without + scale * (said - without)
+            if rescale:
+                std, guided_std = (r.flatten(1).std(1).view(-1, *[1] * (r.ndim - 1)) for r in (said, raw))
+                raw = raw * (rescale * std / guided_std + 1 - rescale)
         pair = path.to_x0_eps(raw, xt, t)
         return (*pair, path.fraction(said, xt)) if variance else pair
 

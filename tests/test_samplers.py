@@ -290,6 +290,15 @@ def test_guidance():
         raw = torch.tensor([7 + scale * (k - 7) for k in (1, 2, 3)]).view(-1, 1, 1, 1) * channels
         torch.testing.assert_close(eps - x0, raw.expand_as(x))
     assert batches == [3, 6, 6, 3]
+    # rescaled entirely, the guided answer has the deviation of the conditional one; by half, half the way
+    base = torch.randn(3, 4, 2, 2)
+    noisy = lambda xt, t, y: torch.cat([base, -0.3 * base + 1])[:len(xt)]
+    pair = lambda **more: guided(noisy, path, cond, uncond, 4.0, **more)(x, t_half)
+    said = lambda **more: (lambda x0, eps: eps - x0)(*pair(**more))
+    t_half, std = torch.tensor(0.5), lambda r: r.flatten(1).std(1)
+    torch.testing.assert_close(std(said(rescale=1.0)), std(base))
+    torch.testing.assert_close(std(said(rescale=0.5)), (std(base) + std(said())) / 2)
+    assert (std(said()) > 2 * std(base)).all()
 
 
 def test_noise_is_per_image():
