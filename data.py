@@ -153,6 +153,156 @@ def read_shape(image: np.ndarray) -> tuple[str, str]:
     return names[nearest], KINDS[int(np.argmin(errors))]
 
 
+# Scenes: one or two shapes of two sizes, described, drawn and read back
+
+SIZES = {"small": (0.105, 0.125), "large": (0.17, 0.19)}            # radius over the shorter side
+PLACES = [["top left", "top", "top right"], ["left", "centre", "right"],
+          ["bottom left", "bottom", "bottom right"]]
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}   # x, y downward
+# What training never shows, alone or in a pair, and the compositional test asks for
+UNSEEN_PAIRS = {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square")}
+UNSEEN_RELATIONS = {("circle", "above", "square"), ("square", "below", "circle"),
+                    ("triangle", "left of", "cross"), ("cross", "right of", "triangle")}
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    kind: str
+    size: str
+    x: float            # centre, as a share of width and height
+    y: float
+
+    @property
+    def place(self) -> str:
+        column, row = (min(2, max(0, round((v - 0.24) / 0.26))) for v in (self.x, self.y))
+        return PLACES[row][column]
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    relation: str | None = None     # of the first to the second, where there are two
+
+    @property
+    def unseen(self) -> bool:
+        kinds = tuple(thing.kind for thing in self.things)
+        return any((thing.colour, thing.kind) in UNSEEN_PAIRS for thing in self.things) or (
+            len(kinds) == 2 and (kinds[0], self.relation, kinds[1]) in UNSEEN_RELATIONS)
+
+    @property
+    def caption(self) -> str:
+        names = [f"a {thing.size} {thing.colour} {thing.kind}" for thing in self.things]
+        if self.relation:
+            return f"{names[0]} {self.relation} {names[1]}"
+        place = self.things[0].place
+        return f"{names[0]} {'in' if place == 'centre' else 'at'} the {place}"
+
+
+def describe_scene(index: int, count: int | None = None, unseen: bool = False) -> Scene:
+    """Scene `index` of an infinite sequence: of `count` shapes, or of one or two; with something that
+    training never shows, or without."""
+    rng = np.random.default_rng([41, index])
+    while True:
+        number = count or int(rng.integers(1, 3))
+        looks = [(str(rng.choice(list(COLOURS))), str(rng.choice(KINDS)), str(rng.choice(list(SIZES))))
+                 for _ in range(number)]
+        if number == 1:
+            x, y = 0.24 + 0.26 * rng.integers(0, 3, 2) + rng.uniform(-0.05, 0.05, 2)
+            scene = Scene((Thing(*looks[0], float(x), float(y)),))
+        else:
+            relation = str(rng.choice(list(RELATIONS)))
+            along = np.array(RELATIONS[relation])
+            middle = 0.5 + rng.uniform(-0.2, 0.2) * (1 - abs(along))
+            offset = 0.26 * along + rng.uniform(-0.08, 0.08) * (1 - abs(along))
+            centres = [middle + sign * offset + rng.uniform(-0.02, 0.02, 2) for sign in (1, -1)]
+            scene = Scene(tuple(Thing(*look, float(x), float(y)) for look, (x, y) in zip(looks, centres)),
+                          relation)
+        if scene.unseen == unseen:
+            return scene
+
+
+def draw_scene(scene: Scene, index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    """uint8 (H, W, 3); the index chooses background and exact sizes. A shape that would leave the picture is
+    moved inside."""
+    (height, width), rng = size, np.random.default_rng([42, index])
+    grey, slope = rng.uniform(15, 95), rng.uniform(-30, 30)
+    shade = np.clip(grey + slope * ((np.arange(width) + 0.5) / width - 0.5), 0, 255)
+    image = np.broadcast_to(shade[None, :, None], (height, width, 3)).copy()
+    for thing in scene.things:
+        radius = rng.uniform(*SIZES[thing.size]) * min(size)
+        margin = 1.15 * radius + 0.5
+        cx = np.clip(thing.x * width, margin, width - margin)
+        cy = np.clip(thing.y * height, margin, height - margin)
+        alpha = coverage(thing.kind, np.arange(width) + 0.5 - cx, np.arange(height)[:, None] + 0.5 - cy,
+                         radius)[..., None]
+        image = alpha * np.array(COLOURS[thing.colour]) + (1 - alpha) * image
+    return np.round(image).astype(np.uint8)
+
+
+def read_scene(image: np.ndarray) -> list[Thing]:
+    """What a picture, uint8 (H, W, 3), shows, the largest first. Exact for what `draw_scene` draws, else a
+    best guess. Each connected patch of colour is read as `read_shape` reads its one shape."""
+    image = image.astype(np.float64)
+    (height, width), chroma = image.shape[:2], np.ptp(image, axis=-1)
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float64)
+    y, x = np.mgrid[:height, :width] + 0.5
+    left, found = chroma > 30, []
+    while left.any():
+        patch = np.zeros_like(left)
+        patch.flat[left.argmax()] = True
+        while (grown := _grow(patch) & left).sum() > patch.sum():
+            patch = grown
+        left &= ~patch
+        inside = patch & (chroma >= 0.7 * np.quantile(chroma[patch], 0.9))
+        nearest = int(((palette - image[inside].mean(0)) ** 2).sum(1).argmin())
+        alpha = np.where(_grow(patch), np.clip(chroma / np.ptp(palette[nearest]), 0, 1), 0)
+        area = alpha.sum()
+        if area < 0.002 * height * width:                    # a speck
+            continue
+        cx, cy = (alpha * x).sum() / area, (alpha * y).sum() / area
+        radii = [(area / AREA[kind]) ** 0.5 for kind in KINDS]
+        errors = [((coverage(kind, x - cx, y - cy, radius) - alpha) ** 2).sum()
+                  for kind, radius in zip(KINDS, radii)]
+        best = int(np.argmin(errors))
+        size = "small" if radii[best] < 0.148 * min(height, width) else "large"
+        found.append((area, Thing(names[nearest], KINDS[best], size, cx / width, cy / height)))
+    return [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask and its eight neighbours."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] | padded[1:-1] | padded[2:]
+    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+
+
+def score_scene(scene: Scene, image: np.ndarray) -> dict[str, bool]:
+    """Which of colour, kind, size and place (one shape) or relation (two) a picture gets right; all of them
+    False where it shows another number of shapes. "all" is every one of them."""
+    seen, asked = read_scene(image), list(scene.things)
+    parts = ["colour", "kind", "size", "relation" if scene.relation else "place"]
+    if len(seen) != len(asked):
+        return dict.fromkeys([*parts, "all"], False)
+    if scene.relation:          # the two as they lie: the first is the one that the relation makes first
+        dx, dy = RELATIONS[scene.relation]
+        seen.sort(key=lambda thing: -(dx * thing.x + dy * thing.y))
+        apart = [dx * (seen[0].x - seen[1].x) + dy * (seen[0].y - seen[1].y),
+                 dy * (seen[0].x - seen[1].x) + dx * (seen[0].y - seen[1].y)]
+        as_asked = [(thing.colour, thing.kind) for thing in seen] == [(t.colour, t.kind) for t in asked]
+        result = {"relation": as_asked and apart[0] > abs(apart[1])}
+        pairs = zip(seen, asked)
+        if not as_asked and [(t.colour, t.kind) for t in seen[::-1]] == [(t.colour, t.kind) for t in asked]:
+            pairs = zip(seen[::-1], asked)          # the right things in the wrong order
+        pairs = list(pairs)
+    else:
+        pairs = list(zip(seen, asked))
+        result = {"place": seen[0].place == asked[0].place}
+    result |= {part: all(getattr(a, part) == getattr(b, part) for a, b in pairs)
+               for part in ("colour", "kind", "size")}
+    return {part: result[part] for part in parts} | {"all": all(result.values())}
+
+
 @functools.lru_cache(maxsize=2)
 def load_shapes(split: str, size: tuple[int, int], count: int) -> Dataset:
     # The sequence is infinite: validation is a part that training never reaches.

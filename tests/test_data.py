@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import data
-from data import (COLOURS, KINDS, SHAPE_CLASSES, LatentCache, batch_indices, draw_shape, grid, load_data,
-                  open_image, read_shape, to_tensor, to_uint8)
+from data import (COLOURS, KINDS, SHAPE_CLASSES, UNSEEN_PAIRS, UNSEEN_RELATIONS, LatentCache, Scene,
+                  Thing, batch_indices, describe_scene, draw_scene, draw_shape, grid, load_data, open_image,
+                  read_scene, read_shape, score_scene, to_tensor, to_uint8)
 from vae import VAE, VAEConfig
 
 SIZE = (32, 32)
@@ -28,6 +29,75 @@ def test_shapes_are_read_back_exactly():
         assert "-".join(read_shape(draw_shape(i))) == SHAPE_CLASSES[i % 24]
     for i in range(96):
         assert "-".join(read_shape(draw_shape(i, (48, 64)))) == SHAPE_CLASSES[i % 24]
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_scenes_are_read_as_drawn(unseen):
+    """10,000 clean pictures: number, colours, kinds, sizes, place or relation, all exact."""
+    for i in range(9_000 if not unseen else 1_000):
+        scene = describe_scene(i, unseen=unseen)
+        assert score_scene(scene, draw_scene(scene, i))["all"], (i, scene.caption)
+    for i in range(100):
+        scene = describe_scene(i, unseen=unseen)
+        assert score_scene(scene, draw_scene(scene, i, (48, 64)))["all"], (i, scene.caption)
+
+
+def test_scenes_keep_what_is_unseen_apart():
+    seen = [describe_scene(i) for i in range(4000)]
+    assert not any((t.colour, t.kind) in UNSEEN_PAIRS for scene in seen for t in scene.things)
+    triples = {(s.things[0].kind, s.relation, s.things[1].kind) for s in seen if s.relation}
+    assert not triples & UNSEEN_RELATIONS and len(triples) == 4 * 4 * 4 - len(UNSEEN_RELATIONS)
+    asked = [describe_scene(i, unseen=True) for i in range(4000)]
+    assert {(t.colour, t.kind) for scene in asked for t in scene.things} >= UNSEEN_PAIRS
+    assert {(s.things[0].kind, s.relation, s.things[1].kind) for s in asked if s.relation} >= UNSEEN_RELATIONS
+    # the unseen relations are closed under saying the same the other way round
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    assert {(b, opposite[relation], a) for a, relation, b in UNSEEN_RELATIONS} == UNSEEN_RELATIONS
+    assert {len(scene.things) for scene in seen} == {1, 2}
+    assert describe_scene(5) == describe_scene(5)
+    assert {len(describe_scene(i, 1).things) for i in range(50)} == {1}
+
+
+def test_captions():
+    circle = Thing("red", "circle", "small", 0.24, 0.76)
+    square = Thing("blue", "square", "large", 0.5, 0.5)
+    assert Scene((circle,)).caption == "a small red circle at the bottom left"
+    assert Scene((square,)).caption == "a large blue square in the centre"
+    assert Scene((circle, square), "left of").caption == "a small red circle left of a large blue square"
+
+
+def test_score_sees_each_mistake():
+    asked = Scene((Thing("red", "circle", "small", 0.24, 0.5), Thing("blue", "square", "large", 0.76, 0.5)),
+                  "left of")
+
+    def score(scene):
+        return score_scene(asked, draw_scene(scene, 0))
+
+    assert all(score(asked).values())
+    wrong = {"colour": Scene((Thing("cyan", "circle", "small", 0.24, 0.5), asked.things[1]), "left of"),
+             "kind": Scene((Thing("red", "cross", "small", 0.24, 0.5), asked.things[1]), "left of"),
+             "size": Scene((Thing("red", "circle", "large", 0.24, 0.5), asked.things[1]), "left of")}
+    for part, scene in wrong.items():
+        assert not score(scene)[part] and not score(scene)["all"]
+    mirrored = Scene((Thing("red", "circle", "small", 0.76, 0.5),
+                      Thing("blue", "square", "large", 0.24, 0.5)))
+    result = score(mirrored)
+    assert not result["relation"] and result["colour"] and result["kind"] and result["size"]
+    assert not any(score(Scene(asked.things[:1])).values())                          # one of two is missing
+    alone = Scene((Thing("red", "circle", "small", 0.24, 0.24),))
+    moved = score_scene(alone, draw_scene(Scene((Thing("red", "circle", "small", 0.76, 0.24),)), 0))
+    assert not moved["place"] and moved["colour"] and moved["kind"] and moved["size"]
+    assert read_scene(np.full((32, 32, 3), 80, np.uint8)) == []
+
+
+def test_scenes_survive_a_decoder():
+    rng = np.random.default_rng(0)
+    right = []
+    for i in range(300):
+        scene = describe_scene(i)
+        noisy = np.clip(draw_scene(scene, i) + rng.normal(0, 5, (32, 32, 3)), 0, 255).astype(np.uint8)
+        right.append(score_scene(scene, noisy)["all"])
+    assert np.mean(right) > 0.97
 
 
 def test_read_shape_survives_a_decoder_and_sees_a_wrong_picture():
