@@ -233,7 +233,8 @@ def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], la
     cond, uncond = {}, {}
     if labels is not None:
         cond, uncond = {"y": labels.to(device)}, {"y": torch.full_like(labels, num_classes).to(device)}
-    denoise = guided(model, path, cond, uncond, scale, interval, options.get("variance") == "learned")
+    denoise = guided(model, path, cond, uncond, scale, interval=interval,
+                     variance=options.get("variance") == "learned")
 
     def decode(x0: Tensor) -> np.ndarray:
         return to_uint8(vae.decode(vae.denormalize(x0)))

@@ -28,7 +28,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None    # one for the
 OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at times[i + 1], x0 it came from)
 
 
-def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0,
+def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0, *,
            interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0,
            variance: bool = False) -> Denoiser:
     """A denoiser from a network: classifier-free guidance on all channels
