@@ -83,7 +83,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: no checkpoint there ({file} does not exist); train one with train.py")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint["arch"], checkpoint["config"], checkpoint["ema"]
+        for part in ("arch", "config", "objective", "data", "label_dropout", "vae", "model", "ema"):
+            checkpoint[part]
     except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same to the user
         raise ValueError(f"{file}: not a checkpoint of train.py, or damaged "
                          f"({type(error).__name__})") from None
@@ -323,14 +324,16 @@ def main(argv: list[str] | None = None) -> None:
     low, high = args.interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"--interval {low:g} {high:g}: two times between 0 and 1, the lower one first")
-    for flag, value, limit in (("--cfg", args.cfg, 1e6), ("--seed", args.seed, 2**62)):
+    for flag, value, limit in (("--cfg", args.cfg, 1e6), ("--seed", args.seed, 1e18), ("--n", args.n, 1e8)):
         if value is not None and not -limit < value < limit:
             raise ValueError(f"{flag} {value}: out of range")
     if args.raw and args.published:
         raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
     device = pick_device(args.device)
-    what = args.run or args.weights
-    checkpoint = load_checkpoint(what) if args.run else load_published(args.published, args.weights, args.vae)
+    if args.published is None:
+        what, checkpoint = args.run, load_checkpoint(args.run)
+    else:
+        what, checkpoint = args.weights, load_published(args.published, args.weights, args.vae)
     if checkpoint["arch"] == "vae":
         raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; "
                          "give a dit or unet run")

@@ -399,6 +399,9 @@ def test_output_kinds(cwd):
     (["runs/done", "--label", "-1"], "--label -1"),
     (["runs/done", "--steps", "0"], "--steps 0"),
     (["runs/done", "--n", "0"], "--n 0"),
+    (["runs/done", "--n", "999999999999"], "--n 999999999999: out of range"),
+    (["runs/done", "--cfg", "nan"], "--cfg nan: out of range"),
+    ([""], "no checkpoint"),
     (["runs/done", "--eta", "0.5", "--sampler", "heun"], "eta belongs to ddim"),
     (["runs/done", "--eta", "2"], "between 0 and 1"),
     (["runs/done", "--strength", "1", "--sampler", "ddpm"], "strength belongs to reverse_sde"),
@@ -437,7 +440,7 @@ def test_damaged_and_foreign_checkpoints(cwd, tmp_path):
         def __reduce__(self):
             return (Path.touch, (flag,))
 
-    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    torch.save({"arch": "dit", "config": {}, "model": {}, "ema": {}}, tmp_path / "foreign.pt")
     for name, content in {"short.pt": good[:5000], "empty.pt": b"", "text.pt": b"hello",
                           "evil.pt": pickle.dumps(Evil())}.items():
         (tmp_path / name).write_bytes(content)
