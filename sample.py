@@ -140,7 +140,8 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         own = "arch" in state and "ema" in state
         for part in ("ema", "state_dict", "model"):
             state = state[part] if isinstance(state.get(part), dict) else state
-        state = {name: weight for name, weight in state.items() if isinstance(weight, Tensor)}
+        state = {name: weight for name, weight in state.items()
+                 if isinstance(weight, Tensor) and isinstance(name, str)}
     except Exception as error:
         raise ValueError(f"{file}: not a file of weights alone, or damaged ({type(error).__name__}); "
                          "where it holds other things too, convert it to .safetensors") from None
@@ -158,20 +159,37 @@ def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
     row = PUBLISHED[name]
     with torch.device("meta"):
         model = build_model("dit", row["config"])
-    state = dit.published(read_weights(weights), model.config)
+    state = read_published(name, weights)
     check_weights(model, state, str(weights))
     autoencoder = load_vae(vae)
-    channels, factor = autoencoder.config.latent_channels, autoencoder.factor
-    scale = 1 / autoencoder.latent_std
-    if channels != 4 or factor != 8 or autoencoder.latent_mean.any() or ((scale - SCALE).abs() > 1e-4).any():
-        raise ValueError(f"--vae {vae}: {name} was trained in latents of 4 channels at 1/8, scaled by "
-                         f"{SCALE} (Stable Diffusion 1 and 2); this one has {channels} at 1/{factor}, scaled "
-                         f"by {scale.mean():.5f}")
+    check_published_vae(name, autoencoder, str(vae))
     return {"arch": "dit", "config": row["config"], "objective": row["objective"], "step": 0,
             "data": {"source": "imagenet", "size": [row["side"]] * 2,
                      "classes": [str(i) for i in range(1000)]},
             "label_dropout": 0.1, "model": state, "ema": state,
             "vae": {"config": asdict(autoencoder.config), "state": autoencoder.state_dict()}}
+
+
+def read_published(name: str, weights: str | Path) -> dict[str, Tensor]:
+    """The weights of PUBLISHED[name] by our names. Raises ValueError for a file of another picture size."""
+    state, row = read_weights(weights), PUBLISHED[name]
+    config = DiTConfig(**row["config"])
+    tokens, table = (row["side"] // 8 // config.patch[0]) ** 2, state.get("pos_embed")
+    if table is not None and table.shape[1:2] != (tokens,):
+        raise ValueError(f"{weights}: its table of positions, {tuple(table.shape)}, is not for the {tokens} "
+                         f"patches of {name}; give the name that belongs to the file")
+    return dit.published(state, config)
+
+
+def check_published_vae(name: str, autoencoder: VAE, vae: str) -> None:
+    """Raise ValueError where these are not the latents that PUBLISHED[name] knows."""
+    channels, factor = autoencoder.config.latent_channels, autoencoder.factor
+    scale = 1 / autoencoder.latent_std
+    same = channels == 4 and factor == 8 and not autoencoder.latent_mean.any()
+    if not (same and ((scale - SCALE).abs() < 1e-4).all()):
+        raise ValueError(f"--vae {vae}: {name} was trained in latents of 4 channels at 1/8, scaled by "
+                         f"{SCALE} (Stable Diffusion 1 and 2); this one has {channels} at 1/{factor}, scaled "
+                         f"by {scale.mean():.5f}")
 
 
 def load_vae(path: str | Path) -> VAE:
@@ -258,7 +276,7 @@ def npz_writer(file: Path, shape: tuple[int, ...]) -> Iterator:
 def parse_label(text: str, classes: list[str]) -> int:
     if text in classes:
         return classes.index(text)
-    if text.isdigit() and int(text) < len(classes):
+    if text.isdecimal() and int(text) < len(classes):
         return int(text)
     known = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
     raise ValueError(f"--label {text}: not a class of this run; it has 0 to {len(classes) - 1}: {known}")
@@ -309,6 +327,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out}: must end in .png, .npz or .gif, or name a folder")
     if kind and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.exists() and out.is_dir() == bool(kind):
+        raise ValueError(f"--out {out}: there is a {'folder' if kind else 'file'} of that name; "
+                         "choose another")
     published = [args.published is not None, args.weights is not None, args.vae is not None]
     if (args.run is not None) == any(published) or any(published) != all(published):
         raise ValueError("give a run, or --published NAME with its --weights FILE and --vae PATH")
@@ -324,7 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     low, high = args.interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"--interval {low:g} {high:g}: two times between 0 and 1, the lower one first")
-    for flag, value, limit in (("--cfg", args.cfg, 1e6), ("--seed", args.seed, 1e18), ("--n", args.n, 1e8)):
+    for flag, value, limit in (("--cfg", args.cfg, 1e6), ("--seed", args.seed, 1e18), ("--n", args.n, 1e8),
+                               ("--steps", args.steps, 1e5), ("--batch-size", args.batch_size, 1e6)):
         if value is not None and not -limit < value < limit:
             raise ValueError(f"{flag} {value}: out of range")
     if args.raw and args.published:
@@ -386,25 +408,28 @@ def main(argv: list[str] | None = None) -> None:
                 bar.update(len(seeds))
 
     columns = len(classes) if labelled and args.label is None and len(classes) <= min(24, args.n) else None
-    if kind == ".npz":
-        partial = out.with_name(out.name + ".part")
-        try:
+    partial = out.with_name(out.name + ".part")         # the old file or the new one, whole
+    try:
+        if kind == ".npz":
             with npz_writer(partial, (args.n, height, width, vae.config.image_channels)) as write:
                 for images in batches():
                     write(images)
+        elif kind == ".gif":
+            frames: list[list[np.ndarray]] = [[] for _ in range(steps)]
+            for _ in batches(on_step=lambda i, images: frames[i].append(images)):
+                pass
+            pictures = [grid(np.concatenate(frame), columns) for frame in frames]
+            pictures[0].save(partial, "GIF", save_all=True, append_images=pictures[1:], loop=0,
+                             duration=[120] * (steps - 1) + [1500])
+        elif kind == ".png":
+            grid(np.concatenate(list(batches())), columns).save(partial, "PNG")
+        if kind:
             partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
-    elif kind == ".gif":
-        frames: list[list[np.ndarray]] = [[] for _ in range(steps)]
-        for _ in batches(on_step=lambda i, images: frames[i].append(images)):
-            pass
-        pictures = [grid(np.concatenate(frame), columns) for frame in frames]
-        pictures[0].save(out, save_all=True, append_images=pictures[1:], loop=0,
-                         duration=[120] * (steps - 1) + [1500])
-    elif kind == ".png":
-        grid(np.concatenate(list(batches())), columns).save(out)
-    else:
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    if not kind:
         out.mkdir(parents=True, exist_ok=True)
         names = (f"{args.seed + i:06d}" + (f"-{classes[labels[i]]}" if labelled else "")
                  for i in range(args.n))

@@ -38,8 +38,9 @@ import unet
 import vae as vae_file
 from data import (Dataset, LatentCache, batch_indices, batches, fingerprint_tensors, grid, load_data, locked,
                   to_tensor, to_uint8)
-from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_weights, draw,
-                    load_checkpoint, load_vae, load_weights, pick_device, read_weights, unpack_vae)
+from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_published_vae,
+                    check_weights, draw, load_checkpoint, load_vae, load_weights, pick_device, read_published,
+                    unpack_vae)
 from vae import VAEConfig
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
@@ -140,6 +141,9 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         value = getattr(args, name)
         return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
+    for name in ("vae", "init_from"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty; give a path, or leave it out")
     for name in ("image_size", "patch"):
         if (sides := getattr(args, name)) and (len(sides) > 2 or min(sides) < 1):
             raise ValueError(f"{flag(name)}: give one side, or height and width")
@@ -147,10 +151,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     args.image_size = [args.image_size[0], args.image_size[-1]] if args.image_size else [side, side]
     counts = ("steps", "vae_steps", "batch_size", "accumulate", "latent_channels", "log_every", "val_every",
               "preview_every", "save_every")
-    ranges = ({name: (1, math.inf) for name in counts} | {"lr": (1e-12, 1e3), "clip": (1e-12, math.inf)}
+    ranges = ({name: (1, 10**9) for name in counts} | {"lr": (1e-12, 1e3), "clip": (1e-12, math.inf)}
               | {name: (0, 1) for name in ("label_dropout", "cooldown", "ema")}
-              | {name: (0, math.inf) for name in ("warmup", "weight_decay", "kl_weight")}
-              | {"seed": (0, 2**62), "density_mean": (-100, 100)})
+              | {name: (0, 1e9) for name in ("warmup", "weight_decay", "kl_weight", "min_snr", "shift",
+                                             "density_std")}
+              | {"seed": (0, 2**62), "density_mean": (-100, 100), "mode_scale": (-1, 2)})
     for name, (low, high) in ranges.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise ValueError(f"{flag(name)}: must be " + (f"between {low} and {high}" if high < math.inf else
@@ -232,10 +237,12 @@ def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
     except ValueError:
         if not args.published or path.is_dir():
             raise
-        config = dit.DiTConfig(**PUBLISHED[args.published]["config"])
-        return dit.published(read_weights(args.init_from), config)
+        return read_published(args.published, args.init_from)
     if checkpoint["arch"] != args.arch:
         raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
+    if args.published and checkpoint["objective"] != PUBLISHED[args.published]["objective"]:
+        raise ValueError(f"--init-from {args.init_from}: was trained with {checkpoint['objective']}, not as "
+                         f"--published {args.published}")
     return checkpoint["ema"]
 
 
@@ -299,8 +306,8 @@ def write_atomically(path: Path, write) -> None:
 
 def read_settings(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
-    except ValueError:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
         raise ValueError(f"{file}: damaged; restore it, or use another --name") from None
 
 
@@ -473,7 +480,11 @@ def train(args: argparse.Namespace) -> bool:
     if objective:
         build_path(objective)
     # a run that has begun holds its VAE and its first weights itself
-    vae = load_vae(file if file.is_file() else args.vae) if args.vae else None
+    begun = load_checkpoint(file) if file.is_file() else None
+    vae = None if not args.vae else unpack_vae(begun["vae"]) if begun else load_vae(args.vae)
+    if args.published and not begun:
+        check_published_vae(args.published, vae, args.vae)
+    del begun
     vae_args = args if is_vae else None if vae else vae_arguments(args)
     initial = initial_weights(args) if args.init_from and not file.is_file() else None
     check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), initial)

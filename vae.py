@@ -284,7 +284,7 @@ def published(state: dict[str, Tensor], scale: float, shift: float = 0.0, groups
     levels = 0
     while f"encoder.down_blocks.{levels}.resnets.0.conv1.weight" in renamed:
         levels += 1
-    if not levels or "decoder.conv_in.weight" not in renamed:
+    if not levels or not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= renamed.keys():
         raise ValueError("not the weights of an AutoencoderKL: no encoder and decoder of known names in it")
     if compvis:                            # which counts the levels of the decoder from fine to coarse
         renamed = {re.sub(r"(?<=up_blocks\.)\d+", lambda m: str(levels - 1 - int(m[0])), name): weight

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def downloads(tmp_path_factory):
     torch.manual_seed(0)
     config = dit.DiTConfig(**sample.PUBLISHED["dit-s-8-256"]["config"])
     state = shake(dit.DiT(config)).state_dict()
-    table = dit.sincos_positions(4, 4, config.width)[None]
+    table = dit.sincos_positions(4, 4, config.width)[None]                           # 256 / 8 / 8 = 4
     torch.save(state | {"pos_embed": table}, folder / "DiT-S-8.pt")
     torch.save({"ema": state | {"pos_embed": table}, "model": {}, "opt": {},
                 "args": argparse.Namespace(model="SiT-S/8")}, folder / "SiT-S-8.ckpt")
@@ -130,6 +132,7 @@ def test_scale_of_a_published_vae(downloads, tmp_path):
                                "missing blocks.3.attn.qkv.bias; missing blocks.3.attn.proj.weight "
                                "and 1 more"),
     (dict(name="dit-b-8-256"), "DiT-S-8.pt: weights do not fit the network"),
+    (dict(name="dit-s-8-512"), "DiT-S-8.pt: its table of positions, .* not for the 64 patches"),
     (dict(weights="page.pt"), "page.pt: not a file of weights"),
     (dict(weights="none.pt"), "none.pt: no such file"),
     (dict(autoencoder="DiT-S-8.pt"), "not the weights of an AutoencoderKL"),
@@ -197,6 +200,8 @@ def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):
     for name, weight in first["ema"].items():
         torch.testing.assert_close(second["model"][name], weight, atol=1e-6, rtol=0)
     tuned = ["--published", "dit-s-8-256", "--init-from", "DiT-S-8.pt", "--vae", "vae", "--objective", "ddpm"]
+    shutil.copytree("vae", "xl")
+    Path("xl/config.json").write_text('{"norm_num_groups": 8, "scaling_factor": 0.13025}')
     before = set(downloads.rglob("*"))
     for flags, message in (
             ([*own[:-2], "--init-from", "runs/first"], "runs/first: weights do not fit the network"),
@@ -204,6 +209,9 @@ def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):
             ([*FINE_TUNE[:-1], *tuned[:4]], "needs --init-from FILE, its weights, and --vae"),
             ([*FINE_TUNE[:-1], *tuned[:6]], "is --arch dit --objective ddpm"),
             ([*FINE_TUNE[:-1], *tuned, "--min-snr", "5"], "--min-snr 5.0: settled by --published"),
+            ([*FINE_TUNE[:-1], *tuned[:2], "--init-from", "runs/first", *tuned[4:]], "was trained with"),
+            ([*FINE_TUNE[:-1], *tuned[:4], "--vae", "xl", *tuned[6:]], "scaled by 0.18215 .* by 0.13025"),
+            ([*own, "--init-from", ""], "--init-from is empty"),
             (["--arch", "unet", *FINE_TUNE[2:-1], "--vae", "vae", "--init-from", "runs/first"],
              "is a dit, not a unet")):
         with pytest.raises(ValueError, match=message):

@@ -413,15 +413,32 @@ def test_output_kinds(cwd):
     (["runs/done", "--cfg", "0", "--label", "1"], "unconditional"),
     (["runs/done", "--out", "x.jpg"], "must end in"),
     (["runs/done", "--out", "no/such/x.png"], "does not exist"),
+    (["runs/done", "--out", "folder.png"], "there is a folder of that name"),
     (["runs/done", "--device", "tpu"], "--device tpu"),
     (["runs/shapes-vae"], "this run is a VAE"),
     (["runs/nothing"], "no checkpoint"),
 ])
 def test_sample_refuses(cwd, flags, message):
+    (cwd / "folder.png").mkdir(exist_ok=True)
     before = files(cwd)
     with pytest.raises(ValueError, match=message):
         sample.main(flags)
     assert files(cwd) == before
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "npz"])
+def test_a_failed_write_keeps_the_old_picture(cwd, monkeypatch, kind):
+    old = Path(f"old.{kind}")
+    old.write_bytes(b"precious")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(sample, "npz_writer", full)
+    with pytest.raises(OSError, match=f"cannot write old.{kind}: No space left"):
+        sample.main(["runs/done", "--steps", "2", "--n", "2", "--out", str(old)])
+    assert old.read_bytes() == b"precious" and not Path(f"old.{kind}.part").exists()
 
 
 def test_guidance_needs_dropout(cwd):
