@@ -208,8 +208,31 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(c.channels, c.width, c.patch, stride=c.patch)
 
+    def grid(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in a latent. Raises ValueError where the patch does not divide it."""
+        (h, w), (p, q) = x.shape[-2:], self.proj.stride
+        if h % p or w % q:
+            raise ValueError(f"latent {h}x{w}: not a multiple of the patch {p}x{q}")
+        return h // p, w // q
+
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(x: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """(B, h * w, p * q * C) tokens -> (B, C, h * p, w * q)."""
+    x = x.unflatten(1, grid).unflatten(-1, (*patch, -1))                     # (B, h, w, p, q, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def initialize_linear(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    # a convolution, but it acts as a linear layer
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))
+    nn.init.zeros_(model.x_embedder.proj.bias)
 
 
 class LabelEmbedder(nn.Module):
@@ -239,13 +262,7 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        # a convolution, but it acts as a linear layer
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        initialize_linear(self)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         if self.y_embedder is not None:
@@ -266,10 +283,7 @@ class DiT(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes -> raw (B, out_channels, H, W)."""
-        p, q = self.config.patch
-        if xt.shape[-2] % p or xt.shape[-1] % q:
-            raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: not a multiple of the patch {p}x{q}")
-        h, w = xt.shape[-2] // p, xt.shape[-1] // q
+        h, w = self.x_embedder.grid(xt)
         positions, rope = self.positions(h, w, xt.device)
 
         x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
@@ -280,8 +294,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, condition, rope, (h, w))
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
-        x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
+        return unpatchify(x, (h, w), self.config.patch)                      # (B, C, H, W)
 
 
 # ---- text and image together
@@ -310,7 +323,6 @@ class MMDiTConfig:
     guidance: bool = False                   # FLUX.1-dev was distilled and is told its guidance
     time_scale: float = 1000.0
     time_offset: float = 0.0
-    learn_sigma: bool = False                # for FinalLayer: never so here
 
 
 MMDIT_PUBLISHED = dict(norm="layer", mlp="gelu")
@@ -445,12 +457,7 @@ class MMDiT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        initialize_linear(self)
         for name, module in self.named_modules():          # adaLN-Zero, as in DiT
             if name.endswith("adaLN_modulation.1"):
                 nn.init.zeros_(module.weight)
@@ -469,10 +476,8 @@ class MMDiT(nn.Module):
                 pooled: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], context (B, L, context_width), mask (B, L) True = word, pooled
         (B, pooled_width), guidance (B,) -> raw (B, out_channels, H, W)."""
-        (p, q), length = self.config.patch, context.shape[1]
-        if xt.shape[-2] % p or xt.shape[-1] % q:
-            raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: not a multiple of the patch {p}x{q}")
-        h, w = xt.shape[-2] // p, xt.shape[-1] // q
+        length = context.shape[1]
+        h, w = self.x_embedder.grid(xt)
         sincos, rope = self.positions(length, h, w, xt.device)
 
         x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
@@ -494,8 +499,7 @@ class MMDiT(nn.Module):
                 x = block(x, condition, rope, mask)
             x = x[:, length:]
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
-        x = x.unflatten(1, (h, w)).unflatten(-1, (p, q, self.out_channels))  # (B, h, w, p, q, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, H, W)
+        return unpatchify(x, (h, w), self.config.patch)                      # (B, C, H, W)
 
 
 # ---- words

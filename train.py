@@ -480,13 +480,12 @@ def train(args: argparse.Namespace) -> bool:
     if objective:
         build_path(objective)
     # a run that has begun holds its VAE and its first weights itself
-    begun = load_checkpoint(file) if file.is_file() else None
-    vae = None if not args.vae else unpack_vae(begun["vae"]) if begun else load_vae(args.vae)
+    begun = file.is_file()
+    vae = None if not args.vae else unpack_vae(load_checkpoint(file)["vae"]) if begun else load_vae(args.vae)
     if args.published and not begun:
         check_published_vae(args.published, vae, args.vae)
-    del begun
     vae_args = args if is_vae else None if vae else vae_arguments(args)
-    initial = initial_weights(args) if args.init_from and not file.is_file() else None
+    initial = initial_weights(args) if args.init_from and not begun else None
     check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), initial)
     bf16_here = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                  device.type == "cpu"
