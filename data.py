@@ -1,9 +1,10 @@
-"""Images and labels in, batches out: shapes, IDX and CIFAR-10 files, any folder of pictures, cached latents.
+"""Images, labels and captions in, batches out: shapes, emoji, IDX and CIFAR-10 files, any folder, and caches.
 
     python data.py                       # writes shapes.png: one of every class, as drawn and as read back
 
-Every source becomes one `Dataset`: uint8 images (N, H, W, C), integer labels or none, class names.
-`LatentCache` holds what a VAE's encoder says of them. `batch_indices` is the only source of order: a pure
+Every source becomes one `Dataset`: uint8 images (N, H, W, C), integer labels or none, class names, captions
+or none. `LatentCache` holds what a VAE's encoder says of the pictures, `TextCache` what a frozen text encoder
+says of the captions. `batch_indices` is the only source of order: a pure
 function of (seed, step), so that a run resumed at any step sees exactly the batches that it would have seen.
 """
 
@@ -17,19 +18,23 @@ import os
 import shutil
 import sys
 import tarfile
+import textwrap
+import unicodedata
 import urllib.request
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle-boot"]
+BUILT_IN = ("shapes", "emoji", "fashion-mnist", "mnist", "cifar10")
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -38,7 +43,9 @@ class Dataset:
     images: np.ndarray          # (N, H, W, C) uint8, in memory or memory-mapped
     labels: np.ndarray | None   # (N,) int64, or None where there are no classes
     classes: list[str]          # names; empty where there are no classes
-    fingerprint: str            # changes whenever a pixel or a label may have
+    fingerprint: str            # changes whenever a pixel, a label or a caption may have
+    captions: list[str] | None = None   # one a picture, where there are any
+    vary: bool = False          # whether the words of a caption may be shuffled or dropped in training
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,7 +162,7 @@ def read_shape(image: np.ndarray) -> tuple[str, str]:
 
 # Scenes: one or two shapes of two sizes, described, drawn and read back
 
-SIZES = {"small": (0.105, 0.125), "large": (0.17, 0.19)}            # radius over the shorter side
+SIZES = {"small": (0.125, 0.14), "large": (0.185, 0.2)}            # radius over the shorter side
 PLACES = [["top left", "top", "top right"], ["left", "centre", "right"],
           ["bottom left", "bottom", "bottom right"]]
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}   # x, y downward
@@ -265,7 +272,7 @@ def read_scene(image: np.ndarray) -> list[Thing]:
         errors = [((coverage(kind, x - cx, y - cy, radius) - alpha) ** 2).sum()
                   for kind, radius in zip(KINDS, radii)]
         best = int(np.argmin(errors))
-        size = "small" if radii[best] < 0.148 * min(height, width) else "large"
+        size = "small" if radii[best] < 0.162 * min(height, width) else "large"
         found.append((area, Thing(names[nearest], KINDS[best], size, cx / width, cy / height)))
     return [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
 
@@ -311,6 +318,92 @@ def load_shapes(split: str, size: tuple[int, int], count: int) -> Dataset:
     images = np.stack([draw_shape(first + i, size) for i in range(count)])
     labels = np.arange(count) % len(SHAPE_CLASSES)
     return Dataset(images, labels, SHAPE_CLASSES, _digest("shapes", split, images, labels))
+
+
+@functools.lru_cache(maxsize=2)
+def load_scenes(split: str, size: tuple[int, int], count: int) -> Dataset:
+    first = 0 if split == "train" else 10**9
+    scenes = [describe_scene(first + i) for i in range(count)]
+    images = np.stack([draw_scene(scene, first + i, size) for i, scene in enumerate(scenes)])
+    captions = [scene.caption for scene in scenes]
+    return Dataset(images, None, [], _digest("scenes", split, images, captions), captions)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# emoji: every character of a colour font, captioned by its Unicode name
+
+EMOJI_FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",          # Debian: fonts-noto-color-emoji
+               "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+               "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
+               "/System/Library/Fonts/Apple Color Emoji.ttc", "C:/Windows/Fonts/seguiemj.ttf"]
+
+
+def find_emoji_font(data_dir: Path) -> Path:
+    candidates = [*sorted(data_dir.glob("*[eE]moji*.tt[fc]")), *map(Path, EMOJI_FONTS)]
+    if font := next((path for path in candidates if path.is_file()), None):
+        return font
+    raise ValueError(f"--data emoji: no colour font in {data_dir} or the usual places; install one (Debian: "
+                     "apt install fonts-noto-color-emoji), or name by --data-dir a folder that has "
+                     "NotoColorEmoji.ttf")
+
+
+def open_emoji_font(path: Path) -> ImageFont.FreeTypeFont:
+    for pixels in (109, 160, 137, 136, 128, 96, 64):       # a font of bitmaps has a few sizes only
+        try:
+            return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
+        except OSError:
+            continue
+    raise ValueError(f"{path}: not a font that Pillow can open at any usual size of emoji")
+
+
+@functools.lru_cache(maxsize=2)
+def render_emoji(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    """(N, H, W, 3) uint8 pictures on white and their names in lower case: every single character that has a
+    name and, in this font, a coloured picture of its own. No blanks, no duplicates, no modifiers."""
+    font, tiles = open_emoji_font(path), []
+    for character in map(chr, range(0xA9, 0x20000)):
+        name, category = unicodedata.name(character, None), unicodedata.category(character)
+        if name is None or category[0] in "LM" or category in ("Cf", "Sk"):
+            continue
+        left, top, right, bottom = font.getbbox(character)
+        if right <= left or bottom <= top:
+            continue
+        tile = Image.new("RGBA", (right - left, bottom - top))
+        ImageDraw.Draw(tile).text((-left, -top), character, font=font, embedded_color=True)
+        if box := tile.getchannel("A").getbbox():
+            tiles.append((name.lower(), tile.crop(box)))
+    side, found = max((max(tile.size) for _, tile in tiles), default=0), {}
+    for name, tile in tiles:
+        square = Image.new("RGBA", (side, side), "white")
+        square.alpha_composite(tile, ((side - tile.width) // 2, (side - tile.height) // 2))
+        picture = np.asarray(ImageOps.pad(square.convert("RGB"), size[::-1], Image.Resampling.LANCZOS,
+                                          color="white"))
+        if picture.min() < 240:                            # no blank
+            found.setdefault(picture.tobytes(), (name, picture))
+    if not found:
+        raise ValueError(f"{path}: no emoji in this font that Pillow can draw")
+    names, images = zip(*found.values())
+    return np.stack(images), list(names)
+
+
+def load_emoji(split: str, size: tuple[int, int], data_dir: Path) -> Dataset:
+    """Every 20th validates."""
+    images, names = render_emoji(find_emoji_font(data_dir), size)
+    chosen = np.flatnonzero((np.arange(len(names)) % 20 == 0) == (split != "train"))
+    images, names = images[chosen], [names[i] for i in chosen]
+    return Dataset(images, None, [], _digest("emoji", split, images, names), names, vary=True)
+
+
+def vary_caption(caption: str, rng: np.random.Generator) -> str:
+    """One time in two as it is; else its words in another order, or some of them, at least one."""
+    words = caption.split()
+    if rng.random() < 0.5 or len(words) < 2:
+        return caption
+    if rng.random() < 0.5:
+        return " ".join(rng.permutation(words))
+    keep = rng.random(len(words)) < 0.6
+    keep[rng.integers(len(words))] = True
+    return " ".join(word for word, kept in zip(words, keep) if kept)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -427,18 +520,19 @@ def open_image(path: Path, size: tuple[int, int]) -> np.ndarray:
         return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
 
 
-def list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
-    """Pictures of a flat folder (labels None) or of a folder of class folders, in sorted order."""
+def list_folder(folder: Path, flat_or_classes: bool = True) -> tuple[list[Path], list[int] | None, list[str]]:
+    """Pictures of a flat folder (labels None) or of a folder of class folders, in sorted order; without
+    flat_or_classes a mixture is a flat one."""
     endings = {e for e, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
     if not folder.is_dir():
-        raise ValueError(f"--data {folder}: neither a built-in source (shapes, fashion-mnist, mnist, cifar10)"
-                         " nor a folder")
+        raise ValueError(f"--data {folder}: neither a built-in source ({', '.join(BUILT_IN)}) nor "
+                         "a folder")
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
     flat = [p for p in pictures if p.parent == folder]
     if not pictures:
         raise ValueError(f"--data {folder}: no pictures in this folder "
                          "(looked for files that Pillow opens, such as .png, .jpg)")
-    if flat and len(flat) < len(pictures):
+    if flat and len(flat) < len(pictures) and flat_or_classes:
         raise ValueError(f"--data {folder}: {flat[0].name} lies beside class folders; "
                          "use a flat folder or class folders, not both")
     if flat:
@@ -448,11 +542,72 @@ def list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
     return pictures, [index[name] for name in names], list(index)
 
 
-def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path) -> Dataset:
+def read_captions(folder: Path, paths: list[Path]) -> list[str] | None:
+    """One a picture: from metadata.jsonl, lines of {"file_name": ..., "text": ...}, or NAME.txt beside it.
+    None where no picture has one; raises ValueError where some have not."""
+    table, metadata = {}, folder / "metadata.jsonl"
+    for number, line in enumerate(metadata.read_bytes().splitlines() if metadata.is_file() else (), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            table |= {folder / row["file_name"]: str(row["text"])} if row else {}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{metadata}, line {number}: not an object with file_name and text") from None
+    for path in paths:
+        if path not in table and path.with_suffix(".txt").is_file():
+            table[path] = path.with_suffix(".txt").read_text("utf-8", "replace")
+    missing = [path for path in paths if path not in table]
+    if missing and len(missing) < len(paths):
+        raise ValueError(f"--data {folder}: {len(missing)} of {len(paths)} pictures have no caption, such as "
+                         f"{missing[0]}; write one into {missing[0].with_suffix('.txt').name} beside it, or "
+                         "into metadata.jsonl")
+    return None if missing else [" ".join(table[path].split()) for path in paths]
+
+
+def read_embeddings(files: list[str]) -> dict[str, Tensor]:
+    """Text vectors that another program has computed: .npz files of context (L, D), mask (L,) if some rows
+    are padding, pooled (P,) if there is one; "" is a single vector of zeros. -> context (B, L, D), mask
+    (B, L) and perhaps pooled (B, P), as a TextEncoder gives them."""
+    found = {}
+    for file in filter(None, dict.fromkeys(files)):
+        try:
+            with np.load(file) as arrays:
+                context = torch.from_numpy(arrays["context"].astype(np.float32))
+                mask = torch.from_numpy(arrays["mask"].astype(bool)) if "mask" in arrays else slice(None)
+                pooled = torch.from_numpy(arrays["pooled"].astype(np.float32)) if "pooled" in arrays else None
+            if context[mask].ndim != 2 or not len(context[mask]):
+                raise ValueError("context must be of shape (L, D)")
+            found[file] = context[mask], pooled
+        except Exception as error:
+            raise ValueError(f"{file}: not an .npz with context (L, D), and perhaps mask (L,) and pooled "
+                             f"(P,) ({type(error).__name__})") from None
+    zeros = tuple(None if part is None else torch.zeros_like(part) for part in next(iter(found.values())))
+    rows = [found[file] if file else (zeros[0][:1], zeros[1]) for file in files]
+    if len({(context.shape[1:], None if pooled is None else pooled.shape) for context, pooled in rows}) > 1:
+        raise ValueError(f"{files[-1]} and others: their vectors differ in width, or only some have pooled")
+    return pad_context([context for context, _ in rows],
+                       None if zeros[1] is None else torch.stack([pooled for _, pooled in rows]))
+
+
+def pad_context(rows: list[Tensor], pooled: Tensor | None) -> dict[str, Tensor]:
+    """(L, D) each -> context (B, L, D), 0 where padded, and its mask (B, L); and pooled if there is one."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(lengths.max()) < lengths[:, None]
+    cond = {"context": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), "mask": mask}
+    return cond if pooled is None else cond | {"pooled": pooled}
+
+
+def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path,
+                words: str | None = None) -> Dataset:
     """Decode once into cache_dir, memory-mapped from then on. Every 20th picture (at most 256) validates."""
-    paths, labels, classes = list_folder(folder)
+    paths, labels, classes = list_folder(folder, flat_or_classes=words is None)
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     fingerprint = _digest("folder", size, stats)
+    captions = read_captions(folder, paths) if words == "captions" else None
+    if words == "embeddings":
+        captions = [str(path.with_suffix(".npz")) for path in paths]
+        if missing := [file for file in captions if not Path(file).is_file()]:
+            raise ValueError(f"--data {folder}: no {missing[0]} beside its picture, as --text-encoder none "
+                             "needs")
     stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
     with locked(cache_dir / "images.lock", wait=True):
         if _read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
@@ -482,7 +637,8 @@ def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path
     else:
         images = images[chosen]
     chosen_labels = np.array(labels)[keep][chosen] if labels is not None else None
-    return Dataset(images, chosen_labels, classes, _digest(fingerprint, split))
+    captions = [captions[keep[i]] for i in chosen] if captions else None
+    return Dataset(images, chosen_labels, classes, _digest(fingerprint, split, captions), captions)
 
 
 class _Rows:
@@ -499,18 +655,33 @@ class _Rows:
 
 
 def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: Path, cache_dir: Path,
-              count: int = 20_000) -> Dataset:
+              count: int = 20_000, words: str | None = None) -> Dataset:
     """The training or validation part ("train", "val") of a source at `size` = (H, W), by default 32 x 32.
 
-    `count` is how many `shapes` are drawn for training. Raises ValueError with one line for the user."""
-    size = size or (32, 32)
+    `words`: None; "captions", which are the names of the classes where a source has nothing else; or
+    "embeddings": captions are then the .npz files beside a folder's pictures. `count` is how many `shapes`
+    are drawn for training. Raises ValueError with one line for the user."""
+    size = tuple(size or (32, 32))
+    if words == "embeddings" and source in BUILT_IN:
+        raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; give a "
+                         "folder that has")
     if source == "shapes":
-        return load_shapes(split, tuple(size), count if split == "train" else 480)
-    if source in ("mnist", "fashion-mnist"):
-        return load_mnist(source, split, size, data_dir)
-    if source == "cifar10":
-        return load_cifar10(split, size, data_dir)
-    return load_folder(Path(source), split, size, cache_dir)
+        load = load_scenes if words else load_shapes
+        data = load(split, size, count if split == "train" else 480)
+    elif source == "emoji":
+        data = load_emoji(split, size, data_dir)
+    elif source in ("mnist", "fashion-mnist"):
+        data = load_mnist(source, split, size, data_dir)
+    elif source == "cifar10":
+        data = load_cifar10(split, size, data_dir)
+    else:
+        data = load_folder(Path(source), split, size, cache_dir, words)
+    if words == "captions" and data.captions is None:
+        if not data.classes:
+            raise ValueError(f"--data {source}: pictures without words; put NAME.txt beside each, or "
+                             "metadata.jsonl with file_name and text")
+        data = replace(data, captions=[data.classes[label].replace("-", " ") for label in data.labels])
+    return data
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -584,6 +755,58 @@ class LatentCache:
         return z, None if self.labels is None else torch.from_numpy(self.labels[indices])
 
 
+class TextCache:
+    """What a frozen encoder says of every distinct prompt, and of "", encoded once; called like a
+    TextEncoder.
+
+    On disk: every real row of every context, one after another, float16 (rows, D) without a header; which
+    rows are whose, and the pooled vectors, in an .npz. Stamped with the fingerprints of encoder and
+    prompts."""
+
+    def __init__(self, path: Path, prompts: list[str], encode: Callable[[list[str]], dict[str, Tensor]],
+                 encoder_fingerprint: str, device: torch.device | str = "cpu"):
+        prompts = sorted({"", *prompts})
+        stamp = {"encoder": encoder_fingerprint, "prompts": _digest(prompts)}
+        stamp_path, index = path.with_suffix(".json"), path.with_suffix(".npz")
+        with locked(path.with_suffix(".lock"), wait=True):
+            if _read_stamp(stamp_path) != stamp or not path.is_file() or not index.is_file():
+                stamp_path.unlink(missing_ok=True)
+                self._build(path, index, prompts, encode)
+                _write_stamp(stamp_path, stamp)
+            arrays = np.load(index)
+            self.ends, self.pooled = arrays["ends"], arrays["pooled"] if "pooled" in arrays else None
+            self.rows = np.memmap(path, np.float16, "r").reshape(self.ends[-1], -1)
+        self.index, self.device = {prompt: i for i, prompt in enumerate(prompts)}, device
+
+    @staticmethod
+    def _build(path: Path, index: Path, prompts: list[str], encode) -> None:
+        lengths, pooled, partial = [0], [], path.with_suffix(".part")
+        try:
+            with open(partial, "wb") as out:
+                for i in tqdm(range(0, len(prompts), 64), desc="encode prompts", unit="batch"):
+                    cond = encode(prompts[i:i + 64])
+                    for row, mask in zip(cond["context"], cond["mask"]):
+                        out.write(row[mask].half().cpu().numpy().tobytes())
+                        lengths.append(int(mask.sum()))
+                    pooled += [cond["pooled"].float().cpu().numpy()] if "pooled" in cond else []
+            np.savez(index, ends=np.cumsum(lengths), **({"pooled": np.concatenate(pooled)} if pooled else {}))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @property
+    def widths(self) -> tuple[int, int | None]:
+        """Of context and of pooled."""
+        return self.rows.shape[1], None if self.pooled is None else self.pooled.shape[1]
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        """-> context (B, L, D), mask (B, L), and pooled (B, P) where the encoder has one."""
+        chosen = [self.index[prompt] for prompt in prompts]
+        rows = [torch.from_numpy(self.rows[self.ends[i]:self.ends[i + 1]].astype(np.float32)) for i in chosen]
+        cond = pad_context(rows, None if self.pooled is None else torch.from_numpy(self.pooled[chosen]))
+        return {name: part.to(self.device) for name, part in cond.items()}
+
+
 def _new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
     """A memory-mapped array in a new file. Its room is claimed at once: a map that meets a full disk later
     kills the process."""
@@ -615,6 +838,11 @@ def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
                      for part in (name, tensors[name].detach().cpu().numpy())))
 
 
+def fingerprint_files(files: list[str | Path]) -> str:
+    """A name for these files as they are now."""
+    return _digest(*((str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files))
+
+
 def _read_stamp(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
@@ -628,16 +856,30 @@ def _write_stamp(path: Path, stamp: dict) -> None:
     os.replace(partial, path)
 
 
-def grid(images: np.ndarray, columns: int | None = None, pad: int = 2) -> Image.Image:
-    """uint8 (N, H, W, C) -> one picture, row by row, on white."""
+def grid(images: np.ndarray, columns: int | None = None, pad: int = 2,
+         captions: list[str] | None = None) -> Image.Image:
+    """uint8 (N, H, W, C) -> one picture, row by row, on white; captions stand below pictures enlarged for
+    them."""
+    if captions:
+        zoom = -(-112 // images.shape[2])
+        images = images.repeat(zoom, 1).repeat(zoom, 2).repeat(4 - images.shape[3], 3)
+        lines = [textwrap.wrap(caption, images.shape[2] // 6) for caption in captions]
+        strip = 13 * max(map(len, lines)) + 3
+        images = np.pad(images, ((0, 0), (0, strip), (0, 0), (0, 0)), constant_values=255)
     n, h, w, c = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     canvas = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+    corners = [(pad + i // columns * (h + pad), pad + i % columns * (w + pad)) for i in range(n)]
+    for image, (top, left) in zip(images, corners):
         canvas[top:top + h, left:left + w] = image
-    return Image.fromarray(canvas[..., 0] if c == 1 else canvas)
+    picture = Image.fromarray(canvas[..., 0] if c == 1 else canvas)
+    if captions:
+        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+        for text, (top, left) in zip(lines, corners):
+            for i, line in enumerate(text):
+                pen.text((left, top + h - strip + 13 * i), line, "black", font)
+    return picture
 
 
 if __name__ == "__main__":

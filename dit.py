@@ -13,6 +13,7 @@ context (B, L, D), mask (B, L), True = word, and pooled (B, D).
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -327,6 +328,7 @@ class MMDiTConfig:
 
 MMDIT_PUBLISHED = dict(norm="layer", mlp="gelu")
 MMDIT_PRESETS = {
+    "tiny": dict(width=64, depth=2, heads=2, rope=(8, 12, 12)),
     "small": dict(),
     "sd3-medium": dict(MMDIT_PUBLISHED, channels=16, width=1536, depth=24, heads=24, context_width=4096,
                        pooled_width=2048, qk_norm=False, rope=None, sincos=(64, 192)),
@@ -504,33 +506,44 @@ class MMDiT(nn.Module):
 
 # ---- words
 
-START, PAD = 256, 257          # beside the 256 bytes
+START, PAD, WORD = 256, 257, 16          # beside the 256 bytes; bytes of a word, the space before it included
 
 
 @dataclass
 class TextConfig:
     width: int = 256
-    depth: int = 4
+    depth: int = 3
     heads: int = 4
     mlp_ratio: float = 4.0
     norm: str = "rms"
     mlp: str = "swiglu"
     qk_norm: bool = True
-    limit: int = 120           # bytes of a prompt that are read
+    limit: int = 64            # words of a prompt that are read
 
 
-def cut(prompt: str, limit: int) -> tuple[str, str]:
-    """What of a prompt is read, at most `limit` bytes of UTF-8 in whole characters, and what is not."""
-    kept = prompt.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
-    return kept, prompt[len(kept):]
+TEXT_PRESETS = {"tiny": dict(width=64, depth=1, heads=2), "small": dict()}   # with the network's of that name
+
+
+def split_words(prompt: str) -> list[bytes]:
+    """UTF-8 of a prompt in lower case, cut before every space, and longer pieces after WORD bytes. Joined
+    they are the prompt, but for a space in front: so a word is the same wherever it stands."""
+    text = f" {prompt}".lower().encode("utf-8", "replace") if prompt.strip() else b""
+    return [piece[i:i + WORD] for piece in re.findall(rb" [^ ]*", text) for i in range(0, len(piece), WORD)]
 
 
 def tokenize(prompts: list[str], limit: int) -> tuple[Tensor, Tensor]:
-    """START and the bytes of each prompt as (B, L) ids, padded to the longest, and the mask (B, L), False
-    where padded. An empty prompt is START alone: what the unconditional branch is given."""
-    rows = [[START, *cut(prompt, limit)[0].encode("utf-8", "replace")] for prompt in prompts]
-    ids = torch.tensor([row + [PAD] * (max(map(len, rows)) - len(row)) for row in rows])
-    return ids, ids != PAD
+    """START and the words of each prompt as bytes (B, L, WORD), padded to the longest prompt and word, and
+    the mask (B, L), False where padded. An empty prompt is START alone: what the unconditional branch is
+    given."""
+    rows = [[bytes(1), *split_words(prompt)[:limit]] for prompt in prompts]
+    ids = torch.full((len(rows), max(map(len, rows)), WORD), PAD)
+    mask = torch.zeros(ids.shape[:2], dtype=torch.bool)
+    for i, row in enumerate(rows):
+        mask[i, :len(row)] = True
+        for j, word in enumerate(row):
+            ids[i, j, :len(word)] = torch.tensor(list(word))
+    ids[:, 0, 0] = START
+    return ids, mask
 
 
 class TextBlock(nn.Module):
@@ -545,27 +558,84 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Bytes in, vectors out: a bidirectional transformer of the blocks above, trained with the network that
-    listens to it. No vocabulary: any UTF-8 text has bytes."""
+    """Bytes in, a vector for each word out: a bidirectional transformer of the blocks above, trained with the
+    network that listens to it. No vocabulary: any UTF-8 text has bytes. A word enters as the sum of its
+    bytes' vectors, which differ by place, so that the sequence is about five times as short as one of bytes
+    (patches of bytes that end at spaces: Slagle 2024, arXiv:2404.14408)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         c = self.config = config
-        self.embedding = nn.Embedding(258, c.width)
+        self.embedding = nn.Embedding(WORD * 258, c.width)         # a table for each place in a word
         self.blocks = nn.ModuleList(TextBlock(c) for _ in range(c.depth))
         self.norm = Norm(c.norm, c.width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.25)            # a word of a few bytes: about 1
+
+    def cut(self, prompt: str) -> str:
+        """What of a prompt is beyond the limit and will not be read."""
+        return b"".join(split_words(prompt)[self.config.limit:]).decode("utf-8", "ignore").strip()
 
     def forward(self, prompts: list[str]) -> dict[str, Tensor]:
         """-> context (B, L, D), 0 where padded; its mask (B, L); and pooled (B, D), which START gathered."""
         c, device = self.config, self.embedding.weight.device
         ids, mask = (part.to(device) for part in tokenize(prompts, c.limit))
-        rope = rope_3d(0, 1, ids.shape[1], (0, 0, c.width // c.heads), 10000.0, device)
-        x = self.embedding(ids)                                              # (B, L, D)
+        rope = rope_3d(0, 1, ids.shape[1], (0, 0, c.width // c.heads), 100.0, device)
+        letters = self.embedding(ids + 258 * torch.arange(WORD, device=device))             # (B, L, WORD, D)
+        x = (letters * (ids != PAD)[..., None]).sum(2)                                      # (B, L, D)
         for block in self.blocks:
             x = block(x, rope, mask)
         x = self.norm(x) * mask[..., None]
         return {"context": x, "mask": mask, "pooled": x[:, 0]}
+
+
+class PublishedTextEncoder:
+    """A frozen encoder of transformers, called like a TextEncoder: kind "clip" (the last layer but one, and
+    the pooled output: Stable Diffusion 2, XL and 3) or "t5" (the last layer, nothing pooled: Stable
+    Diffusion 3).
+
+    path: a folder with the model and its tokenizer, or a pipeline's with text_encoder/ and tokenizer/ (for t5
+    text_encoder_3/ and tokenizer_3/). Raises ValueError with a line for the user."""
+
+    def __init__(self, kind: str, path: str, device: torch.device | str = "cpu", limit: int = 77):
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError(f"{kind}:{path}: needs the package transformers "
+                             "(pip install transformers)") from None
+        end = "_3" if kind == "t5" else ""
+        model, words = (f"{path}/{part}{end}" if os.path.isdir(f"{path}/{part}{end}") else path
+                        for part in ("text_encoder", "tokenizer"))
+        if not os.path.isfile(f"{model}/config.json"):
+            raise ValueError(f"{kind}:{path}: no text encoder there; give a folder with its config.json")
+        try:
+            kinds = transformers.AutoConfig.from_pretrained(model, local_files_only=True).architectures
+            cls = transformers.T5EncoderModel if kind == "t5" else (
+                transformers.CLIPTextModel if kinds == ["CLIPTextModel"] else
+                transformers.CLIPTextModelWithProjection)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)
+            self.model = cls.from_pretrained(model, local_files_only=True).to(device).eval()
+        except Exception as error:     # of a dozen kinds
+            raise ValueError(f"{kind}:{path}: cannot be loaded as a {kind} encoder with its tokenizer "
+                             f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        self.kind, self.limit = kind, min(limit, self.tokenizer.model_max_length)
+
+    def cut(self, prompt: str) -> str:
+        """What of a prompt is beyond the limit and will not be read."""
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        room = self.limit - self.tokenizer.num_special_tokens_to_add()
+        return self.tokenizer.decode(ids[room:]) if len(ids) > room else ""
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        """-> context (B, L, D), its mask (B, L), and of CLIP pooled (B, P)."""
+        words = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.limit,
+                               return_tensors="pt")
+        words = {name: words[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        out, mask = self.model(**words, output_hidden_states=True), words["attention_mask"].bool()
+        if self.kind == "t5":
+            return {"context": out.last_hidden_state * mask[..., None], "mask": mask}
+        pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
+        return {"context": out.hidden_states[-2] * mask[..., None], "mask": mask, "pooled": pooled}
 
 
 # ---- published names

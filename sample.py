@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -22,21 +23,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import dit
 import vae as vae_file
-from data import grid, to_uint8
+from data import grid, open_image, read_embeddings, to_tensor, to_uint8
 from ddpm import DDPM
-from dit import DiT, DiTConfig
+from dit import DiT, DiTConfig, MMDiT, MMDiTConfig, PublishedTextEncoder, TextConfig, TextEncoder
 from rectified_flow import RectifiedFlow
-from samplers import SAMPLERS, guided, karras_times, log_snr_times, noise_like
+from samplers import SAMPLERS, guided, inpainting, karras_times, log_snr_times, noise_like
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-MODELS = {"dit": (DiT, DiTConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
+MODELS = {"dit": (DiT, DiTConfig), "mmdit": (MMDiT, MMDiTConfig), "unet": (UNet, UNetConfig),
+          "vae": (VAE, VAEConfig)}
 PATHS = {"rf": RectifiedFlow, "ddpm": DDPM}
 # 19 and 50 evaluations of the network
 DRAW_DEFAULTS = {"rf": dict(sampler="heun", steps=10), "ddpm": dict(sampler="ddim", steps=50)}
@@ -46,7 +49,7 @@ TIMES = {"even": lambda path, steps: path.times(steps),
          "linspace": lambda path, steps: path.times(steps, "linspace"),
          "log-snr": log_snr_times, "karras": karras_times}
 # Options of one sampler alone: sampler, least and largest value
-OPTIONS = {"eta": ("ddim", 0, 1), "variance": ("ddpm", None, None), "strength": ("reverse_sde", 0, 100)}
+OPTIONS = {"eta": ("ddim", 0, 1), "variance": ("ddpm", None, None), "noise": ("reverse_sde", 0, 100)}
 # Published class-conditional models of ImageNet, in the latents of Stable Diffusion's VAE (SCALE), by
 # FAMILY-SIZE-PATCH-SIDE. DiT: Peebles & Xie 2023 (arXiv:2212.09748); SiT: Ma et al. 2024 (arXiv:2401.08740).
 SCALE = 0.18215
@@ -85,19 +88,36 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         for part in ("arch", "config", "objective", "data", "label_dropout", "vae", "model", "ema"):
             checkpoint[part]
+        checkpoint.setdefault("text", None)
     except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same to the user
         raise ValueError(f"{file}: not a checkpoint of train.py, or damaged "
                          f"({type(error).__name__})") from None
     return checkpoint
 
 
-def build_model(arch: str, config: dict) -> torch.nn.Module:
-    model_class, config_class = MODELS[arch]
-    known = {field.name for field in fields(config_class)}
-    if surplus := set(config) - known:
-        raise ValueError(f"{arch} has no setting {sorted(surplus)[0]!r}; "
-                         "this checkpoint is from another version")
-    return model_class(config_class(**config))
+def build_model(arch: str, config: dict, text: dict | None = None) -> torch.nn.Module:
+    """text: what a checkpoint says of the encoder of its words. The built-in one becomes a part of the model,
+    `model.text`, as it is trained, averaged and saved with it."""
+    def make(name: str, kind: type, config_kind: type, values: dict) -> torch.nn.Module:
+        if surplus := set(values) - {field.name for field in fields(config_kind)}:
+            raise ValueError(f"{name} has no setting {sorted(surplus)[0]!r}; "
+                             "this checkpoint is from another version")
+        return kind(config_kind(**values))
+
+    model = make(arch, *MODELS[arch], config)
+    if text is not None and text["encoder"] == "bytes":
+        model.text = make("text encoder", TextEncoder, TextConfig, text["config"])
+    return model
+
+
+def listen(model: torch.nn.Module, encode, prompts: list[str]) -> dict[str, Tensor]:
+    """The conditions that `encode`, of a TextEncoder's kind, makes of prompts, as far as the model asks for
+    them."""
+    cond, width = encode(prompts), model.config.context_width
+    if cond["context"].shape[-1] != width:
+        raise ValueError(f"text vectors of width {cond['context'].shape[-1]}: this network takes {width}")
+    pooled = ["pooled"] if getattr(model.config, "pooled_width", None) else []
+    return {name: cond[name] for name in ("context", "mask", *pooled)}
 
 
 def build_path(objective: dict) -> DDPM | RectifiedFlow:
@@ -166,7 +186,7 @@ def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
     return {"arch": "dit", "config": row["config"], "objective": row["objective"], "step": 0,
             "data": {"source": "imagenet", "size": [row["side"]] * 2,
                      "classes": [str(i) for i in range(1000)]},
-            "label_dropout": 0.1, "model": state, "ema": state,
+            "text": None, "label_dropout": 0.1, "model": state, "ema": state,
             "vae": {"config": asdict(autoencoder.config), "state": autoencoder.state_dict()}}
 
 
@@ -237,30 +257,45 @@ def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
 
 
 @torch.no_grad()
-def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], labels: Tensor | None,
-         seeds: range, *, sampler: str, steps: int, scale: float = 1.0, num_classes: int = 0,
-         interval: tuple[float, float] = (0.0, 1.0), times: str = "even", on_step=None,
-         **options) -> np.ndarray:
-    """One batch of pictures, uint8 (B, H, W, C). shape (C, h, w) of the latent; labels (B,) or None; one
-    seed per picture.
+def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], seeds: range, cond: dict,
+         uncond: dict | None = None, *, sampler: str, steps: int, scale: float = 1.0, rescale: float = 0.0,
+         interval: tuple[float, float] = (0.0, 1.0), times: str = "even", strength: float = 1.0,
+         image: Tensor | None = None, mask: Tensor | None = None, on_step=None, **options) -> np.ndarray:
+    """One batch of pictures, uint8 (B, H, W, C). shape (C, h, w) of the latent; one seed per picture; cond
+    and uncond as `guided` takes them, of the batch's length.
 
-    num_classes is also the null label. on_step(i, decoded uint8 pictures) shows the way."""
+    image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
+    2022, arXiv:2108.01073); of the steps of the whole way those below `strength` are gone. mask (1, 1, H, W),
+    bool: draw only there; every other pixel stays as it is.
+    on_step(i, decoded uint8 pictures) shows the way."""
     device = next(vae.parameters()).device
     # on the CPU: the same noise on every device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)
-    cond, uncond = {}, {}
-    if labels is not None:
-        cond, uncond = {"y": labels.to(device)}, {"y": torch.full_like(labels, num_classes).to(device)}
-    denoise = guided(model, path, cond, uncond, scale, interval=interval,
+    denoise = guided(model, path, cond, uncond, scale, interval=interval, rescale=rescale,
                      variance=options.get("variance") == "learned")
+    times = TIMES[times](path, steps)
+    if image is not None:
+        x0 = vae.normalize(vae.encode(image.to(device)).mean)
+        start = round(strength * 1000) / 1000              # in thousandths, as the diffusion path counts
+        if start < times[0]:
+            times = torch.cat([times.new_tensor([start]), times[times < start]])
+        alpha, sigma = path.alpha_sigma(times[0])
+        x = alpha * x0 + sigma * x
+    if mask is not None:                                   # a latent is drawn anew where any of its pixels is
+        repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
+        denoise = inpainting(denoise, path, x0, repaint)
 
     def decode(x0: Tensor) -> np.ndarray:
-        return to_uint8(vae.decode(vae.denormalize(x0)))
+        pictures = vae.decode(vae.denormalize(x0))
+        if mask is not None:
+            pictures = torch.where(mask.to(device), pictures, image.to(device))
+        return to_uint8(pictures)
 
-    show = (lambda i, xs, x0: on_step(i, decode(xs))) if on_step else None
-    return decode(SAMPLERS[sampler](denoise, path, x, TIMES[times](path, steps), generator=generators,
-                                    on_step=show, **options))
+    if len(times) > 1:
+        show = (lambda i, xs, x0: on_step(i, decode(xs))) if on_step else None
+        x = SAMPLERS[sampler](denoise, path, x, times, generator=generators, on_step=show, **options)
+    return decode(x)
 
 
 @contextlib.contextmanager
@@ -282,6 +317,45 @@ def parse_label(text: str, classes: list[str]) -> int:
     raise ValueError(f"--label {text}: not a class of this run; it has 0 to {len(classes) - 1}: {known}")
 
 
+def text_encoder(text: dict, model: torch.nn.Module, place: str | None, device: torch.device):
+    """What a run's prompts go through, called like a TextEncoder. place: "KIND:PATH" of a frozen one."""
+    if text["encoder"] == "bytes":
+        return model.text
+    if text["encoder"] == "none":
+        return read_embeddings
+    kind, _, path = (place or f"{text['encoder']}:{text['path']}").partition(":")
+    if kind != text["encoder"]:
+        raise ValueError(f"--text-encoder {place}: this run listens to {text['encoder']}:PATH")
+    return PublishedTextEncoder(kind, path, device)
+
+
+def conditions(args: argparse.Namespace, checkpoint: dict, model: torch.nn.Module,
+               device: torch.device) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """What is asked for: the number of its condition for each picture, (n,); every distinct condition once,
+    the last the unconditional one; and their names."""
+    turn, classes, text = torch.arange(args.n), checkpoint["data"]["classes"], checkpoint["text"]
+    if classes:
+        turn = turn % len(classes) if args.label is None else turn * 0 + parse_label(args.label, classes)
+        return turn, {"y": torch.arange(len(classes) + 1, device=device)}, classes
+    if not text:
+        return turn * 0, {}, []
+    encode = text_encoder(text, model, args.text_encoder, device)
+    prompts = list(dict.fromkeys((args.prompt or args.embedding or checkpoint["data"]["prompts"])[:args.n]))
+    for prompt in (*prompts, args.negative_prompt or "") if text["encoder"] != "none" else ():
+        if rest := encode.cut(prompt):
+            print(f"sample.py: warning: a prompt is longer than this run reads; cut off: {rest!r}",
+                  file=sys.stderr)
+    cond = listen(model, encode, [*prompts, args.negative_prompt or ""])
+    return turn % len(prompts), {name: part.to(device) for name, part in cond.items()}, prompts
+
+
+def read_image(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:
+    try:
+        return open_image(Path(file), size).copy()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Draw pictures from a run of train.py.")
     p.add_argument("run", nargs="?", help="run folder, or a checkpoint file")
@@ -294,6 +368,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "a folder: single PNGs")
     p.add_argument("--n", type=int, default=64, help="how many pictures (default 64)")
     p.add_argument("--label", help="class, by number or name (default: all in turn)")
+    p.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw; several are drawn in turn "
+                                                               "(default: captions of the validation data)")
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: empty)")
+    p.add_argument("--text-encoder", metavar="KIND:PATH",
+                   help="where the run's frozen encoder is now (default: where it was)")
+    p.add_argument("--embedding", metavar="FILE", nargs="+",
+                   help="instead of prompts, for a run trained on them: .npz with context, mask, pooled")
+    p.add_argument("--init-image", metavar="FILE", help="begin with this picture instead of noise")
+    p.add_argument("--strength", type=float, help="time at which to begin with it: 0 keeps it, 1 is noise "
+                                                  "alone (default 0.6, with --mask 1)")
+    p.add_argument("--mask", metavar="FILE",
+                   help="draw only where this picture is white (needs --init-image)")
     p.add_argument("--cfg", type=float, help="guidance scale: 1 conditional, 0 unconditional, above 1 guided "
                                              "(default: 2 where the run was trained for it, else 1)")
     p.add_argument("--sampler", choices=SAMPLERS, help="default: heun for rf, ddim for ddpm")
@@ -302,10 +388,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="how the steps are spread (default even; leading and linspace are of ddpm)")
     p.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
                    help="times between which guidance acts (default 0 1)")
+    p.add_argument("--rescale", type=float, default=0.0,
+                   help="share of the contrast that guidance adds and this takes back (default 0)")
     p.add_argument("--eta", type=float, help="ddim only: 0 deterministic (default) to 1 ancestral")
     p.add_argument("--variance", choices=("small", "large", "learned"), help="ddpm only: of each step "
                                                                              "(default small)")
-    p.add_argument("--strength", type=float, help="reverse_sde only: of the noise (default 1; 0 the ODE)")
+    p.add_argument("--noise", type=float, help="reverse_sde only: how much of it (default 1; 0 the ODE)")
     p.add_argument("--seed", type=int, default=0, help="picture i is drawn with seed + i (default 0)")
     p.add_argument("--batch-size", type=int, default=64,
                    help="pictures at a time (default 64); changes speed only")
@@ -349,6 +437,12 @@ def main(argv: list[str] | None = None) -> None:
                                ("--steps", args.steps, 1e5), ("--batch-size", args.batch_size, 1e6)):
         if value is not None and not -limit < value < limit:
             raise ValueError(f"{flag} {value}: out of range")
+    for flag, value in (("--strength", args.strength), ("--rescale", args.rescale)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{flag} {value:g}: must be between 0 and 1")
+    for flag, value in (("--strength", args.strength), ("--mask", args.mask)):
+        if value is not None and not args.init_image:
+            raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with")
     if args.raw and args.published:
         raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
     device = pick_device(args.device)
@@ -360,19 +454,35 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; "
                          "give a dit or unet run")
 
-    classes, trained_with_dropout = checkpoint["data"]["classes"], checkpoint["label_dropout"] > 0
-    labelled = bool(classes)
-    if args.label is not None and not labelled:
-        raise ValueError(f"--label {args.label}: this run was trained without classes")
-    if args.cfg is not None and args.cfg != 1 and not (labelled and trained_with_dropout):
-        reason = "with label dropout 0, so it has no unconditional branch" if labelled else "without classes"
+    classes, text = checkpoint["data"]["classes"], checkpoint["text"]
+    learnt = "to words" if text else "to classes" if classes else "without conditions"
+    guidable = (text or classes) and checkpoint["label_dropout"] > 0
+    precomputed = text is not None and text["encoder"] == "none"
+    for flag, value, fits, remedy in (
+            ("--label", args.label, classes, "leave it out" if not text else "use --prompt"),
+            ("--prompt", args.prompt, text and not precomputed, "use --embedding" if precomputed else
+             "use --label" if classes else "leave it out"),
+            ("--negative-prompt", args.negative_prompt, text and not precomputed, "leave it out"),
+            ("--embedding", args.embedding, precomputed, "use --prompt" if text else "leave it out"),
+            ("--text-encoder", args.text_encoder, text and "path" in text, "leave it out")):
+        if value is not None and not fits:
+            raise ValueError(f"{flag} {value if isinstance(value, str) else value[0]}: this run was trained "
+                             f"{learnt}{' given as vectors' if precomputed else ''}; {remedy}")
+    if precomputed and not args.embedding:
+        raise ValueError(f"{what}: was trained on computed vectors; give some by --embedding FILE.npz")
+    if args.cfg is not None and args.cfg != 1 and not guidable:
+        reason = f"{learnt} with dropout 0, so it has no unconditional branch" if text or classes else learnt
         raise ValueError(f"--cfg {args.cfg:g}: this run was trained {reason}; use --cfg 1")
-    if args.label is not None and args.cfg == 0:
-        raise ValueError(f"--label {args.label} with --cfg 0: scale 0 is unconditional and ignores the label;"
-                         " drop one of them")
-    scale = args.cfg if args.cfg is not None else 2.0 if labelled and trained_with_dropout else 1.0
-    if (low, high) != (0, 1) and scale in (0, 1):
-        raise ValueError(f"--interval {low:g} {high:g} with guidance {scale:g}: there is none to limit")
+    scale = args.cfg if args.cfg is not None else 2.0 if guidable else 1.0
+    for flag, value in (("--label", args.label), ("--prompt", args.prompt)):
+        if value is not None and scale == 0:
+            raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "
+                             "drop one of them")
+    for flag, given_here in ((f"--interval {low:g} {high:g}", (low, high) != (0, 1)),
+                             (f"--rescale {args.rescale:g}", args.rescale > 0),
+                             ("--negative-prompt", args.negative_prompt is not None and scale != 0)):
+        if given_here and scale in (0, 1):
+            raise ValueError(f"{flag} with guidance {scale:g}: there is none for it to act on")
     defaults = DRAW_DEFAULTS[checkpoint["objective"]["name"]]
     options = {name: getattr(args, name) for name in given}
     sampler = args.sampler or (OPTIONS[given[0]][0] if given else defaults["sampler"])
@@ -383,31 +493,42 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--variance learned: {what} was not trained to say anything of the variance")
 
     weights = checkpoint["model" if args.raw else "ema"]
-    model = load_weights(
-        build_model(checkpoint["arch"], checkpoint["config"]), weights, what).to(device).eval()
+    model = load_weights(build_model(checkpoint["arch"], checkpoint["config"], text),
+                         weights, what).to(device).eval()
     vae, path = unpack_vae(checkpoint["vae"]).to(device), build_path(checkpoint["objective"])
     TIMES[args.times](path, steps)    # a step count that the path does not have fails here, before any work
     height, width = checkpoint["data"]["size"]
     shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
-    labels = None
-    if args.label is not None:
-        labels = torch.full((args.n,), parse_label(args.label, classes))
-    elif labelled:
-        labels = torch.arange(args.n) % len(classes)
+    image = mask = None
+    if args.init_image:
+        image = to_tensor(read_image("--init-image", args.init_image, (height, width))[None])
+        if vae.config.image_channels == 1:
+            image = image.mean(1, keepdim=True)
+    if args.mask:
+        mask = torch.from_numpy(read_image("--mask", args.mask, (height, width)).mean(-1) > 127)[None, None]
+        if not mask.any():
+            raise ValueError(f"--mask {args.mask}: has no white pixel, so there is nothing to draw")
+    strength = args.strength if args.strength is not None else 1.0 if args.mask else 0.6
+    with torch.no_grad():
+        turn, every, names = conditions(args, checkpoint, model, device)
 
     def batches(on_step=None) -> Iterator[np.ndarray]:
         with tqdm(total=args.n, unit="img", desc=f"{sampler} x {steps}, guidance {scale:g}") as bar:
             for i in range(0, args.n, args.batch_size):
                 seeds = range(args.seed + i, args.seed + min(i + args.batch_size, args.n))
-                batch = labels[i:i + args.batch_size] if labels is not None else None
+                cond = {name: part[turn[i:i + args.batch_size]] for name, part in every.items()}
+                uncond = {name: part[[-1] * len(seeds)] for name, part in every.items()}
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    images = draw(model, vae, path, shape, batch, seeds, sampler=sampler, steps=steps,
-                                  scale=scale, num_classes=len(classes), interval=tuple(args.interval),
-                                  times=args.times, on_step=on_step, **options)
+                    images = draw(model, vae, path, shape, seeds, cond, uncond, sampler=sampler, steps=steps,
+                                  scale=scale, rescale=args.rescale, interval=tuple(args.interval),
+                                  times=args.times, strength=strength, image=image, mask=mask,
+                                  on_step=on_step, **options)
                 yield images
                 bar.update(len(seeds))
 
-    columns = len(classes) if labelled and args.label is None and len(classes) <= min(24, args.n) else None
+    several = len(names) > 1 and args.label is None
+    columns = len(names) if several and len(names) <= min(24 if classes else 8, args.n) else None
+    captions = [names[i] for i in turn] if several and text else None
     partial = out.with_name(out.name + ".part")         # the old file or the new one, whole
     try:
         if kind == ".npz":
@@ -415,14 +536,14 @@ def main(argv: list[str] | None = None) -> None:
                 for images in batches():
                     write(images)
         elif kind == ".gif":
-            frames: list[list[np.ndarray]] = [[] for _ in range(steps)]
-            for _ in batches(on_step=lambda i, images: frames[i].append(images)):
-                pass
-            pictures = [grid(np.concatenate(frame), columns) for frame in frames]
+            frames: dict[int, list[np.ndarray]] = {}
+            last = list(batches(on_step=lambda i, images: frames.setdefault(i, []).append(images)))
+            pictures = [grid(np.concatenate(frame), columns, captions=captions)
+                        for frame in frames.values() or [last]]
             pictures[0].save(partial, "GIF", save_all=True, append_images=pictures[1:], loop=0,
-                             duration=[120] * (steps - 1) + [1500])
+                             duration=[120] * (len(pictures) - 1) + [1500])
         elif kind == ".png":
-            grid(np.concatenate(list(batches())), columns).save(partial, "PNG")
+            grid(np.concatenate(list(batches())), columns, captions=captions).save(partial, "PNG")
         if kind:
             partial.replace(out)
     except OSError as error:
@@ -431,10 +552,10 @@ def main(argv: list[str] | None = None) -> None:
         partial.unlink(missing_ok=True)
     if not kind:
         out.mkdir(parents=True, exist_ok=True)
-        names = (f"{args.seed + i:06d}" + (f"-{classes[labels[i]]}" if labelled else "")
-                 for i in range(args.n))
+        labels = [re.sub(r"[^\w-]+", "-", f"-{name}")[:80] for name in names] or [""]
+        files = (f"{args.seed + i:06d}{labels[turn[i]]}" for i in range(args.n))
         for images in batches():
-            for image, name in zip(images, names):
+            for image, name in zip(images, files):
                 Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
                     out / f"{name}.png")
     print(out)

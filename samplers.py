@@ -61,6 +61,21 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
     return denoise
 
 
+def inpainting(denoise: Denoiser, path, x0: Tensor, repaint: Tensor) -> Denoiser:
+    """A denoiser that knows a part of the picture. Where `repaint` (bool, broadcast to x0) is False it
+    answers with the given x0 and the eps that xt then holds, so that every sampler, on either path, takes
+    that part back to x0 whatever the network says; where it is True the network answers, and sees the known
+    part at the noise of the moment (imputation: Song et al. 2021, arXiv:2011.13456, appendix I.2)."""
+
+    def denoise_rest(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        guess, eps, *variance = denoise(xt, t)
+        alpha, sigma = path.alpha_sigma(t)
+        known_eps = (xt - alpha * x0) / sigma
+        return torch.where(repaint, guess, x0), torch.where(repaint, eps, known_eps), *variance
+
+    return denoise_rest
+
+
 def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Unit Gaussian noise of x's shape; with one generator per image,
     image i does not depend on who else is in the batch."""
@@ -311,22 +326,22 @@ def unipc_weights(r: list, h: Tensor) -> list[Tensor]:
 
 
 def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-                on_step: OnStep = None, strength: float = 1.0) -> Tensor:
+                on_step: OnStep = None, noise: float = 1.0) -> Tensor:
     """Euler-Maruyama for dx = x0 dalpha + eps dsigma - w / 2 score dt + sqrt(w) dW, backward in time.
 
     Every w >= 0 leaves the distribution at each t as it is (Song et al. 2021, arXiv:2011.13456; Ma et al.
-    2024, arXiv:2401.08740, eq. 5). Here w dt = strength * dsigma^2: with score = -eps / sigma the drift is
-    finite on either path, at alpha = 0 too; strength 0 is the ODE (Euler in alpha and sigma), 1 adds as much
+    2024, arXiv:2401.08740, eq. 5). Here w dt = noise * dsigma^2: with score = -eps / sigma the drift is
+    finite on either path, at alpha = 0 too; noise 0 is the ODE (Euler in alpha and sigma), 1 adds as much
     noise as sigma loses. The last step, to the singular end sigma = 0, adds none."""
     check_times(times)
-    if strength < 0:
-        raise ValueError(f"strength {strength}: must not be negative")
+    if noise < 0:
+        raise ValueError(f"noise {noise}: must not be negative")
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
         (_, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
         x = alpha_s * x0 + sigma_s * eps
         if s > 0:
-            dvar = strength * 2 * sigma_t * (sigma_t - sigma_s)
+            dvar = noise * 2 * sigma_t * (sigma_t - sigma_s)
             x = x - dvar / 2 / sigma_t * eps + dvar.sqrt() * noise_like(x, generator)
         if on_step:
             on_step(i, x, x0)

@@ -2,6 +2,7 @@ r"""Train a network in latent space: settings, data, VAE, latents, loop, samples
 
     python train.py --arch dit --objective rf               # all from nothing, ten minutes on two cores
     python train.py --arch unet --objective ddpm --prediction v --data fashion-mnist
+    python train.py --arch mmdit --objective rf --data shapes --cond text      # words instead of classes
     python train.py --arch vae --data FOLDER --image-size 128 192   # only the autoencoder
     python train.py --arch dit --data FOLDER --image-size 128 192
     python train.py --arch dit --objective ddpm --data FOLDER --image-size 256 --published dit-xl-2-256 \
@@ -36,21 +37,24 @@ from tqdm import tqdm
 import dit
 import unet
 import vae as vae_file
-from data import (Dataset, LatentCache, batch_indices, batches, fingerprint_tensors, grid, load_data, locked,
-                  to_tensor, to_uint8)
+from data import (Dataset, LatentCache, TextCache, batch_indices, batches, fingerprint_files,
+                  fingerprint_tensors, grid, load_data, locked, read_embeddings, to_tensor, to_uint8,
+                  vary_caption)
 from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_published_vae,
-                    check_weights, draw, load_checkpoint, load_vae, load_weights, pick_device, read_published,
-                    unpack_vae)
+                    check_weights, draw, listen, load_checkpoint, load_vae, load_weights, pick_device,
+                    read_published, unpack_vae)
 from vae import VAEConfig
 
 # What two cores can do in ten minutes; each entry can be overridden by its flag.
 DEFAULTS = {
-    "vae":  dict(steps=3000, batch_size=16, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
+    "vae":  dict(steps=2000, batch_size=8, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
     "dit":  dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "mmdit": dict(steps=4000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
+PRESETS = {"dit": dit.PRESETS, "mmdit": dit.MMDIT_PRESETS, "unet": unet.PRESETS}
 SAMPLE_ROWS = 10   # of samples.png, a column per class
-VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-4}
+VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5}
 # Flags that may differ when a run is continued: where things are and how often we look, never what is learnt.
 FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every",
         "preview_every", "save_every"}
@@ -58,8 +62,8 @@ FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_e
 BELONGS = {"schedule": ("objective", "ddpm"), "min_snr": ("objective", "ddpm"),
            "zero_terminal_snr": ("objective", "ddpm"), "density": ("objective", "rf"),
            "density_mean": ("density", "logit_normal"), "density_std": ("density", "logit_normal"),
-           "mode_scale": ("density", "mode"), "shift": ("objective", "rf"), "patch": ("arch", "dit"),
-           "block": ("arch", "dit")}
+           "mode_scale": ("density", "mode"), "shift": ("objective", "rf"), "patch": ("arch", "dit mmdit"),
+           "block": ("arch", "dit"), "conv": ("arch", "dit mmdit"), "text_encoder": ("cond", "text")}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -74,17 +78,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--runs-dir", default="runs", help="where runs live (default: runs)")
     g = p.add_argument_group("data")
     g.add_argument("--data", default="shapes",
-                   help="shapes (default), fashion-mnist, mnist, cifar10, or a folder")
-    g.add_argument("--data-dir", default="data", help="IDX and CIFAR-10 files are or go here (default: data)")
+                   help="shapes (default), emoji, fashion-mnist, mnist, cifar10, or a folder")
+    g.add_argument("--data-dir", default="data",
+                   help="IDX and CIFAR-10 files are or go here, or an emoji font (default: data)")
     g.add_argument("--image-size", type=int, nargs="+", metavar="N",
                    help="side, or height and width (default: 32)")
     g.add_argument("--flip", action="store_true", help="mirror pictures at random")
-    g.add_argument("--cond", choices=("class", "none"), default="class", help="learn labels (default) or not")
+    g.add_argument("--cond", choices=("class", "text", "none"),
+                   help="learn labels, captions or neither (default: text for mmdit, and for a unet on "
+                        "emoji; else class)")
+    g.add_argument("--text-encoder", metavar="KIND",
+                   help="bytes (default): learnt; clip:FOLDER or t5:FOLDER: frozen, by transformers; none: a "
+                        "folder's pictures have .npz files of vectors beside them")
     g.add_argument("--cache-dir", help="for decoded pictures and latents (default: the VAE's folder)")
     g = p.add_argument_group("network")
-    g.add_argument("--preset", help="a row of PRESETS in dit.py or unet.py, like S/2 or sd1 (default: small)")
-    g.add_argument("--patch", type=int, nargs="+", metavar="N", help="dit: patch side, or height and width")
+    g.add_argument("--preset", help="a row of PRESETS or MMDIT_PRESETS in dit.py, or of PRESETS in unet.py, "
+                                    "like S/2 or sd1 (default: small)")
+    g.add_argument("--patch", type=int, nargs="+", metavar="N",
+                   help="dit, mmdit: patch side, or height and width")
     g.add_argument("--block", choices=("modern", "published"), help="dit: kind of block")
+    g.add_argument("--conv", action="store_true",
+                   help="dit, mmdit: a depthwise 3x3 convolution between the tokens in every MLP")
     g.add_argument("--vae", help="a trained VAE: run, checkpoint, published file or diffusers folder "
                                  "(default: this data's own)")
     g.add_argument("--init-from", metavar="PATH",
@@ -96,7 +110,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--vae-widths", type=int, nargs="+", metavar="N",
                    help="per level; all but the last halve the image")
     g.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent (default: 4)")
-    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 1e-4)")
+    g.add_argument("--kl-weight", type=float, help="weight of the KL term (default: 1e-5)")
     g.add_argument("--vae-steps", type=int, help="its steps, when trained on the way to another network")
     g = p.add_argument_group("objective")
     g.add_argument("--schedule", choices=("linear", "scaled_linear", "cosine"),
@@ -110,7 +124,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--mode-scale", type=float, help="rf, mode: s (default: 1.29)")
     g.add_argument("--shift", type=float, help="rf: shift t toward noise, for larger pictures (default: 1)")
     g.add_argument("--label-dropout", type=float, default=0.1,
-                   help="share of labels dropped, for guidance (default: 0.1); 0: no guidance later")
+                   help="share of labels or captions dropped, for guidance (default: 0.1); 0: no guidance "
+                        "later")
     g = p.add_argument_group("optimisation (defaults depend on --arch: DEFAULTS in this file)")
     g.add_argument("--steps", type=int, help="optimizer steps")
     g.add_argument("--batch-size", type=int, help="examples per optimizer step")
@@ -160,11 +175,21 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise ValueError(f"{flag(name)}: must be " + (f"between {low} and {high}" if high < math.inf else
                                                           f"at least {low}"))
+    default = "text" if args.arch == "mmdit" or (args.arch == "unet" and args.data == "emoji") else "class"
+    args.cond = args.cond or default
+    if (args.arch == "dit" and args.cond == "text") or (args.arch == "mmdit" and args.cond != "text"):
+        raise ValueError(f"{flag('cond')}: --arch {args.arch} listens to "
+                         + ("classes; mmdit and unet listen to words" if args.arch == "dit" else
+                            "words (--cond text), which may be the names of classes"))
+    encoder, _, path = (args.text_encoder or "bytes").partition(":")
+    if encoder not in ("bytes", "clip", "t5", "none") or bool(path) != (encoder in ("clip", "t5")):
+        raise ValueError(f"{flag('text_encoder')}: must be bytes, clip:FOLDER, t5:FOLDER or none")
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
     kind = vars(args) | {"density": args.density or ("logit_normal" if args.objective == "rf" else None)}
     for name, (group, owner) in BELONGS.items():
-        if name in given and kind[group] != owner:
-            raise ValueError(f"{flag(name)}: belongs to --{group} {owner}, not {kind[group]}")
+        if name in given and kind[group] not in owner.split():
+            raise ValueError(f"{flag(name)}: belongs to --{group} {owner.replace(' ', ' or ')}, not "
+                             f"{kind[group]}")
     for name in ("vae", "preset", "vae_steps", "init_from", "published", "prediction", *BELONGS):
         if args.arch == "vae" and name in given:
             raise ValueError(f"{flag(name)}: for a network in latent space; "
@@ -175,7 +200,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"{flag('published')}: needs --init-from FILE, its weights, and --vae PATH")
         if args.arch != "dit" or args.objective != row["objective"]["name"]:
             raise ValueError(f"{flag('published')}: is --arch dit --objective {row['objective']['name']}")
-        for name in ("preset", "patch", "block", "prediction", *BELONGS):
+        for name in ("preset", "prediction", *BELONGS):
             if name in given:
                 raise ValueError(f"{flag(name)}: settled by --published {args.published}; "
                                  "give one or the other")
@@ -190,15 +215,22 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.batch_size % args.accumulate:
         raise ValueError(f"{flag('accumulate')}: does not divide the batch of {args.batch_size}")
     if args.arch != "vae":
-        presets = dit.PRESETS if args.arch == "dit" else unet.PRESETS
         args.preset = args.preset or "small"
-        if args.preset not in presets:
-            raise ValueError(f"{flag('preset')}: {args.arch} has {', '.join(presets)}")
+        if args.preset not in PRESETS[args.arch]:
+            raise ValueError(f"{flag('preset')}: {args.arch} has {', '.join(PRESETS[args.arch])}")
+    if args.cond == "text" and args.arch != "vae":
+        args.text_encoder = args.text_encoder or "bytes"
     stem = Path(args.data).name or "data"
+    stem += "-text" if shows_scenes(args) else ""
     stem += "" if args.image_size == [32, 32] else "-{}x{}".format(*args.image_size)
     args.vae_name = f"{stem}-vae"
     args.name = args.name or (args.vae_name if args.arch == "vae" else f"{stem}-{args.arch}-{args.objective}")
     return args
+
+
+def shows_scenes(args: argparse.Namespace) -> bool:
+    """Shapes with words are other pictures than those with classes."""
+    return (args.data, args.cond) == ("shapes", "text")
 
 
 def objective_of(args: argparse.Namespace) -> dict:
@@ -219,14 +251,20 @@ def vae_config(args: argparse.Namespace, image_channels: int) -> dict:
     return config | ({"widths": tuple(widths)} if widths else {})
 
 
-def network_config(args: argparse.Namespace, latent_channels: int, num_classes: int) -> dict:
-    shared = {"channels": latent_channels, "num_classes": num_classes}
+def network_config(args: argparse.Namespace, latent_channels: int, num_classes: int,
+                   text_widths: tuple[int | None, int | None]) -> dict:
+    """text_widths: of the encoder's context and pooled vectors, where there are any."""
     if args.published:
-        return PUBLISHED[args.published]["config"] | shared
-    if args.arch == "unet":
-        return unet.PRESETS[args.preset] | shared | {"context_width": None}
-    patch = {"patch": (args.patch[0], args.patch[-1])} if args.patch else {}
-    return dit.PRESETS[args.preset] | shared | patch | (dit.PUBLISHED if args.block == "published" else {})
+        return PUBLISHED[args.published]["config"] | {"channels": latent_channels, "num_classes": num_classes}
+    config = PRESETS[args.arch][args.preset] | {"channels": latent_channels}
+    if args.arch == "mmdit":
+        config |= {"context_width": text_widths[0], "pooled_width": text_widths[1]}
+    else:
+        config |= {"num_classes": num_classes}
+    config |= {"context_width": text_widths[0]} if args.arch == "unet" else {}
+    config |= {"patch": (args.patch[0], args.patch[-1])} if args.patch else {}
+    config |= dit.PUBLISHED if args.block == "published" else {}
+    return config | ({"conv": True} if args.conv else {})
 
 
 def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -258,17 +296,39 @@ def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> 
     return state
 
 
-def check_networks(args: argparse.Namespace, vae: VAEConfig, initial: dict[str, Tensor] | None) -> None:
+def text_of(args: argparse.Namespace) -> dict | None:
+    """What the checkpoint will say of the encoder of words."""
+    if args.arch == "vae" or args.cond != "text":
+        return None
+    kind, _, path = args.text_encoder.partition(":")
+    config = dit.TEXT_PRESETS.get(args.preset, {})
+    return {"encoder": kind} | ({"config": asdict(dit.TextConfig(**config))} if kind == "bytes" else
+                                {"path": path} if path else {})
+
+
+def text_widths(text: dict | None, encode) -> tuple[int | None, int | None]:
+    """Of the context and of the pooled vector; None where there is none."""
+    if text is None:
+        return None, None
+    if text["encoder"] == "bytes":
+        return (text["config"]["width"],) * 2
+    cond = encode([""])
+    return cond["context"].shape[-1], cond["pooled"].shape[-1] if "pooled" in cond else None
+
+
+def check_networks(args: argparse.Namespace, vae: VAEConfig, text: dict | None, widths: tuple,
+                   initial: dict[str, Tensor] | None) -> None:
     """Build the networks without memory and check the sides of the picture against every halving and patch on
     the way, so that what cannot work is said before the VAE takes its minutes."""
     factors = {"VAE": (2 ** (len(vae.widths) - 1),) * 2}
     with torch.device("meta"):
         build_model("vae", asdict(vae))
         if args.arch != "vae":
-            network = build_model(args.arch, network_config(args, vae.latent_channels, 0))
+            config = network_config(args, vae.latent_channels, 0, widths)
+            network = build_model(args.arch, config, text)
             if initial is not None:
                 fit_weights(network, initial, args.init_from)
-            factors[args.arch] = network.config.patch if args.arch == "dit" else (network.factor,) * 2
+            factors[args.arch] = (network.factor,) * 2 if args.arch == "unet" else network.config.patch
     need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
     if any(side % multiple for side, multiple in zip(args.image_size, need)):
         why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
@@ -335,7 +395,8 @@ def vae_arguments(args: argparse.Namespace) -> argparse.Namespace:
         vars(vae_args).update(found)
     else:
         shared = ("data", "image_size", "flip", "precision", "seed")
-        vars(vae_args).update(given | {name: getattr(args, name) for name in shared})
+        vars(vae_args).update(given | {name: getattr(args, name) for name in shared}
+                              | {"cond": "text" if shows_scenes(args) else "class"})
         resolve(vae_args)
     vars(vae_args).update({name: getattr(args, name) for name in FREE - {"name"}})
     return vae_args
@@ -422,10 +483,14 @@ class Autoencoding:
 class Denoising:
     """The same for a network in latent space."""
 
-    def __init__(self, args: argparse.Namespace, cache: LatentCache, val: Dataset, vae: vae_file.VAE,
-                 objective: dict, num_classes: int, device: torch.device):
+    def __init__(self, args: argparse.Namespace, cache: LatentCache, data: Dataset, val: Dataset,
+                 vae: vae_file.VAE, objective: dict, num_classes: int, encode: TextCache | None,
+                 device: torch.device):
         self.args, self.cache, self.vae, self.num_classes, self.device = args, cache, vae, num_classes, device
         self.path, self.draw_defaults = build_path(objective), DRAW_DEFAULTS[objective["name"]]
+        self.encode, self.vary = encode, data.vary and encode is None   # a frozen one has seen no variants
+        self.captions, self.val_captions = ((data.captions, val.captions[:256]) if args.cond == "text" else
+                                            (None, None))
         # Validation: fixed pictures, noise and times, spread evenly: each bucket is a quarter of the way.
         with torch.no_grad():
             pictures = to_tensor(val.images[:256]).split(32)
@@ -433,39 +498,63 @@ class Denoising:
         n, generator = len(self.x0), torch.Generator().manual_seed(0)
         self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(device)
         self.eps = torch.randn(self.x0.shape, generator=generator).to(device)
-        self.cond = {"y": torch.from_numpy(val.labels[:256]).to(device)} if num_classes else {}
+        self.val_labels = torch.from_numpy(val.labels[:256]) if num_classes else None
+
+    def condition(self, model: torch.nn.Module, labels: Tensor | None,
+                  prompts: list[str]) -> dict[str, Tensor]:
+        """What the network is told: labels, prompts, or nothing."""
+        if self.captions:
+            return listen(model, self.encode or model.text, prompts)
+        return {"y": labels.to(self.device)} if self.num_classes else {}
+
+    def prompt(self, index: int, drop: bool) -> str:
+        caption = "" if drop else self.captions[index]
+        return vary_caption(caption, np.random.default_rng(torch.randint(2**31, ()).item())) if (
+            self.vary and caption) else caption
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and (B,) times that it was taken at."""
-        z, y = self.cache.batch(indices)
-        x0, cond = self.vae.normalize(z.to(self.device)), {}
-        if self.num_classes:
-            dropped = torch.rand(len(y)) < self.args.label_dropout        # each label on its own
-            cond = {"y": torch.where(dropped, self.num_classes, y).to(self.device)}
+        z, labels = self.cache.batch(indices)
+        x0 = self.vae.normalize(z.to(self.device))
+        drop = torch.rand(len(z)) < self.args.label_dropout               # each label or caption on its own
+        labels = torch.where(drop, self.num_classes, labels) if self.num_classes else None
+        prompts = [self.prompt(i, d) for i, d in zip(indices, drop.tolist())] if self.captions else []
         t = self.path.sample_t(len(x0), self.device)
-        return self.path.loss(model, x0, t=t, **cond), t
+        return self.path.loss(model, x0, t=t, **self.condition(model, labels, prompts)), t
 
     def validate(self, model: torch.nn.Module) -> dict:
-        loss, quarter = (self.path.loss(model, self.x0, t=self.t, eps=self.eps, **self.cond),
-                         (self.t * 4).long())
+        cond = self.condition(model, self.val_labels, self.val_captions)
+        loss, quarter = self.path.loss(model, self.x0, t=self.t, eps=self.eps, **cond), (self.t * 4).long()
         buckets = {f"{i / 4}-{(i + 1) / 4}": loss[quarter == i].mean().item()
                    for i in quarter.unique().tolist()}
         return {"val_loss": loss.mean().item(), "val_by_time": buckets}
 
     def preview(self, model: torch.nn.Module, rows: int = 3) -> Image.Image:
-        """Samples, a column per class; guidance 2 where the run is trained for it."""
+        """Samples, a column per class, or one for each of the first captions of the validation part;
+        guidance 2 where the run is trained for it."""
         columns = min(self.num_classes, 24) or 8
-        labels = (torch.arange(rows * columns) % self.num_classes).split(64) if self.num_classes else None
-        scale = 2.0 if self.num_classes and self.args.label_dropout > 0 else 1.0
-        batches = [range(i, min(i + 64, rows * columns)) for i in range(0, rows * columns, 64)]
-        images = [draw(model, self.vae, self.path, self.x0.shape[1:], labels[i] if labels else None, seeds,
-                       scale=scale, num_classes=self.num_classes, **self.draw_defaults)
-                  for i, seeds in enumerate(batches)]
-        return grid(np.concatenate(images), columns)
+        turn = torch.arange(rows * columns)
+        if self.captions:
+            turn = turn % len(self.val_captions)
+            every = listen(model, self.encode or model.text, [*self.val_captions[:rows * columns], ""])
+        else:
+            turn = turn % max(1, self.num_classes)
+            every = {"y": torch.arange(self.num_classes + 1, device=self.device)} if self.num_classes else {}
+        images = []
+        for i in range(0, len(turn), 64):
+            seeds = range(i, min(i + 64, len(turn)))
+            cond, uncond = ({name: part[which] for name, part in every.items()}
+                            for which in (turn[i:i + 64], [-1] * len(seeds)))
+            images.append(draw(model, self.vae, self.path, self.x0.shape[1:], seeds, cond, uncond,
+                               scale=2.0 if every and self.args.label_dropout > 0 else 1.0,
+                               **self.draw_defaults))
+        captions = [self.val_captions[i] for i in turn] if self.captions else None
+        return grid(np.concatenate(images), columns, captions=captions)
 
 
 def encode(vae: vae_file.VAE, data: Dataset, args: argparse.Namespace, cache_dir: Path) -> LatentCache:
-    encoder = {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+    encoder = {name: weight for name, weight in vae.state_dict().items()
+               if name.startswith(("encoder.", "quant_conv.", "patch_encoder."))}
     device = next(vae.parameters()).device
     return LatentCache(cache_dir / "latents.npy", vae, fingerprint_tensors(encoder), data, args.flip, device)
 
@@ -486,7 +575,12 @@ def train(args: argparse.Namespace) -> bool:
         check_published_vae(args.published, vae, args.vae)
     vae_args = args if is_vae else None if vae else vae_arguments(args)
     initial = initial_weights(args) if args.init_from and not begun else None
-    check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), initial)
+    text, encoder = text_of(args), None
+    if text and "path" in text:
+        encoder = dit.PublishedTextEncoder(text["encoder"], text["path"], device)
+    precomputed = text is not None and text["encoder"] == "none"
+    check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), text,
+                   (256, None) if precomputed else text_widths(text, encoder), initial)
     bf16_here = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                  device.type == "cpu"
                  and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
@@ -505,8 +599,9 @@ def train(args: argparse.Namespace) -> bool:
     # a VAE from elsewhere keeps its own folder; that of this data shares its cache with every network
     home = run if is_vae or args.vae else Path(vae_args.runs_dir) / vae_args.name
     cache_dir = Path(args.cache_dir) if args.cache_dir else home
-    data, val = (load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir)
-                 for split in ("train", "val"))
+    words = "embeddings" if precomputed else "captions" if args.cond == "text" else None
+    data, val = (load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,
+                           words=words) for split in ("train", "val"))
     if vae and vae.config.image_channels != data.images.shape[-1]:
         raise ValueError(f"--vae {args.vae}: for pictures of {vae.config.image_channels} channels; those of "
                          f"--data {args.data} have {data.images.shape[-1]}")
@@ -527,10 +622,17 @@ def train(args: argparse.Namespace) -> bool:
         if not is_vae:
             vae = (unpack_vae(saved["vae"]) if saved else vae).to(device)   # the VAE that the run began with
             cache = encode(vae, data, args, cache_dir)
+        table = None                                       # of what a frozen encoder says
+        if precomputed or encoder is not None:
+            prompts = [*data.captions, *val.captions[:256]]
+            files = prompts if precomputed else sorted(Path(text["path"]).rglob("*.*"))
+            table = TextCache(cache_dir / f"text-{text['encoder']}.bin", prompts, encoder or read_embeddings,
+                              fingerprint_files(files), device)
+            encoder = None                                 # gigabytes, perhaps
         torch.manual_seed(args.seed)
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
-                  network_config(args, vae.config.latent_channels, num_classes))
-        model = build_model(args.arch, config).to(device)
+                  network_config(args, vae.config.latent_channels, num_classes, text_widths(text, table)))
+        model = build_model(args.arch, config, text).to(device)
         if initial is not None and not saved:
             load_weights(model, fit_weights(model, initial, args.init_from), args.init_from)
         initial = None                                     # gigabytes, perhaps
@@ -544,7 +646,7 @@ def train(args: argparse.Namespace) -> bool:
                                        {"params": others, "weight_decay": 0.0}],
                                       lr=args.lr, fused=device.type != "mps", betas=(0.9, 0.95))
         task = (Autoencoding(args, data, val, device) if is_vae else
-                Denoising(args, cache, val, vae, objective, num_classes, device))
+                Denoising(args, cache, data, val, vae, objective, num_classes, table, device))
         if args.compile:
             for module in (model.encoder, model.decoder) if is_vae else (model,):
                 module.compile()                   # in place: the names of the weights stay as they are
@@ -564,8 +666,9 @@ def train(args: argparse.Namespace) -> bool:
             write_atomically(file, lambda f: torch.save({
                 "arch": args.arch, "config": asdict(model.config), "objective": objective, "step": step,
                 "data": {"source": args.data, "size": args.image_size,
-                         "classes": data.classes if num_classes else []},
-                "label_dropout": args.label_dropout if num_classes else 0.0,
+                         "classes": data.classes if num_classes else [],
+                         "prompts": val.captions[:64] if text else []},
+                "text": text, "label_dropout": args.label_dropout if num_classes or text else 0.0,
                 "vae": None if is_vae else {"config": asdict(vae.config), "state": vae.state_dict()},
                 "model": model.state_dict(), "ema": ema.state_dict(),
                 "training": {"optimizer": optimizer.state_dict(), "data": data.fingerprint,
@@ -682,9 +785,11 @@ def main(argv: list[str] | None = None) -> None:
     run, defaults = Path(args.runs_dir) / args.name, DRAW_DEFAULTS[args.objective]
     print(f"{run / 'samples.png'}, {run / 'loss.png'} after {(time.time() - started) / 60:.1f} minutes")
     if args.arch != "vae":
-        classes, dropout = (load_checkpoint(run)[key] for key in ("data", "label_dropout"))
-        label = f" --label {classes['classes'][0]}" if classes["classes"] else ""
-        print(f"more: python sample.py {run}{label} --n 64 --sampler {defaults['sampler']} "
+        data, text, dropout = (load_checkpoint(run)[key] for key in ("data", "text", "label_dropout"))
+        what = (f" --label {data['classes'][0]}" if data["classes"] else
+                f" --embedding {data['prompts'][0]}" if text and text["encoder"] == "none" else
+                f' --prompt "{data["prompts"][0]}"' if text else "")
+        print(f"more: python sample.py {run}{what} --n 64 --sampler {defaults['sampler']} "
               f"--steps {defaults['steps']}" + (" --cfg 2" if dropout else "") + " --seed 0 --out grid.png")
 
 

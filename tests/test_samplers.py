@@ -117,7 +117,7 @@ def test_order_on_even_times(path):
 
 @pytest.mark.parametrize("name, options", [
     ("ddpm", {}), ("ddpm", {"variance": "large"}), ("ddim", {"eta": 0.5}), ("dpmpp_2m_sde", {}),
-    ("reverse_sde", {"strength": 1.0}), ("reverse_sde", {"strength": 0.3}), ("reverse_sde", {"strength": 0})])
+    ("reverse_sde", {"noise": 1.0}), ("reverse_sde", {"noise": 0.3}), ("reverse_sde", {"noise": 0})])
 @pytest.mark.parametrize("path", ["rf", "ddpm-cosine"])
 def test_stochastic_solvers_draw_the_right_gaussian(path, name, options):
     """Mean and covariance of 20,000 samples within four standard errors, in two correlated dimensions."""
@@ -139,15 +139,15 @@ def test_stochastic_solvers_draw_the_right_gaussian(path, name, options):
     assert ((torch.cov(y.T) - cov).abs() < 4 * error).all()
 
 
-def test_strength_0_is_the_ode():
+def test_noise_0_is_the_ode():
     path = RectifiedFlow()
     denoise = gaussian_mixture(path, MEANS, STD)
     want, got = (euler(denoise, path, X, path.times(9)),
-                 reverse_sde(denoise, path, X, path.times(9), strength=0.0))
+                 reverse_sde(denoise, path, X, path.times(9), noise=0.0))
     torch.testing.assert_close(got, want)
     assert (reverse_sde(denoise, path, X, path.times(9)) - want).abs().max() > 0.01
-    with pytest.raises(ValueError, match="strength"):
-        reverse_sde(denoise, path, X, path.times(9), strength=-1.0)
+    with pytest.raises(ValueError, match="noise"):
+        reverse_sde(denoise, path, X, path.times(9), noise=-1.0)
 
 
 def test_learned_variance_reaches_from_small_to_large():

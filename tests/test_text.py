@@ -1,8 +1,12 @@
 """Words: bytes to vectors, and the networks that listen to them."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
+import data
 import dit
 import unet
 
@@ -17,16 +21,28 @@ def encoder():
     return model
 
 
-def test_bytes():
-    ids, mask = dit.tokenize(PROMPTS, limit=100)
-    for row, keep, prompt in zip(ids, mask, PROMPTS):
-        assert row[keep].tolist() == [dit.START, *prompt.encode()] and (row[~keep] == dit.PAD).all()
+def test_words_are_bytes():
+    """Nothing is lost but capitals: any script, any run of spaces, words of any length."""
+    long = "antidisestablishmentarianism  緑の円、赤い四角、青い三角形"
+    ids, mask = dit.tokenize([*PROMPTS, long], limit=100)
+    for row, keep, prompt in zip(ids, mask, [*PROMPTS, long]):
+        letters = row[keep]
+        assert letters[0].tolist() == [dit.START] + [dit.PAD] * (dit.WORD - 1)
+        assert bytes(letters[1:][letters[1:] != dit.PAD].tolist()) == (
+            f" {prompt}".lower().encode() if prompt else b"")
+        assert (row[~keep] == dit.PAD).all()
+    assert mask.sum(1).tolist()[:2] == [1, 4]                     # START alone; START a red circle
+    red, circle = dit.tokenize(["RED circle", "circle red"], 9)[0][:, 1:]
+    assert torch.equal(red, circle.flip(0))                       # the same word in either place
+    assert dit.split_words(" \n") == [] == dit.split_words("")
 
 
-def test_cut_keeps_whole_characters():
-    assert dit.cut("abc", 3) == ("abc", "") and dit.cut("abcd", 3) == ("abc", "d")
-    assert dit.cut("a緑b", 3) == ("a", "緑b")                         # a third byte alone is no character
-    assert dit.tokenize(["a緑b"], 3)[0].tolist() == [[dit.START, ord("a")]]
+def test_what_is_cut_is_named():
+    model = dit.TextEncoder(dit.TextConfig(**SMALL, limit=3))
+    assert model.cut("one two three") == "" and model.cut("one two three four five") == "four five"
+    assert model.cut("緑" * 40) == "緑" * 24 and dit.tokenize(["a " * 50], 3)[1].shape == (1, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(["one two three four"]), model(["one two three"]), rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -35,7 +51,7 @@ def test_padding_changes_no_prompt():
     model = encoder()
     together = model(PROMPTS)
     for i, prompt in enumerate(PROMPTS):
-        alone, length = model([prompt]), len(prompt.encode()) + 1
+        alone, length = model([prompt]), len(dit.split_words(prompt)) + 1
         torch.testing.assert_close(together["context"][i, :length], alone["context"][0], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(together["pooled"][i], alone["pooled"][0], atol=1e-6, rtol=1e-5)
         assert not together["context"][i, length:].any() and not together["mask"][i, length:].any()
@@ -44,8 +60,9 @@ def test_padding_changes_no_prompt():
 @torch.no_grad()
 def test_order_and_letters_matter():
     model = encoder()
-    a, b, c = model(["red left of blue", "blue left of red", "red left of bluf"])["pooled"]
-    assert min((a - b).norm(), (a - c).norm()) > 1e-3 * a.norm()
+    a, b, c, d = model(["red left of blue", "blue left of red", "red left of bluf", "red left of lbue"])["pooled"]
+    assert min((a - other).norm() for other in (b, c, d)) > 1e-3 * a.norm()
+    torch.testing.assert_close(model(["RED Left of blue"])["pooled"][0], a)
 
 
 def network(kind):
@@ -108,3 +125,119 @@ def test_convolution_between_tokens(kind):
         torch.nn.init.normal_(p, std=0.1)
     assert torch.isfinite(model(torch.randn(2, 4, 6, 8), torch.rand(2), **cond)).all()
     assert sum(".conv." in name for name, _ in model.named_parameters()) == 2 * 2
+
+
+# ---- frozen encoders and precomputed vectors
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Folders of a tiny CLIP (with and without projection) and T5, with tokenizers of the published kinds."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    root, words = tmp_path_factory.mktemp("encoders"), ["a", "red", "circle", "blue", "square"]
+    # CLIP: byte pairs, begin and end marks
+    folder = root / "clip"
+    folder.mkdir()
+    vocab = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz",
+                                                *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                               model_max_length=24).save_pretrained(folder)
+    config = transformers.CLIPTextConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=32,
+                                         num_hidden_layers=3, num_attention_heads=2, projection_dim=12,
+                                         max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
+    transformers.CLIPTextModel(config).save_pretrained(root / "sd1/text_encoder")
+    transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(root / "sd1/tokenizer")
+    # T5: here whole words, and an end mark
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}, "<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(root / "t5")
+    transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        decoder_start_token_id=0)).save_pretrained(root / "t5")
+    return root
+
+
+@torch.no_grad()
+def test_frozen_clip(published):
+    import transformers
+
+    encoder = dit.PublishedTextEncoder("clip", str(published / "clip"))
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(published / "clip").eval()
+    together = encoder(["a red circle", "blue", ""])
+    for i, prompt in enumerate(["a red circle", "blue", ""]):
+        ids = encoder.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        want = model(ids, output_hidden_states=True)
+        n = ids.shape[1]
+        assert together["mask"][i].tolist() == [j < n for j in range(together["mask"].shape[1])]
+        torch.testing.assert_close(together["context"][i, :n], want.hidden_states[-2][0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together["pooled"][i], want.text_embeds[0], atol=1e-5, rtol=1e-4)
+    assert together["pooled"].shape == (3, 12)
+    assert dit.PublishedTextEncoder("clip", str(published / "sd1"))(["blue"])["pooled"].shape == (1, 16)
+    assert encoder.cut("a red circle") == "" and encoder.cut(
+        "a red circle left of a blue square") == "quare"           # 22 letters and two marks are 24 tokens
+
+
+@torch.no_grad()
+def test_frozen_t5(published):
+    import transformers
+
+    encoder = dit.PublishedTextEncoder("t5", str(published / "t5"))
+    model = transformers.T5EncoderModel.from_pretrained(published / "t5").eval()
+    together = encoder(["a red circle", "blue"])
+    assert set(together) == {"context", "mask"} and together["mask"].sum(1).tolist() == [4, 2]
+    want = model(encoder.tokenizer("blue", return_tensors="pt")["input_ids"]).last_hidden_state
+    torch.testing.assert_close(together["context"][1, :2], want[0], atol=1e-5, rtol=1e-4)
+    assert not together["context"][1, 2:].any()
+
+
+def test_frozen_encoders_refuse(published, tmp_path):
+    with pytest.raises(ValueError, match="no text encoder there"):
+        dit.PublishedTextEncoder("clip", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be loaded as a t5 encoder"):
+        dit.PublishedTextEncoder("t5", str(tmp_path))
+
+
+def test_text_cache(published, tmp_path, capsys):
+    """What it returns is what the encoder said, in float16; built once, and anew for other prompts."""
+    encoder = dit.PublishedTextEncoder("clip", str(published / "clip"))
+    prompts = ["a red circle", "blue", "blue"]
+    cache = data.TextCache(tmp_path / "text.bin", prompts, encoder, "clip 1")
+    with torch.no_grad():
+        got, want = cache(["blue", "", "a red circle"]), encoder(["blue", "", "a red circle"])
+    assert cache.widths == (16, 12) and torch.equal(got["mask"], want["mask"])
+    torch.testing.assert_close(got["context"], want["context"], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(got["pooled"], want["pooled"])
+
+    def never(prompts):
+        raise AssertionError("encoded again")
+
+    again = data.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
+    assert torch.equal(again(["blue"])["context"], cache(["blue"])["context"])
+    for changed in ((["a square"], "clip 1"), (prompts, "clip 2")):
+        with pytest.raises(AssertionError, match="encoded again"):
+            data.TextCache(tmp_path / "text.bin", changed[0], never, changed[1])
+
+
+def test_precomputed_vectors(tmp_path):
+    context, pooled = torch.randn(5, 6), torch.randn(4)
+    for name, mask in (("all.npz", [1] * 5), ("part.npz", [1, 1, 0, 0, 0])):
+        np.savez(tmp_path / name, context=context, mask=np.array(mask, bool), pooled=pooled)
+    cond = data.read_embeddings([str(tmp_path / "part.npz"), "", str(tmp_path / "all.npz")])
+    assert cond["mask"].sum(1).tolist() == [2, 1, 5] and not cond["context"][1].any() and not cond["pooled"][1].any()
+    torch.testing.assert_close(cond["context"][0, :2], context[:2])
+    torch.testing.assert_close(cond["context"][2], context)
+    torch.testing.assert_close(cond["pooled"][2], pooled)
+    (tmp_path / "bad.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="bad.npz: not an .npz with context"):
+        data.read_embeddings([str(tmp_path / "bad.npz")])
+    np.savez(tmp_path / "wide.npz", context=torch.randn(5, 7), pooled=pooled)
+    with pytest.raises(ValueError, match="differ in width"):
+        data.read_embeddings([str(tmp_path / "all.npz"), str(tmp_path / "wide.npz")])
