@@ -180,14 +180,14 @@ class Decoder(nn.Module):
 
 def cosines(n: int, channels: int, side: int) -> Tensor:
     """(n, channels, side, side): the first of the orthonormal cosine waves (DCT-II) over the values of a
-    patch, by spatial frequency; from the beginning again where a patch has fewer values than n."""
+    patch, by spatial frequency; zeros where a patch has fewer values than n."""
     def basis(size: int) -> Tensor:
         k, i = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64) + 0.5
         return F.normalize(torch.cos(torch.pi * k * i / size), dim=1)
 
     waves = torch.einsum("ci,yj,xk->yxcijk", basis(channels), basis(side), basis(side)).flatten(0, 2)
     order = sorted(range(len(waves)), key=lambda i: (sum(divmod(i // channels, side)), i % channels, i))
-    return waves[order[:n]].repeat(-(-n // len(waves)), 1, 1, 1)[:n].float()
+    return torch.cat([waves[order[:n]], waves.new_zeros(max(0, n - len(waves)), *waves.shape[1:])]).float()
 
 
 class VAE(nn.Module):
@@ -207,7 +207,7 @@ class VAE(nn.Module):
             self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
         if c.shortcut:
             # Begins as a code of the lowest frequencies of each patch, nearly without noise; the convolutions
-            # begin at zero and learn what is missing. A tenth of the steps for the same quality (NOTES.md).
+            # begin at zero and learn what is missing. A tenth of the steps for the same quality.
             side = self.factor
             self.patch_encoder = nn.Conv2d(c.image_channels, c.latent_channels, side, stride=side)
             self.patch_decoder = nn.ConvTranspose2d(c.latent_channels, c.image_channels, side, stride=side)
@@ -261,8 +261,8 @@ class VAE(nn.Module):
         """(B,) |error| + 2 error^2 per image value, plus kl_weight times KL per image value, and what to log:
         PSNR, KL, latent std per channel.
 
-        The absolute error alone is long content with a background that lacks what is small. Dividing both by the number of values keeps `kl_weight` on the scale of the published 1e-6, where both
-        are sums."""
+        The absolute error alone is long content with a background that lacks what is small. Dividing both
+        by the number of values keeps `kl_weight` on the scale of the published 1e-6, where both are sums."""
         posterior = self.encode(x)
         recon = self.decode(posterior.sample(generator))
         error = (recon - x).flatten(1)

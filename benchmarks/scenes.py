@@ -36,7 +36,7 @@ def main() -> None:
             images = np.load(f"{folder}/samples.npz")["arr_0"]
         scores = [score_scene(scene, image) for scene, image in zip(scenes, images)]
         print(f"{count} shape{'s' * (count > 1)}, {'never seen' if unseen else 'seen'} in training: "
-              + ", ".join(f"{part} {sum(score[part] for score in scores) / args.n:.1%}" for part in scores[0]),
+              + ", ".join(f"{part} {np.mean([score[part] for score in scores]):.1%}" for part in scores[0]),
               flush=True)
 
 

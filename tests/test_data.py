@@ -66,6 +66,102 @@ def test_captions():
     assert Scene((circle, square), "left of").caption == "a small red circle left of a large blue square"
 
 
+def test_captioned_shapes(tmp_path):
+    """Every picture shows what its caption says, and training has nothing of what it must not see."""
+    part = load("shapes", tmp=tmp_path, words="captions", count=200)
+    assert len(part) == 200 and part.labels is None and not part.classes
+    for i, (image, caption) in enumerate(zip(part.images, part.captions)):
+        scene = describe_scene(i)
+        assert scene.caption == caption and not scene.unseen and score_scene(scene, image)["all"]
+    val = load("shapes", "val", tmp=tmp_path, words="captions")
+    assert len(val) == 480 and not any((val.images[i] == part.images).all((1, 2, 3)).any() for i in range(50))
+
+
+@pytest.fixture
+def emoji_font():
+    try:
+        return data.find_emoji_font(data.Path("nowhere"))
+    except ValueError:
+        pytest.skip("no emoji font on this system")
+
+
+def test_emoji(tmp_path, emoji_font):
+    train, val = (load("emoji", split, (24, 32), tmp_path, words="captions") for split in ("train", "val"))
+    names, images = train.captions + val.captions, np.concatenate([train.images, val.images])
+    assert images.shape == (len(names), 24, 32, 3) and len(names) > 1000 and train.vary
+    assert len(set(names)) == len(names) == len({image.tobytes() for image in images})       # no duplicates
+    assert all(image.min() < 240 for image in images)                                         # no blanks
+    assert {"pineapple", "cat face", "octopus", "red apple", "green apple"} <= set(names)
+    assert all(name == name.lower() for name in names) and not any("modifier" in name for name in names)
+
+    def colour(name):
+        image = images[names.index(name)].astype(float)
+        return image[np.ptp(image, axis=-1) > 60].mean(0)
+
+    assert colour("red apple").argmax() == 0 and colour("green apple").argmax() == 1    # picture and name
+    assert colour("blue heart").argmax() == 2
+
+
+def test_emoji_without_a_font(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "EMOJI_FONTS", [])
+    with pytest.raises(ValueError, match="no colour font in .* --data-dir"):
+        load("emoji", tmp=tmp_path)
+    (tmp_path / "emoji.ttf").write_bytes(b"no font")
+    with pytest.raises(ValueError, match="emoji.ttf: not a font"):
+        load("emoji", tmp=tmp_path)
+
+
+def test_varied_captions():
+    rng, caption = np.random.default_rng(0), "smiling cat face with heart-shaped eyes"
+    made = [data.vary_caption(caption, rng) for _ in range(1000)]
+    assert 0.4 < np.mean([m == caption for m in made]) < 0.65
+    assert all(m and set(m.split()) <= set(caption.split()) for m in made)
+    assert any(sorted(m.split()) == sorted(caption.split()) and m != caption for m in made)
+    assert {data.vary_caption("cat face", rng) for _ in range(200)} == {"cat face", "face cat", "cat", "face"}
+    assert data.vary_caption("dog", rng) == "dog"
+
+
+def captioned(folder, captions):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, caption in enumerate(captions):
+        Image.fromarray(np.full((8, 8, 3), i * 40, np.uint8)).save(folder / f"{i}.png")
+        if caption is not None:
+            (folder / f"{i}.txt").write_text(caption, "utf-8")
+
+
+def test_captions_beside_pictures(tmp_path):
+    captioned(tmp_path / "a", ["none"] + [f" two \n words {i} 緑" for i in range(1, 6)])
+    part = load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions")
+    assert part.captions == [f"two words {i} 緑" for i in range(1, 6)]                       # 0 validates
+    assert [image.max() for image in part.images[:]] == [40 * i for i in range(1, 6)]
+    before = part.fingerprint
+    (tmp_path / "a/3.txt").write_text("other")
+    assert load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions").fingerprint != before
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"line {i}"}) for i in range(6)]
+    (tmp_path / "a/metadata.jsonl").write_text("\n".join(lines) + "\n\n")                   # this goes first
+    assert load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions").captions[0] == "line 1"
+    (tmp_path / "a/metadata.jsonl").write_text(lines[0] + '\n{"text": 3}')
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2: not an object with file_name and text"):
+        load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions")
+    captioned(tmp_path / "b", ["x", None, "y"])
+    with pytest.raises(ValueError, match="1 of 3 pictures have no caption, such as .*1.png"):
+        load(tmp_path / "b", size=(8, 8), tmp=tmp_path, words="captions")
+    captioned(tmp_path / "c", [None, None])
+    with pytest.raises(ValueError, match="pictures without words"):
+        load(tmp_path / "c", size=(8, 8), tmp=tmp_path, words="captions")
+    captioned(tmp_path / "d/green-thing", [None, None])
+    assert load(tmp_path / "d", size=(8, 8), tmp=tmp_path, words="captions").captions == ["green thing"]
+    with pytest.raises(ValueError, match="0.npz beside its picture"):
+        load(tmp_path / "c", size=(8, 8), tmp=tmp_path, words="embeddings")
+
+
+def test_captions_are_drawn_below():
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    plain, labelled = grid(images), np.asarray(grid(images, captions=["", "words", "many " * 12, "x"]))
+    assert labelled.shape[0] > 4 * plain.height and labelled.shape[1] == 2 * 128 + 3 * 2
+    assert (labelled[:, :130] < 128).sum() != (labelled[:, 130:] < 128).sum()
+
+
 def test_score_sees_each_mistake():
     asked = Scene((Thing("red", "circle", "small", 0.24, 0.5), Thing("blue", "square", "large", 0.76, 0.5)),
                   "left of")

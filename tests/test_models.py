@@ -271,13 +271,35 @@ def test_normalisation_goes_both_ways():
     assert "latent_mean" in model.state_dict() and torch.isfinite(x0).all()
 
 
-def test_vae_loss_is_l1_plus_kl():
+@pytest.mark.parametrize("channels, factor, latent", [(3, 4, 4), (1, 2, 6), (3, 8, 16)])
+def test_vae_shortcut(channels, factor, latent):
+    """It begins as the projection onto orthonormal waves: flat patches in the first ones, exactly."""
+    widths = (8,) * (factor.bit_length())
+    model = VAE(VAEConfig(image_channels=channels, latent_channels=latent, widths=widths, groups=4,
+                          shortcut=True))
+    waves = vae.cosines(min(latent, channels * factor**2), channels, factor).flatten(1)
+    torch.testing.assert_close(waves @ waves.T, torch.eye(len(waves)), atol=5e-6, rtol=0)
+    flat = torch.rand(2, channels, 2, 3).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    torch.testing.assert_close(model.decode(model.encode(flat).mean), flat, atol=1e-5, rtol=0)
+    x = torch.rand(2, channels, 2 * factor, 3 * factor)
+    projected = model.decode(model.encode(x).mean)
+    torch.testing.assert_close(model.decode(model.encode(projected).mean), projected, atol=1e-5, rtol=0)
+    assert (projected - x).square().mean() < (x - x.mean()).square().mean()
+    torch.testing.assert_close(model.encode(x).std, torch.full_like(model.encode(x).std, math.exp(-3)))
+    loss, _ = model.loss(x, 1e-5)
+    loss.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.decoder.conv_out.weight.grad.any() and model.patch_decoder.weight.grad.any()
+
+
+def test_vae_loss_is_reconstruction_plus_kl():
     model = randomize(VAE(VAEConfig(widths=(8, 8), groups=4))).float()
     x = torch.rand(2, 3, 4, 6) * 2 - 1
     loss, logs = model.loss(x, 0.1, torch.Generator().manual_seed(1))
     posterior = model.encode(x)
     recon = model.decode(posterior.sample(torch.Generator().manual_seed(1)))
-    torch.testing.assert_close(loss, (recon - x).abs().mean((1, 2, 3)) + 0.1 * posterior.kl() / 72)
+    torch.testing.assert_close(loss, (recon - x).abs().mean((1, 2, 3)) + 2 * (recon - x).square().mean(
+        (1, 2, 3)) + 0.1 * posterior.kl() / 72)
     torch.testing.assert_close(logs["psnr"], psnr(recon, x).mean())
     assert logs["latent_std"].shape == (4,)
     assert abs(psnr(torch.full((1, 1, 2, 2), 0.1), torch.zeros(1, 1, 2, 2)).item()

@@ -5,7 +5,7 @@ import torch
 
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
-from samplers import (SAMPLERS, ddim, ddpm, dpmpp_3m, euler, gaussian_mixture, guided, heun,
+from samplers import (SAMPLERS, ddim, ddpm, dpmpp_3m, euler, gaussian_mixture, guided, heun, inpainting,
                       karras_times, log_snr, log_snr_times, noise_like, reverse_sde)
 
 PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "ddpm": DDPM(),
@@ -137,6 +137,33 @@ def test_stochastic_solvers_draw_the_right_gaussian(path, name, options):
     assert ((y.mean(0) - mean).abs() < 4 * (cov.diag() / n).sqrt()).all()
     error = ((cov.diag()[:, None] * cov.diag() + cov**2) / n).sqrt()
     assert ((torch.cov(y.T) - cov).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), DDPM(zero_terminal_snr=True, prediction="v")])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_inpainting_brings_the_known_part_back(path, name):
+    """Whatever the network says, by every sampler; and what is drawn anew is drawn from the whole."""
+    torch.manual_seed(0)
+    x0 = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    repaint = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    repaint[..., 2:] = True
+
+    def denoise(xt, t):
+        guess = torch.tanh(3 * xt.mean((1, 2, 3), keepdim=True) + xt)      # hears every pixel
+        alpha, sigma = path.alpha_sigma(t)
+        return guess, (xt - alpha * guess) / sigma
+
+    def run(x0):
+        times = path.times(8)
+        x = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return SAMPLERS[name](inpainting(denoise, path, x0, repaint), path, x, times,
+                              generator=torch.Generator().manual_seed(2))
+
+    out, other = run(x0), run(x0 + 1)
+    torch.testing.assert_close(out[..., :2], x0[..., :2], rtol=0, atol=1e-9)
+    torch.testing.assert_close(other[..., :2], x0[..., :2] + 1, rtol=0, atol=1e-9)
+    assert (out[..., 2:] - x0[..., 2:]).abs().min() > 1e-6
+    assert (out[..., 2:] - other[..., 2:]).abs().max() > 1e-3
 
 
 def test_noise_0_is_the_ode():

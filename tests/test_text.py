@@ -1,7 +1,5 @@
 """Words: bytes to vectors, and the networks that listen to them."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -60,7 +58,8 @@ def test_padding_changes_no_prompt():
 @torch.no_grad()
 def test_order_and_letters_matter():
     model = encoder()
-    a, b, c, d = model(["red left of blue", "blue left of red", "red left of bluf", "red left of lbue"])["pooled"]
+    a, b, c, d = model(["red left of blue", "blue left of red", "red left of bluf",
+                        "red left of lbue"])["pooled"]
     assert min((a - other).norm() for other in (b, c, d)) > 1e-3 * a.norm()
     torch.testing.assert_close(model(["RED Left of blue"])["pooled"][0], a)
 
@@ -129,41 +128,6 @@ def test_convolution_between_tokens(kind):
 
 # ---- frozen encoders and precomputed vectors
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Folders of a tiny CLIP (with and without projection) and T5, with tokenizers of the published kinds."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    torch.manual_seed(0)
-    root, words = tmp_path_factory.mktemp("encoders"), ["a", "red", "circle", "blue", "square"]
-    # CLIP: byte pairs, begin and end marks
-    folder = root / "clip"
-    folder.mkdir()
-    vocab = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz",
-                                                *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
-                               model_max_length=24).save_pretrained(folder)
-    config = transformers.CLIPTextConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=32,
-                                         num_hidden_layers=3, num_attention_heads=2, projection_dim=12,
-                                         max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
-    transformers.CLIPTextModel(config).save_pretrained(root / "sd1/text_encoder")
-    transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(root / "sd1/tokenizer")
-    # T5: here whole words, and an end mark
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}, "<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    inner.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(root / "t5")
-    transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-        decoder_start_token_id=0)).save_pretrained(root / "t5")
-    return root
-
-
 @torch.no_grad()
 def test_frozen_clip(published):
     import transformers
@@ -176,7 +140,8 @@ def test_frozen_clip(published):
         want = model(ids, output_hidden_states=True)
         n = ids.shape[1]
         assert together["mask"][i].tolist() == [j < n for j in range(together["mask"].shape[1])]
-        torch.testing.assert_close(together["context"][i, :n], want.hidden_states[-2][0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together["context"][i, :n], want.hidden_states[-2][0], atol=1e-5,
+                                   rtol=1e-4)
         torch.testing.assert_close(together["pooled"][i], want.text_embeds[0], atol=1e-5, rtol=1e-4)
     assert together["pooled"].shape == (3, 12)
     assert dit.PublishedTextEncoder("clip", str(published / "sd1"))(["blue"])["pooled"].shape == (1, 16)
@@ -231,7 +196,8 @@ def test_precomputed_vectors(tmp_path):
     for name, mask in (("all.npz", [1] * 5), ("part.npz", [1, 1, 0, 0, 0])):
         np.savez(tmp_path / name, context=context, mask=np.array(mask, bool), pooled=pooled)
     cond = data.read_embeddings([str(tmp_path / "part.npz"), "", str(tmp_path / "all.npz")])
-    assert cond["mask"].sum(1).tolist() == [2, 1, 5] and not cond["context"][1].any() and not cond["pooled"][1].any()
+    assert cond["mask"].sum(1).tolist() == [2, 1, 5]
+    assert not cond["context"][1].any() and not cond["pooled"][1].any()
     torch.testing.assert_close(cond["context"][0, :2], context[:2])
     torch.testing.assert_close(cond["context"][2], context)
     torch.testing.assert_close(cond["pooled"][2], pooled)

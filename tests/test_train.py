@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import sample
 import train
 from conftest import ROOT
@@ -358,6 +359,146 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
             RuntimeError("PytorchStreamWriter failed writing file")))
 
 
+# ---- words
+
+@pytest.fixture(scope="session")
+def listeners(home):
+    """Two runs on captioned pictures, one of each family."""
+    folder = home / "scenes"
+    folder.mkdir()
+    for i in range(200):
+        scene = data.describe_scene(i)
+        Image.fromarray(data.draw_scene(scene, i)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(scene.caption)
+    shared = ["--data", "scenes", "--cond", "text", *QUICK[:2], *QUICK[4:], "--steps", "40", "--warmup", "5"]
+    train.main(["--arch", "mmdit", *shared, "--vae-preset", "tiny", "--vae-steps", "60", "--name", "mmdit"])
+    train.main(["--arch", "unet", "--objective", "ddpm", *shared, "--name", "words"])
+    return ["runs/mmdit", "runs/words"]
+
+
+def speak(run, *flags, out="words.npz"):
+    sample.main([run, "--steps", "3", "--n", "2", "--out", out, *flags])
+    return np.load(out)["arr_0"].astype(int)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_prompts(cwd, listeners, which, capsys):
+    run = listeners[which]
+    checkpoint = sample.load_checkpoint(run)
+    assert checkpoint["text"]["encoder"] == "bytes" and len(checkpoint["data"]["prompts"]) == 10
+    assert checkpoint["label_dropout"] == 0.1 and any(name.startswith("text.") for name in checkpoint["ema"])
+    lines = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]                                          # it learns
+    red, blue = (speak(run, "--prompt", words, "--cfg", "3") for words in ("a red circle", "blue"))
+    assert np.abs(red - blue).max() > 2                                                        # and listens
+    # several in turn; neither the batch nor the length of a neighbour's prompt changes a picture
+    both = speak(run, "--prompt", "a red circle", "blue and of many more words", "--cfg", "3")
+    assert np.abs(both[0] - red[0]).max() <= 1 and np.abs(both[1] - red[1]).max() > 2
+    # an empty prompt is the unconditional branch, whatever the scale
+    empty = [speak(run, "--prompt", "", "--cfg", scale) for scale in ("1", "4")]
+    assert np.abs(empty[0] - empty[1]).max() <= 1
+    assert np.abs(speak(run, "--cfg", "0") - empty[0]).max() <= 1
+    # a negative prompt takes its place: guidance from a prompt to itself is no guidance
+    same_twice = speak(run, "--prompt", "a red circle", "--negative-prompt", "a red circle", "--cfg", "5")
+    assert np.abs(same_twice - speak(run, "--prompt", "a red circle", "--cfg", "1")).max() <= 1
+    assert np.abs(red - speak(run, "--prompt", "a red circle", "--cfg", "3", "--negative-prompt",
+                              "blue")).max() > 0
+    assert np.abs(red - speak(run, "--prompt", "a red circle", "--cfg", "3", "--rescale", "1")).max() > 0
+    capsys.readouterr()
+    speak(run, "--prompt", "緑の円 🟢 " + "very " * 80 + "long")
+    assert "cut off: 'very very" in capsys.readouterr().err
+    sample.main([run, "--steps", "3", "--n", "3", "--out", "named", "--prompt", "a/b: c"])
+    assert {path.name for path in Path("named").iterdir()} >= {"000000-a-b-c.png"}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_pictures_to_begin_with(cwd, listeners, which):
+    """Strength 0 is the VAE's reconstruction; more of it, more change; a mask keeps what is outside."""
+    run = listeners[which]
+    vae, picture = sample.unpack_vae(sample.load_checkpoint(run)["vae"]), data.draw_shape(3)
+    Image.fromarray(picture).save("begin.png")
+    x = data.to_tensor(picture[None])
+    through = data.to_uint8(vae.decode(vae.encode(x).mean))[0].astype(int)
+    begin = ["--prompt", "a red circle", "--init-image", "begin.png"]
+    for sampler in sample.SAMPLERS:
+        flags = [*begin, "--strength", "0", "--sampler", sampler]
+        assert np.abs(speak(run, *flags) - through).max() <= 1
+    change = [np.abs(speak(run, *begin, "--steps", "20", "--strength", s) - through).mean()
+              for s in ("0.02", "0.3", "0.6", "1")]
+    assert change == sorted(change) and 0 < change[0] < 0.5 * change[-1]
+    default = speak(run, *begin, "--steps", "20")
+    assert np.abs(default - speak(run, *begin, "--steps", "20", "--strength", "0.6")).max() == 0
+    mask = np.zeros((32, 32), np.uint8)
+    mask[5:14, 9:31] = 255
+    Image.fromarray(mask).save("mask.png")
+    out = speak(run, *begin, "--mask", "mask.png")
+    assert (out[:, mask == 0] == picture[mask == 0]).all()
+    assert (out[:, mask > 0] != picture[mask > 0]).mean() > 0.5
+    sample.main([run, *begin, "--strength", "0", "--n", "1", "--out", "still.gif"])
+    assert Image.open("still.gif").n_frames == 1
+
+
+def test_words_resume_bit_for_bit(cwd, listeners, monkeypatch):
+    """Dropped and varied prompts too: interrupted and continued is the same as in one go."""
+    plain = data.load_folder
+    monkeypatch.setattr(data, "load_folder", lambda *a, **k: data.replace(plain(*a, **k), vary=True))
+    flags = ["--arch", "mmdit", "--data", "scenes", *QUICK, "--save-every", "1"]
+    train.main([*flags, "--name", "whole"])
+    monkeypatch.setattr(train, "read_settings", lambda file: {**json.loads(file.read_text()), "steps": 3})
+    task, stopped = train.Denoising.loss, []
+
+    def stop_once(self, model, indices):
+        if len(stopped) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        stopped.append(1)
+        return task(self, model, indices)
+
+    monkeypatch.setattr(train.Denoising, "loss", stop_once)
+    train.main([*flags, "--name", "parts"])
+    assert sample.load_checkpoint("runs/parts")["step"] == 2
+    train.main([*flags, "--name", "parts"])
+    assert same(weights("runs/whole"), weights("runs/parts")) and len(stopped) == 3
+
+
+def test_precomputed_vectors_train_and_draw(cwd, listeners):
+    for i in range(24):
+        folder = Path("vectors")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(data.draw_shape(i)).save(folder / f"{i}.png")
+        np.savez(folder / f"{i}.npz", context=np.full((2 + i % 3, 5), i / 24), pooled=np.full(3, i / 24))
+    for arch in ("mmdit", "unet"):
+        train.main(["--arch", arch, "--data", "vectors", "--cond", "text", "--text-encoder", "none", *QUICK,
+                    "--vae", "runs/shapes-vae", "--name", f"vectors-{arch}"])
+        config = sample.load_checkpoint(f"runs/vectors-{arch}")["config"]
+        assert config["context_width"] == 5 and config.get("pooled_width", 3) == 3
+        a = speak(f"runs/vectors-{arch}", "--embedding", "vectors/1.npz")
+        assert a.shape == (2, 32, 32, 3)
+        with pytest.raises(ValueError, match="give some by --embedding"):
+            sample.main([f"runs/vectors-{arch}"])
+        with pytest.raises(ValueError, match="--prompt hello: .* use --embedding"):
+            sample.main([f"runs/vectors-{arch}", "--prompt", "hello"])
+
+
+def test_frozen_encoder_trains_and_draws(cwd, listeners, published, capsys):
+    flags = ["--data", "scenes", "--cond", "text", *QUICK]
+    for kind, arch, pooled in (("clip", "mmdit", 12), ("t5", "mmdit", None), ("clip", "unet", 12)):
+        name = f"{kind}-{arch}"
+        train.main(["--arch", arch, *flags, "--text-encoder", f"{kind}:{published / kind}", "--name", name])
+        checkpoint = sample.load_checkpoint(f"runs/{name}")
+        assert checkpoint["text"] == {"encoder": kind, "path": str(published / kind)}
+        config = checkpoint["config"]
+        assert config["context_width"] == 16 and config.get("pooled_width", pooled) == pooled
+        assert not any(weight.startswith("text.") for weight in checkpoint["ema"])  # it stays where it was
+        red, blue = (speak(f"runs/{name}", "--prompt", words) for words in ("a red circle", "blue"))
+        assert red.shape == (2, 32, 32, 3)
+    moved = published / "elsewhere"
+    moved.symlink_to(published / "clip")
+    again = speak("runs/clip-unet", "--prompt", "blue", "--text-encoder", f"clip:{moved}")
+    assert (again == blue).all()
+    with pytest.raises(ValueError, match="this run listens to clip"):
+        sample.main(["runs/clip-unet", "--prompt", "blue", "--text-encoder", f"t5:{published / 't5'}"])
+
+
 # ---- sample.py
 
 def draw(*flags, out):
@@ -404,8 +545,17 @@ def test_output_kinds(cwd):
     ([""], "no checkpoint"),
     (["runs/done", "--eta", "0.5", "--sampler", "heun"], "eta belongs to ddim"),
     (["runs/done", "--eta", "2"], "between 0 and 1"),
-    (["runs/done", "--strength", "1", "--sampler", "ddpm"], "strength belongs to reverse_sde"),
-    (["runs/done", "--strength", "-1"], "--strength -1"),
+    (["runs/done", "--noise", "1", "--sampler", "ddpm"], "noise belongs to reverse_sde"),
+    (["runs/done", "--noise", "-1"], "--noise -1"),
+    (["runs/done", "--strength", "0.5"], "--strength 0.5: needs --init-image"),
+    (["runs/done", "--strength", "1.5", "--init-image", "x.png"], "--strength 1.5: must be between 0 and 1"),
+    (["runs/done", "--mask", "x.png"], "--mask x.png: needs --init-image"),
+    (["runs/done", "--init-image", "none.png"], "--init-image none.png: cannot be read"),
+    (["runs/done", "--init-image", "runs/done/samples.png", "--mask", "black.png"], "no white pixel"),
+    (["runs/done", "--prompt", "a dog"], "--prompt a dog: this run was trained to classes; use --label"),
+    (["runs/done", "--embedding", "x.npz"], "--embedding x.npz"),
+    (["runs/done", "--text-encoder", "clip:x"], "--text-encoder clip:x"),
+    (["runs/done", "--rescale", "0.5", "--cfg", "1"], "--rescale 0.5 with guidance 1"),
     (["runs/done", "--eta", "1", "--variance", "small"], "belongs to"),
     (["runs/done", "--variance", "learned"], "not trained to say anything of the variance"),
     (["runs/done", "--times", "leading"], "a spacing of the ddpm path"),
@@ -420,6 +570,7 @@ def test_output_kinds(cwd):
 ])
 def test_sample_refuses(cwd, flags, message):
     (cwd / "folder.png").mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32)).save("black.png")
     before = files(cwd)
     with pytest.raises(ValueError, match=message):
         sample.main(flags)
@@ -487,6 +638,14 @@ def test_damaged_and_foreign_checkpoints(cwd, tmp_path):
     (["--arch", "dit", "--schedule", "cosine"], "belongs to --objective ddpm"),
     (["--arch", "dit", "--objective", "ddpm", "--shift", "3"], "belongs to --objective rf"),
     (["--arch", "unet", "--patch", "2"], "belongs to --arch dit"),
+    (["--arch", "unet", "--conv"], "--conv.*: belongs to --arch dit or mmdit, not unet"),
+    (["--arch", "dit", "--cond", "text"], "--cond text: --arch dit listens to classes"),
+    (["--arch", "mmdit", "--cond", "class"], "--cond class: --arch mmdit listens to words"),
+    (["--arch", "mmdit", "--text-encoder", "bert"], "--text-encoder bert: must be bytes, clip:FOLDER"),
+    (["--arch", "mmdit", "--text-encoder", "clip"], "--text-encoder clip: must be"),
+    (["--arch", "mmdit", "--text-encoder", "clip:nowhere"], "clip:nowhere: no text encoder there"),
+    (["--arch", "unet", "--text-encoder", "bytes"], "belongs to --cond text"),
+    (["--arch", "mmdit", "--text-encoder", "none", "--vae", "runs/shapes-vae"], "give a folder"),
     (["--arch", "dit", "--objective", "ddpm", "--zero-terminal-snr"], "zero terminal SNR"),
     (["--arch", "dit", "--objective", "ddpm", "--prediction", "velocity"], "velocity"),
     (["--arch", "dit", "--preset", "S/3"], "--preset S/3"),
