@@ -43,12 +43,17 @@ class Dataset:
     images: np.ndarray          # (N, H, W, C) uint8, in memory or memory-mapped
     labels: np.ndarray | None   # (N,) int64, or None where there are no classes
     classes: list[str]          # names; empty where there are no classes
-    fingerprint: str            # changes whenever a pixel, a label or a caption may have
+    fingerprint: str            # changes whenever a pixel or a label may have
     captions: list[str] | None = None   # one a picture, where there are any
     vary: bool = False          # whether the words of a caption may be shuffled or dropped in training
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the fingerprint or a caption does."""
+        return self.fingerprint if self.captions is None else _digest(self.fingerprint, self.captions)
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -326,7 +331,7 @@ def load_scenes(split: str, size: tuple[int, int], count: int) -> Dataset:
     scenes = [describe_scene(first + i) for i in range(count)]
     images = np.stack([draw_scene(scene, first + i, size) for i, scene in enumerate(scenes)])
     captions = [scene.caption for scene in scenes]
-    return Dataset(images, None, [], _digest("scenes", split, images, captions), captions)
+    return Dataset(images, None, [], _digest("scenes", split, images), captions)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -391,7 +396,7 @@ def load_emoji(split: str, size: tuple[int, int], data_dir: Path) -> Dataset:
     images, names = render_emoji(find_emoji_font(data_dir), size)
     chosen = np.flatnonzero((np.arange(len(names)) % 20 == 0) == (split != "train"))
     images, names = images[chosen], [names[i] for i in chosen]
-    return Dataset(images, None, [], _digest("emoji", split, images, names), names, vary=True)
+    return Dataset(images, None, [], _digest("emoji", split, images), names, vary=True)
 
 
 def vary_caption(caption: str, rng: np.random.Generator) -> str:
@@ -638,7 +643,7 @@ def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path
         images = images[chosen]
     chosen_labels = np.array(labels)[keep][chosen] if labels is not None else None
     captions = [captions[keep[i]] for i in chosen] if captions else None
-    return Dataset(images, chosen_labels, classes, _digest(fingerprint, split, captions), captions)
+    return Dataset(images, chosen_labels, classes, _digest(fingerprint, split), captions)
 
 
 class _Rows:

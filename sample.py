@@ -340,13 +340,15 @@ def conditions(args: argparse.Namespace, checkpoint: dict, model: torch.nn.Modul
     if not text:
         return turn * 0, {}, []
     encode = text_encoder(text, model, args.text_encoder, device)
-    prompts = list(dict.fromkeys((args.prompt or args.embedding or checkpoint["data"]["prompts"])[:args.n]))
+    asked = (args.prompt or args.embedding or checkpoint["data"]["prompts"])[:args.n]
+    prompts = list(dict.fromkeys(asked))                   # each is encoded once, however often asked for
+    number = torch.tensor([prompts.index(prompt) for prompt in asked])
     for prompt in (*prompts, args.negative_prompt or "") if text["encoder"] != "none" else ():
         if rest := encode.cut(prompt):
             print(f"sample.py: warning: a prompt is longer than this run reads; cut off: {rest!r}",
                   file=sys.stderr)
     cond = listen(model, encode, [*prompts, args.negative_prompt or ""])
-    return turn % len(prompts), {name: part.to(device) for name, part in cond.items()}, prompts
+    return number[turn % len(asked)], {name: part.to(device) for name, part in cond.items()}, prompts
 
 
 def read_image(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:

@@ -49,7 +49,7 @@ from vae import VAEConfig
 DEFAULTS = {
     "vae":  dict(steps=2000, batch_size=8, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
     "dit":  dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01),
-    "mmdit": dict(steps=4000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "mmdit": dict(steps=5500, batch_size=32, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
 PRESETS = {"dit": dit.PRESETS, "mmdit": dit.MMDIT_PRESETS, "unet": unet.PRESETS}
@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--arch", choices=MODELS, required=True, help="network; vae trains only the autoencoder")
     g.add_argument("--objective", choices=DRAW_DEFAULTS, default="rf", help="straight (default) or diffusion")
     g.add_argument("--prediction", choices=("velocity", "eps", "v", "x0"),
-                   help="what the network returns (default: velocity for rf, eps for ddpm)")
+                   help="what the network returns (default: velocity for rf, eps for ddpm, but v with words)")
     g.add_argument("--name", help="run folder in --runs-dir "
                                   "(default: DATA-ARCH-OBJECTIVE, with the size unless 32x32)")
     g.add_argument("--runs-dir", default="runs", help="where runs live (default: runs)")
@@ -220,6 +220,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"{flag('preset')}: {args.arch} has {', '.join(PRESETS[args.arch])}")
     if args.cond == "text" and args.arch != "vae":
         args.text_encoder = args.text_encoder or "bytes"
+        if args.objective == "ddpm":   # words matter where noise is strong, and eps nearly known
+            args.prediction = args.prediction or "v"
     stem = Path(args.data).name or "data"
     stem += "-text" if shows_scenes(args) else ""
     stem += "" if args.image_size == [32, 32] else "-{}x{}".format(*args.image_size)
@@ -261,7 +263,9 @@ def network_config(args: argparse.Namespace, latent_channels: int, num_classes: 
         config |= {"context_width": text_widths[0], "pooled_width": text_widths[1]}
     else:
         config |= {"num_classes": num_classes}
-    config |= {"context_width": text_widths[0]} if args.arch == "unet" else {}
+    if args.arch == "unet":       # Stable Diffusion 1 and 2, which have a width of their own, pool nothing
+        config |= {"context_width": text_widths[0],
+                   "pooled_width": None if config.get("context_width") else text_widths[1]}
     config |= {"patch": (args.patch[0], args.patch[-1])} if args.patch else {}
     config |= dit.PUBLISHED if args.block == "published" else {}
     return config | ({"conv": True} if args.conv else {})
@@ -611,7 +615,7 @@ def train(args: argparse.Namespace) -> bool:
         if not settings.is_file():
             write_atomically(settings, lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
         saved = load_checkpoint(file) if file.is_file() else None
-        if saved and saved["training"]["data"] != data.fingerprint:
+        if saved and saved["training"]["data"] != data.identity:
             raise ValueError(f"--data {args.data}: changed since {run} began; "
                              "use another --name for what is there now")
         if saved and saved["training"]["finished"]:
@@ -671,7 +675,7 @@ def train(args: argparse.Namespace) -> bool:
                 "text": text, "label_dropout": args.label_dropout if num_classes or text else 0.0,
                 "vae": None if is_vae else {"config": asdict(vae.config), "state": vae.state_dict()},
                 "model": model.state_dict(), "ema": ema.state_dict(),
-                "training": {"optimizer": optimizer.state_dict(), "data": data.fingerprint,
+                "training": {"optimizer": optimizer.state_dict(), "data": data.identity,
                              "finished": finished, "rng": torch.get_rng_state(),
                              "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None},
             }, f))

@@ -4,9 +4,10 @@
     python train.py --arch unet --objective ddpm
 
 Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.11239), appendix B; Rombach et al. 2022
-(arXiv:2112.10752), section 3.3. Contract: model(xt, t, y=..., context=..., mask=...) -> raw, with xt
-(B, C, H, W), t (B,) in [0, 1], 0 = data, y (B,) integer labels, `num_classes` standing for "no class",
-context (B, L, D) and mask (B, L), True = word. Module names follow diffusers' UNet2DConditionModel.
+(arXiv:2112.10752), section 3.3; the pooled text vector: Podell et al. 2023 (arXiv:2307.01952). Contract:
+model(xt, t, y=..., context=..., mask=..., pooled=...) -> raw, with xt (B, C, H, W), t (B,) in [0, 1],
+0 = data, y (B,) integer labels, `num_classes` standing for "no class", context (B, L, D), mask (B, L),
+True = word, and pooled (B, P). Module names follow diffusers' UNet2DConditionModel.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class UNetConfig:
     heads: int | tuple[int, ...] = 2            # per level, or one number for all
     groups: int = 16
     context_width: int | None = None            # None: no cross-attention
+    pooled_width: int | None = None             # of one vector for the whole text, added to the time (SD XL)
     linear_projection: bool = False             # Stable Diffusion 2 goes in and out of attention by Linear
     num_classes: int = 0                        # 0: no labels
     time_offset: float = 0.0                    # the embedding sees 1000 t + this; published: -1
@@ -63,6 +65,15 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         embedding = timestep_embedding(t, self.linear_1.in_features, offset=self.offset)
         return self.linear_2(F.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype))))
+
+
+class VectorEmbedding(nn.Module):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResnetBlock(nn.Module):
@@ -253,6 +264,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(c.widths[0], c_emb, c.time_offset)
         # last row: no class
         self.class_embedding = nn.Embedding(c.num_classes + 1, c_emb) if c.num_classes else None
+        self.add_embedding = VectorEmbedding(c.pooled_width, c_emb) if c.pooled_width else None
         levels = range(len(c.widths))
         self.down_blocks = nn.ModuleList(
             DownLevel(c, c.widths[max(i - 1, 0)], i, heads[i], c_emb) for i in levels)
@@ -280,9 +292,9 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                mask: Tensor | None = None) -> Tensor:
-        """xt (B, C, H, W), t (B,) in [0, 1], y (B,), context (B, L, D),
-        mask (B, L) -> raw (B, out_channels, H, W)."""
+                mask: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
+        """xt (B, C, H, W), t (B,) in [0, 1], y (B,), context (B, L, D), mask (B, L), pooled (B, P)
+        -> raw (B, out_channels, H, W)."""
         if xt.shape[-2] % self.factor or xt.shape[-1] % self.factor:
             raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: both sides must be multiples of "
                              f"{self.factor}, by which this U-Net downsamples")
@@ -291,6 +303,8 @@ class UNet(nn.Module):
         emb = self.time_embedding(t)                     # (B, 4 * widths[0])
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(y)
+        if self.add_embedding is not None:
+            emb = emb + self.add_embedding(pooled)
         x = self.conv_in(xt)
         skips = [x]
         for level in self.down_blocks:
