@@ -473,8 +473,9 @@ def main(argv: list[str] | None = None) -> None:
     if precomputed and not args.embedding:
         raise ValueError(f"{what}: was trained on computed vectors; give some by --embedding FILE.npz")
     if args.cfg is not None and args.cfg != 1 and not guidable:
-        reason = f"{learnt} with dropout 0, so it has no unconditional branch" if text or classes else learnt
-        raise ValueError(f"--cfg {args.cfg:g}: this run was trained {reason}; use --cfg 1")
+        if text or classes:
+            learnt += " with label dropout 0, so it has no unconditional branch"
+        raise ValueError(f"--cfg {args.cfg:g}: this run was trained {learnt}; use --cfg 1")
     scale = args.cfg if args.cfg is not None else 2.0 if guidable else 1.0
     for flag, value in (("--label", args.label), ("--prompt", args.prompt)):
         if value is not None and scale == 0:

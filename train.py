@@ -38,19 +38,19 @@ import dit
 import unet
 import vae as vae_file
 from data import (Dataset, LatentCache, TextCache, batch_indices, batches, fingerprint_files,
-                  fingerprint_tensors, grid, load_data, locked, read_embeddings, to_tensor, to_uint8,
-                  vary_caption)
+                  fingerprint_tensors, grid, load_data, locked, read_embeddings, to_tensor, to_uint8)
 from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_published_vae,
                     check_weights, draw, listen, load_checkpoint, load_vae, load_weights, pick_device,
                     read_published, unpack_vae)
 from vae import VAEConfig
 
-# What two cores can do in ten minutes; each entry can be overridden by its flag.
+# What two cores can do in ten minutes, and with words in thirty; each entry can be overridden by its flag.
 DEFAULTS = {
     "vae":  dict(steps=2000, batch_size=8, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
     "dit":  dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01),
-    "mmdit": dict(steps=5500, batch_size=32, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "mmdit": dict(steps=5500, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "unet with words": dict(steps=5000, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
 PRESETS = {"dit": dit.PRESETS, "mmdit": dit.MMDIT_PRESETS, "unet": unet.PRESETS}
 SAMPLE_ROWS = 10   # of samples.png, a column per class
@@ -208,7 +208,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         if args.vae and getattr(args, name) is not None:
             raise ValueError(f"{flag(name)}: --vae {args.vae} is trained already; give one or the other")
 
-    defaults = DEFAULTS[args.arch] | ({"lr": 1e-4} if args.init_from else {})
+    words = " with words" if (args.arch, args.cond) == ("unet", "text") else ""
+    defaults = DEFAULTS[args.arch + words] | ({"lr": 1e-4} if args.init_from else {})
     for name, value in (defaults | (VAE_FLAGS if args.arch == "vae" else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -264,8 +265,10 @@ def network_config(args: argparse.Namespace, latent_channels: int, num_classes: 
     else:
         config |= {"num_classes": num_classes}
     if args.arch == "unet":       # Stable Diffusion 1 and 2, which have a width of their own, pool nothing
-        config |= {"context_width": text_widths[0],
-                   "pooled_width": None if config.get("context_width") else text_widths[1]}
+        if text_widths[0] and not config.get("context_width"):
+            levels = len(unet.UNetConfig(**config).widths)
+            config |= {"pooled_width": text_widths[1], "attention": (True,) * levels}   # words reach them all
+        config |= {"context_width": text_widths[0]}
     config |= {"patch": (args.patch[0], args.patch[-1])} if args.patch else {}
     config |= dit.PUBLISHED if args.block == "published" else {}
     return config | ({"conv": True} if args.conv else {})
@@ -492,7 +495,7 @@ class Denoising:
                  device: torch.device):
         self.args, self.cache, self.vae, self.num_classes, self.device = args, cache, vae, num_classes, device
         self.path, self.draw_defaults = build_path(objective), DRAW_DEFAULTS[objective["name"]]
-        self.encode, self.vary = encode, data.vary and encode is None   # a frozen one has seen no variants
+        self.encode, self.vary = encode, data.vary if encode is None else None   # a frozen one has seen none
         self.captions, self.val_captions = ((data.captions, val.captions[:256]) if args.cond == "text" else
                                             (None, None))
         # Validation: fixed pictures, noise and times, spread evenly: each bucket is a quarter of the way.
@@ -512,9 +515,11 @@ class Denoising:
         return {"y": labels.to(self.device)} if self.num_classes else {}
 
     def prompt(self, index: int, drop: bool) -> str:
-        caption = "" if drop else self.captions[index]
-        return vary_caption(caption, np.random.default_rng(torch.randint(2**31, ()).item())) if (
-            self.vary and caption) else caption
+        if drop:
+            return ""
+        caption = self.captions[index]
+        return self.vary(caption, np.random.default_rng(torch.randint(2**31, ()).item())) if (
+            self.vary) else caption
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and (B,) times that it was taken at."""

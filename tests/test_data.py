@@ -121,6 +121,21 @@ def test_varied_captions():
     assert data.vary_caption("dog", rng) == "dog"
 
 
+def test_omitted_details():
+    """Every detail comes and goes by itself; what remains is true, and stays on its side of the relation."""
+    rng, one = np.random.default_rng(0), "a small red cross in the centre"
+    made = [data.omit_details(one, rng) for _ in range(4000)]
+    assert {*made} == {f"a {size}{colour}{kind}{place}" for size in ("", "small ") for colour in ("", "red ")
+                       for kind in ("shape", "cross") for place in ("", " in the centre")}
+    assert abs(np.mean([m == one for m in made]) - (6 / 7) ** 4) < 0.03
+    assert abs(np.mean(["red" in m for m in made]) - 6 / 7) < 0.03
+    two = data.describe_scene(3, count=2).caption
+    relation = next(r for r in data.RELATIONS if r in two)
+    for _ in range(100):
+        assert all(set(told.split()) <= {*said.split(), "shape"} for told, said in
+                   zip(data.omit_details(two, rng).split(relation), two.split(relation), strict=True))
+
+
 def captioned(folder, captions):
     folder.mkdir(parents=True, exist_ok=True)
     for i, caption in enumerate(captions):
@@ -136,7 +151,7 @@ def test_captions_beside_pictures(tmp_path):
     assert [image.max() for image in part.images[:]] == [40 * i for i in range(1, 6)]
     (tmp_path / "a/3.txt").write_text("other")
     other = load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions")
-    assert other.fingerprint == part.fingerprint and other.identity != part.identity   # latents stay, runs do not
+    assert other.fingerprint == part.fingerprint and other.identity != part.identity   # latents stay
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"line {i}"}) for i in range(6)]
     (tmp_path / "a/metadata.jsonl").write_text("\n".join(lines) + "\n\n")                   # this goes first
     assert load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions").captions[0] == "line 1"

@@ -62,9 +62,9 @@ def by_hand(downloads, path, call, steps, sampler, **options):
     del state["pos_embed"]
     network = sample.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
     autoencoder = sample.load_vae(downloads / "vae")
-    return sample.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32),
-                       torch.tensor([207]), range(0, 1), sampler=sampler, steps=steps, scale=4.0,
-                       num_classes=1000, **options)[0]
+    label, no_label = ({"y": torch.tensor([y])} for y in (207, 1000))
+    return sample.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32), range(0, 1),
+                       label, no_label, sampler=sampler, steps=steps, scale=4.0, **options)[0]
 
 
 @pytest.mark.parametrize("variance", [None, "learned"])

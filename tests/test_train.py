@@ -137,7 +137,7 @@ def test_own_pictures_of_any_size(tmp_path, monkeypatch, arch, options, classes)
     assert np.load("x.npz")["arr_0"].shape == (3, 16, 24, 3)
     assert sample.load_checkpoint(run)["data"]["classes"] == (["a", "b", "c"] if classes else [])
     if not classes:
-        with pytest.raises(ValueError, match="without classes"):
+        with pytest.raises(ValueError, match="without conditions"):
             sample.main([run, "--label", "0"])
     else:
         train.main(["--arch", arch, "--data", "pictures", "--image-size", "16", "24", *QUICK, *options,
@@ -445,7 +445,8 @@ def test_pictures_to_begin_with(cwd, listeners, which):
 def test_words_resume_bit_for_bit(cwd, listeners, monkeypatch):
     """Dropped and varied prompts too: interrupted and continued is the same as in one go."""
     plain = data.load_folder
-    monkeypatch.setattr(data, "load_folder", lambda *a, **k: data.replace(plain(*a, **k), vary=True))
+    monkeypatch.setattr(data, "load_folder",
+                        lambda *a, **k: data.replace(plain(*a, **k), vary=data.vary_caption))
     flags = ["--arch", "mmdit", "--data", "scenes", *QUICK, "--save-every", "1"]
     train.main([*flags, "--name", "whole"])
     monkeypatch.setattr(train, "read_settings", lambda file: {**json.loads(file.read_text()), "steps": 3})
