@@ -515,11 +515,10 @@ class Denoising:
         return {"y": labels.to(self.device)} if self.num_classes else {}
 
     def prompt(self, index: int, drop: bool) -> str:
-        if drop:
-            return ""
-        caption = self.captions[index]
-        return self.vary(caption, np.random.default_rng(torch.randint(2**31, ()).item())) if (
-            self.vary) else caption
+        caption = "" if drop else self.captions[index]
+        if self.vary and not drop:
+            caption = self.vary(caption, np.random.default_rng(torch.randint(2**31, ()).item()))
+        return caption
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and (B,) times that it was taken at."""
