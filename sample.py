@@ -56,7 +56,7 @@ SCALE = 0.18215
 PUBLISHED = {
     f"{family}-{size.lower()}-{patch}-{side}": {
         "config": (dit.PRESETS[f"{size}/{patch}"] | dit.PUBLISHED | time
-                   | {"learn_sigma": True, "num_classes": 1000}),
+                   | {"learn_sigma": True, "num_classes": 1000} | ({"heads": 16} if size == "XL" else {})),
         "objective": objective, "side": side}
     for family, time, objective in (
         ("dit", {"time_scale": 1000.0, "time_offset": -1.0},
@@ -256,6 +256,20 @@ def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
         build_model("vae", packed["config"]), packed["state"], what).eval().requires_grad_(False)
 
 
+def graphed(model: torch.nn.Module):
+    """The model compiled, on CUDA replayed as a graph. Not so its first call, which leaves the tables of
+    positions behind: a graph would overwrite them."""
+    compiled = None
+
+    def call(*inputs, **cond) -> Tensor:
+        nonlocal compiled
+        if compiled is None:
+            compiled = torch.compile(model, mode="reduce-overhead")
+            return model(*inputs, **cond)
+        return compiled(*inputs, **cond).clone()     # a graph's output lives until its next call
+    return call
+
+
 @torch.no_grad()
 def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], seeds: range, cond: dict,
          uncond: dict | None = None, *, sampler: str, steps: int, scale: float = 1.0, rescale: float = 0.0,
@@ -400,9 +414,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=64,
                    help="pictures at a time (default 64); changes speed only")
     p.add_argument("--raw", action="store_true", help="the run's raw weights, not their average")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network; on CUDA, as graphs")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                   help="of the network (default fp32)")
+    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                   help="of the network (default fp32); on CUDA the VAE, which stays fp32, then uses tf32")
     return p.parse_args(argv)
 
 
@@ -515,6 +530,11 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         turn, every, names = conditions(args, checkpoint, model, device)
 
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+        model, vae = (network.to(memory_format=torch.channels_last) for network in (model, vae))
+    network = graphed(model) if args.compile else model
+
     def batches(on_step=None) -> Iterator[np.ndarray]:
         with tqdm(total=args.n, unit="img", desc=f"{sampler} x {steps}, guidance {scale:g}") as bar:
             for i in range(0, args.n, args.batch_size):
@@ -522,10 +542,10 @@ def main(argv: list[str] | None = None) -> None:
                 cond = {name: part[turn[i:i + args.batch_size]] for name, part in every.items()}
                 uncond = {name: part[[-1] * len(seeds)] for name, part in every.items()}
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    images = draw(model, vae, path, shape, seeds, cond, uncond, sampler=sampler, steps=steps,
-                                  scale=scale, rescale=args.rescale, interval=tuple(args.interval),
-                                  times=args.times, strength=strength, image=image, mask=mask,
-                                  on_step=on_step, **options)
+                    images = draw(network, vae, path, shape, seeds, cond, uncond, sampler=sampler,
+                                  steps=steps, scale=scale, rescale=args.rescale,
+                                  interval=tuple(args.interval), times=args.times, strength=strength,
+                                  image=image, mask=mask, on_step=on_step, **options)
                 yield images
                 bar.update(len(seeds))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import dit
@@ -50,14 +52,14 @@ DEFAULTS = {
     "dit":  dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "mmdit": dict(steps=5500, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
     "unet": dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
-    "unet with words": dict(steps=5000, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
+    "unet with words": dict(steps=4000, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
 }
 PRESETS = {"dit": dit.PRESETS, "mmdit": dit.MMDIT_PRESETS, "unet": unet.PRESETS}
 SAMPLE_ROWS = 10   # of samples.png, a column per class
 VAE_FLAGS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5}
 # Flags that may differ when a run is continued: where things are and how often we look, never what is learnt.
-FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "log_every", "val_every",
-        "preview_every", "save_every"}
+FREE = {"name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "grad_checkpoint", "log_every",
+        "val_every", "preview_every", "save_every"}
 # Flags that mean something only under one value of another flag.
 BELONGS = {"schedule": ("objective", "ddpm"), "min_snr": ("objective", "ddpm"),
            "zero_terminal_snr": ("objective", "ddpm"), "density": ("objective", "rf"),
@@ -142,7 +144,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     g.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                    help="bf16 where there is hardware")
-    g.add_argument("--compile", action="store_true", help="torch.compile the network")
+    g.add_argument("--compile", action="store_true", help="torch.compile the network, block by block")
+    g.add_argument("--grad-checkpoint", action="store_true",
+                   help="keep only what enters each block, and compute it again on the way back: less memory")
     g.add_argument("--log-every", type=int, default=20, help="steps per line of metrics.jsonl (default: 20)")
     g.add_argument("--val-every", type=int, default=500, help="steps between validations (default: 500)")
     g.add_argument("--preview-every", type=int, default=1000, help="steps between previews (default: 1000)")
@@ -266,8 +270,8 @@ def network_config(args: argparse.Namespace, latent_channels: int, num_classes: 
         config |= {"num_classes": num_classes}
     if args.arch == "unet":       # Stable Diffusion 1 and 2, which have a width of their own, pool nothing
         if text_widths[0] and not config.get("context_width"):
-            levels = len(unet.UNetConfig(**config).widths)
-            config |= {"pooled_width": text_widths[1], "attention": (True,) * levels}   # words reach them all
+            levels = len(unet.UNetConfig(**config).widths)   # words reach them all, and say where things are
+            config |= {"pooled_width": text_widths[1], "attention": (True,) * levels, "positions": True}
         config |= {"context_width": text_widths[0]}
     config |= {"patch": (args.patch[0], args.patch[-1])} if args.patch else {}
     config |= dit.PUBLISHED if args.block == "published" else {}
@@ -458,6 +462,11 @@ def describe(record: dict) -> str:
     return ", ".join(parts)
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. From pinned memory, so that neither side waits for the other."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class Autoencoding:
     """What the loop asks of a task, answered for the VAE: the loss of a batch, the validation, a preview."""
 
@@ -470,7 +479,7 @@ class Autoencoding:
         x = to_tensor(self.data.images[indices])
         if self.args.flip:
             x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
-        loss, _ = model.loss(x.to(self.device), self.args.kl_weight)
+        loss, _ = model.loss(send(x, self.device), self.args.kl_weight)
         return loss, loss.new_zeros(len(x))
 
     def validate(self, model: vae_file.VAE) -> dict:
@@ -485,6 +494,28 @@ class Autoencoding:
         x = self.val[:32]
         rows = [torch.cat([a, model.decode(model.encode(a).mean)]) for a in x.split(16)]
         return grid(to_uint8(torch.cat(rows)), columns=min(16, len(x)))
+
+
+BLOCKS = (dit.Block, dit.JointBlock, dit.SingleBlock, dit.TextBlock, unet.ResnetBlock,
+          unet.SpatialTransformer, vae_file.ResnetBlock)
+
+
+def compile_blocks(model: torch.nn.Module, **options) -> None:
+    """torch.compile each block in place, so that the names of the weights stay as they are. Blocks of one
+    kind share what is compiled, and from their second size on it is compiled for any size."""
+    torch._dynamo.config.cache_size_limit = 64     # a U-Net's blocks have many widths
+    for block in model.modules():
+        if isinstance(block, BLOCKS):
+            block.compile(**options)
+
+
+def checkpoint_blocks(model: torch.nn.Module) -> None:
+    """Gradient checkpointing: a block keeps what enters it and runs again on the way back (Chen et al. 2016,
+    arXiv:1604.06174)."""
+    for block in model.modules():
+        if isinstance(block, BLOCKS):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
 
 
 class Denoising:
@@ -512,7 +543,7 @@ class Denoising:
         """What the network is told: labels, prompts, or nothing."""
         if self.captions:
             return listen(model, self.encode or model.text, prompts)
-        return {"y": labels.to(self.device)} if self.num_classes else {}
+        return {"y": send(labels, self.device)} if self.num_classes else {}
 
     def prompt(self, index: int, drop: bool) -> str:
         caption = "" if drop else self.captions[index]
@@ -523,7 +554,7 @@ class Denoising:
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and (B,) times that it was taken at."""
         z, labels = self.cache.batch(indices)
-        x0 = self.vae.normalize(z.to(self.device))
+        x0 = self.vae.normalize(send(z, self.device))
         drop = torch.rand(len(z)) < self.args.label_dropout               # each label or caption on its own
         labels = torch.where(drop, self.num_classes, labels) if self.num_classes else None
         prompts = [self.prompt(i, d) for i, d in zip(indices, drop.tolist())] if self.captions else []
@@ -655,9 +686,10 @@ def train(args: argparse.Namespace) -> bool:
                                       lr=args.lr, fused=device.type != "mps", betas=(0.9, 0.95))
         task = (Autoencoding(args, data, val, device) if is_vae else
                 Denoising(args, cache, data, val, vae, objective, num_classes, table, device))
+        if args.grad_checkpoint:
+            checkpoint_blocks(model)
         if args.compile:
-            for module in (model.encoder, model.decoder) if is_vae else (model,):
-                module.compile()                   # in place: the names of the weights stay as they are
+            compile_blocks(model)
 
         # ---- resume
         start = 0

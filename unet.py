@@ -32,6 +32,7 @@ class UNetConfig:
     groups: int = 16
     context_width: int | None = None            # None: no cross-attention
     pooled_width: int | None = None             # of one vector for the whole text, added to the time (SD XL)
+    positions: bool = False                     # tell attention where each pixel is (published: not)
     linear_projection: bool = False             # Stable Diffusion 2 goes in and out of attention by Linear
     num_classes: int = 0                        # 0: no labels
     time_offset: float = 0.0                    # the embedding sees 1000 t + this; published: -1
@@ -54,6 +55,12 @@ def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float
                             / (dim // 2))
     angles = (scale * t + offset).float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_embedding(h: int, w: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """(h * w, dim) of a grid: one half tells the row, the other the column."""
+    rows, columns = (timestep_embedding(torch.arange(n, device=device), dim // 2, scale=1.0) for n in (h, w))
+    return torch.cat([rows[:, None].expand(h, w, -1), columns.expand(h, w, -1)], dim=-1).flatten(0, 1)
 
 
 class TimeEmbedding(nn.Module):
@@ -159,7 +166,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(c.groups, width, eps=1e-6)
-        self.linear = c.linear_projection
+        self.linear, self.positions = c.linear_projection, c.positions
         self.proj_in, self.proj_out = (nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
                                        for _ in range(2))
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c.context_width)])
@@ -168,6 +175,8 @@ class SpatialTransformer(nn.Module):
         h = self.norm(x)
         h = (self.proj_in(h.flatten(2).transpose(1, 2)) if self.linear
              else self.proj_in(h).flatten(2).transpose(1, 2))
+        if self.positions:
+            h = h + position_embedding(*x.shape[2:], h.shape[-1], x.device).to(h.dtype)
         for block in self.transformer_blocks:                                  # (B, HW, C)
             h = block(h, context, mask)
         if self.linear:

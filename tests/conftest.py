@@ -9,6 +9,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TQDM_MININTERVAL", "10")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")     # read when attention.py is imported
 
 
 @pytest.fixture(autouse=True)

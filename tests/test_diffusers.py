@@ -484,7 +484,7 @@ def test_dit(dtype):
 
 
 def test_full_size_dit_has_the_published_keys():
-    config = dit.DiTConfig(**dit.PRESETS["XL/2"], **dit.PUBLISHED, num_classes=1000, learn_sigma=True)
+    config = dit.DiTConfig(**dit.PRESETS["XL/2"] | dit.PUBLISHED, num_classes=1000, learn_sigma=True)
     with torch.device("meta"):
         state = diffusers_dit(config, sample_size=32).state_dict()
         ours = shapes(dit.DiT(config))

@@ -1,4 +1,4 @@
-"""unet.py, dit.py, attention.py and vae.py: identities, parameter counts, values against formulas
+"""unet.py, dit.py and vae.py: identities, parameter counts, values against formulas
 written differently."""
 
 import math
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import dit
 import unet
 import vae
-from attention import attention, attention_formula, rms_norm, rotate
 from dit import DiT, DiTConfig
 from unet import UNet, UNetConfig
 from vae import VAE, Posterior, VAEConfig, psnr
@@ -31,57 +30,6 @@ def count(cls, config) -> int:
 
 SMALL_DIT = dict(width=32, depth=2, heads=2, num_classes=5)
 SMALL_UNET = dict(widths=(16, 32), heads=2, groups=8, layers=1, num_classes=5)
-
-
-# ---- attention
-
-def test_attention_formula_by_hand():
-    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]]).bool()
-    got = attention_formula(q, k, v, mask)
-    for b in range(2):
-        for h in range(3):
-            for i in range(4):
-                weights = [math.exp(q[b, h, i] @ k[b, h, j] / 8**0.5) if mask[b, j] else 0.0
-                           for j in range(5)]
-                want = sum(w * v[b, h, j] for j, w in enumerate(weights)) / sum(weights)
-                torch.testing.assert_close(got[b, h, i], want)
-
-
-@pytest.mark.parametrize("n, m, dim", [(16, 16, 64), (1, 1, 32), (7, 77, 8), (200, 130, 16)])
-def test_attention_equals_formula_and_sdpa(n, m, dim):
-    """Both CPU paths (short and long rows), with gradients, mask, and the norm and rotation written out."""
-    q, k, v = (torch.randn(2, 3, length, dim, dtype=torch.float64, requires_grad=True)
-               for length in (n, m, m))
-    mask = torch.rand(2, m) < 0.7
-    mask[:, 0] = True
-    out, grad = attention(q, k, v, mask=mask), torch.randn(2, 3, n, dim, dtype=torch.float64)
-    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-    torch.testing.assert_close(out, want)
-    torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), grad),
-                               torch.autograd.grad(want, (q, k, v), grad))
-    if n == m:
-        weight = torch.rand(dim, dtype=torch.float64)
-        angles = torch.randn(n, dim // 2, dtype=torch.float64)
-        rope = (angles.cos(), angles.sin())
-        fused = attention(q, k, v, q_norm=weight, k_norm=weight, rope=rope)
-        apart = attention_formula(rotate(rms_norm(q, weight), rope), rotate(rms_norm(k, weight), rope), v)
-        torch.testing.assert_close(fused, apart)
-
-
-def test_rotation_is_complex_multiplication():
-    x, angles = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
-    want = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)
-    torch.testing.assert_close(rotate(x, (angles.cos(), angles.sin())), torch.view_as_real(want).flatten(-2))
-
-
-def test_rope_scores_depend_on_the_offset_only():
-    cos, sin = (table.double() for table in dit.rope_tables(6, 7, 16, 100.0))
-    q, k = torch.randn(2, 16, dtype=torch.float64)
-    rotated = [rotate(z.expand(42, 16), (cos, sin)).view(6, 7, 16) for z in (q, k)]
-    score = lambda a, b: rotated[0][a] @ rotated[1][b]
-    torch.testing.assert_close(score((0, 0), (2, 1)), score((3, 5), (5, 6)), rtol=1e-5, atol=1e-5)
-    assert abs(score((0, 0), (2, 1)) - score((0, 0), (1, 2))) > 1e-3          # and it knows rows from columns
 
 
 # ---- embeddings

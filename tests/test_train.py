@@ -1,5 +1,6 @@
 """train.py and sample.py as a user meets them, with tiny networks."""
 
+import copy
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import dit
 import sample
 import train
 from conftest import ROOT
@@ -181,7 +183,8 @@ def denoising(cwd, *flags):
     vae = sample.load_vae("runs/shapes-vae")
     datasets = [train.load_data("shapes", split, (32, 32), cwd, cwd) for split in ("train", "val")]
     cache = train.encode(vae, datasets[0], args, Path("runs/shapes-vae"))
-    return train.Denoising(args, cache, *datasets, vae, train.objective_of(args), 24, None, torch.device("cpu"))
+    return train.Denoising(args, cache, *datasets, vae, train.objective_of(args), 24, None,
+                           torch.device("cpu"))
 
 
 def test_label_dropout_is_per_example_and_once(cwd):
@@ -357,6 +360,60 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError, match="cannot write"):
         train.write_atomically(target, lambda f: (_ for _ in ()).throw(
             RuntimeError("PytorchStreamWriter failed writing file")))
+
+
+# ---- the hot path
+
+def test_blocks_compile_once_for_all_sizes():
+    """Three blocks and three sizes: one graph for the first size, one more for every other."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = dit.DiT(dit.DiTConfig(width=32, depth=3, heads=2)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    plain = copy.deepcopy(model)
+    train.compile_blocks(model, backend=counter)
+    assert same(model.state_dict(), plain.state_dict())                   # and the names stay as they are
+    for side in (8, 12, 16, 10):
+        x, t = torch.randn(2, 4, side, side), torch.rand(2)
+        torch.testing.assert_close(model(x, t), plain(x, t))
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_compiled_sampling_draws_the_same(cwd):
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        sample.main(["runs/done", "--n", "2", "--steps", "4", "--out", f"{out}.npz", *more])
+    plain, compiled = (np.load(f"{out}.npz")["arr_0"].astype(int) for out in ("plain", "compiled"))
+    assert np.abs(plain - compiled).max() <= 1
+
+
+@pytest.mark.parametrize("arch", ["dit", "mmdit", "unet", "vae"])
+def test_checkpointed_blocks_keep_less_and_change_nothing(arch):
+    config, inputs = {
+        "dit": (dict(width=32, depth=3, heads=2), {}),
+        "mmdit": (dict(width=32, depth=2, single_depth=2, heads=2, rope=(4, 6, 6), context_width=8,
+                       pooled_width=None), {"context": torch.randn(2, 5, 8)}),
+        "unet": (dict(widths=(16, 32), groups=8, heads=2), {}),
+        "vae": (dict(widths=(8, 16), groups=4), None)}[arch]
+    model = sample.build_model(arch, config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, results = torch.randn(2, 3 if arch == "vae" else 4, 8, 8), torch.rand(2), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            train.checkpoint_blocks(model)
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
+            out = model.decode(model.encode(x).mean) if inputs is None else model(x, t, **inputs)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()),
+                                                  allow_unused=True)])
+        results[-1].append(sum(kept.values()))
+    (*want, before), (*got, after) = results
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert after < 0.7 * before
 
 
 # ---- words

@@ -1,0 +1,292 @@
+"""attention.py: the formula by hand, the path that the CPU takes, and the kernels against the formula.
+
+Without a GPU the kernels run in Triton's interpreter (conftest.py asks for it), and are compiled for one."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attention as attention_file
+import dit
+from attention import attention, attention_formula, fused_attention, rms_norm, rotate
+from conftest import ROOT
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+needs_triton = pytest.mark.skipif(attention_file.triton is None, reason="needs triton")
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+# ---- the formula and the path without a GPU
+
+def test_attention_formula_by_hand():
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]]).bool()
+    got = attention_formula(q, k, v, mask[:, None, None])
+    for b in range(2):
+        for h in range(3):
+            for i in range(4):
+                weights = [math.exp(q[b, h, i] @ k[b, h, j] / 8**0.5) if mask[b, j] else 0.0
+                           for j in range(5)]
+                want = sum(w * v[b, h, j] for j, w in enumerate(weights)) / sum(weights)
+                torch.testing.assert_close(got[b, h, i], want)
+
+
+@pytest.mark.parametrize("n, m, dim", [(16, 16, 64), (1, 1, 32), (7, 77, 8), (200, 130, 16)])
+def test_attention_equals_formula_and_sdpa(n, m, dim):
+    """Both CPU paths (short and long rows), with gradients, mask, and the norm and rotation written out."""
+    q, k, v = (torch.randn(2, 3, length, dim, dtype=torch.float64, requires_grad=True)
+               for length in (n, m, m))
+    mask = torch.rand(2, m) < 0.7
+    mask[:, 0] = True
+    out, grad = attention(q, k, v, mask=mask), torch.randn(2, 3, n, dim, dtype=torch.float64)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), grad),
+                               torch.autograd.grad(want, (q, k, v), grad))
+    if n == m:
+        weight = torch.rand(dim, dtype=torch.float64)
+        angles = torch.randn(n, dim // 2, dtype=torch.float64)
+        rope = (angles.cos(), angles.sin())
+        fused = attention(q, k, v, q_norm=weight, k_norm=weight, rope=rope)
+        apart = attention_formula(rotate(rms_norm(q, weight), rope), rotate(rms_norm(k, weight), rope), v)
+        torch.testing.assert_close(fused, apart)
+
+
+def test_rotation_is_complex_multiplication():
+    x, angles = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    want = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(rotate(x, (angles.cos(), angles.sin())), torch.view_as_real(want).flatten(-2))
+
+
+def test_rope_scores_depend_on_the_offset_only():
+    cos, sin = (table.double() for table in dit.rope_tables(6, 7, 16, 100.0))
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+    rotated = [rotate(z.expand(42, 16), (cos, sin)).view(6, 7, 16) for z in (q, k)]
+    score = lambda a, b: rotated[0][a] @ rotated[1][b]
+    torch.testing.assert_close(score((0, 0), (2, 1)), score((3, 5), (5, 6)), rtol=1e-5, atol=1e-5)
+    assert abs(score((0, 0), (2, 1)) - score((0, 0), (1, 2))) > 1e-3          # and it knows rows from columns
+
+
+def test_packed_sequences_attend_to_themselves():
+    lengths = [3, 1, 5]
+    q, k, v = torch.randn(3, 1, 2, sum(lengths), 8, dtype=torch.float64)
+    offsets = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    got = attention(q, k, v, offsets=offsets).split(lengths, 2)
+    for part, *qkv in zip(got, *(x.split(lengths, 2) for x in (q, k, v))):
+        torch.testing.assert_close(part, attention_formula(*qkv))
+    for wrong in (dict(mask=torch.ones(1, 9).bool()), dict(offsets=None, q_norm=torch.ones(8))):
+        with pytest.raises(ValueError):
+            attention(q, k, v, **dict(offsets=offsets) | wrong)
+
+
+# ---- the kernels
+
+def rand_rope(n, dim):
+    angles = torch.randn(n, dim // 2, device=DEVICE)
+    return angles.cos(), angles.sin()
+
+
+def compare(n, m, dim, *, norm=False, rope=False, mask=None, offsets=None, max_length=None, batch=2,
+            dtype=torch.float32, tolerance=2e-6):
+    """Forward and every gradient against the formula in float64, of the same rounded inputs; q, k and v lie
+    in memory as a network's projections leave them."""
+    q, k, v = (torch.randn(batch, length, 3, dim, device=DEVICE).to(dtype).transpose(1, 2)
+               for length in (n, m, m))
+    weights = [torch.rand(dim, device=DEVICE) + 0.5 for _ in range(2 * norm)]
+    tables = rand_rope(n, dim) if rope else None
+    names = ("q_norm", "k_norm")[:2 * norm]
+    results = []
+    for wide in (torch.float64, None):
+        leaves = [x.detach().to(wide or x.dtype).requires_grad_() for x in (q, k, v, *weights)]
+        call = fused_attention if wide is None else attention
+        more = {"max_length": max_length} if wide is None else {}
+        angles = tables and tuple(table.to(wide or torch.float32) for table in tables)
+        out = call(*leaves[:3], **dict(zip(names, leaves[3:])), rope=angles, mask=mask, offsets=offsets,
+                   **more)
+        torch.manual_seed(n)
+        grad = torch.randn(out.shape, device=DEVICE, dtype=torch.float64)
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
+    for want, got in zip(*results, strict=True):
+        assert (got - want).norm() <= tolerance * max(want.norm(), 0.5 * want.numel() ** 0.5)
+
+
+@needs_triton
+@pytest.mark.parametrize("n, m, dim, norm, rope", [
+    (1, 1, 64, True, True), (17, 17, 32, True, True), (65, 65, 64, True, True), (70, 70, 96, True, True),
+    (33, 33, 72, False, True), (33, 70, 72, True, False), (129, 5, 128, False, False),
+    (1, 130, 32, False, False)])
+def test_kernels_equal_the_formula(n, m, dim, norm, rope):
+    compare(n, m, dim, norm=norm, rope=rope)
+
+
+@needs_triton
+@pytest.mark.parametrize("n, m, norm", [(9, 70, True), (70, 9, False)])
+def test_kernels_masked(n, m, norm):
+    mask = torch.rand(2, m, device=DEVICE) < 0.4
+    mask[0] = torch.arange(m, device=DEVICE) == m - 1           # a whole block of keys that nobody may see
+    mask[1, 0] = True
+    compare(n, m, 32, norm=norm, mask=mask)
+
+
+@needs_triton
+@pytest.mark.parametrize("max_length", [None, 70])
+def test_kernels_packed(max_length):
+    offsets = torch.tensor([0, 1, 71, 96], dtype=torch.int32, device=DEVICE)
+    compare(96, 96, 32, norm=True, rope=True, offsets=offsets, max_length=max_length, batch=1)
+
+
+@needs_triton
+def test_kernels_prepare_long_keys(monkeypatch):
+    monkeypatch.setattr(attention_file, "SHORT", 16)
+    compare(40, 70, 64, norm=True)
+    compare(70, 70, 72, norm=True, rope=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float16, 2e-3),
+    pytest.param(torch.bfloat16, 2e-2, marks=needs_gpu)])       # the interpreter cannot multiply it
+def test_kernels_in_half_precision(dtype, tolerance):
+    compare(70, 70, 64, norm=True, rope=True, dtype=dtype, tolerance=tolerance)
+
+
+@needs_triton
+def test_kernels_repeat_bit_for_bit():
+    q, k, v = (torch.randn(2, 3, 70, 32, device=DEVICE, requires_grad=True) for _ in "qkv")
+    weight = torch.rand(32, device=DEVICE, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        out = fused_attention(q, k, v, q_norm=weight, k_norm=weight)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@needs_triton
+def test_models_take_the_kernels_when_asked(monkeypatch):
+    """A transformer with the same weights, by either path: same answer, same gradients."""
+    torch.manual_seed(0)
+    model = dit.DiT(dit.DiTConfig(width=64, depth=2, heads=2, num_classes=3)).to(DEVICE)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, t, y = torch.randn(2, 4, 8, 8, device=DEVICE), torch.rand(2, device=DEVICE), torch.tensor([0, 3])
+    results = []
+    for kernel in (False, True):
+        monkeypatch.setattr(attention_file, "KERNEL", kernel)
+        out = model(x, t, y.to(DEVICE))
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for want, got in zip(*results):
+        assert (got - want).norm() <= 1e-5 * want.norm() + 1e-7
+
+
+SHOW_GRAPH = """
+import torch
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from attention import fused_attention, triton
+from triton.backends.compiler import GPUTarget
+
+triton.runtime.driver.set_active(type("Driver", (), {
+    "get_current_target": lambda self: GPUTarget("cuda", 90, 32), "get_current_device": lambda self: 0})())
+graphs = []
+
+def compiler(graph, inputs):
+    graphs.append(sorted({str(node.target) for node in graph.graph.nodes if "triton" in str(node.target)}))
+    return lambda *args: 1 / 0
+
+def backend(graph, inputs):
+    return aot_module_simplified(graph, inputs, fw_compiler=compiler, bw_compiler=compiler,
+                                 partition_fn=min_cut_rematerialization_partition)
+
+@torch.compile(fullgraph=True, dynamic=True, backend=backend)
+def loss(x, weight, cos, sin):
+    q, k, v = x.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return fused_attention(q, k, v, q_norm=weight, k_norm=weight, rope=(cos, sin)).square().mean()
+
+for n in (48, 96, 80):
+    try:
+        x, weight = torch.randn(2, n, 384, requires_grad=True), torch.ones(64, requires_grad=True)
+        loss(x, weight, *torch.rand(2, n, 32))
+    except ZeroDivisionError:
+        print(len(graphs), *graphs[-2:])
+"""
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import attention
+
+FLOATS = ("LSE", "DELTA", "W", "QW", "KW", "COS", "SIN", "DW")
+for kernel in (attention._prepare, attention._forward, attention._backward_q, attention._backward_kv):
+    tuned = hasattr(kernel, "configs")
+    function, config = (kernel.fn, kernel.configs[0].kwargs) if tuned else (kernel, {"BLOCK": 64})
+    for dim, dtype, flags in ((64, "bf16", (1, 1, 0, 0, 1)), (72, "fp32", (1, 0, 1, 0, 0)),
+                              (128, "fp16", (0, 1, 0, 1, 1))):
+        constants = dict(zip(("NORM", "ROPE", "MASKED", "PACKED", "SHORT_ROWS"), map(bool, flags)), DIM=dim,
+                         PADDED=triton.next_power_of_2(dim), PRECISION="tf32", ROWS=32, **config)
+        names = function.arg_names
+        constants = {name: value for name, value in constants.items() if name in names}
+        kinds = {"MASK": "*i1", "OFFSETS": "*i32", "scale": "fp32", "N": "i32", "M": "i32"}
+        kinds |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(constants, "constexpr")
+        signature = {name: kinds.get(name, "*" + dtype if name.isupper() else "i32") for name in names}
+        source = ASTSource(function, signature, {(names.index(name),): value
+                                                 for name, value in constants.items()})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        print(function.__name__, dim, dtype, len(made.asm["cubin"]), "wgmma" in made.asm["ptx"])
+"""
+
+
+def run_for_real(program):
+    """In a process whose Triton compiles instead of interpreting."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu():
+    """To machine code of an H100, on any machine, with its tensor cores in use for 16-bit inputs."""
+    lines = [line.split() for line in run_for_real(COMPILE)]
+    assert len(lines) == 12 and all(int(size) > 1000 for _, _, _, size, _ in lines)
+    assert all(uses == "True" for name, _, dtype, _, uses in lines if name != "_prepare" and dtype != "fp32")
+
+
+@needs_triton
+def test_compile_traces_the_kernels_in_one_graph():
+    """fullgraph, both ways through, with the kernels visible to the compiler; and one graph for all sizes."""
+    lines = run_for_real(SHOW_GRAPH)
+    assert lines == ["2 ['triton_kernel_wrapper_functional'] ['triton_kernel_wrapper_functional']"] * 3
+
+
+@needs_gpu
+@pytest.mark.parametrize("dim", [64, 72, 128])
+def test_kernels_on_a_gpu_are_as_exact_as_sdpa(dim):
+    for n in (1, 255, 256, 1000, 4096):
+        q, k, v = torch.randn(3, 2, 4, n, dim, device="cuda", dtype=torch.bfloat16)
+        torch.full((64, 2**20), float("nan"), device="cuda")               # what is not written will show
+        want = attention_formula(*(x.double() for x in (q, k, v)))
+        ours, theirs = (call(q, k, v).double() for call in (fused_attention, F.scaled_dot_product_attention))
+        assert (ours - want).norm() <= 1.5 * (theirs - want).norm()
+
+
+@needs_gpu
+def test_kernels_compile_whole_at_two_sizes():
+    weight = torch.rand(64, device="cuda", requires_grad=True)
+
+    def call(q):
+        return fused_attention(q, q, q, q_norm=weight, k_norm=weight).square().mean()
+
+    compiled = torch.compile(call, fullgraph=True)
+    for n in (256, 1024):
+        q = torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        (a,), (b,) = (torch.autograd.grad(f(q), (q,)) for f in (call, compiled))
+        assert (a - b).norm() <= 1e-2 * a.norm()
