@@ -160,6 +160,21 @@ def test_unet_cross_attention_and_mask():
         model(x, t)
 
 
+def test_unet_positions():
+    """Each pixel's row and column by sines and cosines; without them a transformer of pixels cannot tell how
+    they lie."""
+    got = unet.position_embedding(3, 5, 8)
+    for i, j in ((0, 0), (2, 4), (1, 3)):
+        want = [f(n * 0.01**k) for n in (i, j) for f in (math.cos, math.sin) for k in (0, 1)]
+        torch.testing.assert_close(got[5 * i + j], torch.tensor(want))
+    x, order = torch.randn(1, 16, 3, 5), torch.randperm(15)
+    for positions in (False, True):
+        module = unet.SpatialTransformer(16, 2, UNetConfig(groups=8, positions=positions))
+        moved = module(x.flatten(2)[..., order].view_as(x), None, None)
+        same = torch.allclose(moved.flatten(2), module(x, None, None).flatten(2)[..., order], atol=1e-5)
+        assert same != positions
+
+
 def test_unet_uses_every_skip():
     model = randomize(UNet(UNetConfig(**SMALL_UNET)))
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
