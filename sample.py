@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -76,6 +78,13 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"--device {name}: not available here (there is "
                          f"{', '.join(kind for kind, there in present.items() if there)})")
     return torch.device(name)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError where torch.compile would find no compiler."""
+    names = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if device.type == "cpu" and not any(map(shutil.which, names)):
+        raise ValueError("--compile: found no C++ compiler, which the CPU needs; install g++, or drop it")
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -463,6 +472,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.raw and args.published:
         raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
     device = pick_device(args.device)
+    if args.compile:
+        check_compiler(device)
     if args.published is None:
         what, checkpoint = args.run, load_checkpoint(args.run)
     else:

@@ -41,9 +41,9 @@ import unet
 import vae as vae_file
 from data import (Dataset, LatentCache, TextCache, batch_indices, batches, fingerprint_files,
                   fingerprint_tensors, grid, load_data, locked, read_embeddings, to_tensor, to_uint8)
-from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_published_vae,
-                    check_weights, draw, listen, load_checkpoint, load_vae, load_weights, pick_device,
-                    read_published, unpack_vae)
+from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_compiler,
+                    check_published_vae, check_weights, draw, listen, load_checkpoint, load_vae, load_weights,
+                    pick_device, read_published, unpack_vae)
 from vae import VAEConfig
 
 # What two cores can do in ten minutes, and with words in thirty; each entry can be overridden by its flag.
@@ -607,6 +607,8 @@ def train(args: argparse.Namespace) -> bool:
     device, objective = pick_device(args.device), None if is_vae else objective_of(args)
     if objective:
         build_path(objective)
+    if args.compile:
+        check_compiler(device)
     # a run that has begun holds its VAE and its first weights itself
     begun = file.is_file()
     vae = None if not args.vae else unpack_vae(load_checkpoint(file)["vae"]) if begun else load_vae(args.vae)

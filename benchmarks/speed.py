@@ -210,8 +210,8 @@ CASES = [
       for name, side, batch in (("XL/2", 32, 256), ("XL/2", 64, 64), ("B/2", 32, 256), ("S/2", 32, 256))),
     Case("U-Net of SD 1, 64 x 64", "unet", SD1, 64, 32)] if CUDA else [
     Case("DiT small, 16 tokens", "dit", dit.PRESETS["small"] | DIT | {"patch": (2, 2)}, 8, 64),
-    Case("DiT-S/2, 64 tokens", "dit", dit.PRESETS["S/2"] | DIT, 16, 8),
     Case("U-Net small, 8 x 8", "unet", SMALL, 8, 32),
+    Case("DiT-S/2, 64 tokens", "dit", dit.PRESETS["S/2"] | DIT, 16, 8),
     Case("U-Net small, 16 x 16", "unet", SMALL, 16, 8)]
 
 

@@ -391,6 +391,16 @@ def test_compiled_sampling_draws_the_same(cwd):
     assert np.abs(plain - compiled).max() <= 1
 
 
+def test_compiling_without_a_compiler(cwd, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    before = files(cwd)
+    for call in (lambda: sample.main(["runs/done", "--compile", "--out", "no.png"]),
+                 lambda: train.main([*DONE, "--name", "new", "--compile"])):
+        with pytest.raises(ValueError, match="--compile: found no C"):
+            call()
+    assert files(cwd) == before
+
+
 @pytest.mark.parametrize("arch", ["dit", "mmdit", "unet", "vae"])
 def test_checkpointed_blocks_keep_less_and_change_nothing(arch):
     config, inputs = {
@@ -416,6 +426,13 @@ def test_checkpointed_blocks_keep_less_and_change_nothing(arch):
     (*want, before), (*got, after) = results
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(want, got, strict=True))
     assert after < 0.7 * before
+
+
+def test_grad_checkpoint_trains_the_same(cwd):
+    flags = ["--arch", "unet", *QUICK]
+    train.main([*flags, "--name", "kept"])
+    train.main([*flags, "--name", "again", "--grad-checkpoint"])
+    assert same(weights("runs/kept"), weights("runs/again"))
 
 
 # ---- words
