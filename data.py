@@ -62,6 +62,12 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device. From pinned memory, so that neither side waits for the other."""
+    pinned = torch.device(device).type == "cuda"
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
     """(B, C, H, W) nominally in [-1, 1] -> uint8 (B, H, W, C)."""
     return images.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -822,7 +828,7 @@ class TextCache:
         chosen = [self.index[prompt] for prompt in prompts]
         rows = [torch.from_numpy(self.rows[self.ends[i]:self.ends[i + 1]].astype(np.float32)) for i in chosen]
         cond = pad_context(rows, None if self.pooled is None else torch.from_numpy(self.pooled[chosen]))
-        return {name: part.to(self.device) for name, part in cond.items()}
+        return {name: send(part, self.device) for name, part in cond.items()}
 
 
 def _new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -569,6 +569,7 @@ class TextEncoder(nn.Module):
         self.embedding = nn.Embedding(WORD * 258, c.width)         # a table for each place in a word
         self.blocks = nn.ModuleList(TextBlock(c) for _ in range(c.depth))
         self.norm = Norm(c.norm, c.width)
+        self._rope: dict[tuple, Rope] = {}
         nn.init.normal_(self.embedding.weight, std=0.25)            # a word of a few bytes: about 1
 
     def cut(self, prompt: str) -> str:
@@ -578,8 +579,13 @@ class TextEncoder(nn.Module):
     def forward(self, prompts: list[str]) -> dict[str, Tensor]:
         """-> context (B, L, D), 0 where padded; its mask (B, L); and pooled (B, D), which START gathered."""
         c, device = self.config, self.embedding.weight.device
-        ids, mask = (part.to(device) for part in tokenize(prompts, c.limit))
-        rope = rope_3d(0, 1, ids.shape[1], (0, 0, c.width // c.heads), 100.0, device)
+        pinned = device.type == "cuda"      # so that neither side waits for the other
+        ids, mask = ((part.pin_memory() if pinned else part).to(device, non_blocking=pinned)
+                     for part in tokenize(prompts, c.limit))
+        key = (ids.shape[1], device)
+        if key not in self._rope:
+            self._rope[key] = rope_3d(0, 1, ids.shape[1], (0, 0, c.width // c.heads), 100.0, device)
+        rope = self._rope[key]
         letters = self.embedding(ids + 258 * torch.arange(WORD, device=device))             # (B, L, WORD, D)
         x = (letters * (ids != PAD)[..., None]).sum(2)                                      # (B, L, D)
         for block in self.blocks:

@@ -45,7 +45,7 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
 
     def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        time = t.to(torch.float32).to(xt.device).expand(len(xt))
+        time = torch.full((len(xt),), float(t), dtype=torch.float32, device=xt.device)
         if scale in (0.0, 1.0) or not interval[0] < t <= interval[1]:
             raw = said = model(xt, time, **(uncond if scale == 0.0 else cond)).to(xt.dtype)
         else:

@@ -40,7 +40,7 @@ import dit
 import unet
 import vae as vae_file
 from data import (Dataset, LatentCache, TextCache, batch_indices, batches, fingerprint_files,
-                  fingerprint_tensors, grid, load_data, locked, read_embeddings, to_tensor, to_uint8)
+                  fingerprint_tensors, grid, load_data, locked, read_embeddings, send, to_tensor, to_uint8)
 from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_compiler,
                     check_published_vae, check_weights, draw, listen, load_checkpoint, load_vae, load_weights,
                     pick_device, read_published, unpack_vae)
@@ -462,11 +462,6 @@ def describe(record: dict) -> str:
     return ", ".join(parts)
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. From pinned memory, so that neither side waits for the other."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 class Autoencoding:
     """What the loop asks of a task, answered for the VAE: the loss of a batch, the validation, a preview."""
 
@@ -558,7 +553,7 @@ class Denoising:
         drop = torch.rand(len(z)) < self.args.label_dropout               # each label or caption on its own
         labels = torch.where(drop, self.num_classes, labels) if self.num_classes else None
         prompts = [self.prompt(i, d) for i, d in zip(indices, drop.tolist())] if self.captions else []
-        t = self.path.sample_t(len(x0), self.device)
+        t = send(self.path.sample_t(len(x0)), self.device)
         return self.path.loss(model, x0, t=t, **self.condition(model, labels, prompts)), t
 
     def validate(self, model: torch.nn.Module) -> dict:
@@ -598,6 +593,13 @@ def encode(vae: vae_file.VAE, data: Dataset, args: argparse.Namespace, cache_dir
     return LatentCache(cache_dir / "latents.npy", vae, fingerprint_tensors(encoder), data, args.flip, device)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself."""
+    if device.type == "cpu":
+        return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def train(args: argparse.Namespace) -> bool:
     """Train or continue one run. True when it is finished, False when a signal interrupted it."""
     # ---- refuse early what cannot work; nothing is written yet
@@ -622,10 +624,7 @@ def train(args: argparse.Namespace) -> bool:
     precomputed = text is not None and text["encoder"] == "none"
     check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), text,
                    (256, None) if precomputed else text_widths(text, encoder), initial)
-    bf16_here = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-                 device.type == "cpu"
-                 and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_here)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
     number_format = "bf16 autocast" if bf16 else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
 

@@ -166,22 +166,21 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(c.groups, width, eps=1e-6)
-        self.linear, self.positions = c.linear_projection, c.positions
-        self.proj_in, self.proj_out = (nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
-                                       for _ in range(2))
+        self.positions = c.positions
+        # published as convolutions of 1 x 1, but they act as linear layers on the tokens
+        self.proj_in, self.proj_out = (
+            nn.Linear(width, width) if c.linear_projection else nn.Conv2d(width, width, 1) for _ in range(2))
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c.context_width)])
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        h = self.norm(x)
-        h = (self.proj_in(h.flatten(2).transpose(1, 2)) if self.linear
-             else self.proj_in(h).flatten(2).transpose(1, 2))
+        h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, HW, C)
+        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         if self.positions:
             h = h + position_embedding(*x.shape[2:], h.shape[-1], x.device).to(h.dtype)
-        for block in self.transformer_blocks:                                  # (B, HW, C)
+        for block in self.transformer_blocks:
             h = block(h, context, mask)
-        if self.linear:
-            return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))           # (B, C, H, W)
+        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(x.shape)                          # (B, C, H, W)
 
 
 class Resample(nn.Module):

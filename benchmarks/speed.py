@@ -4,9 +4,9 @@
     python benchmarks/speed.py --only attention          (or train, sample)
 
 Everything that is compared runs in turn in one process, several rounds of it; a figure is the median of the
-rounds. On a GPU: bf16, the published DiT presets and Stable Diffusion's U-Net. On a CPU: float32, and sizes
-that finish in five minutes. diffusers' models have the same shape, parameter for parameter, and run in the
-same loop.
+rounds. bf16, as train.py takes it, where the hardware has it, else float32. On a GPU: the published DiT
+presets and Stable Diffusion's U-Net; on a CPU sizes that finish in five minutes. diffusers' models have the
+same shape, parameter for parameter, run in the same loop, and are compiled block by block like ours.
 
 FLOPs, a multiplication and an addition each: attention forward 4 B heads N^2 head_dim, backward 2.5 times
 that. A network forward: counted by torch's FlopCounterMode with attention written out (for DiT's block of
@@ -20,13 +20,11 @@ import argparse
 import importlib.util
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +45,7 @@ from samplers import SAMPLERS, guided
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
+DTYPE = torch.bfloat16 if train.has_bf16(DEVICE) else torch.float32
 Row = dict[str, object]
 
 
@@ -78,6 +76,13 @@ def seconds(functions: dict[str, Callable], rounds: int = 7, least: float = 0.2)
             synchronize()
             times[name].append((time.perf_counter() - start) / repeats[name])
     return {name: statistics.median(part) for name, part in times.items()}
+
+
+def proc(file: str, name: str) -> str:
+    """The first value of that name in a file of Linux's /proc; "0" elsewhere."""
+    path = Path(file)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "0")
 
 
 def late(deadline: float, what: str) -> bool:
@@ -136,7 +141,7 @@ def sdpa(backend: SDPBackend) -> Callable:
     return call
 
 
-def attention_alone(deadline: float) -> list[Row]:
+def attention_alone(deadline: float, flex_everywhere: bool) -> list[Row]:
     rows = []
     for dim in (64, 128) if CUDA else (64,):
         for n in (256, 512, 1024, 4096, 16384) if CUDA else (16, 64, 256, 1024):
@@ -152,7 +157,7 @@ def attention_alone(deadline: float) -> list[Row]:
                 calls["math"] = sdpa(SDPBackend.MATH)
             if CUDA:
                 from torch.nn.attention.flex_attention import flex_attention
-                if n in (1024, 4096):                    # each size takes seconds to compile
+                if flex_everywhere or n in (1024, 4096):     # each size takes seconds to compile
                     calls["flex"] = torch.compile(flex_attention, dynamic=False)
                 calls |= {"ours": attention_file.fused_attention} if attention_file.triton else {}
             else:
@@ -206,13 +211,14 @@ DIT = dit.PUBLISHED | {"num_classes": 1000}
 SD1 = unet.PRESETS["sd1"] | {"time_offset": 0.0}
 SMALL = dict(widths=(64, 128), attention=(False, True), heads=2, groups=16, context_width=64)
 CASES = [
+    Case("DiT-XL/2, 256 tokens", "dit", dit.PRESETS["XL/2"] | DIT, 32, 256),
+    Case("modern XL/2, 256 tokens", "dit", dit.PRESETS["XL/2"] | {"num_classes": 1000}, 32, 256),
+    Case("U-Net of SD 1, 64 x 64", "unet", SD1, 64, 32),
     *(Case(f"DiT-{name}, {(side // 2) ** 2} tokens", "dit", dit.PRESETS[name] | DIT, side, batch)
-      for name, side, batch in (("XL/2", 32, 256), ("XL/2", 64, 64), ("B/2", 32, 256), ("S/2", 32, 256))),
-    Case("U-Net of SD 1, 64 x 64", "unet", SD1, 64, 32)] if CUDA else [
+      for name, side, batch in (("XL/2", 64, 64), ("B/2", 32, 256), ("S/2", 32, 256), ("B/2", 64, 64),
+                                ("S/2", 64, 64)))] if CUDA else [
     Case("DiT small, 16 tokens", "dit", dit.PRESETS["small"] | DIT | {"patch": (2, 2)}, 8, 64),
-    Case("U-Net small, 8 x 8", "unet", SMALL, 8, 32),
-    Case("DiT-S/2, 64 tokens", "dit", dit.PRESETS["S/2"] | DIT, 16, 8),
-    Case("U-Net small, 16 x 16", "unet", SMALL, 16, 8)]
+    Case("U-Net small, 8 x 8", "unet", SMALL, 8, 32)]
 
 
 class Theirs(torch.nn.Module):
@@ -255,22 +261,21 @@ def variants(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
 
     def theirs(compiled: bool):
         model = Theirs(case).to(DEVICE, memory_format=layout)
-        if compiled and not CUDA:
-            model.compile()
-        elif compiled:                                   # whole, it takes minutes
-            for block in model.modules():
-                if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
-                    block.compile()
+        for block in model.modules() if compiled else ():        # whole, it takes minutes
+            if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
+                block.compile()
         return model
 
     made = {"ours": lambda: ours(False), "ours compiled": lambda: ours(True)}
-    if importlib.util.find_spec("diffusers") is None:
+    if CUDA and case.arch == "dit" and attention_file.triton:
+        made["ours compiled, kernels"] = lambda: ours(True)       # instead of SDPA: `networks` turns them on
+    if case.name.startswith("modern") or importlib.util.find_spec("diffusers") is None:
         return made
     return made | {"diffusers": lambda: theirs(False), "diffusers compiled": lambda: theirs(True)}
 
 
 def autocast():
-    return torch.autocast("cuda", torch.bfloat16) if CUDA else nullcontext()
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DTYPE == torch.bfloat16)
 
 
 def inputs(case: Case, batch: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -320,18 +325,17 @@ def flops_forward(case: Case) -> float:
 
 
 def peak(index: int, name: str) -> None:
-    """Prints the memory, in MiB, of a process that takes three training steps; run for a CPU's figures."""
+    """Prints the memory, in MiB, of a process that takes three training steps; run for a CPU's figures. Of
+    this process alone: what getrusage calls the maximum may begin at that of its parent."""
     step = training(CASES[index], variants(CASES[index])[name]())
     for _ in range(3):
         step()
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print("peak", int(proc("/proc/self/status", "VmHWM").split()[0]) / 1024)
 
 
 def networks(only: str, rate: float, deadline: float) -> list[Row]:
     rows = []
     for index, case in enumerate(CASES):
-        if late(deadline, f"{only}, {case.name}"):
-            continue
         flops, makers = flops_forward(case), variants(case)
         batch = case.batch if only == "train" else 16 if CUDA else 4
         uses = {name: (make, batch, 20, False) for name, make in makers.items()}
@@ -340,6 +344,9 @@ def networks(only: str, rate: float, deadline: float) -> list[Row]:
                      "ours graphed, 50 steps": (makers["ours"], 1, 50, True)}
         functions, memory, took = {}, {}, {}
         for name, (make, pictures, steps, graphs) in uses.items():
+            if late(deadline, f"{only}, {case.name}, {name}"):
+                continue
+            attention_file.KERNEL = name.endswith("kernels")
             torch.manual_seed(0)
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
@@ -391,8 +398,8 @@ def main() -> None:
         return
     if CUDA:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device = torch.cuda.get_device_name() if CUDA else f"{platform.processor() or platform.machine()}, " \
-        f"{torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if CUDA else (
+        f"{proc('/proc/cpuinfo', 'model name')} ({platform.machine()}), {torch.get_num_threads()} threads")
     rate = matrix_rate()
     print(f"{device}, torch {torch.__version__}, {DTYPE}: {rate / 1e12:.3g} TFLOP/s in a matrix product",
           flush=True)
@@ -400,7 +407,8 @@ def main() -> None:
     torch._dynamo.config.cache_size_limit = 64
     for i, only in enumerate(args.only, 1):
         deadline = begun + 60 * args.minutes * i / len(args.only) - 20
-        rows += attention_alone(deadline) if only == "attention" else networks(only, rate, deadline)
+        rows += (attention_alone(deadline, flex_everywhere=len(args.only) == 1) if only == "attention" else
+                 networks(only, rate, deadline))
     if args.out:
         args.out.write_text(json.dumps({
             "device": device, "torch": torch.__version__, "dtype": str(DTYPE),

@@ -22,6 +22,7 @@ import data
 import dit
 import sample
 import train
+import unet
 from conftest import ROOT
 
 KILLS = int(os.environ.get("KILLS", 2))   # KILLS=20 for the long version
@@ -203,7 +204,7 @@ def test_label_dropout_is_per_example_and_once(cwd):
 
 def test_training_sees_normalised_latents(cwd):
     task, model = denoising(cwd), Recorder()
-    task.path.sample_t = lambda n, device: torch.full((n,), 1e-5)
+    task.path.sample_t = lambda n: torch.full((n,), 1e-5)
     task.loss(model, np.arange(4000))
     xt = model.seen[0][0]
     assert xt.mean((0, 2, 3)).abs().max() < 0.1 and (xt.std((0, 2, 3)) - 1).abs().max() < 0.1
@@ -383,7 +384,30 @@ def test_blocks_compile_once_for_all_sizes():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@needs_compiler
+def test_compiled_words_of_any_number():
+    """The whole way to machine code: a U-Net that listens, at two sizes of picture and two of text."""
+    torch._dynamo.reset()
+    model = unet.UNet(unet.UNetConfig(widths=(16, 16), layers=1, attention=(True, True), groups=8,
+                                      context_width=8, positions=True))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    plain = copy.deepcopy(model)
+    train.compile_blocks(model)
+    for side, length in ((8, 5), (12, 7)):
+        x, t, context = torch.randn(2, 4, side, side), torch.rand(2), torch.randn(2, length, 8)
+        mask = torch.arange(length) < torch.tensor([[length], [2]])
+        got, want = ([out, *torch.autograd.grad(out.square().sum(), list(network.parameters()))]
+                     for network in (model, plain) for out in [network(x, t, context=context, mask=mask)])
+        for a, b in zip(got, want):
+            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+    torch._dynamo.reset()
+
+
+@needs_compiler
 def test_compiled_sampling_draws_the_same(cwd):
     for out, more in (("plain", []), ("compiled", ["--compile"])):
         sample.main(["runs/done", "--n", "2", "--steps", "4", "--out", f"{out}.npz", *more])
