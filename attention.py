@@ -67,10 +67,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
     q_norm, k_norm: RMS-norm weights (head_dim,), applied before the rotation; both or none. rope: tables for
     the rows of q and of k alike. mask (B, M), bool: True where a key may be attended to; every row needs at
     least one. offsets (S + 1,), int32: B = 1, and N = M rows are S sequences packed one behind another,
-    sequence i from offsets[i] to offsets[i + 1]; each attends to itself. max_length: rows of the longest, if
-    known; it spares the kernel idle programs."""
+    sequence i from offsets[i] to offsets[i + 1]; each attends to itself. max_length comes with them: rows of
+    the longest, or more; of fewer the kernel would leave the rest undone.
+    Raises ValueError where these do not go together."""
     if offsets is not None and (mask is not None or q.shape[0] != 1 or q.shape[2] != k.shape[2]):
         raise ValueError("offsets pack sequences in one batch entry, q like k, and leave nothing to mask")
+    if (offsets is None) != (max_length is None):
+        raise ValueError("offsets and max_length come together")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm come together")
     if KERNEL and (q.is_cuda or INTERPRETED) and q.dtype != torch.float64 and q.shape[-1] <= 128:
@@ -119,7 +122,22 @@ def _autotune(*configs: tuple[int, int, int, int]):
         return lambda kernel: kernel
     configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
                for m, n, warps, stages in configs]
-    return triton.autotune(configs[:1] if INTERPRETED else configs, key=["SHORT_ROWS", "DIM", "NORM", "ROPE"])
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key=["LENGTH", "DIM", "NORM", "ROPE"])
+
+
+@_jit
+def _place(longest, heads, BLOCK: tl.constexpr):
+    """Which block of rows, sequence and head are this program's. The grid has one axis, as the others end at
+    65,535; programs beside each other share their keys."""
+    program, blocks = tl.program_id(0), tl.cdiv(longest, BLOCK)
+    return program % blocks, program // blocks // heads, program // blocks % heads
+
+
+@_jit
+def _head(X, z, h, x_z, x_h, DIM: tl.constexpr):
+    """Where a head begins: a multiple of 8 numbers into X, which allows wide loads, as `_aligned` sees to."""
+    at = z * x_z + h * x_h
+    return X + (tl.multiple_of(at, 8) if DIM % 8 == 0 else at)
 
 
 @_jit
@@ -178,36 +196,38 @@ def _epilogue(dy, X, W, COS, SIN, DW, rows, d, real, x_n, DIM: tl.constexpr, PAD
 def _prepare(X, Y, W, COS, SIN, x_z, x_h, x_n, y_z, y_h, y_n, heads, N, DIM: tl.constexpr,
              PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK: tl.constexpr):
     """Y = X normed and rotated."""
-    z, h = tl.cast(tl.program_id(1) // heads, tl.int64), tl.program_id(1) % heads
-    rows, d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    block, sequence, h = _place(N, heads, BLOCK)
+    z, rows, d = tl.cast(sequence, tl.int64), block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
     real = rows < N
-    x = _tile(X + z * x_z + h * x_h, rows, d, real, x_n, DIM)
+    x = _tile(_head(X, z, h, x_z, x_h, DIM), rows, d, real, x_n, DIM)
     y = _prologue(x, W, COS, SIN, rows, d, real, DIM, PADDED, NORM, ROPE)
-    _put(Y + z * y_z + h * y_h, y, rows, d, real, y_n, DIM)
+    _put(_head(Y, z, h, y_z, y_h, DIM), y, rows, d, real, y_n, DIM)
 
 
 @_autotune((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))
 @_jit
 def _forward(Q, K, V, O, LSE, QW, KW, COS, SIN, MASK, OFFSETS, q_z, q_h, q_n, k_z, k_h, k_n, v_z, v_h, v_n,
-             o_z, o_h, o_n, heads, N, M, scale, SHORT_ROWS: tl.constexpr, DIM: tl.constexpr,
-             PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
-             PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+             o_z, o_h, o_n, heads, N, M, longest, scale, LENGTH: tl.constexpr, SHORT_ROWS: tl.constexpr,
+             DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+             MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr):
     """scale: 1 / sqrt(head_dim) * log2(e)."""
-    sequence, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, sequence, h = _place(longest, heads, BLOCK_M)
     z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
     if PACKED:
         z, first = tl.cast(0, tl.int64), tl.load(OFFSETS + sequence).to(tl.int32)
         end = tl.load(OFFSETS + sequence + 1).to(tl.int32)
         key_first, key_end = first, end
-    rows, d = first + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
+    rows, d = first + block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
     real = rows < end
-    Q, K, V, O = Q + z * q_z + h * q_h, K + z * k_z + h * k_h, V + z * v_z + h * v_h, O + z * o_z + h * o_h
-    q = _prologue(_tile(Q, rows, d, real, q_n, DIM), QW, COS, SIN, rows, d, real, DIM, PADDED, NORM, ROPE)
+    K, V = _head(K, z, h, k_z, k_h, DIM), _head(V, z, h, v_z, v_h, DIM)
+    q = _tile(_head(Q, z, h, q_z, q_h, DIM), rows, d, real, q_n, DIM)
+    q = _prologue(q, QW, COS, SIN, rows, d, real, DIM, PADDED, NORM, ROPE)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, PADDED), tl.float32)
     if PACKED:                                         # nothing to do behind the end of a short sequence
-        key_end = tl.where(first + tl.program_id(0) * BLOCK_M < end, key_end, key_first)
+        key_end = tl.where(first + block * BLOCK_M < end, key_end, key_first)
     for start in range(key_first, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         seen = keys < key_end
@@ -225,7 +245,9 @@ def _forward(Q, K, V, O, LSE, QW, KW, COS, SIN, MASK, OFFSETS, q_z, q_h, q_n, k_
         total = total * fade + tl.sum(p, 1)
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = higher
-    _put(O, out / total[:, None], rows, d, real, o_n, DIM)
+    total = tl.where(total == 0, 1.0, total)                                   # a row that sees nothing is 0
+    top = tl.where(top == float("-inf"), 0.0, top)
+    _put(_head(O, z, h, o_z, o_h, DIM), out / total[:, None], rows, d, real, o_n, DIM)
     tl.store(LSE + (z * heads + h) * N + rows, top + tl.log2(total), real)
 
 
@@ -233,28 +255,29 @@ def _forward(Q, K, V, O, LSE, QW, KW, COS, SIN, MASK, OFFSETS, q_z, q_h, q_n, k_
 @_jit
 def _backward_q(Q, K, V, O, DO, LSE, DELTA, X, DX, W, COS, SIN, DW, MASK, OFFSETS, q_z, q_h, q_n, k_z, k_h,
                 k_n, v_z, v_h, v_n, o_z, o_h, o_n, do_z, do_h, do_n, x_z, x_h, x_n, dx_z, dx_h, dx_n, heads,
-                N, M, parts, scale, SHORT_ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-                NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                N, M, longest, parts, scale, LENGTH: tl.constexpr, SHORT_ROWS: tl.constexpr,
+                DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+                MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Q, K: prepared; X: q as it came in. Leaves delta = sum(o * do) for `_backward_kv`."""
-    sequence, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, sequence, h = _place(longest, heads, BLOCK_M)
     z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
     if PACKED:
         z, first = tl.cast(0, tl.int64), tl.load(OFFSETS + sequence).to(tl.int32)
         end = tl.load(OFFSETS + sequence + 1).to(tl.int32)
         key_first, key_end = first, end
-    rows, d = first + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
+    rows, d = first + block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
     real = rows < end
-    K, V = K + z * k_z + h * k_h, V + z * v_z + h * v_h
-    q = _tile(Q + z * q_z + h * q_h, rows, d, real, q_n, DIM)
-    do = _tile(DO + z * do_z + h * do_h, rows, d, real, do_n, DIM)
-    o = _tile(O + z * o_z + h * o_h, rows, d, real, o_n, DIM)
+    K, V = _head(K, z, h, k_z, k_h, DIM), _head(V, z, h, v_z, v_h, DIM)
+    q = _tile(_head(Q, z, h, q_z, q_h, DIM), rows, d, real, q_n, DIM)
+    do = _tile(_head(DO, z, h, do_z, do_h, DIM), rows, d, real, do_n, DIM)
+    o = _tile(_head(O, z, h, o_z, o_h, DIM), rows, d, real, o_n, DIM)
     at = (z * heads + h) * N + rows
     delta, lse = tl.sum(o.to(tl.float32) * do, 1), tl.load(LSE + at, real, 0.0)
     tl.store(DELTA + at, delta, real)
     dq = tl.zeros((BLOCK_M, PADDED), tl.float32)
     if PACKED:
-        key_end = tl.where(first + tl.program_id(0) * BLOCK_M < end, key_end, key_first)
+        key_end = tl.where(first + block * BLOCK_M < end, key_end, key_first)
     for start in range(key_first, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         seen = keys < key_end
@@ -266,38 +289,38 @@ def _backward_q(Q, K, V, O, DO, LSE, DELTA, X, DX, W, COS, SIN, DW, MASK, OFFSET
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     dq *= scale * 0.6931471805599453                                           # ln(2): scale is in base 2
-    DW += (tl.program_id(1) * parts + tl.program_id(0) * (BLOCK_M // ROWS)).to(tl.int64) * DIM
-    dq = _epilogue(dq, X + z * x_z + h * x_h, W, COS, SIN, DW, rows, d, real, x_n, DIM, PADDED, NORM, ROPE,
-                   ROWS)
-    _put(DX + z * dx_z + h * dx_h, dq, rows, d, real, dx_n, DIM)
+    DW += ((sequence * heads + h) * parts + block * (BLOCK_M // ROWS)).to(tl.int64) * DIM
+    dq = _epilogue(dq, _head(X, z, h, x_z, x_h, DIM), W, COS, SIN, DW, rows, d, real, x_n, DIM, PADDED, NORM,
+                   ROPE, ROWS)
+    _put(_head(DX, z, h, dx_z, dx_h, DIM), dq, rows, d, real, dx_n, DIM)
 
 
 @_autotune((64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 4, 3))
 @_jit
 def _backward_kv(Q, K, V, DO, LSE, DELTA, X, DX, DV, W, COS, SIN, DW, MASK, OFFSETS, q_z, q_h, q_n, k_z,
                  k_h, k_n, v_z, v_h, v_n, do_z, do_h, do_n, x_z, x_h, x_n, dx_z, dx_h, dx_n, dv_z, dv_h,
-                 dv_n, heads, N, M, parts, scale, SHORT_ROWS: tl.constexpr, DIM: tl.constexpr,
-                 PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
-                 PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr):
+                 dv_n, heads, N, M, longest, parts, scale, LENGTH: tl.constexpr, SHORT_ROWS: tl.constexpr,
+                 DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+                 MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Q, K: prepared; X: k as it came in. Scores are turned on their side: (keys, queries)."""
-    sequence, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, sequence, h = _place(longest, heads, BLOCK_N)
     z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
     if PACKED:
         z, first = tl.cast(0, tl.int64), tl.load(OFFSETS + sequence).to(tl.int32)
         end = tl.load(OFFSETS + sequence + 1).to(tl.int32)
         key_first, key_end = first, end
-    keys, d = key_first + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, PADDED)
+    keys, d = key_first + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, PADDED)
     real = keys < key_end
-    Q, DO = Q + z * q_z + h * q_h, DO + z * do_z + h * do_h
-    k = _tile(K + z * k_z + h * k_h, keys, d, real, k_n, DIM)
-    v = _tile(V + z * v_z + h * v_h, keys, d, real, v_n, DIM)
+    Q, DO = _head(Q, z, h, q_z, q_h, DIM), _head(DO, z, h, do_z, do_h, DIM)
+    k = _tile(_head(K, z, h, k_z, k_h, DIM), keys, d, real, k_n, DIM)
+    v = _tile(_head(V, z, h, v_z, v_h, DIM), keys, d, real, v_n, DIM)
     seen = real
     if MASKED:
         seen = seen & (tl.load(MASK + z * M + keys, real, 0) != 0)
     dk, dv = tl.zeros((BLOCK_N, PADDED), tl.float32), tl.zeros((BLOCK_N, PADDED), tl.float32)
     if PACKED:
-        end = tl.where(key_first + tl.program_id(0) * BLOCK_N < key_end, end, first)
+        end = tl.where(key_first + block * BLOCK_N < key_end, end, first)
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         there = rows < end
@@ -310,11 +333,11 @@ def _backward_kv(Q, K, V, DO, LSE, DELTA, X, DX, DV, W, COS, SIN, DW, MASK, OFFS
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
     dk *= scale * 0.6931471805599453
-    DW += (tl.program_id(1) * parts + tl.program_id(0) * (BLOCK_N // ROWS)).to(tl.int64) * DIM
-    dk = _epilogue(dk, X + z * x_z + h * x_h, W, COS, SIN, DW, keys, d, real, x_n, DIM, PADDED, NORM, ROPE,
-                   ROWS)
-    _put(DX + z * dx_z + h * dx_h, dk, keys, d, real, dx_n, DIM)
-    _put(DV + z * dv_z + h * dv_h, dv, keys, d, real, dv_n, DIM)
+    DW += ((sequence * heads + h) * parts + block * (BLOCK_N // ROWS)).to(tl.int64) * DIM
+    dk = _epilogue(dk, _head(X, z, h, x_z, x_h, DIM), W, COS, SIN, DW, keys, d, real, x_n, DIM, PADDED, NORM,
+                   ROPE, ROWS)
+    _put(_head(DX, z, h, dx_z, dx_h, DIM), dk, keys, d, real, dx_n, DIM)
+    _put(_head(DV, z, h, dv_z, dv_h, DIM), dv, keys, d, real, dv_n, DIM)
 
 
 # ---- the kernels as one operator, for autograd and torch.compile
@@ -332,8 +355,14 @@ def _blocks(rows: int, size: int) -> int:
     return (rows + size - 1) // size
 
 
-def _launch(kernel):
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+def _aligned(x: Tensor) -> Tensor:
+    """x with rows and heads that begin at multiples of 8 numbers, as far as head_dim allows."""
+    whole = x.shape[-1] % 8 or not any(stride % 8 for stride in x.stride()[:3])
+    return x if whole and x.stride(-1) == 1 else x.contiguous()
+
+
+# torch.compile looks for this name in the operators below, to know their kernels
+wrap_triton = torch.library.wrap_triton if triton and not INTERPRETED else lambda kernel: kernel
 
 
 def _setting(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | None, mask: Tensor | None,
@@ -341,10 +370,11 @@ def _setting(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | None, mask
     """Sequences, rows of the longest query and key, and what all kernels are told."""
     packed, dim = offsets is not None, q.shape[-1]
     exact = torch.get_float32_matmul_precision() == "highest"
-    options = {"SHORT_ROWS": (max_length if packed else k.shape[2]) <= SHORT,
+    length = max_length if packed else k.shape[2]
+    options = {"LENGTH": 0 if length <= 512 else 1 if length <= 2048 else 2, "SHORT_ROWS": length <= SHORT,
                "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)), "NORM": norm is not None,
                "ROPE": cos is not None, "MASKED": mask is not None, "PACKED": packed,
-               "PRECISION": "ieee" if exact else "tf32"}
+               "PRECISION": "tf32x3" if exact else "tf32"}
     if packed:
         return len(offsets) - 1, max_length, max_length, options
     return q.shape[0], q.shape[2], k.shape[2], options
@@ -355,7 +385,7 @@ def _prepared(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor 
     if weight is None and cos is None:
         return x
     y, (batch, heads, length, _) = _like(x), x.shape
-    _launch(_prepare)[(_blocks(length, 64), batch * heads)](
+    wrap_triton(_prepare)[(_blocks(length, 64) * batch * heads,)](
         x, y, weight, cos, sin, *_strides(x, y), heads, length, BLOCK=64,
         **{name: options[name] for name in ("DIM", "PADDED", "NORM", "ROPE")})
     return y
@@ -372,9 +402,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, q_norm: Optional[Tensor], k_norm
     sequences, rows, _, options = _setting(q, k, q_norm, cos, mask, offsets, max_length)
     k = k if options["SHORT_ROWS"] else _prepared(k, k_norm, cos, sin, options)
     o, lse, heads = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32), q.shape[1]
-    _launch(_forward)[lambda meta: (_blocks(rows, meta["BLOCK_M"]), sequences * heads)](
+    wrap_triton(_forward)[lambda meta: (_blocks(rows, meta["BLOCK_M"]) * sequences * heads,)](
         q, k, v, o, lse, q_norm, k_norm, cos, sin, mask, offsets, *_strides(q, k, v, o), heads, q.shape[2],
-        k.shape[2], q.shape[-1] ** -0.5 * 1.4426950408889634, **options)
+        k.shape[2], rows, q.shape[-1] ** -0.5 * 1.4426950408889634, **options)
     return o, lse
 
 
@@ -392,12 +422,14 @@ def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Opt
     parts = [_blocks(length, 128) * (128 // ROWS) if options["NORM"] else 0 for length in (rows, keys)]
     dw_q, dw_k = (q.new_zeros((sequences * heads, number, dim), dtype=torch.float32) for number in parts)
     scale = dim ** -0.5 * 1.4426950408889634
-    _launch(_backward_q)[lambda meta: (_blocks(rows, meta["BLOCK_M"]), sequences * heads)](
+    wrap_triton(_backward_q)[lambda meta: (_blocks(rows, meta["BLOCK_M"]) * sequences * heads,)](
         ready_q, ready_k, v, o, do, lse, delta, q, dq, q_norm, cos, sin, dw_q, mask, offsets,
-        *_strides(ready_q, ready_k, v, o, do, q, dq), heads, n, m, parts[0], scale, ROWS=ROWS, **options)
-    _launch(_backward_kv)[lambda meta: (_blocks(keys, meta["BLOCK_N"]), sequences * heads)](
+        *_strides(ready_q, ready_k, v, o, do, q, dq), heads, n, m, rows, parts[0], scale, ROWS=ROWS,
+        **options)
+    wrap_triton(_backward_kv)[lambda meta: (_blocks(keys, meta["BLOCK_N"]) * sequences * heads,)](
         ready_q, ready_k, v, do, lse, delta, k, dk, dv, k_norm, cos, sin, dw_k, mask, offsets,
-        *_strides(ready_q, ready_k, v, do, k, dk, dv), heads, n, m, parts[1], scale, ROWS=ROWS, **options)
+        *_strides(ready_q, ready_k, v, do, k, dk, dv), heads, n, m, keys, parts[1], scale, ROWS=ROWS,
+        **options)
     return dq, dk, dv, dw_q.sum((0, 1)), dw_k.sum((0, 1))
 
 
@@ -408,8 +440,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, do: Tensor, _) -> tuple:
     *inputs, o, lse = ctx.saved_tensors
-    do = do if do.stride(-1) == 1 else do.contiguous()
-    dq, dk, dv, dw_q, dw_k = _attention_backward(do, *inputs, ctx.max_length, o, lse)
+    dq, dk, dv, dw_q, dw_k = _attention_backward(_aligned(do), *inputs, ctx.max_length, o, lse)
     q_norm, k_norm = inputs[3:5]
     dw = (None, None) if q_norm is None else (dw_q.to(q_norm.dtype), dw_k.to(k_norm.dtype))
     return dq, dk, dv, *dw, None, None, None, None, None
@@ -423,9 +454,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = 
                     offsets: Tensor | None = None, max_length: int | None = None) -> Tensor:
     """`attention` by the kernels above, for float32, bfloat16 and float16, head dims up to 128. Gradients
     reach q, k, v and the norm's weights; the rotary tables are constants."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(_aligned, (q, k, v))
     cos, sin = (x.float().contiguous() for x in rope) if rope else (None, None)
-    mask = None if mask is None else mask.contiguous()
+    mask = None if mask is None else mask.expand(len(q), -1).contiguous()
     return _attention(q, k, v, q_norm, k_norm, cos, sin, mask, offsets, max_length or q.shape[2])[0]
 
 

@@ -544,9 +544,8 @@ def open_image(path: Path, size: tuple[int, int]) -> np.ndarray:
         return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
 
 
-def list_folder(folder: Path, flat_or_classes: bool = True) -> tuple[list[Path], list[int] | None, list[str]]:
-    """Pictures of a flat folder (labels None) or of a folder of class folders, in sorted order; without
-    flat_or_classes a mixture is a flat one."""
+def list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
+    """Pictures of a flat folder (labels None) or of a folder of class folders, in sorted order."""
     endings = {e for e, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: neither a built-in source ({', '.join(BUILT_IN)}) nor "
@@ -556,7 +555,7 @@ def list_folder(folder: Path, flat_or_classes: bool = True) -> tuple[list[Path],
     if not pictures:
         raise ValueError(f"--data {folder}: no pictures in this folder "
                          "(looked for files that Pillow opens, such as .png, .jpg)")
-    if flat and len(flat) < len(pictures) and flat_or_classes:
+    if flat and len(flat) < len(pictures):
         raise ValueError(f"--data {folder}: {flat[0].name} lies beside class folders; "
                          "use a flat folder or class folders, not both")
     if flat:
@@ -566,25 +565,61 @@ def list_folder(folder: Path, flat_or_classes: bool = True) -> tuple[list[Path],
     return pictures, [index[name] for name in names], list(index)
 
 
+def clean(text: str) -> str:
+    """One line of valid Unicode, with single spaces: how captions and prompts enter."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
 def read_captions(folder: Path, paths: list[Path]) -> list[str] | None:
-    """One a picture: from metadata.jsonl, lines of {"file_name": ..., "text": ...}, or NAME.txt beside it.
-    None where no picture has one; raises ValueError where some have not."""
-    table, metadata = {}, folder / "metadata.jsonl"
-    for number, line in enumerate(metadata.read_bytes().splitlines() if metadata.is_file() else (), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-            table |= {folder / row["file_name"]: str(row["text"])} if row else {}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{metadata}, line {number}: not an object with file_name and text") from None
+    """One a picture: from a metadata.jsonl in any of the folders, lines of {"file_name": ..., "text": ...},
+    or from NAME.txt beside it. None where no picture has one; raises ValueError where some have not."""
+    table = {}
+    for metadata in sorted(folder.rglob("metadata.jsonl")):
+        for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+                table |= {metadata.parent / row["file_name"]: clean(row["text"])} if row else {}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{metadata}, line {number}: not an object with file_name and text"
+                                 ) from None
+    asked = bool(table)
     for path in paths:
-        if path not in table and path.with_suffix(".txt").is_file():
-            table[path] = path.with_suffix(".txt").read_text("utf-8", "replace")
+        beside = path.with_suffix(".txt")
+        if path not in table and beside.is_file():
+            try:
+                table[path] = clean(beside.read_text("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise ValueError(f"{beside}: not in UTF-8; save it so") from None
     missing = [path for path in paths if path not in table]
-    if missing and len(missing) < len(paths):
+    if missing and (asked or len(missing) < len(paths)):
         raise ValueError(f"--data {folder}: {len(missing)} of {len(paths)} pictures have no caption, such as "
                          f"{missing[0]}; write one into {missing[0].with_suffix('.txt').name} beside it, or "
                          "into metadata.jsonl")
-    return None if missing else [" ".join(table[path].split()) for path in paths]
+    return None if missing else [table[path] for path in paths]
+
+
+def find_words(source: str, words: str | None) -> list[str] | None:
+    """What goes with each picture of a folder, in the order of `list_folder`, before any is decoded: the
+    captions, the files of "embeddings", or None where there are names of classes only, or nothing is asked.
+    Raises ValueError with one line for the user where pictures have no words."""
+    if source in BUILT_IN:
+        if words == "embeddings":
+            raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; "
+                             "give a folder that has")
+        return None
+    if words is None:
+        return None
+    paths, labels, _ = list_folder(Path(source))
+    if words == "captions":
+        captions = read_captions(Path(source), paths)
+        if captions is None and labels is None:
+            raise ValueError(f"--data {source}: pictures without words; put NAME.txt beside each, or "
+                             "metadata.jsonl with file_name and text")
+        return captions
+    files = [str(path.with_suffix(".npz")) for path in paths]
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise ValueError(f"--data {source}: no {missing[0]} beside its picture, as --text-encoder none needs")
+    return files
 
 
 def read_embeddings(files: list[str]) -> dict[str, Tensor]:
@@ -623,15 +658,10 @@ def pad_context(rows: list[Tensor], pooled: Tensor | None) -> dict[str, Tensor]:
 def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path,
                 words: str | None = None) -> Dataset:
     """Decode once into cache_dir, memory-mapped from then on. Every 20th picture (at most 256) validates."""
-    paths, labels, classes = list_folder(folder, flat_or_classes=words is None)
+    paths, labels, classes = list_folder(folder)
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     fingerprint = _digest("folder", size, stats)
-    captions = read_captions(folder, paths) if words == "captions" else None
-    if words == "embeddings":
-        captions = [str(path.with_suffix(".npz")) for path in paths]
-        if missing := [file for file in captions if not Path(file).is_file()]:
-            raise ValueError(f"--data {folder}: no {missing[0]} beside its picture, as --text-encoder none "
-                             "needs")
+    captions = find_words(str(folder), words)
     stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
     with locked(cache_dir / "images.lock", wait=True):
         if _read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
@@ -686,9 +716,8 @@ def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: P
     "embeddings": captions are then the .npz files beside a folder's pictures. `count` is how many `shapes`
     are drawn for training. Raises ValueError with one line for the user."""
     size = tuple(size or (32, 32))
-    if words == "embeddings" and source in BUILT_IN:
-        raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; give a "
-                         "folder that has")
+    if source in BUILT_IN:
+        find_words(source, words)
     if source == "shapes":
         load = load_scenes if words else load_shapes
         data = load(split, size, count if split == "train" else 480)
@@ -701,9 +730,6 @@ def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: P
     else:
         data = load_folder(Path(source), split, size, cache_dir, words)
     if words == "captions" and data.captions is None:
-        if not data.classes:
-            raise ValueError(f"--data {source}: pictures without words; put NAME.txt beside each, or "
-                             "metadata.jsonl with file_name and text")
         data = replace(data, captions=[data.classes[label].replace("-", " ") for label in data.labels])
     return data
 
@@ -793,10 +819,12 @@ class TextCache:
         stamp = {"encoder": encoder_fingerprint, "prompts": _digest(prompts)}
         stamp_path, index = path.with_suffix(".json"), path.with_suffix(".npz")
         with locked(path.with_suffix(".lock"), wait=True):
-            if _read_stamp(stamp_path) != stamp or not path.is_file() or not index.is_file():
+            found = _read_stamp(stamp_path)
+            if found != stamp | {"bytes": path.stat().st_size if path.is_file() else None} or (
+                    not index.is_file()):
                 stamp_path.unlink(missing_ok=True)
                 self._build(path, index, prompts, encode)
-                _write_stamp(stamp_path, stamp)
+                _write_stamp(stamp_path, stamp | {"bytes": path.stat().st_size})
             arrays = np.load(index)
             self.ends, self.pooled = arrays["ends"], arrays["pooled"] if "pooled" in arrays else None
             self.rows = np.memmap(path, np.float16, "r").reshape(self.ends[-1], -1)
@@ -804,11 +832,18 @@ class TextCache:
 
     @staticmethod
     def _build(path: Path, index: Path, prompts: list[str], encode) -> None:
-        lengths, pooled, partial = [0], [], path.with_suffix(".part")
+        lengths, pooled, widths, partial = [0], [], None, path.with_suffix(".part")
         try:
             with open(partial, "wb") as out:
                 for i in tqdm(range(0, len(prompts), 64), desc="encode prompts", unit="batch"):
                     cond = encode(prompts[i:i + 64])
+                    here = [cond[name].shape[-1] for name in ("context", "pooled") if name in cond]
+                    if here != (widths := widths or here):
+                        raise ValueError(f"{prompts[i]} or one of the next: text vectors of widths {here}, "
+                                         f"not {widths} as of those before")
+                    if not (cond["context"].abs() < 65504).all():
+                        raise ValueError(f"{prompts[i]} or one of the next: text vectors that are not finite "
+                                         "numbers below 65504, which float16 holds")
                     for row, mask in zip(cond["context"], cond["mask"]):
                         out.write(row[mask].half().cpu().numpy().tobytes())
                         lengths.append(int(mask.sum()))
@@ -862,9 +897,16 @@ def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
                      for part in (name, tensors[name].detach().cpu().numpy())))
 
 
-def fingerprint_files(files: list[str | Path]) -> str:
-    """A name for these files as they are now."""
-    return _digest(*((str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files))
+def fingerprint_files(folder: Path, pattern: str) -> str:
+    """A name for the files of a folder, wherever that lies: their names, sizes and last 4 KiB, which in an
+    archive are its checksums."""
+    parts = []
+    for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+        with open(file, "rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            content.seek(max(0, size - 4096))
+            parts.append((str(file.relative_to(folder)), size, hashlib.sha256(content.read()).hexdigest()))
+    return _digest(parts)
 
 
 def _read_stamp(path: Path) -> dict:

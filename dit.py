@@ -138,8 +138,20 @@ class SelfAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))     # (B, N, D)
 
 
+class TokenConv(nn.Conv2d):
+    """A depthwise 3x3 convolution over the grid of tokens (B, h * w, D), added to them; it starts at zero."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, 3, padding=1, groups=width)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return x + super().forward(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+
+
 class MLP(nn.Module):
-    """conv: a depthwise 3x3 convolution over the grid of tokens between the two layers; it starts at zero."""
+    """conv: a TokenConv between the two layers."""
 
     def __init__(self, kind: str, width: int, ratio: float, conv: bool = False):
         super().__init__()
@@ -149,10 +161,7 @@ class MLP(nn.Module):
         hidden = int(ratio * width) if not self.gated else -(-int(ratio * width * 2 / 3) // 16) * 16
         self.fc1 = nn.Linear(width, 2 * hidden if self.gated else hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if conv else None
-        if conv:
-            nn.init.zeros_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)
+        self.conv = TokenConv(hidden) if conv else None
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         if self.gated:
@@ -161,7 +170,7 @@ class MLP(nn.Module):
         else:
             x = F.gelu(self.fc1(x), approximate="tanh")
         if self.conv is not None:
-            x = x + self.conv(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+            x = self.conv(x, grid)
         return self.fc2(x)
 
 
@@ -316,7 +325,7 @@ class MMDiTConfig:
     norm: str = "rms"
     mlp: str = "swiglu"
     qk_norm: bool = True
-    conv: bool = False                       # a depthwise 3x3 convolution in the MLPs of the image's stream
+    conv: bool = False                       # a depthwise 3x3 convolution in the MLPs, for the image's tokens
     dual_attention: int = 0                  # SD 3.5: joint blocks where the image also attends to itself
     rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head that turn with (text, y, x)
     rope_theta: float = 100.0
@@ -424,14 +433,19 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(c.width + hidden, c.width)
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.width // c.heads)) if c.qk_norm else None
                                     for _ in "qk")
+        self.conv = TokenConv(hidden) if c.conv else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 3 * c.width))
 
-    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None,
+                grid: tuple[int, int]) -> Tensor:
         m = Modulation(*self.adaLN_modulation(c)[:, None].chunk(3, dim=-1))
         qkv, hidden = self.linear1(modulate(self.norm(x), m)).tensor_split([3 * self.width], dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
         hidden = F.gelu(hidden, approximate="tanh")
+        if self.conv is not None:
+            words, patches = hidden.tensor_split([-grid[0] * grid[1]], dim=1)
+            hidden = torch.cat([words, self.conv(patches, grid)], dim=1)
         return x + m.gate * self.linear2(torch.cat([attended.transpose(1, 2).flatten(2), hidden], dim=-1))
 
 
@@ -498,7 +512,7 @@ class MMDiT(nn.Module):
         if self.single_blocks:
             x = torch.cat([words, x], dim=1)                                 # (B, L + N, D)
             for block in self.single_blocks:
-                x = block(x, condition, rope, mask)
+                x = block(x, condition, rope, mask, (h, w))
             x = x[:, length:]
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
         return unpatchify(x, (h, w), self.config.patch)                      # (B, C, H, W)
@@ -536,12 +550,14 @@ def tokenize(prompts: list[str], limit: int) -> tuple[Tensor, Tensor]:
     the mask (B, L), False where padded. An empty prompt is START alone: what the unconditional branch is
     given."""
     rows = [[bytes(1), *split_words(prompt)[:limit]] for prompt in prompts]
-    ids = torch.full((len(rows), max(map(len, rows)), WORD), PAD)
-    mask = torch.zeros(ids.shape[:2], dtype=torch.bool)
-    for i, row in enumerate(rows):
-        mask[i, :len(row)] = True
-        for j, word in enumerate(row):
-            ids[i, j, :len(word)] = torch.tensor(list(word))
+    words = [word for row in rows for word in row]
+    text = bytearray(b"".join(word.ljust(WORD, b"\0") for word in words))
+    letters = torch.frombuffer(text, dtype=torch.uint8).view(-1, WORD).long()
+    letters[torch.arange(WORD) >= torch.tensor([len(word) for word in words])[:, None]] = PAD
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.full((*mask.shape, WORD), PAD)
+    ids[mask] = letters
     ids[:, 0, 0] = START
     return ids, mask
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import dit
 import vae as vae_file
-from data import grid, open_image, read_embeddings, to_tensor, to_uint8
+from data import clean, grid, open_image, read_embeddings, to_tensor, to_uint8
 from ddpm import DDPM
 from dit import DiT, DiTConfig, MMDiT, MMDiTConfig, PublishedTextEncoder, TextConfig, TextEncoder
 from rectified_flow import RectifiedFlow
@@ -122,11 +122,13 @@ def build_model(arch: str, config: dict, text: dict | None = None) -> torch.nn.M
 def listen(model: torch.nn.Module, encode, prompts: list[str]) -> dict[str, Tensor]:
     """The conditions that `encode`, of a TextEncoder's kind, makes of prompts, as far as the model asks for
     them."""
-    cond, width = encode(prompts), model.config.context_width
-    if cond["context"].shape[-1] != width:
-        raise ValueError(f"text vectors of width {cond['context'].shape[-1]}: this network takes {width}")
-    pooled = ["pooled"] if getattr(model.config, "pooled_width", None) else []
-    return {name: cond[name] for name in ("context", "mask", *pooled)}
+    cond, asked = encode(prompts), {"context": model.config.context_width,
+                                    "pooled": getattr(model.config, "pooled_width", None)}
+    for name, width in asked.items():
+        given = cond[name].shape[-1] if name in cond else None
+        if width and given != width:
+            raise ValueError(f"text vectors ({name}) of width {given}: this network takes {width}")
+    return {name: cond[name] for name in ("context", "mask", *["pooled"] * bool(asked["pooled"]))}
 
 
 def build_path(objective: dict) -> DDPM | RectifiedFlow:
@@ -288,7 +290,7 @@ def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], se
     and uncond as `guided` takes them, of the batch's length.
 
     image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
-    2022, arXiv:2108.01073); of the steps of the whole way those below `strength` are gone. mask (1, 1, H, W),
+    2022, arXiv:2108.01073); of the steps of the whole way those above `strength` are gone. mask (1, 1, H, W),
     bool: draw only there; every other pixel stays as it is.
     on_step(i, decoded uint8 pictures) shows the way."""
     device = next(vae.parameters()).device
@@ -299,12 +301,13 @@ def draw(model: torch.nn.Module, vae: VAE, path, shape: tuple[int, int, int], se
                      variance=options.get("variance") == "learned")
     times = TIMES[times](path, steps)
     if image is not None:
-        x0 = vae.normalize(vae.encode(image.to(device)).mean)
+        with torch.autocast(device.type, enabled=False):   # as in decode
+            x0 = vae.normalize(vae.encode(image.to(device)).mean)
         start = round(strength * 1000) / 1000              # in thousandths, as the diffusion path counts
-        if start < times[0]:
-            times = torch.cat([times.new_tensor([start]), times[times < start]])
-        alpha, sigma = path.alpha_sigma(times[0])
-        x = alpha * x0 + sigma * x
+        if start < times[0]:                               # and no step shorter than half of one
+            times = torch.cat([times.new_tensor([start]), times[times < start - 5e-4]])
+            alpha, sigma = path.alpha_sigma(times[0])
+            x = alpha * x0 + sigma * x
     if mask is not None:                                   # a latent is drawn anew where any of its pixels is
         repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
         denoise = inpainting(denoise, path, x0, repaint)
@@ -364,20 +367,22 @@ def conditions(args: argparse.Namespace, checkpoint: dict, model: torch.nn.Modul
         return turn * 0, {}, []
     encode = text_encoder(text, model, args.text_encoder, device)
     asked = (args.prompt or args.embedding or checkpoint["data"]["prompts"])[:args.n]
+    negative = clean(args.negative_prompt or "")
+    asked = asked if args.embedding else [clean(prompt) for prompt in asked]
     prompts = list(dict.fromkeys(asked))                   # each is encoded once, however often asked for
     number = torch.tensor([prompts.index(prompt) for prompt in asked])
-    for prompt in (*prompts, args.negative_prompt or "") if text["encoder"] != "none" else ():
+    for prompt in (*prompts, negative) if text["encoder"] != "none" else ():
         if rest := encode.cut(prompt):
             print(f"sample.py: warning: a prompt is longer than this run reads; cut off: {rest!r}",
                   file=sys.stderr)
-    cond = listen(model, encode, [*prompts, args.negative_prompt or ""])
+    cond = listen(model, encode, [*prompts, negative])
     return number[turn % len(asked)], {name: part.to(device) for name, part in cond.items()}, prompts
 
 
 def read_image(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:
     try:
         return open_image(Path(file), size).copy()
-    except (OSError, ValueError) as error:
+    except Exception as error:       # Pillow raises a dozen kinds
         raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
 
 
@@ -466,6 +471,9 @@ def main(argv: list[str] | None = None) -> None:
     for flag, value in (("--strength", args.strength), ("--rescale", args.rescale)):
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{flag} {value:g}: must be between 0 and 1")
+    for flag, value in (("--init-image", args.init_image), ("--mask", args.mask)):
+        if value == "":
+            raise ValueError(f"{flag} is empty; give a picture, or leave it out")
     for flag, value in (("--strength", args.strength), ("--mask", args.mask)):
         if value is not None and not args.init_image:
             raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with")
@@ -487,7 +495,8 @@ def main(argv: list[str] | None = None) -> None:
     guidable = (text or classes) and checkpoint["label_dropout"] > 0
     precomputed = text is not None and text["encoder"] == "none"
     for flag, value, fits, remedy in (
-            ("--label", args.label, classes, "leave it out" if not text else "use --prompt"),
+            ("--label", args.label, classes, "use --embedding" if precomputed else
+             "use --prompt" if text else "leave it out"),
             ("--prompt", args.prompt, text and not precomputed, "use --embedding" if precomputed else
              "use --label" if classes else "leave it out"),
             ("--negative-prompt", args.negative_prompt, text and not precomputed, "leave it out"),

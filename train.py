@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from tqdm import tqdm
 import dit
 import unet
 import vae as vae_file
-from data import (Dataset, LatentCache, TextCache, batch_indices, batches, fingerprint_files,
+from data import (Dataset, LatentCache, TextCache, batch_indices, batches, find_words, fingerprint_files,
                   fingerprint_tensors, grid, load_data, locked, read_embeddings, send, to_tensor, to_uint8)
 from sample import (DRAW_DEFAULTS, MODELS, PUBLISHED, build_model, build_path, check_compiler,
                     check_published_vae, check_weights, draw, listen, load_checkpoint, load_vae, load_weights,
@@ -265,7 +264,7 @@ def network_config(args: argparse.Namespace, latent_channels: int, num_classes: 
         return PUBLISHED[args.published]["config"] | {"channels": latent_channels, "num_classes": num_classes}
     config = PRESETS[args.arch][args.preset] | {"channels": latent_channels}
     if args.arch == "mmdit":
-        config |= {"context_width": text_widths[0], "pooled_width": text_widths[1]}
+        config |= {"context_width": text_widths[0], "pooled_width": text_widths[1], "guidance": False}
     else:
         config |= {"num_classes": num_classes}
     if args.arch == "unet":       # Stable Diffusion 1 and 2, which have a width of their own, pool nothing
@@ -315,6 +314,12 @@ def text_of(args: argparse.Namespace) -> dict | None:
     config = dit.TEXT_PRESETS.get(args.preset, {})
     return {"encoder": kind} | ({"config": asdict(dit.TextConfig(**config))} if kind == "bytes" else
                                 {"path": path} if path else {})
+
+
+def warn_of_cut(encoder, captions: list[str]) -> None:
+    if cut := [rest for rest in map(encoder.cut, captions) if rest]:
+        print(f"train.py: warning: {len(cut):,} of {len(captions):,} captions are longer than is read; "
+              f"of the first of them, cut off: {cut[0]!r}", file=sys.stderr)
 
 
 def text_widths(text: dict | None, encode) -> tuple[int | None, int | None]:
@@ -385,8 +390,12 @@ def read_settings(file: Path) -> dict:
 def check_settings(args: argparse.Namespace, file: Path) -> None:
     """Refuse a folder that holds a run of other settings."""
     found = read_settings(file) if file.is_file() else vars(args)
+
+    def kept(name: str, value):        # a frozen encoder may move; what it says is compared later
+        return value.partition(":")[0] if name == "text_encoder" and isinstance(value, str) else value
+
     for name in sorted(set(vars(args)) - FREE):
-        if found.get(name) != getattr(args, name):
+        if kept(name, found.get(name)) != kept(name, getattr(args, name)):
             raise ValueError(f"{file.parent} holds a run with --{name.replace('_', '-')} {found.get(name)}, "
                              f"not {getattr(args, name)}; repeat its settings to continue it, "
                              "or use another --name")
@@ -409,7 +418,7 @@ def vae_arguments(args: argparse.Namespace) -> argparse.Namespace:
         vars(vae_args).update(given | {name: getattr(args, name) for name in shared}
                               | {"cond": "text" if shows_scenes(args) else "class"})
         resolve(vae_args)
-    vars(vae_args).update({name: getattr(args, name) for name in FREE - {"name"}})
+    vars(vae_args).update({name: getattr(args, name) for name in FREE} | {"name": args.vae_name})
     return vae_args
 
 
@@ -507,10 +516,14 @@ def compile_blocks(model: torch.nn.Module, **options) -> None:
 def checkpoint_blocks(model: torch.nn.Module) -> None:
     """Gradient checkpointing: a block keeps what enters it and runs again on the way back (Chen et al. 2016,
     arXiv:1604.06174)."""
+    def recomputed(forward):       # a function, as torch.compile skips a partial
+        def again(*inputs, **more):
+            return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
+        return again
+
     for block in model.modules():
         if isinstance(block, BLOCKS):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
-                                              preserve_rng_state=False)
+            block.forward = recomputed(block.forward)
 
 
 class Denoising:
@@ -622,8 +635,10 @@ def train(args: argparse.Namespace) -> bool:
     if text and "path" in text:
         encoder = dit.PublishedTextEncoder(text["encoder"], text["path"], device)
     precomputed = text is not None and text["encoder"] == "none"
-    check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), text,
-                   (256, None) if precomputed else text_widths(text, encoder), initial)
+    words = "embeddings" if precomputed else "captions" if args.cond == "text" else None
+    found = find_words(args.data, words)
+    widths = text_widths(text, (lambda _: read_embeddings(found[:1])) if precomputed else encoder)
+    check_networks(args, vae.config if vae else VAEConfig(**vae_config(vae_args, 3)), text, widths, initial)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
     number_format = "bf16 autocast" if bf16 else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
@@ -639,7 +654,6 @@ def train(args: argparse.Namespace) -> bool:
     # a VAE from elsewhere keeps its own folder; that of this data shares its cache with every network
     home = run if is_vae or args.vae else Path(vae_args.runs_dir) / vae_args.name
     cache_dir = Path(args.cache_dir) if args.cache_dir else home
-    words = "embeddings" if precomputed else "captions" if args.cond == "text" else None
     data, val = (load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,
                            words=words) for split in ("train", "val"))
     if vae and vae.config.image_channels != data.images.shape[-1]:
@@ -662,17 +676,23 @@ def train(args: argparse.Namespace) -> bool:
         if not is_vae:
             vae = (unpack_vae(saved["vae"]) if saved else vae).to(device)   # the VAE that the run began with
             cache = encode(vae, data, args, cache_dir)
-        table = None                                       # of what a frozen encoder says
+        table = files = None                               # of what a frozen encoder says; their fingerprint
         if precomputed or encoder is not None:
             prompts = [*data.captions, *val.captions[:256]]
-            files = prompts if precomputed else sorted(Path(text["path"]).rglob("*.*"))
+            files = fingerprint_files(Path(args.data if precomputed else text["path"]),
+                                      "*.npz" if precomputed else "*.*")
             table = TextCache(cache_dir / f"text-{text['encoder']}.bin", prompts, encoder or read_embeddings,
-                              fingerprint_files(files), device)
-            encoder = None                                 # gigabytes, perhaps
+                              files, device)
+            if saved and saved["training"].get("encoder", files) != files:
+                raise ValueError(f"--text-encoder {args.text_encoder}: not the files that {run} began with; "
+                                 "give those, or use another --name")
         torch.manual_seed(args.seed)
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
                   network_config(args, vae.config.latent_channels, num_classes, text_widths(text, table)))
         model = build_model(args.arch, config, text).to(device)
+        if text and not precomputed and not saved:
+            warn_of_cut(encoder or model.text, data.captions)
+        encoder = None                                     # gigabytes, perhaps
         if initial is not None and not saved:
             load_weights(model, fit_weights(model, initial, args.init_from), args.init_from)
         initial = None                                     # gigabytes, perhaps
@@ -712,7 +732,7 @@ def train(args: argparse.Namespace) -> bool:
                 "text": text, "label_dropout": args.label_dropout if num_classes or text else 0.0,
                 "vae": None if is_vae else {"config": asdict(vae.config), "state": vae.state_dict()},
                 "model": model.state_dict(), "ema": ema.state_dict(),
-                "training": {"optimizer": optimizer.state_dict(), "data": data.identity,
+                "training": {"optimizer": optimizer.state_dict(), "data": data.identity, "encoder": files,
                              "finished": finished, "rng": torch.get_rng_state(),
                              "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None},
             }, f))

@@ -1,6 +1,8 @@
 """The README's picture of an emoji run: 8 x 8 prompts, half of them names that it was trained on, half new.
 
-    python benchmarks/emoji.py runs/emoji-64x64-mmdit-rf emoji.png       (from the repository's root)
+    python benchmarks/emoji.py runs/emoji-64x64-mmdit-rf emoji.png --cfg 3   (from the repository's root)
+
+Further flags go to sample.py.
 """
 
 from __future__ import annotations
@@ -38,14 +40,13 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run")
     p.add_argument("out")
-    p.add_argument("rest", nargs=argparse.REMAINDER, help="flags for sample.py, like --cfg 3 --steps 20")
-    args = p.parse_args()
+    args, more = p.parse_known_args()
     trained, held_out = (load_emoji(split, (64, 64), Path("data")).captions for split in ("train", "val"))
     prompts = [prompt for i in range(0, 32, 8) for half in (KNOWN, NEW) for prompt in half[i:i + 8]]
     label = {prompt: "trained" if prompt in trained else "held out" if prompt in held_out else "NEW"
              for prompt in prompts}
     with tempfile.TemporaryDirectory() as folder:
-        sample.main([args.run, "--n", "64", "--out", f"{folder}/emoji.npz", *args.rest, "--prompt", *prompts])
+        sample.main([args.run, "--n", "64", "--out", f"{folder}/emoji.npz", *more, "--prompt", *prompts])
         images = np.load(f"{folder}/emoji.npz")["arr_0"]
     grid(images, 8, captions=[f"{prompt} ({label[prompt]})" for prompt in prompts]).save(args.out)
     print(args.out, {kind: list(label.values()).count(kind) for kind in ("trained", "held out", "NEW")})

@@ -1,9 +1,9 @@
 """Score a run on captioned shapes: what of each prompt its picture shows, by `read_scene`.
 
-    python benchmarks/scenes.py runs/shapes-text-mmdit-rf                (from the repository's root)
+    python benchmarks/scenes.py runs/shapes-text-mmdit-rf --cfg 3        (from the repository's root)
 
 Prompts are of scenes beyond those of training: of one shape and of two, with pairs of colour and kind (and
-relations) that training has and with those that it never shows.
+relations) that training has and with those that it never shows. Further flags go to sample.py.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ def main() -> None:
     p.add_argument("run")
     p.add_argument("--n", type=int, default=500, help="prompts of each sort")
     p.add_argument("--first", type=int, default=2 * 10**9, help="number of the first scene")
-    p.add_argument("rest", nargs=argparse.REMAINDER, help="flags for sample.py, like --cfg 3 --steps 20")
-    args = p.parse_args()
+    args, more = p.parse_known_args()
     for count, unseen in ((1, False), (1, True), (2, False), (2, True)):
         scenes = [describe_scene(args.first + i, count, unseen) for i in range(args.n)]
         with tempfile.TemporaryDirectory() as folder:
-            sample.main([args.run, "--n", str(args.n), "--out", f"{folder}/samples.npz", *args.rest,
+            sample.main([args.run, "--n", str(args.n), "--out", f"{folder}/samples.npz", *more,
                          "--prompt", *(scene.caption for scene in scenes)])
             images = np.load(f"{folder}/samples.npz")["arr_0"]
         scores = [score_scene(scene, image) for scene, image in zip(scenes, images)]

@@ -3,10 +3,12 @@
     python benchmarks/speed.py --out speed.json          (from the repository's root; diffusers is optional)
     python benchmarks/speed.py --only attention          (or train, sample)
 
-Everything that is compared runs in turn in one process, several rounds of it; a figure is the median of the
-rounds. bf16, as train.py takes it, where the hardware has it, else float32. On a GPU: the published DiT
-presets and Stable Diffusion's U-Net; on a CPU sizes that finish in five minutes. diffusers' models have the
-same shape, parameter for parameter, run in the same loop, and are compiled block by block like ours.
+Everything that is compared runs in one process, several rounds of it; a figure is the median of the rounds,
+which the candidates take in turn (on a GPU one network after another, as together they would not fit). bf16,
+as train.py takes it, where the hardware has it, else float32. On a GPU: the published DiT presets and Stable
+Diffusion's U-Net; on a CPU sizes that finish in five minutes. diffusers' models have the same shape, run in
+the same loop, and are compiled block by block like ours (its DiT embeds time and class in every block, where
+ours does so once).
 
 FLOPs, a multiplication and an addition each: attention forward 4 B heads N^2 head_dim, backward 2.5 times
 that. A network forward: counted by torch's FlopCounterMode with attention written out (for DiT's block of
@@ -24,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,9 +109,9 @@ def attempt(make: Callable) -> Callable | None:
         function()
         synchronize()
         return function
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except Exception as error:                           # Triton and each backend have their own kinds
         torch.cuda.empty_cache() if CUDA else None
-        print(f"  (left out: {str(error).splitlines()[0][:90]})", file=sys.stderr)
+        print(f"  (left out: {type(error).__name__}: {str(error)[:90]!r})", file=sys.stderr)
         return None
 
 
@@ -130,8 +132,8 @@ def measure(calls: dict[str, Callable], inputs: list[torch.Tensor], flops: float
     for name in calls:
         if f"{name} both" in row:
             row[f"{name} backward"] = row[f"{name} both"] - row[f"{name} forward"]
-    return row | {f"{name} TFLOP/s": flops / took / 1e12 for name, took in row.items()
-                  if name.endswith("forward")}
+    work = {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}
+    return row | {f"{name} TFLOP/s": work[name.split()[-1]] / took / 1e12 for name, took in row.items()}
 
 
 def sdpa(backend: SDPBackend) -> Callable:
@@ -141,8 +143,7 @@ def sdpa(backend: SDPBackend) -> Callable:
     return call
 
 
-def attention_alone(deadline: float, flex_everywhere: bool) -> list[Row]:
-    rows = []
+def attention_alone(deadline: float, flex_everywhere: bool) -> Iterator[Row]:
     for dim in (64, 128) if CUDA else (64,):
         for n in (256, 512, 1024, 4096, 16384) if CUDA else (16, 64, 256, 1024):
             if late(deadline, f"attention at N {n}, head_dim {dim}"):
@@ -185,11 +186,9 @@ def attention_alone(deadline: float, flex_everywhere: bool) -> list[Row]:
 
             fused = measure({"apart": apart} | ({"ours": ours} if "ours" in calls else {}),
                             [q, k, v, *weights], 4 * batch * heads * n * n * dim)
-            row |= {f"norm+rope, {name}": value for name, value in fused.items()} | {"best": best}
-            rows.append(row)
+            yield row | {f"norm+rope, {name}": value for name, value in fused.items()} | {"best": best}
             print(f"N {n:5d} d {dim:3d}  forward, backward in ms:  {in_ms(row, calls)}\n"
                   f"       with norm and rope:  {in_ms(fused, ('apart', 'ours'))}", flush=True)
-    return rows
 
 
 def in_ms(row: Row, names: Iterable[str]) -> str:
@@ -210,9 +209,10 @@ class Case(NamedTuple):
 DIT = dit.PUBLISHED | {"num_classes": 1000}
 SD1 = unet.PRESETS["sd1"] | {"time_offset": 0.0}
 SMALL = dict(widths=(64, 128), attention=(False, True), heads=2, groups=16, context_width=64)
+# batches of a GPU with more than 100 GiB; a smaller one takes half of each
 CASES = [
     Case("DiT-XL/2, 256 tokens", "dit", dit.PRESETS["XL/2"] | DIT, 32, 256),
-    Case("modern XL/2, 256 tokens", "dit", dit.PRESETS["XL/2"] | {"num_classes": 1000}, 32, 256),
+    Case("modern XL/2, 256 tokens", "dit", dit.PRESETS["XL/2"] | {"num_classes": 1000}, 32, 128),
     Case("U-Net of SD 1, 64 x 64", "unet", SD1, 64, 32),
     *(Case(f"DiT-{name}, {(side // 2) ** 2} tokens", "dit", dit.PRESETS[name] | DIT, side, batch)
       for name, side, batch in (("XL/2", 64, 64), ("B/2", 32, 256), ("S/2", 32, 256), ("B/2", 64, 64),
@@ -254,13 +254,15 @@ def variants(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
 
     def ours(compiled: bool):
         cls, config = (dit.DiT, dit.DiTConfig) if case.arch == "dit" else (unet.UNet, unet.UNetConfig)
-        model = cls(config(**case.config)).to(DEVICE, memory_format=layout)
+        with DEVICE:
+            model = cls(config(**case.config)).to(memory_format=layout)
         if compiled:
             train.compile_blocks(model)
         return model
 
     def theirs(compiled: bool):
-        model = Theirs(case).to(DEVICE, memory_format=layout)
+        with DEVICE:
+            model = Theirs(case).to(memory_format=layout)
         for block in model.modules() if compiled else ():        # whole, it takes minutes
             if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
                 block.compile()
@@ -278,6 +280,11 @@ def autocast():
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DTYPE == torch.bfloat16)
 
 
+def batch_of(case: Case) -> int:
+    small = CUDA and torch.cuda.get_device_properties(0).total_memory < 100 * 2**30
+    return case.batch // 2 if small else case.batch
+
+
 def inputs(case: Case, batch: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
     xt, t = torch.randn(batch, 4, case.side, case.side, device=DEVICE), torch.rand(batch, device=DEVICE)
     if case.arch == "dit":
@@ -287,9 +294,9 @@ def inputs(case: Case, batch: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
 
 
 def training(case: Case, model: torch.nn.Module) -> Callable[[], None]:
-    """One step as train.py does it: autocast, backward, fused AdamW."""
+    """One step as train.py does it: autocast, backward, fused AdamW; clipping and averaging left out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    xt, t, cond = inputs(case, case.batch)
+    xt, t, cond = inputs(case, batch_of(case))
     eps = torch.randn_like(xt)
 
     def step():
@@ -333,15 +340,14 @@ def peak(index: int, name: str) -> None:
     print("peak", int(proc("/proc/self/status", "VmHWM").split()[0]) / 1024)
 
 
-def networks(only: str, rate: float, deadline: float) -> list[Row]:
-    rows = []
+def networks(only: str, rate: float, deadline: float) -> Iterator[Row]:
     for index, case in enumerate(CASES):
         flops, makers = flops_forward(case), variants(case)
-        batch = case.batch if only == "train" else 16 if CUDA else 4
+        batch = batch_of(case) if only == "train" else 16 if CUDA else 4
         uses = {name: (make, batch, 20, False) for name, make in makers.items()}
         if CUDA and only == "sample" and case.name == "DiT-XL/2, 256 tokens":
-            uses |= {"ours, 50 steps": (makers["ours"], 1, 50, False),
-                     "ours graphed, 50 steps": (makers["ours"], 1, 50, True)}
+            uses = {"ours, 50 steps": (makers["ours"], 1, 50, False),
+                    "ours graphed, 50 steps": (makers["ours"], 1, 50, True)} | uses
         functions, memory, took = {}, {}, {}
         for name, (make, pictures, steps, graphs) in uses.items():
             if late(deadline, f"{only}, {case.name}, {name}"):
@@ -362,14 +368,16 @@ def networks(only: str, rate: float, deadline: float) -> list[Row]:
                     took |= seconds({name: functions[name]}, rounds=5)
                     if torch.cuda.memory_allocated() > held:
                         print(f"{case.name}, {name}: holds more memory after more calls", flush=True)
-            except torch.OutOfMemoryError:
-                print(f"{only}, {case.name}, {name}: out of memory at batch {pictures}", flush=True)
+            except Exception as error:                   # the others go on
+                functions.pop(name, None)
+                print(f"{only}, {case.name}, {name}, batch {pictures}: left out, {type(error).__name__}: "
+                      f"{str(error)[:120]!r}", flush=True)
             if CUDA:
                 model = None
                 functions.clear()
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()
-            elif only == "train":
+            elif only == "train" and name in functions:
                 done = subprocess.run([sys.executable, __file__, "--peak", str(index), name],
                                       capture_output=True, text=True, check=True)
                 memory[name] = float(done.stdout.split("peak")[-1])
@@ -378,11 +386,10 @@ def networks(only: str, rate: float, deadline: float) -> list[Row]:
         for name, each in took.items():
             _, pictures, steps, _ = uses[name]
             used = flops * pictures * (3 if only == "train" else 2 * steps) / each / rate
-            rows.append({"what": only, "case": case.name, "variant": name, "batch": pictures, "seconds": each,
-                         "images/s": pictures / each, "utilisation": used, "MiB": memory.get(name)})
+            yield {"what": only, "case": case.name, "variant": name, "batch": pictures, "seconds": each,
+                   "images/s": pictures / each, "utilisation": used, "MiB": memory.get(name)}
             print(f"{only:6s} {case.name:22s} {name:22s} {1e3 * each:9.1f} ms {pictures / each:9.2f} images/s"
                   f" {used:6.1%} " + (f"{memory[name]:8.0f} MiB" if name in memory else ""), flush=True)
-    return rows
 
 
 def main() -> None:
@@ -403,16 +410,19 @@ def main() -> None:
     rate = matrix_rate()
     print(f"{device}, torch {torch.__version__}, {DTYPE}: {rate / 1e12:.3g} TFLOP/s in a matrix product",
           flush=True)
+    if importlib.util.find_spec("diffusers") is None:
+        print("without diffusers (pip install diffusers): its rows are left out", flush=True)
     begun, rows = time.monotonic(), []
     torch._dynamo.config.cache_size_limit = 64
     for i, only in enumerate(args.only, 1):
         deadline = begun + 60 * args.minutes * i / len(args.only) - 20
-        rows += (attention_alone(deadline, flex_everywhere=len(args.only) == 1) if only == "attention" else
-                 networks(only, rate, deadline))
-    if args.out:
-        args.out.write_text(json.dumps({
-            "device": device, "torch": torch.__version__, "dtype": str(DTYPE),
-            "date": time.strftime("%Y-%m-%d"), "matrix FLOP/s": rate, "rows": rows}, indent=1))
+        for row in (attention_alone(deadline, flex_everywhere=len(args.only) == 1) if only == "attention" else
+                    networks(only, rate, deadline)):
+            rows.append(row)
+            if args.out:                                 # each time: a run cut short leaves what it has
+                args.out.write_text(json.dumps({
+                    "device": device, "torch": torch.__version__, "dtype": str(DTYPE),
+                    "date": time.strftime("%Y-%m-%d"), "matrix FLOP/s": rate, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -158,6 +158,10 @@ def test_captions_beside_pictures(tmp_path):
     (tmp_path / "a/metadata.jsonl").write_text(lines[0] + '\n{"text": 3}')
     with pytest.raises(ValueError, match="metadata.jsonl, line 2: not an object with file_name and text"):
         load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions")
+    for text in ('{"file_name": "0.png", "text": null}', '{"file_name": "0.png", "text": ["a"]}'):
+        (tmp_path / "a/metadata.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="metadata.jsonl, line 1: not an object"):
+            load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions")
     captioned(tmp_path / "b", ["x", None, "y"])
     with pytest.raises(ValueError, match="1 of 3 pictures have no caption, such as .*1.png"):
         load(tmp_path / "b", size=(8, 8), tmp=tmp_path, words="captions")
@@ -166,6 +170,19 @@ def test_captions_beside_pictures(tmp_path):
         load(tmp_path / "c", size=(8, 8), tmp=tmp_path, words="captions")
     captioned(tmp_path / "d/green-thing", [None, None])
     assert load(tmp_path / "d", size=(8, 8), tmp=tmp_path, words="captions").captions == ["green thing"]
+    # metadata in the folder of the pictures
+    rows = [{"file_name": f"{i}.png", "text": f"row {i}"} for i in range(2)]
+    (tmp_path / "d/green-thing/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load(tmp_path / "d", size=(8, 8), tmp=tmp_path, words="captions").captions == ["row 1"]
+    (tmp_path / "d/green-thing/metadata.jsonl").write_text(json.dumps({"file_name": "no.png", "text": "x"}))
+    with pytest.raises(ValueError, match="2 of 2 pictures have no caption"):
+        load(tmp_path / "d", size=(8, 8), tmp=tmp_path, words="captions")
+    captioned(tmp_path / "e", ["x", "y"])
+    (tmp_path / "e/1.txt").write_text("a red circle", "utf-8-sig")                          # as Notepad does
+    assert load(tmp_path / "e", size=(8, 8), tmp=tmp_path, words="captions").captions == ["a red circle"]
+    (tmp_path / "e/1.txt").write_text("a red circle", "utf-16")
+    with pytest.raises(ValueError, match="1.txt: not in UTF-8"):
+        load(tmp_path / "e", size=(8, 8), tmp=tmp_path, words="captions")
     with pytest.raises(ValueError, match="0.npz beside its picture"):
         load(tmp_path / "c", size=(8, 8), tmp=tmp_path, words="embeddings")
 

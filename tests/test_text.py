@@ -67,40 +67,42 @@ def test_order_and_letters_matter():
 def network(kind):
     torch.manual_seed(1)
     if kind == "unet":
-        model = unet.UNet(unet.UNetConfig(widths=(32, 32), context_width=32, groups=8))
+        model = unet.UNet(unet.UNetConfig(widths=(32, 32), context_width=32, pooled_width=32, groups=8,
+                                          attention=(True, True), positions=True))
     else:
         depth = {"mmdit": dict(depth=2), "single": dict(depth=1, single_depth=2)}[kind]
         model = dit.MMDiT(dit.MMDiTConfig(width=32, heads=2, context_width=32, pooled_width=32,
                                           rope=(4, 6, 6), **depth))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    return model.eval(), ("context", "mask") if kind == "unet" else ("context", "mask", "pooled")
+    return model.double().eval(), ("context", "mask", "pooled")
 
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit", "single"])
 @torch.no_grad()
 def test_networks_do_not_see_padding(kind):
     model, names = network(kind)
-    words, x, t = encoder(), torch.randn(1, 4, 8, 8), torch.tensor([0.3])
+    words, x, t = encoder().double(), torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([0.3])
     short = words(["a red circle"])
     both = words(["something quite a bit longer", "a red circle"])
     padded = {name: value[1:] for name, value in both.items()}
     outs = [model(x, t, **{name: c[name] for name in names})
             for c in (short, padded, words(["a red square"]))]
-    torch.testing.assert_close(outs[1], outs[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-6, rtol=0)
     assert (outs[2] - outs[0]).abs().max() > 1e-5
 
 
 def test_words_learn_with_the_picture():
     """The encoder is trained through the network's loss."""
     words, (model, names) = encoder().train(), network("mmdit")
+    model.float()
     cond = words(["a red circle", "blue"])
     out = model(torch.randn(2, 4, 8, 8), torch.rand(2), **{name: cond[name] for name in names})
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in words.parameters())
 
 
-@pytest.mark.parametrize("kind", ["dit", "mmdit"])
+@pytest.mark.parametrize("kind", ["dit", "mmdit", "single"])
 @torch.no_grad()
 def test_convolution_between_tokens(kind):
     """Zero at first; then each token hears its eight neighbours on the grid, through the MLP alone."""
@@ -117,12 +119,18 @@ def test_convolution_between_tokens(kind):
     expected[1:4, 2:5] = True
     assert torch.equal(heard, expected)
     shared = dict(width=32, depth=2, heads=2, conv=True)
+    shared |= {"depth": 0, "single_depth": 2} if kind == "single" else {}
     model = (dit.DiT(dit.DiTConfig(**shared)) if kind == "dit" else
              dit.MMDiT(dit.MMDiTConfig(**shared, context_width=8, pooled_width=None, rope=(4, 6, 6))))
     cond = {} if kind == "dit" else {"context": torch.randn(2, 3, 8)}
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    assert torch.isfinite(model(torch.randn(2, 4, 6, 8), torch.rand(2), **cond)).all()
+    x, t = torch.randn(2, 4, 6, 8), torch.rand(2)
+    with_it = model(x, t, **cond)
+    for module in model.modules():
+        if isinstance(module, dit.TokenConv):
+            torch.nn.init.zeros_(module.weight)
+    assert (with_it - model(x, t, **cond)).abs().max() > 1e-3
     assert sum(".conv." in name for name, _ in model.named_parameters()) == 2 * 2
 
 
@@ -189,6 +197,21 @@ def test_text_cache(published, tmp_path, capsys):
     for changed in ((["a square"], "clip 1"), (prompts, "clip 2")):
         with pytest.raises(AssertionError, match="encoded again"):
             data.TextCache(tmp_path / "text.bin", changed[0], never, changed[1])
+    many = [f"{i:03d}" for i in range(100)]                      # two batches
+
+    def uneven(prompts, width=3, value=1.0):
+        width += "099" in prompts
+        return {"context": torch.full((len(prompts), 1, width), value),
+                "mask": torch.ones(len(prompts), 1).bool()}
+
+    with pytest.raises(ValueError, match=r"widths \[4\], not \[3\]"):
+        data.TextCache(tmp_path / "other.bin", many, uneven, "")
+    with pytest.raises(ValueError, match="below 65504"):
+        data.TextCache(tmp_path / "other.bin", many, lambda prompts: uneven(prompts, value=1e5), "")
+    assert not (tmp_path / "other.json").exists()
+    (tmp_path / "text.bin").write_bytes((tmp_path / "text.bin").read_bytes()[:-2])           # cut short
+    with pytest.raises(AssertionError, match="encoded again"):
+        data.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
 
 
 def test_precomputed_vectors(tmp_path):

@@ -348,6 +348,14 @@ def test_second_process_and_other_settings_are_refused(cwd):
     assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before
 
 
+def test_a_vae_trained_under_another_name_may_be_moved_there(cwd, tmp_path):
+    folder = shutil.copytree("runs/shapes-vae", tmp_path / "shapes-vae")
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"name": "elsewhere"}))
+    train.main(["--arch", "dit", *QUICK, "--name", "on-it", "--runs-dir", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"shapes-vae", "on-it"}
+
+
 def test_a_full_disk_keeps_the_old_file(tmp_path):
     target = tmp_path / "checkpoint.pt"
     target.write_bytes(b"old")
@@ -381,6 +389,10 @@ def test_blocks_compile_once_for_all_sizes():
         x, t = torch.randn(2, 4, side, side), torch.rand(2)
         torch.testing.assert_close(model(x, t), plain(x, t))
     assert counter.frame_count == 2
+    train.checkpoint_blocks(model)                                        # compiled all the same
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(x, t), plain(x, t))
+    assert counter.frame_count == 3
     torch._dynamo.reset()
 
 
@@ -481,6 +493,31 @@ def speak(run, *flags, out="words.npz"):
     return np.load(out)["arr_0"].astype(int)
 
 
+def test_prompt_dropout_is_per_example_and_once(cwd, listeners, monkeypatch):
+    args = train.resolve(train.parse_args(["--arch", "mmdit", "--data", "scenes", *QUICK, "--label-dropout",
+                                           "0.3"]))
+    vae, home = sample.load_vae("runs/scenes-vae"), Path("runs/scenes-vae")
+    parts = [train.load_data("scenes", split, (32, 32), cwd, home, words="captions")
+             for split in ("train", "val")]
+    rest = vae, train.objective_of(args), 0
+    cache, cpu = train.encode(vae, parts[0], args, home), torch.device("cpu")
+    task = train.Denoising(args, cache, *parts, *rest, None, cpu)
+
+    def model(xt, t):
+        return torch.zeros_like(xt)
+
+    model.text, heard = None, []
+    monkeypatch.setattr(train, "listen", lambda model, encode, prompts: heard.extend(prompts) or {})
+    indices = np.arange(len(parts[0])).repeat(20)
+    task.loss(model, indices)
+    assert abs(heard.count("") / len(heard) - 0.3) < 5 * (0.3 * 0.7 / len(heard)) ** 0.5
+    assert all(prompt in ("", parts[0].captions[i]) for prompt, i in zip(heard, indices, strict=True))
+    # a frozen encoder has been asked for the captions as they are
+    varied = data.replace(parts[0], vary=data.vary_caption)
+    assert train.Denoising(args, cache, varied, parts[1], *rest, None, cpu).vary is data.vary_caption
+    assert train.Denoising(args, cache, varied, parts[1], *rest, lambda prompts: {}, cpu).vary is None
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_prompts(cwd, listeners, which, capsys):
     run = listeners[which]
@@ -516,7 +553,7 @@ def test_prompts(cwd, listeners, which, capsys):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_pictures_to_begin_with(cwd, listeners, which):
+def test_pictures_to_begin_with(cwd, listeners, which, monkeypatch):
     """Strength 0 is the VAE's reconstruction; more of it, more change; a mask keeps what is outside."""
     run = listeners[which]
     vae, picture = sample.unpack_vae(sample.load_checkpoint(run)["vae"]), data.draw_shape(3)
@@ -540,6 +577,24 @@ def test_pictures_to_begin_with(cwd, listeners, which):
     assert (out[:, mask > 0] != picture[mask > 0]).mean() > 0.5
     sample.main([run, *begin, "--strength", "0", "--n", "1", "--out", "still.gif"])
     assert Image.open("still.gif").n_frames == 1
+    assert np.abs(speak(run, *begin, "--strength", "0", "--precision", "bf16") - through).max() <= 1
+    # at strength 1 nothing of the picture is left
+    assert (speak(run, *begin, "--strength", "1") == speak(run, "--prompt", "a red circle")).all()
+    seen = []
+    monkeypatch.setitem(sample.SAMPLERS, "euler",
+                        lambda denoise, path, x, times, **_: seen.append(times) or x)
+    for steps, strength in ((20, 0.55), (25, 0.56), (50, 0.68), (100, 0.81)):      # 0.55 is 0.55 and an ulp
+        speak(run, *begin, "--sampler", "euler", "--steps", str(steps), "--strength", str(strength))
+        assert seen[-1][0] == strength and (seen[-1][:-1] - seen[-1][1:]).min() > 5e-4
+
+
+def test_captions_too_long_are_counted(capsys):
+    encoder = dit.TextEncoder(dit.TextConfig(width=32, depth=1, heads=2, limit=3))
+    train.warn_of_cut(encoder, ["one two three", "one two three four five"])
+    assert "1 of 2 captions are longer than is read; of the first of them, cut off: 'four five'" in (
+        capsys.readouterr().err)
+    train.warn_of_cut(encoder, ["one two three"])
+    assert capsys.readouterr().err == ""
 
 
 def test_words_resume_bit_for_bit(cwd, listeners, monkeypatch):
@@ -579,8 +634,23 @@ def test_precomputed_vectors_train_and_draw(cwd, listeners):
         assert a.shape == (2, 32, 32, 3)
         with pytest.raises(ValueError, match="give some by --embedding"):
             sample.main([f"runs/vectors-{arch}"])
+        np.savez("lacking.npz", context=np.ones((2, 5)))
+        with pytest.raises(ValueError, match=r"text vectors \(pooled\) of width None: .* takes 3"):
+            sample.main([f"runs/vectors-{arch}", "--embedding", "lacking.npz"])
         with pytest.raises(ValueError, match="--prompt hello: .* use --embedding"):
             sample.main([f"runs/vectors-{arch}", "--prompt", "hello"])
+    train.main(["--arch", "unet", "--data", "vectors", "--cond", "text", "--text-encoder", "none", *QUICK,
+                "--vae", "runs/shapes-vae", "--init-from", "runs/vectors-unet", "--name", "vectors-further"])
+
+
+def test_pictures_without_words_are_refused_before_a_vae_is_trained(cwd):
+    Path("mute").mkdir()
+    Image.fromarray(data.draw_shape(0)).save("mute/0.png")
+    before = files(cwd)
+    for more, message in (([], "pictures without words"), (["--text-encoder", "none"], "no mute/0.npz")):
+        with pytest.raises(ValueError, match=message):
+            train.main(["--arch", "mmdit", "--data", "mute", *QUICK, *more])
+    assert files(cwd) == before
 
 
 def test_frozen_encoder_trains_and_draws(cwd, listeners, published, capsys):
@@ -599,6 +669,14 @@ def test_frozen_encoder_trains_and_draws(cwd, listeners, published, capsys):
     moved.symlink_to(published / "clip")
     again = speak("runs/clip-unet", "--prompt", "blue", "--text-encoder", f"clip:{moved}")
     assert (again == blue).all()
+    # it may move, but must say the same when a run goes on
+    train.main(["--arch", "unet", *flags, "--text-encoder", f"clip:{moved}", "--name", "clip-unet"])
+    checkpoint = torch.load("runs/clip-unet/checkpoint.pt", weights_only=True)
+    checkpoint["training"] |= {"finished": False, "encoder": "another"}
+    shutil.copytree("runs/clip-unet", "runs/clip-other")
+    torch.save(checkpoint, "runs/clip-other/checkpoint.pt")
+    with pytest.raises(ValueError, match="not the files that runs/clip-other began with"):
+        train.main(["--arch", "unet", *flags, "--text-encoder", f"clip:{moved}", "--name", "clip-other"])
     with pytest.raises(ValueError, match="this run listens to clip"):
         sample.main(["runs/clip-unet", "--prompt", "blue", "--text-encoder", f"t5:{published / 't5'}"])
 
