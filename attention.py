@@ -107,6 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
 # leaves sums over 32 rows for the norm's weights: no atomics, so the same gradient each time.
 #
 # Names: z counts sequences, h heads; x_z, x_h, x_n are strides of x. real: which rows of a block there are.
+# LENGTH: 0 where there are up to SHORT keys, then 1, and 2 for over four times as many; each is tuned.
 
 SHORT = 512        # keys up to which the forward kernel prepares them itself
 ROWS = 32          # rows whose gradients of the norm's weights are summed before they are written
@@ -207,10 +208,9 @@ def _prepare(X, Y, W, COS, SIN, x_z, x_h, x_n, y_z, y_h, y_n, heads, N, DIM: tl.
 @_autotune((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))
 @_jit
 def _forward(Q, K, V, O, LSE, QW, KW, COS, SIN, MASK, OFFSETS, q_z, q_h, q_n, k_z, k_h, k_n, v_z, v_h, v_n,
-             o_z, o_h, o_n, heads, N, M, longest, scale, LENGTH: tl.constexpr, SHORT_ROWS: tl.constexpr,
-             DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-             MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr):
+             o_z, o_h, o_n, heads, N, M, longest, scale, LENGTH: tl.constexpr, DIM: tl.constexpr,
+             PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
+             PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """scale: 1 / sqrt(head_dim) * log2(e)."""
     block, sequence, h = _place(longest, heads, BLOCK_M)
     z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
@@ -232,7 +232,7 @@ def _forward(Q, K, V, O, LSE, QW, KW, COS, SIN, MASK, OFFSETS, q_z, q_h, q_n, k_
         keys = start + tl.arange(0, BLOCK_N)
         seen = keys < key_end
         k = _tile(K, keys, d, seen, k_n, DIM)
-        if SHORT_ROWS:
+        if LENGTH == 0:
             k = _prologue(k, KW, COS, SIN, keys, d, seen, DIM, PADDED, NORM, ROPE)
         v = _tile(V, keys, d, seen, v_n, DIM)
         if MASKED:
@@ -255,10 +255,9 @@ def _forward(Q, K, V, O, LSE, QW, KW, COS, SIN, MASK, OFFSETS, q_z, q_h, q_n, k_
 @_jit
 def _backward_q(Q, K, V, O, DO, LSE, DELTA, X, DX, W, COS, SIN, DW, MASK, OFFSETS, q_z, q_h, q_n, k_z, k_h,
                 k_n, v_z, v_h, v_n, o_z, o_h, o_n, do_z, do_h, do_n, x_z, x_h, x_n, dx_z, dx_h, dx_n, heads,
-                N, M, longest, parts, scale, LENGTH: tl.constexpr, SHORT_ROWS: tl.constexpr,
-                DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-                MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                N, M, longest, parts, scale, LENGTH: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+                NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+                PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Q, K: prepared; X: q as it came in. Leaves delta = sum(o * do) for `_backward_kv`."""
     block, sequence, h = _place(longest, heads, BLOCK_M)
     z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
@@ -299,10 +298,10 @@ def _backward_q(Q, K, V, O, DO, LSE, DELTA, X, DX, W, COS, SIN, DW, MASK, OFFSET
 @_jit
 def _backward_kv(Q, K, V, DO, LSE, DELTA, X, DX, DV, W, COS, SIN, DW, MASK, OFFSETS, q_z, q_h, q_n, k_z,
                  k_h, k_n, v_z, v_h, v_n, do_z, do_h, do_n, x_z, x_h, x_n, dx_z, dx_h, dx_n, dv_z, dv_h,
-                 dv_n, heads, N, M, longest, parts, scale, LENGTH: tl.constexpr, SHORT_ROWS: tl.constexpr,
-                 DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-                 MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                 dv_n, heads, N, M, longest, parts, scale, LENGTH: tl.constexpr, DIM: tl.constexpr,
+                 PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
+                 PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr):
     """Q, K: prepared; X: k as it came in. Scores are turned on their side: (keys, queries)."""
     block, sequence, h = _place(longest, heads, BLOCK_N)
     z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
@@ -371,8 +370,8 @@ def _setting(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | None, mask
     packed, dim = offsets is not None, q.shape[-1]
     exact = torch.get_float32_matmul_precision() == "highest"
     length = max_length if packed else k.shape[2]
-    options = {"LENGTH": 0 if length <= 512 else 1 if length <= 2048 else 2, "SHORT_ROWS": length <= SHORT,
-               "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)), "NORM": norm is not None,
+    options = {"LENGTH": 0 if length <= SHORT else 1 if length <= 4 * SHORT else 2, "DIM": dim,
+               "PADDED": max(16, triton.next_power_of_2(dim)), "NORM": norm is not None,
                "ROPE": cos is not None, "MASKED": mask is not None, "PACKED": packed,
                "PRECISION": "tf32x3" if exact else "tf32"}
     if packed:
@@ -400,7 +399,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, q_norm: Optional[Tensor], k_norm
                offsets: Optional[Tensor], max_length: int) -> tuple[Tensor, Tensor]:
     """Output and lse (B, heads, N)."""
     sequences, rows, _, options = _setting(q, k, q_norm, cos, mask, offsets, max_length)
-    k = k if options["SHORT_ROWS"] else _prepared(k, k_norm, cos, sin, options)
+    k = k if options["LENGTH"] == 0 else _prepared(k, k_norm, cos, sin, options)
     o, lse, heads = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32), q.shape[1]
     wrap_triton(_forward)[lambda meta: (_blocks(rows, meta["BLOCK_M"]) * sequences * heads,)](
         q, k, v, o, lse, q_norm, k_norm, cos, sin, mask, offsets, *_strides(q, k, v, o), heads, q.shape[2],

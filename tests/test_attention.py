@@ -243,8 +243,9 @@ for kernel in (attention._prepare, attention._forward, attention._backward_q, at
     function, config = (kernel.fn, kernel.configs[0].kwargs) if tuned else (kernel, {"BLOCK": 64})
     for dim, dtype, flags in ((64, "bf16", (1, 1, 0, 0, 1)), (72, "fp32", (1, 0, 1, 0, 0)),
                               (128, "fp16", (0, 1, 0, 1, 1))):
-        constants = dict(zip(("NORM", "ROPE", "MASKED", "PACKED", "SHORT_ROWS"), map(bool, flags)), DIM=dim,
-                         LENGTH=0, PADDED=triton.next_power_of_2(dim), PRECISION="tf32", ROWS=32, **config)
+        constants = dict(zip(("NORM", "ROPE", "MASKED", "PACKED"), map(bool, flags)), DIM=dim,
+                         LENGTH=1 - flags[4], PADDED=triton.next_power_of_2(dim), PRECISION="tf32", ROWS=32,
+                         **config)
         names = function.arg_names
         constants = {name: value for name, value in constants.items() if name in names}
         kinds = {"MASK": "*i1", "OFFSETS": "*i32", "scale": "fp32", "N": "i32", "M": "i32"}
