@@ -602,12 +602,10 @@ def find_words(source: str, words: str | None) -> list[str] | None:
     """What goes with each picture of a folder, in the order of `list_folder`, before any is decoded: the
     captions, the files of "embeddings", or None where there are names of classes only, or nothing is asked.
     Raises ValueError with one line for the user where pictures have no words."""
-    if source in BUILT_IN:
-        if words == "embeddings":
-            raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; "
-                             "give a folder that has")
-        return None
-    if words is None:
+    if source in BUILT_IN and words == "embeddings":
+        raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; give a "
+                         "folder that has")
+    if source in BUILT_IN or words is None:
         return None
     paths, labels, _ = list_folder(Path(source))
     if words == "captions":
@@ -656,12 +654,12 @@ def pad_context(rows: list[Tensor], pooled: Tensor | None) -> dict[str, Tensor]:
 
 
 def load_folder(folder: Path, split: str, size: tuple[int, int], cache_dir: Path,
-                words: str | None = None) -> Dataset:
-    """Decode once into cache_dir, memory-mapped from then on. Every 20th picture (at most 256) validates."""
+                captions: list[str] | None = None) -> Dataset:
+    """Decode once into cache_dir, memory-mapped from then on. Every 20th picture (at most 256) validates.
+    captions: of every picture, as `find_words` gives them."""
     paths, labels, classes = list_folder(folder)
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     fingerprint = _digest("folder", size, stats)
-    captions = find_words(str(folder), words)
     stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
     with locked(cache_dir / "images.lock", wait=True):
         if _read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
@@ -716,8 +714,7 @@ def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: P
     "embeddings": captions are then the .npz files beside a folder's pictures. `count` is how many `shapes`
     are drawn for training. Raises ValueError with one line for the user."""
     size = tuple(size or (32, 32))
-    if source in BUILT_IN:
-        find_words(source, words)
+    captions = find_words(source, words)
     if source == "shapes":
         load = load_scenes if words else load_shapes
         data = load(split, size, count if split == "train" else 480)
@@ -728,7 +725,7 @@ def load_data(source: str, split: str, size: tuple[int, int] | None, data_dir: P
     elif source == "cifar10":
         data = load_cifar10(split, size, data_dir)
     else:
-        data = load_folder(Path(source), split, size, cache_dir, words)
+        data = load_folder(Path(source), split, size, cache_dir, captions)
     if words == "captions" and data.captions is None:
         data = replace(data, captions=[data.classes[label].replace("-", " ") for label in data.labels])
     return data
@@ -819,9 +816,8 @@ class TextCache:
         stamp = {"encoder": encoder_fingerprint, "prompts": _digest(prompts)}
         stamp_path, index = path.with_suffix(".json"), path.with_suffix(".npz")
         with locked(path.with_suffix(".lock"), wait=True):
-            found = _read_stamp(stamp_path)
-            if found != stamp | {"bytes": path.stat().st_size if path.is_file() else None} or (
-                    not index.is_file()):
+            size = path.stat().st_size if path.is_file() else None
+            if _read_stamp(stamp_path) != stamp | {"bytes": size} or not index.is_file():
                 stamp_path.unlink(missing_ok=True)
                 self._build(path, index, prompts, encode)
                 _write_stamp(stamp_path, stamp | {"bytes": path.stat().st_size})

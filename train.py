@@ -678,16 +678,16 @@ def train(args: argparse.Namespace) -> bool:
         if not is_vae:
             vae = (unpack_vae(saved["vae"]) if saved else vae).to(device)   # the VAE that the run began with
             cache = encode(vae, data, args, cache_dir)
-        table = files = None                               # of what a frozen encoder says; their fingerprint
+        table = fingerprint = None                         # of what a frozen encoder says
         if precomputed or encoder is not None:
-            prompts = [*data.captions, *val.captions[:256]]
-            files = fingerprint_files(Path(args.data if precomputed else text["path"]),
-                                      "*.npz" if precomputed else "*.*")
-            table = TextCache(cache_dir / f"text-{text['encoder']}.bin", prompts, encoder or read_embeddings,
-                              files, device)
-            if saved and saved["training"].get("encoder", files) != files:
+            fingerprint = fingerprint_files(Path(args.data if precomputed else text["path"]),
+                                            "*.npz" if precomputed else "*.*")
+            if saved and saved["training"].get("encoder", fingerprint) != fingerprint:
                 raise ValueError(f"--text-encoder {args.text_encoder}: not the files that {run} began with; "
                                  "give those, or use another --name")
+            prompts = [*data.captions, *val.captions[:256]]
+            table = TextCache(cache_dir / f"text-{text['encoder']}.bin", prompts, encoder or read_embeddings,
+                              fingerprint, device)
         torch.manual_seed(args.seed)
         config = (vae_config(args, data.images.shape[-1]) if is_vae else
                   network_config(args, vae.config.latent_channels, num_classes, text_widths(text, table)))
@@ -734,8 +734,8 @@ def train(args: argparse.Namespace) -> bool:
                 "text": text, "label_dropout": args.label_dropout if num_classes or text else 0.0,
                 "vae": None if is_vae else {"config": asdict(vae.config), "state": vae.state_dict()},
                 "model": model.state_dict(), "ema": ema.state_dict(),
-                "training": {"optimizer": optimizer.state_dict(), "data": data.identity, "encoder": files,
-                             "finished": finished, "rng": torch.get_rng_state(),
+                "training": {"optimizer": optimizer.state_dict(), "data": data.identity,
+                             "encoder": fingerprint, "finished": finished, "rng": torch.get_rng_state(),
                              "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None},
             }, f))
 
