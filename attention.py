@@ -1,19 +1,20 @@
-"""Attention with its usual company, QK-norm and rotary positions,
-as one function over (B, heads, N, head_dim).
+"""Attention with what usually surrounds it in a transformer, QK-norm and rotary positions, as one function.
 
-    python attention.py                  # checks the paths against the formula; on a GPU, times them
+    python attention.py                  # compares with the formula in float64; on a GPU, also measures times
 
-Three readings of one formula, in this order: `attention_formula`, the specification; `attention`, which
-dit.py calls; and `fused_attention`, the same by hand in Triton, forward and backward. Vaswani et al. 2017
-(arXiv:1706.03762) eq. 1; QK-norm: Dehghani et al. 2023 (arXiv:2302.05442); rotary positions: Su et al. 2021
-(arXiv:2104.09864); the fused kernel: Dao 2023 (arXiv:2307.08691).
+Three implementations of one formula: `attention_formula`, the specification; `attention`, which the networks
+call; and `fused_attention`, forward and backward written by hand in Triton. Vaswani et al. 2017
+(arXiv:1706.03762), eq. 1; QK-norm: Dehghani et al. 2023 (arXiv:2302.05442); rotary positions: Su et al. 2021
+(arXiv:2104.09864); the fused kernels: Dao 2023 (arXiv:2307.08691). Shapes: B batch, N query rows, M key rows;
+tensors are (B, heads, rows, head_dim).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
-from typing import Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +23,20 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:            # comes with PyTorch's builds for GPUs
+except ImportError:            # Triton comes with PyTorch's builds for GPUs only
     triton = tl = None
 
 Rope = tuple[Tensor, Tensor]   # cos and sin, each (N, head_dim / 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# ATTENTION=triton in the environment asks for the kernels below. They are not the default: checked by
-# Triton's interpreter and compiled for a GPU, they have not yet been timed on one.
+# ATTENTION=triton in the environment selects the kernels below. They are not the default: they have been
+# checked in Triton's interpreter and compiled for a GPU, but not yet timed on one.
 KERNEL = triton is not None and os.environ.get("ATTENTION") == "triton"
 
 
 # ---- the formula
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / rms(x) * weight over the last dimension, computed in float32 (float64 stays)."""
+    """x / rms(x) * weight over the last dimension, computed in float32 (in float64 if x is float64)."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -43,440 +44,632 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) of the last dimension by its angle; x (..., N, head_dim)."""
     cos, sin = rope
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                                 # each (..., N, head_dim / 2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
 def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, the specification of everything below. q (B, heads, N, head_dim),
-    k and v (B, heads, M, head_dim); mask, bool, broadcasts to (B, heads, N, M): True where a query may see
-    a key."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    """softmax(q k^T / sqrt(head_dim)) v, the specification of everything below.
+
+    q (B, heads, N, head_dim), k and v (B, heads, M, head_dim) -> (B, heads, N, head_dim). mask: bool,
+    broadcastable to (B, heads, N, M), True where a query may attend to a key."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                   # (B, heads, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1) @ v
 
 
-# ---- what the models call
+# ---- what the networks call
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
               rope: Rope | None = None, mask: Tensor | None = None, offsets: Tensor | None = None,
               max_length: int | None = None) -> Tensor:
-    """q (B, heads, N, head_dim), k and v (B, heads, M, head_dim) -> (B, heads, N, head_dim).
+    """Multi-head attention; q (B, heads, N, head_dim), k and v (B, heads, M, head_dim)
+    -> (B, heads, N, head_dim).
 
-    q_norm, k_norm: RMS-norm weights (head_dim,), applied before the rotation; both or none. rope: tables for
-    the rows of q and of k alike. mask (B, M), bool: True where a key may be attended to; every row needs at
-    least one. offsets (S + 1,), int32: B = 1, and N = M rows are S sequences packed one behind another,
-    sequence i from offsets[i] to offsets[i + 1]; each attends to itself. max_length comes with them: rows of
-    the longest, or more; of fewer the kernel would leave the rest undone.
-    Raises ValueError where these do not go together."""
+    q_norm, k_norm: RMS-norm weights (head_dim,), applied before the rotation; give both or neither.
+    rope: cos and sin, each (N, head_dim / 2), for the rows of q and k alike.
+    mask: (B, M), bool, True where a key may be attended to; every batch entry needs at least one such key.
+    offsets: (S + 1,), int32, for S sequences packed one after another in a single batch entry (B = 1, N = M):
+    sequence i occupies the rows from offsets[i] up to offsets[i + 1] and attends only to itself.
+    max_length: given together with offsets, an upper bound on the sequence length; smaller values leave rows
+    uncomputed.
+    Raises ValueError if these arguments contradict one another."""
     if offsets is not None and (mask is not None or q.shape[0] != 1 or q.shape[2] != k.shape[2]):
-        raise ValueError("offsets pack sequences in one batch entry, q like k, and leave nothing to mask")
+        raise ValueError("offsets pack sequences into one batch entry, with as many rows in q as in k, and "
+                         "exclude a mask")
     if (offsets is None) != (max_length is None):
-        raise ValueError("offsets and max_length come together")
+        raise ValueError("offsets and max_length must be given together")
     if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm come together")
+        raise ValueError("q_norm and k_norm must be given together")
+
+    # the kernels have no float64, and tiles of larger heads would not fit into a GPU's registers
     if KERNEL and (q.is_cuda or INTERPRETED) and q.dtype != torch.float64 and q.shape[-1] <= 128:
         return fused_attention(q, k, v, q_norm=q_norm, k_norm=k_norm, rope=rope, mask=mask, offsets=offsets,
                                max_length=max_length)
+
     if q_norm is not None:
-        q, k = rms_norm(q, q_norm), rms_norm(k, k_norm)
+        q = rms_norm(q, q_norm)
+        k = rms_norm(k, k_norm)
     if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+        q = rotate(q, rope)
+        k = rotate(k, rope)
     if offsets is not None:
+        # number every row's sequence; a query may attend to the keys with its own number
         sequence = torch.searchsorted(offsets, torch.arange(q.shape[2], device=q.device), right=True)
-        mask = sequence[:, None] == sequence
+        mask = sequence[:, None] == sequence                                   # (N, N)
     elif mask is not None:
-        mask = mask[:, None, None, :]
+        mask = mask[:, None, None, :]                                          # (B, 1, 1, M)
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 128 * 128:
-        # short rows: CPU SDPA's backward takes 7x as long at N = 16 in bf16
+        # few rows: the backward pass of the CPU's SDPA takes 7 times as long at N = 16 in bf16
         return attention_formula(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 # ---- the kernels
 #
-# One program owns a block of queries of one head and walks over the keys, with a running maximum, a running
-# sum and the output so far: scores never reach memory. The softmax is in base 2, whose exponential the
-# hardware has. All that the way back needs of the scores is one number a row, lse = log2 of the sum of their
-# exponentials.
-# q is normed and rotated as it is loaded. So is k where rows are short; where they are long, and many
-# programs would do the same to the same keys, `_prepare` has done it once before.
-# The way back crosses the scores twice, first with a block of queries for dq, then with a block of keys for
-# dk and dv, both on prepared q and k. Each program ends with the way back through rotation and norm, and
-# leaves sums over 32 rows for the norm's weights: no atomics, so the same gradient each time.
+# Forward. A program, one of the many instances of a kernel that run in parallel, owns a block of queries of
+# one head and goes through the keys block by block. For each query it keeps the maximum of the scores, the
+# sum of their exponentials and the output so far (the online softmax): the N x M scores never reach memory.
+# Exponentials are in base 2, for which the GPU has an instruction: e^x = 2^(x log2(e)), and the factor
+# log2(e) costs nothing as part of the scale of the scores.
 #
-# Names: z counts sequences, h heads; x_z, x_h, x_n are strides of x. real: which rows of a block there are.
-# LENGTH: 0 where there are up to SHORT keys, then 1, and 2 for over four times as many; each is tuned.
+# Backward. The backward pass needs only the log-sum-exp of each row, lse = log2(sum_j 2^score_j), because
+# p = 2^(score - lse) recomputes the softmax. It computes the scores twice: once for each block of queries,
+# for dq, and once for each block of keys, for dk and dv. Each program then finishes with the backward pass of
+# rotation and norm. For the gradients of the norm's weights it writes one sum for every ROWS_PER_SUM rows,
+# which PyTorch adds up: without atomic additions the gradients are the same in every run.
+#
+# QK-norm and rotation. q is normed and rotated as it is loaded. So is k where there are few keys; where there
+# are many, every program would repeat that for the same keys, so `norm_and_rope_kernel` does it once before.
+# The backward kernels always take q and k normed and rotated.
+#
+# Names. Capitals are pointers to tensors and compile-time constants.
+#   stride_qb, _qh, _qn     how many elements apart q's batch entries, heads and rows lie in memory; its
+#                           channels lie next to one another
+#   valid_rows, valid_keys  which rows of a block exist, as the last block of a sequence is seldom full
+#   N, M, DIM               rows of q and of k in memory, and head_dim
+#   PADDED                  DIM rounded up to a power of two, as the width of a tile has to be
+#   Q_NORM, K_NORM          weights of the norms of q and k
+#   DO, DQ, dp, ...         gradient of the loss with respect to o, q, p, ...
+#   max_length              bound on the rows of one sequence, of q or, where blocks are of keys, of k
+#   MASKED, PACKED          whether there are MASK and OFFSETS, the arguments of `attention`
 
-SHORT = 512        # keys up to which the forward kernel prepares them itself
-ROWS = 32          # rows whose gradients of the norm's weights are summed before they are written
+SHORT = 512         # up to this number of keys, the forward kernel norms and rotates them itself
+ROWS_PER_SUM = 32   # rows over which one program sums the gradients of the norm's weights
+LOG2_E = 1.4426950408889634
 
 
-def _jit(function):
+def jit(function: Callable) -> Callable:
+    """triton.jit, where there is Triton."""
     return triton.jit(function) if triton else function
 
 
-def _autotune(*configs: tuple[int, int, int, int]):
-    """configs: queries a block, keys a block, warps, stages. The interpreter takes the first."""
+def autotune(*configs: tuple[int, int, int, int]) -> Callable:
+    """Let Triton choose the fastest of the configurations, for each LENGTH_CLASS, head_dim and use of norm
+    and rotation. Each is (queries per block, keys per block, warps, pipeline stages)."""
     if not triton:
         return lambda kernel: kernel
-    configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-               for m, n, warps, stages in configs]
-    return triton.autotune(configs[:1] if INTERPRETED else configs, key=["LENGTH", "DIM", "NORM", "ROPE"])
+    configs = [triton.Config({"BLOCK_M": queries, "BLOCK_N": keys}, num_warps=warps, num_stages=stages)
+               for queries, keys, warps, stages in configs]
+    if INTERPRETED:                                   # times in the interpreter mean nothing
+        configs = configs[:1]
+    return triton.autotune(configs, key=["LENGTH_CLASS", "DIM", "NORM", "ROPE"])
 
 
-@_jit
-def _place(longest, heads, BLOCK: tl.constexpr):
-    """Which block of rows, sequence and head are this program's. The grid has one axis, as the others end at
-    65,535; programs beside each other share their keys."""
-    program, blocks = tl.program_id(0), tl.cdiv(longest, BLOCK)
+@jit
+def locate_program(max_length, heads, BLOCK: tl.constexpr):
+    """Block of rows, sequence and head on which this program works.
+
+    All programs lie on the grid's first axis, as the other two are limited to 65,535. Neighbouring programs
+    work on the same head and so find its keys in the cache."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(max_length, BLOCK)
     return program % blocks, program // blocks // heads, program // blocks % heads
 
 
-@_jit
-def _head(X, z, h, x_z, x_h, DIM: tl.constexpr):
-    """Where a head begins: a multiple of 8 numbers into X, which allows wide loads, as `_aligned` sees to."""
-    at = z * x_z + h * x_h
-    return X + (tl.multiple_of(at, 8) if DIM % 8 == 0 else at)
+@jit
+def head_pointer(X, batch, head, stride_b, stride_h, DIM: tl.constexpr):
+    """Pointer to the first row of one head. If DIM is a multiple of 8, so is the offset, as all tensors come
+    from `aligned` or `empty_row_major`; the compiler must know it to emit wide loads."""
+    offset = batch * stride_b + head * stride_h
+    if DIM % 8 == 0:
+        offset = tl.multiple_of(offset, 8)
+    return X + offset
 
 
-@_jit
-def _tile(X, rows, d, real, x_n, DIM: tl.constexpr):
-    """Rows of one head, (rows, padded head_dim), zero where there is nothing."""
-    return tl.load(X + rows[:, None] * x_n + d[None, :], real[:, None] & (d < DIM)[None, :], 0.0)
+@jit
+def load_tile(X, rows, channels, valid_rows, stride_n, DIM: tl.constexpr):
+    """Rows of one head, (rows, PADDED), with zeros outside the valid rows and beyond DIM channels."""
+    valid = valid_rows[:, None] & (channels < DIM)[None, :]
+    return tl.load(X + rows[:, None] * stride_n + channels[None, :], valid, 0.0)
 
 
-@_jit
-def _put(X, x, rows, d, real, x_n, DIM: tl.constexpr):
-    there = real[:, None] & (d < DIM)[None, :]
-    tl.store(X + rows[:, None] * x_n + d[None, :], x.to(X.dtype.element_ty), there)
+@jit
+def store_tile(X, tile, rows, channels, valid_rows, stride_n, DIM: tl.constexpr):
+    """Write the valid part of a tile (rows, PADDED) to one head, in X's type."""
+    valid = valid_rows[:, None] & (channels < DIM)[None, :]
+    tl.store(X + rows[:, None] * stride_n + channels[None, :], tile.to(X.dtype.element_ty), valid)
 
 
-@_jit
-def _turn(x, COS, SIN, rows, real, sign, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rotate the pairs of x (rows, PADDED), by sign = -1 backward."""
-    pair = tl.arange(0, PADDED // 2)
-    at, there = rows[:, None] * (DIM // 2) + pair[None, :], real[:, None] & (pair < DIM // 2)[None, :]
-    cos, sin = tl.load(COS + at, there, 0.0), sign * tl.load(SIN + at, there, 0.0)
+@jit
+def apply_rope(x, COS, SIN, rows, valid_rows, sign, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rotate the pairs of x (rows, PADDED) by sign times their angles. The backward pass of a rotation is the
+    opposite rotation, sign = -1."""
+    pairs = tl.arange(0, PADDED // 2)
+    offsets = rows[:, None] * (DIM // 2) + pairs[None, :]
+    valid = valid_rows[:, None] & (pairs < DIM // 2)[None, :]
+    cos = tl.load(COS + offsets, valid, 0.0)
+    sin = sign * tl.load(SIN + offsets, valid, 0.0)
     a, b = tl.split(tl.reshape(x, (x.shape[0], PADDED // 2, 2)))
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (x.shape[0], PADDED))
 
 
-@_jit
-def _prologue(x, W, COS, SIN, rows, d, real, DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr,
-              ROPE: tl.constexpr):
-    """Norm and rotation of a block, in float32, back in x's type."""
+@jit
+def norm_and_rope(x, WEIGHT, COS, SIN, rows, channels, valid_rows, DIM: tl.constexpr, PADDED: tl.constexpr,
+                  NORM: tl.constexpr, ROPE: tl.constexpr):
+    """RMS norm and rotation of a tile x (rows, PADDED): computed in float32, returned in x's type."""
     y = x.to(tl.float32)
     if NORM:
-        y = y * tl.rsqrt(tl.sum(y * y, 1) / DIM + 1e-6)[:, None] * tl.load(W + d, d < DIM, 0.0)[None, :]
+        # channels beyond DIM are zero and add nothing to the sum of squares
+        y = y * tl.rsqrt(tl.sum(y * y, 1) / DIM + 1e-6)[:, None]
+        y = y * tl.load(WEIGHT + channels, channels < DIM, 0.0)[None, :]
     if ROPE:
-        y = _turn(y, COS, SIN, rows, real, 1.0, DIM, PADDED)
+        y = apply_rope(y, COS, SIN, rows, valid_rows, 1.0, DIM, PADDED)
     return y.to(x.dtype)
 
 
-@_jit
-def _epilogue(dy, X, W, COS, SIN, DW, rows, d, real, x_n, DIM: tl.constexpr, PADDED: tl.constexpr,
-              NORM: tl.constexpr, ROPE: tl.constexpr, ROWS: tl.constexpr):
-    """The gradient before `_prologue`, given dy (rows, PADDED) behind it; sums over rows for W into DW."""
+@jit
+def norm_and_rope_backward(dy, X, WEIGHT, COS, SIN, DWEIGHT, rows, channels, valid_rows, stride_n,
+                           DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+                           ROWS_PER_SUM: tl.constexpr):
+    """Gradient of the input X of `norm_and_rope`, given dy (rows, PADDED), the gradient of its output.
+    Writes this tile's sums for the gradient of the weight to DWEIGHT."""
     if ROPE:
-        dy = _turn(dy, COS, SIN, rows, real, -1.0, DIM, PADDED)
+        dy = apply_rope(dy, COS, SIN, rows, valid_rows, -1.0, DIM, PADDED)
     if NORM:
-        x = _tile(X, rows, d, real, x_n, DIM).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + 1e-6)[:, None]
-        x *= scale
-        sums = tl.sum(tl.reshape(dy * x, (dy.shape[0] // ROWS, ROWS, PADDED)), 1)
-        part = tl.arange(0, dy.shape[0] // ROWS)
-        tl.store(DW + part[:, None] * DIM + d[None, :], sums, (part >= 0)[:, None] & (d < DIM)[None, :])
-        dy *= tl.load(W + d, d < DIM, 0.0)[None, :]
-        dy = scale * (dy - x * (tl.sum(dy * x, 1) / DIM)[:, None])
+        # y = weight * x_hat with x_hat = r * x and r = 1 / rms(x)
+        x = load_tile(X, rows, channels, valid_rows, stride_n, DIM).to(tl.float32)
+        r = tl.rsqrt(tl.sum(x * x, 1) / DIM + 1e-6)[:, None]
+        x_hat = x * r
+        # dweight = sum over rows of dy * x_hat
+        sums = tl.sum(tl.reshape(dy * x_hat, (dy.shape[0] // ROWS_PER_SUM, ROWS_PER_SUM, PADDED)), 1)
+        number = tl.arange(0, dy.shape[0] // ROWS_PER_SUM)
+        tl.store(DWEIGHT + number[:, None] * DIM + channels[None, :], sums, (channels < DIM)[None, :])
+        # dx_hat = dy * weight; dx = r * (dx_hat - x_hat * mean(dx_hat * x_hat))
+        dx_hat = dy * tl.load(WEIGHT + channels, channels < DIM, 0.0)[None, :]
+        dy = r * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, 1) / DIM)[:, None])
     return dy
 
 
-@_jit
-def _prepare(X, Y, W, COS, SIN, x_z, x_h, x_n, y_z, y_h, y_n, heads, N, DIM: tl.constexpr,
-             PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK: tl.constexpr):
+@jit
+def norm_and_rope_kernel(X, Y, WEIGHT, COS, SIN, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh,
+                         stride_yn, heads, N, DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr,
+                         ROPE: tl.constexpr, BLOCK: tl.constexpr):
     """Y = X normed and rotated."""
-    block, sequence, h = _place(N, heads, BLOCK)
-    z, rows, d = tl.cast(sequence, tl.int64), block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
-    real = rows < N
-    x = _tile(_head(X, z, h, x_z, x_h, DIM), rows, d, real, x_n, DIM)
-    y = _prologue(x, W, COS, SIN, rows, d, real, DIM, PADDED, NORM, ROPE)
-    _put(_head(Y, z, h, y_z, y_h, DIM), y, rows, d, real, y_n, DIM)
+    block, sequence, head = locate_program(N, heads, BLOCK)
+    batch = tl.cast(sequence, tl.int64)               # offsets into large tensors exceed 32 bits
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.arange(0, PADDED)
+    valid_rows = rows < N
+    X_head = head_pointer(X, batch, head, stride_xb, stride_xh, DIM)
+
+    x = load_tile(X_head, rows, channels, valid_rows, stride_xn, DIM)
+    y = norm_and_rope(x, WEIGHT, COS, SIN, rows, channels, valid_rows, DIM, PADDED, NORM, ROPE)
+    Y_head = head_pointer(Y, batch, head, stride_yb, stride_yh, DIM)
+    store_tile(Y_head, y, rows, channels, valid_rows, stride_yn, DIM)
 
 
-@_autotune((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))
-@_jit
-def _forward(Q, K, V, O, LSE, QW, KW, COS, SIN, MASK, OFFSETS, q_z, q_h, q_n, k_z, k_h, k_n, v_z, v_h, v_n,
-             o_z, o_h, o_n, heads, N, M, longest, scale, LENGTH: tl.constexpr, DIM: tl.constexpr,
-             PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
-             PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """scale: 1 / sqrt(head_dim) * log2(e)."""
-    block, sequence, h = _place(longest, heads, BLOCK_M)
-    z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
+@autotune((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))
+@jit
+def forward_kernel(Q, K, V, O, LSE, Q_NORM, K_NORM, COS, SIN, MASK, OFFSETS,
+                   stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+                   stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+                   heads, N, M, max_length, scale, LENGTH_CLASS: tl.constexpr, DIM: tl.constexpr,
+                   PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
+                   PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):
+    """O = attention and LSE = log-sum-exp of the scores, for one block of queries of one head.
+    scale = log2(e) / sqrt(head_dim)."""
+    block, sequence, head = locate_program(max_length, heads, BLOCK_M)
+    # The first row of this program's sequence and the one after its last, in q and in k. Each kernel computes
+    # them in place: a helper that returned them misled torch.compile's analysis of what a kernel writes to.
+    batch = tl.cast(sequence, tl.int64)               # offsets into large tensors exceed 32 bits
+    first, end = 0, N
+    key_first, key_end = 0, M
     if PACKED:
-        z, first = tl.cast(0, tl.int64), tl.load(OFFSETS + sequence).to(tl.int32)
+        batch = tl.cast(0, tl.int64)
+        first = tl.load(OFFSETS + sequence).to(tl.int32)
         end = tl.load(OFFSETS + sequence + 1).to(tl.int32)
         key_first, key_end = first, end
-    rows, d = first + block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
-    real = rows < end
-    K, V = _head(K, z, h, k_z, k_h, DIM), _head(V, z, h, v_z, v_h, DIM)
-    q = _tile(_head(Q, z, h, q_z, q_h, DIM), rows, d, real, q_n, DIM)
-    q = _prologue(q, QW, COS, SIN, rows, d, real, DIM, PADDED, NORM, ROPE)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    rows = first + block * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, PADDED)
+    valid_rows = rows < end
+    K_head = head_pointer(K, batch, head, stride_kb, stride_kh, DIM)
+    V_head = head_pointer(V, batch, head, stride_vb, stride_vh, DIM)
+    Q_head = head_pointer(Q, batch, head, stride_qb, stride_qh, DIM)
+    q = load_tile(Q_head, rows, channels, valid_rows, stride_qn, DIM)          # (BLOCK_M, PADDED)
+    q = norm_and_rope(q, Q_NORM, COS, SIN, rows, channels, valid_rows, DIM, PADDED, NORM, ROPE)
+
+    # The online softmax. After every block of keys, for each query and over all keys so far:
+    #   row_max = max_j score_j
+    #   row_sum = sum_j 2^(score_j - row_max)
+    #   out     = sum_j 2^(score_j - row_max) v_j
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, PADDED), tl.float32)
-    if PACKED:                                         # nothing to do behind the end of a short sequence
+    if PACKED:
+        # the grid has blocks for the longest sequence; those beyond a shorter one's end read no keys
         key_end = tl.where(first + block * BLOCK_M < end, key_end, key_first)
     for start in range(key_first, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        seen = keys < key_end
-        k = _tile(K, keys, d, seen, k_n, DIM)
-        if LENGTH == 0:
-            k = _prologue(k, KW, COS, SIN, keys, d, seen, DIM, PADDED, NORM, ROPE)
-        v = _tile(V, keys, d, seen, v_n, DIM)
+        valid_keys = keys < key_end
+        k = load_tile(K_head, keys, channels, valid_keys, stride_kn, DIM)      # (BLOCK_N, PADDED)
+        if LENGTH_CLASS == 0:                         # few keys: not yet normed and rotated
+            k = norm_and_rope(k, K_NORM, COS, SIN, keys, channels, valid_keys, DIM, PADDED, NORM, ROPE)
+        v = load_tile(V_head, keys, channels, valid_keys, stride_vn, DIM)
         if MASKED:
-            seen = seen & (tl.load(MASK + z * M + keys, seen, 0) != 0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)                  # nothing seen so far
-        p, fade = tl.exp2(scores - safe[:, None]), tl.exp2(top - safe)
-        total = total * fade + tl.sum(p, 1)
-        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = higher
-    total = tl.where(total == 0, 1.0, total)                                   # a row that sees nothing is 0
-    top = tl.where(top == float("-inf"), 0.0, top)
-    _put(_head(O, z, h, o_z, o_h, DIM), out / total[:, None], rows, d, real, o_n, DIM)
-    tl.store(LSE + (z * heads + h) * N + rows, top + tl.log2(total), real)
+            valid_keys = valid_keys & (tl.load(MASK + batch * M + keys, valid_keys, 0) != 0)
+
+        # 1. Scores; invalid keys get -inf, whose exponential is 0.
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale     # (BLOCK_M, BLOCK_N)
+        scores = tl.where(valid_keys[None, :], scores, float("-inf"))
+        # 2. The maximum so far. Where a query has had no valid key yet it is -inf, and -inf - -inf would be
+        #    NaN: subtract 0 there.
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
+        # 3. Exponentials, at most 1. The sums so far were taken relative to the old maximum; multiplied by
+        #    2^(old - new), they are relative to the new one.
+        p = tl.exp2(scores - subtracted[:, None])
+        rescale = tl.exp2(row_max - subtracted)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        row_max = new_max
+
+    # 4. Dividing by the sum makes the exponentials a softmax. A query without any valid key outputs 0.
+    row_sum = tl.where(row_sum == 0, 1.0, row_sum)
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    O_head = head_pointer(O, batch, head, stride_ob, stride_oh, DIM)
+    store_tile(O_head, out / row_sum[:, None], rows, channels, valid_rows, stride_on, DIM)
+    # log2(sum_j 2^score_j) = row_max + log2(sum_j 2^(score_j - row_max))
+    tl.store(LSE + (batch * heads + head) * N + rows, row_max + tl.log2(row_sum), valid_rows)
 
 
-@_autotune((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3))
-@_jit
-def _backward_q(Q, K, V, O, DO, LSE, DELTA, X, DX, W, COS, SIN, DW, MASK, OFFSETS, q_z, q_h, q_n, k_z, k_h,
-                k_n, v_z, v_h, v_n, o_z, o_h, o_n, do_z, do_h, do_n, x_z, x_h, x_n, dx_z, dx_h, dx_n, heads,
-                N, M, longest, parts, scale, LENGTH: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-                NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Q, K: prepared; X: q as it came in. Leaves delta = sum(o * do) for `_backward_kv`."""
-    block, sequence, h = _place(longest, heads, BLOCK_M)
-    z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
+@autotune((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3))
+@jit
+def backward_q_kernel(Q, K, V, O, DO, LSE, DELTA, Q_IN, DQ, Q_NORM, COS, SIN, DQ_NORM, MASK, OFFSETS,
+                      stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+                      stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+                      stride_dob, stride_doh, stride_don, stride_inb, stride_inh, stride_inn,
+                      stride_dqb, stride_dqh, stride_dqn, heads, N, M, max_length, sums, scale,
+                      LENGTH_CLASS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+                      NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+                      PRECISION: tl.constexpr, ROWS_PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr):
+    """DQ, the gradient of q, for one block of queries of one head, and DELTA for `backward_kv_kernel`.
+
+    Q, K: normed and rotated; Q_IN: q before that. DQ_NORM: (sequences * heads, sums, DIM)."""
+    block, sequence, head = locate_program(max_length, heads, BLOCK_M)
+    # computed in place, see `forward_kernel`
+    batch = tl.cast(sequence, tl.int64)
+    first, end = 0, N
+    key_first, key_end = 0, M
     if PACKED:
-        z, first = tl.cast(0, tl.int64), tl.load(OFFSETS + sequence).to(tl.int32)
+        batch = tl.cast(0, tl.int64)
+        first = tl.load(OFFSETS + sequence).to(tl.int32)
         end = tl.load(OFFSETS + sequence + 1).to(tl.int32)
         key_first, key_end = first, end
-    rows, d = first + block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
-    real = rows < end
-    K, V = _head(K, z, h, k_z, k_h, DIM), _head(V, z, h, v_z, v_h, DIM)
-    q = _tile(_head(Q, z, h, q_z, q_h, DIM), rows, d, real, q_n, DIM)
-    do = _tile(_head(DO, z, h, do_z, do_h, DIM), rows, d, real, do_n, DIM)
-    o = _tile(_head(O, z, h, o_z, o_h, DIM), rows, d, real, o_n, DIM)
-    at = (z * heads + h) * N + rows
-    delta, lse = tl.sum(o.to(tl.float32) * do, 1), tl.load(LSE + at, real, 0.0)
-    tl.store(DELTA + at, delta, real)
+    rows = first + block * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, PADDED)
+    valid_rows = rows < end
+    K_head = head_pointer(K, batch, head, stride_kb, stride_kh, DIM)
+    V_head = head_pointer(V, batch, head, stride_vb, stride_vh, DIM)
+    Q_head = head_pointer(Q, batch, head, stride_qb, stride_qh, DIM)
+    q = load_tile(Q_head, rows, channels, valid_rows, stride_qn, DIM)          # (BLOCK_M, PADDED)
+    DO_head = head_pointer(DO, batch, head, stride_dob, stride_doh, DIM)
+    do = load_tile(DO_head, rows, channels, valid_rows, stride_don, DIM)
+    O_head = head_pointer(O, batch, head, stride_ob, stride_oh, DIM)
+    o = load_tile(O_head, rows, channels, valid_rows, stride_on, DIM)
+    row_offsets = (batch * heads + head) * N + rows
+    # The backward pass of a softmax, ds_ij = p_ij (dp_ij - delta_i), needs delta_i = sum_j p_ij dp_ij. As
+    # dp_ij = do_i . v_j and o_i = sum_j p_ij v_j, delta_i equals do_i . o_i, which takes no scores.
+    delta = tl.sum(o.to(tl.float32) * do, 1)
+    lse = tl.load(LSE + row_offsets, valid_rows, 0.0)
+    tl.store(DELTA + row_offsets, delta, valid_rows)
+
     dq = tl.zeros((BLOCK_M, PADDED), tl.float32)
     if PACKED:
+        # blocks beyond the end of a shorter sequence read no keys
         key_end = tl.where(first + block * BLOCK_M < end, key_end, key_first)
     for start in range(key_first, key_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        seen = keys < key_end
-        k, v = _tile(K, keys, d, seen, k_n, DIM), _tile(V, keys, d, seen, v_n, DIM)
+        valid_keys = keys < key_end
+        k = load_tile(K_head, keys, channels, valid_keys, stride_kn, DIM)      # (BLOCK_N, PADDED)
+        v = load_tile(V_head, keys, channels, valid_keys, stride_vn, DIM)
         if MASKED:
-            seen = seen & (tl.load(MASK + z * M + keys, seen, 0) != 0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        p = tl.where(seen[None, :], tl.exp2(scores - lse[:, None]), 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            valid_keys = valid_keys & (tl.load(MASK + batch * M + keys, valid_keys, 0) != 0)
+        # S = scale * Q K^T, P = 2^(S - lse): the softmax again
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale     # (BLOCK_M, BLOCK_N)
+        p = tl.where(valid_keys[None, :], tl.exp2(scores - lse[:, None]), 0.0)
+        # dP = dO V^T, dS = P * (dP - delta), dQ = dS K / sqrt(head_dim): dS belongs to the scores in base e,
+        # Q K^T / sqrt(head_dim), and the factor 1 / sqrt(head_dim) follows after the loop
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    dq *= scale * 0.6931471805599453                                           # ln(2): scale is in base 2
-    DW += ((sequence * heads + h) * parts + block * (BLOCK_M // ROWS)).to(tl.int64) * DIM
-    dq = _epilogue(dq, _head(X, z, h, x_z, x_h, DIM), W, COS, SIN, DW, rows, d, real, x_n, DIM, PADDED, NORM,
-                   ROPE, ROWS)
-    _put(_head(DX, z, h, dx_z, dx_h, DIM), dq, rows, d, real, dx_n, DIM)
+    dq *= scale * 0.6931471805599453                  # ln(2): scale is log2(e) / sqrt(head_dim)
+
+    DQ_NORM += ((sequence * heads + head) * sums + block * (BLOCK_M // ROWS_PER_SUM)).to(tl.int64) * DIM
+    Q_IN_head = head_pointer(Q_IN, batch, head, stride_inb, stride_inh, DIM)
+    dq = norm_and_rope_backward(dq, Q_IN_head, Q_NORM, COS, SIN, DQ_NORM, rows, channels, valid_rows,
+                                stride_inn, DIM, PADDED, NORM, ROPE, ROWS_PER_SUM)
+    DQ_head = head_pointer(DQ, batch, head, stride_dqb, stride_dqh, DIM)
+    store_tile(DQ_head, dq, rows, channels, valid_rows, stride_dqn, DIM)
 
 
-@_autotune((64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 4, 3))
-@_jit
-def _backward_kv(Q, K, V, DO, LSE, DELTA, X, DX, DV, W, COS, SIN, DW, MASK, OFFSETS, q_z, q_h, q_n, k_z,
-                 k_h, k_n, v_z, v_h, v_n, do_z, do_h, do_n, x_z, x_h, x_n, dx_z, dx_h, dx_n, dv_z, dv_h,
-                 dv_n, heads, N, M, longest, parts, scale, LENGTH: tl.constexpr, DIM: tl.constexpr,
-                 PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
-                 PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr):
-    """Q, K: prepared; X: k as it came in. Scores are turned on their side: (keys, queries)."""
-    block, sequence, h = _place(longest, heads, BLOCK_N)
-    z, first, end, key_first, key_end = tl.cast(sequence, tl.int64), 0, N, 0, M
+@autotune((64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 4, 3))
+@jit
+def backward_kv_kernel(Q, K, V, DO, LSE, DELTA, K_IN, DK, DV, K_NORM, COS, SIN, DK_NORM, MASK, OFFSETS,
+                       stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+                       stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
+                       stride_inb, stride_inh, stride_inn, stride_dkb, stride_dkh, stride_dkn,
+                       stride_dvb, stride_dvh, stride_dvn, heads, N, M, max_length, sums, scale,
+                       LENGTH_CLASS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+                       NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+                       PRECISION: tl.constexpr, ROWS_PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_N: tl.constexpr):
+    """DK and DV, the gradients of k and v, for one block of keys of one head.
+
+    Q, K: normed and rotated; K_IN: k before that. DK_NORM: (sequences * heads, sums, DIM). The program goes
+    through the queries block by block. Its scores are transposed, (keys, queries), as dk and dv are products
+    with the transposed matrices."""
+    block, sequence, head = locate_program(max_length, heads, BLOCK_N)
+    # computed in place, see `forward_kernel`
+    batch = tl.cast(sequence, tl.int64)
+    first, end = 0, N
+    key_first, key_end = 0, M
     if PACKED:
-        z, first = tl.cast(0, tl.int64), tl.load(OFFSETS + sequence).to(tl.int32)
+        batch = tl.cast(0, tl.int64)
+        first = tl.load(OFFSETS + sequence).to(tl.int32)
         end = tl.load(OFFSETS + sequence + 1).to(tl.int32)
         key_first, key_end = first, end
-    keys, d = key_first + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, PADDED)
-    real = keys < key_end
-    Q, DO = _head(Q, z, h, q_z, q_h, DIM), _head(DO, z, h, do_z, do_h, DIM)
-    k = _tile(_head(K, z, h, k_z, k_h, DIM), keys, d, real, k_n, DIM)
-    v = _tile(_head(V, z, h, v_z, v_h, DIM), keys, d, real, v_n, DIM)
-    seen = real
+    keys = key_first + block * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, PADDED)
+    valid_keys = keys < key_end
+    Q_head = head_pointer(Q, batch, head, stride_qb, stride_qh, DIM)
+    DO_head = head_pointer(DO, batch, head, stride_dob, stride_doh, DIM)
+    K_head = head_pointer(K, batch, head, stride_kb, stride_kh, DIM)
+    k = load_tile(K_head, keys, channels, valid_keys, stride_kn, DIM)          # (BLOCK_N, PADDED)
+    V_head = head_pointer(V, batch, head, stride_vb, stride_vh, DIM)
+    v = load_tile(V_head, keys, channels, valid_keys, stride_vn, DIM)
+    # Two masks, as the gradients of masked keys, which are zero, must be written too.
+    attended_keys = valid_keys
     if MASKED:
-        seen = seen & (tl.load(MASK + z * M + keys, real, 0) != 0)
-    dk, dv = tl.zeros((BLOCK_N, PADDED), tl.float32), tl.zeros((BLOCK_N, PADDED), tl.float32)
+        attended_keys = attended_keys & (tl.load(MASK + batch * M + keys, valid_keys, 0) != 0)
+
+    dk = tl.zeros((BLOCK_N, PADDED), tl.float32)
+    dv = tl.zeros((BLOCK_N, PADDED), tl.float32)
     if PACKED:
+        # blocks beyond the end of a shorter sequence read no queries
         end = tl.where(key_first + block * BLOCK_N < key_end, end, first)
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        there = rows < end
-        q, do = _tile(Q, rows, d, there, q_n, DIM), _tile(DO, rows, d, there, do_n, DIM)
-        at = (z * heads + h) * N + rows
-        lse, delta = tl.load(LSE + at, there, float("inf")), tl.load(DELTA + at, there, 0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-        p = tl.where(seen[:, None], tl.exp2(scores - lse[None, :]), 0.0)
+        valid_rows = rows < end
+        q = load_tile(Q_head, rows, channels, valid_rows, stride_qn, DIM)      # (BLOCK_M, PADDED)
+        do = load_tile(DO_head, rows, channels, valid_rows, stride_don, DIM)
+        # at invalid rows lse = inf makes p zero
+        row_offsets = (batch * heads + head) * N + rows
+        lse = tl.load(LSE + row_offsets, valid_rows, float("inf"))
+        delta = tl.load(DELTA + row_offsets, valid_rows, 0.0)
+        # S^T = scale * K Q^T, P^T = 2^(S^T - lse), dV = P^T dO
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale     # (BLOCK_N, BLOCK_M)
+        p = tl.where(attended_keys[:, None], tl.exp2(scores - lse[None, :]), 0.0)
         dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+        # dP^T = V dO^T, dS^T = P^T * (dP^T - delta), dK = dS^T Q / sqrt(head_dim)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
-    dk *= scale * 0.6931471805599453
-    DW += ((sequence * heads + h) * parts + block * (BLOCK_N // ROWS)).to(tl.int64) * DIM
-    dk = _epilogue(dk, _head(X, z, h, x_z, x_h, DIM), W, COS, SIN, DW, keys, d, real, x_n, DIM, PADDED, NORM,
-                   ROPE, ROWS)
-    _put(_head(DX, z, h, dx_z, dx_h, DIM), dk, keys, d, real, dx_n, DIM)
-    _put(_head(DV, z, h, dv_z, dv_h, DIM), dv, keys, d, real, dv_n, DIM)
+    dk *= scale * 0.6931471805599453                  # ln(2): scale is log2(e) / sqrt(head_dim)
+
+    DK_NORM += ((sequence * heads + head) * sums + block * (BLOCK_N // ROWS_PER_SUM)).to(tl.int64) * DIM
+    K_IN_head = head_pointer(K_IN, batch, head, stride_inb, stride_inh, DIM)
+    dk = norm_and_rope_backward(dk, K_IN_head, K_NORM, COS, SIN, DK_NORM, keys, channels, valid_keys,
+                                stride_inn, DIM, PADDED, NORM, ROPE, ROWS_PER_SUM)
+    DK_head = head_pointer(DK, batch, head, stride_dkb, stride_dkh, DIM)
+    store_tile(DK_head, dk, keys, channels, valid_keys, stride_dkn, DIM)
+    DV_head = head_pointer(DV, batch, head, stride_dvb, stride_dvh, DIM)
+    store_tile(DV_head, dv, keys, channels, valid_keys, stride_dvn, DIM)
 
 
-# ---- the kernels as one operator, for autograd and torch.compile
+# ---- launching the kernels
 
-def _strides(*tensors: Tensor) -> list[int]:
+def leading_strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and row of every tensor, one tensor after another."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty (B, heads, N, head_dim) that lies in memory as (B, N, heads, head_dim), ready to flatten."""
+def empty_row_major(x: Tensor) -> Tensor:
+    """An uninitialised tensor shaped like x, (B, heads, N, head_dim), which lies in memory as
+    (B, N, heads, head_dim), so that a network can flatten the heads of each row without a copy."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def _blocks(rows: int, size: int) -> int:
+def ceil_div(rows: int, size: int) -> int:
+    """Number of blocks of the given size that cover the rows."""
     return (rows + size - 1) // size
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x with rows and heads that begin at multiples of 8 numbers, as far as head_dim allows."""
-    whole = x.shape[-1] % 8 or not any(stride % 8 for stride in x.stride()[:3])
-    return x if whole and x.stride(-1) == 1 else x.contiguous()
+def aligned(x: Tensor) -> Tensor:
+    """x with channels next to one another and, if head_dim is a multiple of 8, with rows and heads that begin
+    at multiples of 8 elements, as `head_pointer` promises; copied only where it does not lie so already."""
+    on_multiples = x.shape[-1] % 8 or not any(stride % 8 for stride in x.stride()[:3])
+    return x if on_multiples and x.stride(-1) == 1 else x.contiguous()
 
 
-# torch.compile looks for this name in the operators below, to know their kernels
+# Makes a kernel visible to torch.compile. Its cache reads the source of the operators below for the literal
+# text wrap_triton(NAME OF A KERNEL), to learn which kernels they launch, so do not wrap kernels in advance.
 wrap_triton = torch.library.wrap_triton if triton and not INTERPRETED else lambda kernel: kernel
 
 
-def _setting(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | None, mask: Tensor | None,
-             offsets: Tensor | None, max_length: int) -> tuple[int, int, int, dict]:
-    """Sequences, rows of the longest query and key, and what all kernels are told."""
-    packed, dim = offsets is not None, q.shape[-1]
+class LaunchSettings(NamedTuple):
+    sequences: int      # batch entries, or packed sequences
+    max_queries: int    # upper bound on the rows of q in one sequence: the grid has blocks for that many
+    max_keys: int       # the same for k
+    options: dict       # compile-time constants shared by the kernels, by name
+
+
+def launch_settings(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | None, mask: Tensor | None,
+                    offsets: Tensor | None, max_length: int) -> LaunchSettings:
+    sequences, max_queries, max_keys = q.shape[0], q.shape[2], k.shape[2]
+    if offsets is not None:
+        sequences = len(offsets) - 1
+        max_queries = max_keys = max_length
+
+    # The kernels are tuned for each class separately. In class 0 the forward kernel norms and rotates the keys.
+    length_class = 2
+    if max_keys <= SHORT:
+        length_class = 0
+    elif max_keys <= 4 * SHORT:
+        length_class = 1
+
+    # Tensor cores round float32 factors to tf32; tf32x3 recovers their accuracy from three such products.
     exact = torch.get_float32_matmul_precision() == "highest"
-    length = max_length if packed else k.shape[2]
-    options = {"LENGTH": 0 if length <= SHORT else 1 if length <= 4 * SHORT else 2, "DIM": dim,
-               "PADDED": max(16, triton.next_power_of_2(dim)), "NORM": norm is not None,
-               "ROPE": cos is not None, "MASKED": mask is not None, "PACKED": packed,
-               "PRECISION": "tf32x3" if exact else "tf32"}
-    if packed:
-        return len(offsets) - 1, max_length, max_length, options
-    return q.shape[0], q.shape[2], k.shape[2], options
+    dim = q.shape[-1]
+    options = {"LENGTH_CLASS": length_class, "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)),
+               "NORM": norm is not None, "ROPE": cos is not None, "MASKED": mask is not None,
+               "PACKED": offsets is not None, "PRECISION": "tf32x3" if exact else "tf32"}
+    return LaunchSettings(sequences, max_queries, max_keys, options)
 
 
-def _prepared(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-              options: dict) -> Tensor:
+def normed_and_rotated(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+                       options: dict) -> Tensor:
+    """x (B, heads, N, head_dim) after norm and rotation; x itself where there is neither."""
     if weight is None and cos is None:
         return x
-    y, (batch, heads, length, _) = _like(x), x.shape
-    wrap_triton(_prepare)[(_blocks(length, 64) * batch * heads,)](
-        x, y, weight, cos, sin, *_strides(x, y), heads, length, BLOCK=64,
+    y = empty_row_major(x)
+    batch, heads, rows = x.shape[:3]
+    wrap_triton(norm_and_rope_kernel)[(ceil_div(rows, 64) * batch * heads,)](
+        x, y, weight, cos, sin, *leading_strides(x, y), heads, rows, BLOCK=64,
         **{name: options[name] for name in ("DIM", "PADDED", "NORM", "ROPE")})
     return y
 
 
-_operator = partial(torch.library.triton_op if triton else torch.library.custom_op, mutates_args=())
+# ---- the kernels as operators, for autograd and torch.compile
+#
+# PyTorch derives the operators' schemas from their type hints, so they return plain tuples.
+
+define_operator = partial(torch.library.triton_op if triton else torch.library.custom_op, mutates_args=())
 
 
-@_operator("latents::attention")
-def _attention(q: Tensor, k: Tensor, v: Tensor, q_norm: Optional[Tensor], k_norm: Optional[Tensor],
-               cos: Optional[Tensor], sin: Optional[Tensor], mask: Optional[Tensor],
-               offsets: Optional[Tensor], max_length: int) -> tuple[Tensor, Tensor]:
-    """Output and lse (B, heads, N)."""
-    sequences, rows, _, options = _setting(q, k, q_norm, cos, mask, offsets, max_length)
-    k = k if options["LENGTH"] == 0 else _prepared(k, k_norm, cos, sin, options)
-    o, lse, heads = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32), q.shape[1]
-    wrap_triton(_forward)[lambda meta: (_blocks(rows, meta["BLOCK_M"]) * sequences * heads,)](
-        q, k, v, o, lse, q_norm, k_norm, cos, sin, mask, offsets, *_strides(q, k, v, o), heads, q.shape[2],
-        k.shape[2], rows, q.shape[-1] ** -0.5 * 1.4426950408889634, **options)
+@define_operator("latents::attention")
+def attention_operator(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+                       cos: Tensor | None, sin: Tensor | None, mask: Tensor | None,
+                       offsets: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
+    """Output (B, heads, N, head_dim) and log-sum-exp (B, heads, N), the latter in float32."""
+    settings = launch_settings(q, k, q_norm, cos, mask, offsets, max_length)
+    heads, queries, dim = q.shape[1:]
+    keys = k.shape[2]
+    if settings.options["LENGTH_CLASS"] != 0:
+        k = normed_and_rotated(k, k_norm, cos, sin, settings.options)
+    o = empty_row_major(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    # a function, as the autotuner chooses the size of a block, BLOCK_M
+    grid = lambda meta: (ceil_div(settings.max_queries, meta["BLOCK_M"]) * settings.sequences * heads,)
+    wrap_triton(forward_kernel)[grid](
+        q, k, v, o, lse, q_norm, k_norm, cos, sin, mask, offsets, *leading_strides(q, k, v, o), heads,
+        queries, keys, settings.max_queries, dim ** -0.5 * LOG2_E, **settings.options)
     return o, lse
 
 
-@_operator("latents::attention_backward")
-def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Optional[Tensor],
-                        k_norm: Optional[Tensor], cos: Optional[Tensor], sin: Optional[Tensor],
-                        mask: Optional[Tensor], offsets: Optional[Tensor], max_length: int, o: Tensor,
-                        lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and the gradients of the norm's weights (empty sums where there is no norm)."""
-    sequences, rows, keys, options = _setting(q, k, q_norm, cos, mask, offsets, max_length)
-    (heads, n, dim), m = q.shape[1:], k.shape[2]
-    ready_q, ready_k = _prepared(q, q_norm, cos, sin, options), _prepared(k, k_norm, cos, sin, options)
-    dq, dk, dv, delta = _like(q), _like(k), _like(v), torch.empty_like(lse)
-    # as many parts as the largest block of either kernel may touch
-    parts = [_blocks(length, 128) * (128 // ROWS) if options["NORM"] else 0 for length in (rows, keys)]
-    dw_q, dw_k = (q.new_zeros((sequences * heads, number, dim), dtype=torch.float32) for number in parts)
-    scale = dim ** -0.5 * 1.4426950408889634
-    wrap_triton(_backward_q)[lambda meta: (_blocks(rows, meta["BLOCK_M"]) * sequences * heads,)](
-        ready_q, ready_k, v, o, do, lse, delta, q, dq, q_norm, cos, sin, dw_q, mask, offsets,
-        *_strides(ready_q, ready_k, v, o, do, q, dq), heads, n, m, rows, parts[0], scale, ROWS=ROWS,
-        **options)
-    wrap_triton(_backward_kv)[lambda meta: (_blocks(keys, meta["BLOCK_N"]) * sequences * heads,)](
-        ready_q, ready_k, v, do, lse, delta, k, dk, dv, k_norm, cos, sin, dw_k, mask, offsets,
-        *_strides(ready_q, ready_k, v, do, k, dk, dv), heads, n, m, keys, parts[1], scale, ROWS=ROWS,
-        **options)
-    return dq, dk, dv, dw_q.sum((0, 1)), dw_k.sum((0, 1))
+@define_operator("latents::attention_backward")
+def attention_backward_operator(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+        cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, offsets: Tensor | None,
+        max_length: int, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, q_norm and k_norm (zeros for the last two where there is no norm), given do, the
+    gradient of the output o."""
+    settings = launch_settings(q, k, q_norm, cos, mask, offsets, max_length)
+    heads, queries, dim = q.shape[1:]
+    keys = k.shape[2]
+    ready_q = normed_and_rotated(q, q_norm, cos, sin, settings.options)
+    ready_k = normed_and_rotated(k, k_norm, cos, sin, settings.options)
+    dq = empty_row_major(q)
+    dk = empty_row_major(k)
+    dv = empty_row_major(v)
+    delta = torch.empty_like(lse)
+
+    # Sums per sequence and head. Blocks have at most 128 rows, whichever configuration the autotuner chooses;
+    # sums that lie beyond the last block are not written, so all of them start at zero.
+    q_sums = k_sums = 0
+    if settings.options["NORM"]:
+        q_sums = ceil_div(settings.max_queries, 128) * (128 // ROWS_PER_SUM)
+        k_sums = ceil_div(settings.max_keys, 128) * (128 // ROWS_PER_SUM)
+    dq_norm = q.new_zeros((settings.sequences * heads, q_sums, dim), dtype=torch.float32)
+    dk_norm = q.new_zeros((settings.sequences * heads, k_sums, dim), dtype=torch.float32)
+
+    scale = dim ** -0.5 * LOG2_E
+    grid = lambda meta: (ceil_div(settings.max_queries, meta["BLOCK_M"]) * settings.sequences * heads,)
+    wrap_triton(backward_q_kernel)[grid](
+        ready_q, ready_k, v, o, do, lse, delta, q, dq, q_norm, cos, sin, dq_norm, mask, offsets,
+        *leading_strides(ready_q, ready_k, v, o, do, q, dq), heads, queries, keys, settings.max_queries,
+        q_sums, scale, ROWS_PER_SUM=ROWS_PER_SUM, **settings.options)
+    # launched second, as it reads the delta that backward_q_kernel writes
+    kv_grid = lambda meta: (ceil_div(settings.max_keys, meta["BLOCK_N"]) * settings.sequences * heads,)
+    wrap_triton(backward_kv_kernel)[kv_grid](
+        ready_q, ready_k, v, do, lse, delta, k, dk, dv, k_norm, cos, sin, dk_norm, mask, offsets,
+        *leading_strides(ready_q, ready_k, v, do, k, dk, dv), heads, queries, keys, settings.max_keys,
+        k_sums, scale, ROWS_PER_SUM=ROWS_PER_SUM, **settings.options)
+    return dq, dk, dv, dq_norm.sum((0, 1)), dk_norm.sum((0, 1))
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:9], *output)
-    ctx.max_length = inputs[9]
+def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, max_length = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.max_length = max_length
 
 
-def _gradients(ctx, do: Tensor, _) -> tuple:
+def attention_gradients(ctx, do: Tensor, _dlse: Tensor | None) -> tuple:
+    """One gradient for each input of `attention_operator`, given do, that of its output. The log-sum-exp has
+    none, as `fused_attention` does not return it."""
     *inputs, o, lse = ctx.saved_tensors
-    dq, dk, dv, dw_q, dw_k = _attention_backward(_aligned(do), *inputs, ctx.max_length, o, lse)
+    dq, dk, dv, dq_norm, dk_norm = attention_backward_operator(aligned(do), *inputs, ctx.max_length, o, lse)
     q_norm, k_norm = inputs[3:5]
-    dw = (None, None) if q_norm is None else (dw_q.to(q_norm.dtype), dw_k.to(k_norm.dtype))
-    return dq, dk, dv, *dw, None, None, None, None, None
+    if q_norm is None:
+        dq_norm = dk_norm = None
+    else:
+        dq_norm = dq_norm.to(q_norm.dtype)
+        dk_norm = dk_norm.to(k_norm.dtype)
+    return dq, dk, dv, dq_norm, dk_norm, None, None, None, None, None
 
 
-_attention.register_autograd(_gradients, setup_context=_save)
+attention_operator.register_autograd(attention_gradients, setup_context=save_for_backward)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None,
                     k_norm: Tensor | None = None, rope: Rope | None = None, mask: Tensor | None = None,
                     offsets: Tensor | None = None, max_length: int | None = None) -> Tensor:
-    """`attention` by the kernels above, for float32, bfloat16 and float16, head dims up to 128. Gradients
-    reach q, k, v and the norm's weights; the rotary tables are constants."""
-    q, k, v = map(_aligned, (q, k, v))
-    cos, sin = (x.float().contiguous() for x in rope) if rope else (None, None)
-    mask = None if mask is None else mask.expand(len(q), -1).contiguous()
-    return _attention(q, k, v, q_norm, k_norm, cos, sin, mask, offsets, max_length or q.shape[2])[0]
+    """`attention` by the kernels above: same arguments, for float32, bfloat16 and float16 and head_dim up to
+    128. Gradients reach q, k, v and the norm's weights; the rotary tables are constants."""
+    cos = sin = None
+    if rope:
+        cos = rope[0].float().contiguous()
+        sin = rope[1].float().contiguous()
+    if mask is not None:
+        mask = mask.expand(len(q), -1).contiguous()
+    out, _ = attention_operator(aligned(q), aligned(k), aligned(v), q_norm, k_norm, cos, sin, mask, offsets,
+                                max_length or q.shape[2])
+    return out
 
 
-def demo() -> None:
-    """The paths against the formula in float64 and, on a GPU, the time that each takes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    paths = {"attention": attention} | ({"kernel": fused_attention} if triton and (
-        device == "cuda" or INTERPRETED) else {})
-    for n, m, dim in ((16, 16, 64), (7, 77, 32), (1, 1, 128), (300, 200, 64)):
-        q, k, v = (torch.randn(2, 3, length, dim, device=device) for length in (n, m, m))
-        mask = torch.arange(m, device=device) < torch.tensor([[m], [max(1, m // 2)]], device=device)
-        want = attention_formula(q.double(), k.double(), v.double(), mask[:, None, None, :])
-        errors = (f"{name} {((path(q, k, v, mask=mask) - want).norm() / want.norm()).item():.1e}"
-                  for name, path in paths.items())
-        print(f"N {n:3d}  M {m:3d}  head_dim {dim:3d}  relative error to the float64 formula: "
-              + ", ".join(errors))
-    for n in (256, 1024, 4096) if device == "cuda" else ():
-        q, k, v = torch.randn(3, 4, 16, n, 64, device=device, dtype=torch.bfloat16)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for name, function in paths.items():
+# ---- demonstration
+
+def measure_times(implementations: dict[str, Callable]) -> None:
+    """Print the milliseconds that a forward pass takes on a GPU: the mean of 20 calls after 10 of warm-up."""
+    for n in (256, 1024, 4096):
+        q, k, v = torch.randn(3, 4, 16, n, 64, device="cuda", dtype=torch.bfloat16)
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        for name, function in implementations.items():
             for i in range(30):
                 if i == 10:
                     start.record()
@@ -484,6 +677,29 @@ def demo() -> None:
             end.record()
             torch.cuda.synchronize()
             print(f"N {n:4d}  {name:9s} {start.elapsed_time(end) / 20:.3f} ms")
+
+
+def demo() -> None:
+    """Compare every implementation with the formula in float64; on a GPU, also measure their times."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    implementations = {"attention": attention}
+    if triton and (device == "cuda" or INTERPRETED):
+        implementations["kernel"] = fused_attention
+
+    for n, m, dim in ((16, 16, 64), (7, 77, 32), (1, 1, 128), (300, 200, 64)):
+        q, k, v = (torch.randn(2, 3, length, dim, device=device) for length in (n, m, m))
+        # the second batch entry attends to the first half of the keys only
+        mask = torch.arange(m, device=device) < torch.tensor([[m], [max(1, m // 2)]], device=device)
+        want = attention_formula(q.double(), k.double(), v.double(), mask[:, None, None, :])
+        errors = []
+        for name, function in implementations.items():
+            error = (function(q, k, v, mask=mask) - want).norm() / want.norm()
+            errors.append(f"{name} {error.item():.1e}")
+        print(f"N {n:3d}  M {m:3d}  head_dim {dim:3d}  relative error to the float64 formula: "
+              + ", ".join(errors))
+    if device == "cuda":
+        measure_times(implementations)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,13 @@
 
     python samplers.py             # measures each solver's order of convergence against an exact solution
 
-All have one signature, `sampler(denoise, path, x, times, *, generator=None, on_step=None)`. `denoise(xt, t)`
-returns the pair (x0, eps); nothing else of the model is seen. x (B, ...) is noise at times[0]; times (N + 1,)
-fall strictly to 0 in N steps. Each step combines x0 and eps with the path's own alpha and sigma,
+All have one signature, `sampler(denoise, path, x, times, *, generator=None, on_step=None)`. x (B, ...) is
+noise at times[0]; times (N + 1,) fall strictly to 0 in N steps, each from t to s; the result is x at 0. A
+sampler uses the model only through `denoise(xt, t) -> (x0, eps)`. Every first-order step combines that pair,
 
     x_s = alpha_s * x0 + sigma_s * eps
 
-which is DDIM (Song et al. 2020, arXiv:2010.02502, eq. 12) on any path, Euler's step on the straight one, and
-order one of every solver here. Higher orders expand x0 or eps in lam = log(alpha / sigma), of which a step
-covers h. A step from alpha = 0 or to sigma = 0 has h = inf: there is nothing to expand, and the step is of
-order one (but for a corrector, heun's or UniPC's, which needs no lam).
+which is DDIM on any path (Song et al. 2020, arXiv:2010.02502, eq. 12) and Euler's step on the straight one.
 """
 
 from __future__ import annotations
@@ -23,69 +20,92 @@ from math import factorial
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, ...]]           # (x0, eps), and for ddpm a third
+# A denoiser returns (x0, eps). If it was built for a learned variance, and only then, it returns a third
+# tensor: the fraction, in [0, 1], by which the variance of the reverse step lies between its smallest and its
+# largest value on the log scale. Only `ddpm` with variance="learned" reads it.
+Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Generators = torch.Generator | Sequence[torch.Generator] | None    # one for the batch, or one per image
 OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at times[i + 1], x0 it came from)
 
 
+# Denoisers
+
 def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0, *,
            interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0,
            variance: bool = False) -> Denoiser:
-    """A denoiser from a network: classifier-free guidance on all channels
-    (Ho & Salimans 2022, arXiv:2207.12598).
+    """A denoiser from a network, by classifier-free guidance on all channels
+    (Ho & Salimans 2022, arXiv:2207.12598): raw = raw(uncond) + scale * (raw(cond) - raw(uncond)).
 
-    raw = raw(uncond) + scale * (raw(cond) - raw(uncond)): scale 1 is conditional, 0 unconditional, and
-    neither evaluates the other. `cond` and `uncond` are the network's keyword arguments, of the batch's
-    length. Outside `interval`, low < t <= high, a scale above 1 is 1 (Kynkaanniemi et al. 2024,
-    arXiv:2404.07724).
-    rescale: share in which the guided answer takes back the standard deviation, per image, of the conditional
-    one, against overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
-    variance: return, third, what the network says of the variance; guidance leaves that alone."""
+    cond, uncond: the network's keyword arguments, of the batch's length.
+    scale: 1 is conditional, 0 unconditional, each at the cost of that branch alone.
+    interval: guide only where low < t <= high, and elsewhere take scale 1
+    (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+    rescale: 0 to 1, how far the standard deviation of each image's guided output is moved back to that of the
+    conditional output, against overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
+    variance: return the learned variance as the third value, from the conditional output without guidance.
+    Raises ValueError for a scale other than 1 without `uncond`."""
     if scale != 1.0 and uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
 
-    def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         time = torch.full((len(xt),), float(t), dtype=torch.float32, device=xt.device)
-        if scale in (0.0, 1.0) or not interval[0] < t <= interval[1]:
-            raw = said = model(xt, time, **(uncond if scale == 0.0 else cond)).to(xt.dtype)
+        if scale == 0.0:
+            raw = unguided = model(xt, time, **uncond).to(xt.dtype)
+        elif scale == 1.0 or not interval[0] < t <= interval[1]:
+            raw = unguided = model(xt, time, **cond).to(xt.dtype)
         else:
-            both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
-            said, without = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype).chunk(2)
-            raw = without + scale * (said - without)
+            # both branches as one batch
+            both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+            output = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype)
+            unguided, unconditional = output.chunk(2)
+            raw = unconditional + scale * (unguided - unconditional)
             if rescale:
-                std, guided_std = (r.flatten(1).std(1).view(-1, *[1] * (r.ndim - 1)) for r in (said, raw))
-                raw = raw * (rescale * std / guided_std + 1 - rescale)
-        pair = path.to_x0_eps(raw, xt, t)
-        return (*pair, path.fraction(said, xt)) if variance else pair
+                raw = raw * (rescale * std_per_image(unguided) / std_per_image(raw) + 1 - rescale)
+        x0, eps = path.to_x0_eps(raw, xt, t)
+        if variance:
+            return x0, eps, path.fraction(unguided, xt)
+        return x0, eps
 
     return denoise
 
 
+def std_per_image(raw: Tensor) -> Tensor:
+    """(B, 1, ...) standard deviation over all values of each image."""
+    return raw.flatten(1).std(1).view(-1, *[1] * (raw.ndim - 1))
+
+
 def inpainting(denoise: Denoiser, path, x0: Tensor, repaint: Tensor) -> Denoiser:
-    """A denoiser that knows a part of the picture. Where `repaint` (bool, broadcast to x0) is False it
-    answers with the given x0 and the eps that xt then holds, so that every sampler, on either path, takes
-    that part back to x0 whatever the network says; where it is True the network answers, and sees the known
-    part at the noise of the moment (imputation: Song et al. 2021, arXiv:2011.13456, appendix I.2)."""
+    """A denoiser to which a part of the picture is known. repaint: bool, broadcast to x0.
+
+    Where `repaint` is False it returns the given x0 and the eps that xt contains with it, so that every
+    sampler, on either path, takes that part back to x0 whatever the network predicts. Where it is True the
+    network predicts, and its input holds the known part at the noise level of t (imputation: Song et al.
+    2021, arXiv:2011.13456, appendix I.2)."""
 
     def denoise_rest(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        guess, eps, *variance = denoise(xt, t)
+        guess, eps, *fraction = denoise(xt, t)
         alpha, sigma = path.alpha_sigma(t)
         known_eps = (xt - alpha * x0) / sigma
-        return torch.where(repaint, guess, x0), torch.where(repaint, eps, known_eps), *variance
+        return torch.where(repaint, guess, x0), torch.where(repaint, eps, known_eps), *fraction
 
     return denoise_rest
 
 
+# What the solvers share
+
 def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
-    """Unit Gaussian noise of x's shape; with one generator per image,
-    image i does not depend on who else is in the batch."""
+    """Unit Gaussian noise of x's shape. With one generator per image, an image does not depend on the others
+    in its batch; raises ValueError unless there are as many generators as images."""
     if isinstance(generator, Sequence):
         return torch.stack([noise_like(row, g) for row, g in zip(x, generator, strict=True)])
-    device = x.device if generator is None else generator.device
+    device = x.device
+    if generator is not None:
+        device = generator.device          # a CPU generator draws the same numbers for every device
     return torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
 
 
 def check_times(times: Tensor) -> None:
+    """Raise ValueError unless times (N + 1,) fall strictly to 0 and N is at least 1."""
     if times.ndim != 1 or len(times) < 2 or times[-1] != 0 or not (times[1:] < times[:-1]).all():
         raise ValueError(f"times must fall strictly to 0 in at least one step, got {times.tolist()}")
 
@@ -97,13 +117,17 @@ def log_snr(path, t: Tensor) -> Tensor:
     return (alpha / sigma).log()
 
 
+# Solvers in alpha and sigma
+
 def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
           on_step: OnStep = None) -> Tensor:
-    """First order: (x0, eps) held over the step. DDIM at eta = 0; Euler's method on the straight path."""
+    """First order: (x0, eps) held over the step. DDIM at eta = 0; Euler's method on the straight path.
+    1 evaluation a step."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
+        # predict
         x = alpha_s * x0 + sigma_s * eps
         if on_step:
             on_step(i, x, x0)
@@ -112,19 +136,22 @@ def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
 
 def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
          on_step: OnStep = None) -> Tensor:
-    """Second order: (x0, eps) averaged over both ends of the step, dx = x0 dalpha + eps dsigma by the
-    trapezoid rule. The last step is first order: at t = 0 the network has nothing to say. 2N - 1
-    evaluations."""
+    """Second order: (x0, eps) averaged over both ends of the step. 2 evaluations a step, 2N - 1 in all: the
+    last step is first order, as at s = 0 there is no noise from which to predict eps."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
-        end = alpha_s * x0 + sigma_s * eps
+        alpha_t, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        # predict
+        x_s = alpha_s * x0 + sigma_s * eps
+        # correct: dx = x0 dalpha + eps dsigma, by the trapezoid rule
         if s > 0:
-            x0_s, eps_s = denoise(end, s)
-            x0, eps = (x0 + x0_s) / 2, (eps + eps_s) / 2
-            end = x + (alpha_s - alpha_t) * x0 + (sigma_s - sigma_t) * eps
-        x = end
+            x0_s, eps_s = denoise(x_s, s)
+            x0 = (x0 + x0_s) / 2
+            eps = (eps + eps_s) / 2
+            x_s = x + (alpha_s - alpha_t) * x0 + (sigma_s - sigma_t) * eps
+        x = x_s
         if on_step:
             on_step(i, x, x0)
     return x
@@ -132,14 +159,18 @@ def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 
 def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
          on_step: OnStep = None, eta: float = 0.0) -> Tensor:
-    """Song et al. 2020 eqs. 12 and 16: eta 0 is `euler`, eta 1 draws from the posterior q(xs | xt, x0),
-    on any path."""
+    """First order, with a share of the noise drawn anew: eta 0 is `euler`, eta 1 draws from the posterior
+    q(xs | xt, x0), on any path. 1 evaluation a step. Song et al. 2020 (arXiv:2010.02502)."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        alpha_t, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        # eq. 16: the standard deviation of the new noise
         std = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp_min(0).sqrt()
+        # predict, eq. 12
         x = alpha_s * x0 + (sigma_s**2 - std**2).clamp_min(0).sqrt() * eps
+        # noise
         if eta > 0 and s > 0:
             x = x + std * noise_like(x, generator)
         if on_step:
@@ -149,28 +180,67 @@ def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 
 def ddpm(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
          on_step: OnStep = None, variance: str = "small") -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2), between any two times of any path.
+    """Ancestral sampling, between any two times of any path. 1 evaluation a step.
+    Ho et al. 2020 (arXiv:2006.11239), algorithm 2.
 
     variance: "small", that of the posterior q(xs | xt, x0), which is ddim at eta = 1; "large", that of the
-    forward step (both section 3.2); "learned", between the two by the fraction in [0, 1] that `denoise` then
-    returns as a third value (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)."""
+    forward step (both section 3.2); "learned", between the two by the fraction that `denoise` then returns as
+    its third value (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15)."""
     check_times(times)
     if variance not in ("small", "large", "learned"):
         raise ValueError(f"variance {variance!r}: must be small, large or learned")
     for i, (t, s) in enumerate(zip(times, times[1:])):
-        x0, eps, *fraction = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        x0, eps, *fraction = denoise(x, t)               # fraction: a list, empty unless variance is learned
+        alpha_t, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
         large = (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp_min(0)
         small = large * (sigma_s / sigma_t) ** 2
+        # predict the posterior's mean, eq. 7, here as a combination of x0 and eps
         x = alpha_s * x0 + (sigma_s**2 - small).clamp_min(0).sqrt() * eps
+        # noise
         if s > 0:
-            std = {"small": small, "large": large}[variance].sqrt() if variance != "learned" else (
-                0.5 * (fraction[0] * large.log() + (1 - fraction[0]) * small.log())).exp()
+            if variance == "small":
+                std = small.sqrt()
+            elif variance == "large":
+                std = large.sqrt()
+            else:
+                std = (0.5 * (fraction[0] * large.log() + (1 - fraction[0]) * small.log())).exp()
             x = x + std * noise_like(x, generator)
         if on_step:
             on_step(i, x, x0)
     return x
 
+
+def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+                on_step: OnStep = None, noise: float = 1.0) -> Tensor:
+    """Euler-Maruyama for dx = x0 dalpha + eps dsigma - w / 2 score dt + sqrt(w) dW, backward in time.
+    1 evaluation a step.
+
+    Every w >= 0 leaves the distribution at each t as it is (Song et al. 2021, arXiv:2011.13456; Ma et al.
+    2024, arXiv:2401.08740, eq. 5). Here w dt = noise * dsigma^2: with score = -eps / sigma the drift is
+    finite on either path, at alpha = 0 too. noise: 0 is the ODE (Euler in alpha and sigma), 1 adds as much
+    noise as sigma loses. The last step, to the singular end sigma = 0, adds none."""
+    check_times(times)
+    if noise < 0:
+        raise ValueError(f"noise {noise}: must not be negative")
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        _, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        # predict, by the ODE
+        x = alpha_s * x0 + sigma_s * eps
+        # noise, and the drift along the score that makes up for it
+        if s > 0:
+            dvar = noise * 2 * sigma_t * (sigma_t - sigma_s)        # w dt
+            x = x - dvar / 2 / sigma_t * eps + dvar.sqrt() * noise_like(x, generator)
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+# Solvers in log-SNR. Higher orders expand x0 or eps in lam = log(alpha / sigma), of which a step covers h.
+# A step from alpha = 0 or to sigma = 0 has h = inf: nothing can be expanded, and the step is of order one.
+# (UniPC still corrects a step from alpha = 0.) A later step that divides by such an h gets a slope of 0.
 
 def dpm_solver_2(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                  on_step: OnStep = None) -> Tensor:
@@ -180,13 +250,16 @@ def dpm_solver_2(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
-        lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
+        lam = log_snr(path, t)
+        h = log_snr(path, s) - lam
+        # predict
         x = alpha_s * x0 + sigma_s * eps
+        # correct, by eps in the middle of the step
         if h.isfinite():
-            mid = path.t_at(lam + h / 2)
-            alpha, sigma = path.alpha_sigma(mid)
-            _, eps_mid = denoise(alpha * x0 + sigma * eps, mid)
-            x = x - sigma_s * h.expm1() * (eps_mid - eps)
+            middle = path.t_at(lam + h / 2)
+            alpha_m, sigma_m = path.alpha_sigma(middle)
+            _, eps_m = denoise(alpha_m * x0 + sigma_m * eps, middle)
+            x = x - sigma_s * h.expm1() * (eps_m - eps)
         if on_step:
             on_step(i, x, x0)
     return x
@@ -197,18 +270,22 @@ def dpm_solver_3(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
     """Third order, single step: eps from one and two thirds of the step. 3 evaluations a step.
     Lu et al. 2022 (arXiv:2206.00927), algorithm 2 with r1 = 1/3, r2 = 2/3."""
     check_times(times)
+    r1, r2 = 1 / 3, 2 / 3
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
-        lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
+        lam = log_snr(path, t)
+        h = log_snr(path, s) - lam
+        # predict
         x = alpha_s * x0 + sigma_s * eps
+        # correct: eps at one third gives a slope, with which eps at two thirds is good enough
         if h.isfinite():
-            r1, r2 = 1 / 3, 2 / 3
-            t1, t2 = path.t_at(lam + r1 * h), path.t_at(lam + r2 * h)
-            (alpha_1, sigma_1), (alpha_2, sigma_2) = path.alpha_sigma(t1), path.alpha_sigma(t2)
-            _, eps_1 = denoise(alpha_1 * x0 + sigma_1 * eps, t1)
+            t_1, t_2 = path.t_at(lam + r1 * h), path.t_at(lam + r2 * h)
+            alpha_1, sigma_1 = path.alpha_sigma(t_1)
+            alpha_2, sigma_2 = path.alpha_sigma(t_2)
+            _, eps_1 = denoise(alpha_1 * x0 + sigma_1 * eps, t_1)
             slope = r2 / r1 * ((r2 * h).expm1() / (r2 * h) - 1) * (eps_1 - eps)
-            _, eps_2 = denoise(alpha_2 * x0 + sigma_2 * eps - sigma_2 * slope, t2)
+            _, eps_2 = denoise(alpha_2 * x0 + sigma_2 * eps - sigma_2 * slope, t_2)
             x = x - sigma_s / r2 * (h.expm1() / h - 1) * (eps_2 - eps)
         if on_step:
             on_step(i, x, x0)
@@ -220,18 +297,20 @@ def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
     """DPM-Solver++(2M): second order, multistep: the slope of x0 from the step before. 1 evaluation a step.
     Lu et al. 2022 (arXiv:2211.01095), algorithm 2."""
     check_times(times)
-    h_last, x0_last = None, None
+    h_last = x0_last = None
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
         h = log_snr(path, s) - log_snr(path, t)
+        # predict
         x = alpha_s * x0 + sigma_s * eps
+        # correct, by the slope of x0
         if i > 0 and h.isfinite():
-            slope = h / h_last * (x0 - x0_last)
-            x = x - alpha_s * (-h).expm1() / 2 * slope
-        h_last, x0_last = h, x0
+            change = h / h_last * (x0 - x0_last)
+            x = x - alpha_s * (-h).expm1() / 2 * change
         if on_step:
             on_step(i, x, x0)
+        h_last, x0_last = h, x0
     return x
 
 
@@ -240,74 +319,96 @@ def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
     """DPM-Solver++(3M): third order, multistep: slope and curvature of x0 from the two steps before.
     1 evaluation a step. Lu et al. 2022 (arXiv:2211.01095), section 4 and appendix A, at k = 3.
 
-    as_published: the authors' code, and what follows it, takes the second divided difference, half the second
-    derivative, for the whole one, and is of second order; it is here to reproduce pictures."""
+    as_published: the authors' code, and code derived from it, uses the second divided difference, half the
+    second derivative, in place of the derivative and so is of second order. True reproduces its pictures."""
     check_times(times)
-    h_before = h_last = slope_last = x0_last = None      # slope: divided difference of x0 over lam
+    h_last = h_before = x0_last = slope = slope_last = None         # last: one step before; before: two
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
         h = log_snr(path, s) - log_snr(path, t)
+        # predict
         x = alpha_s * x0 + sigma_s * eps
-        slope = (x0 - x0_last) / h_last if i > 0 else None
+        # correct, by the slope of x0 (a divided difference over lam) and from the third step by the curvature
+        if i > 0:
+            slope = (x0 - x0_last) / h_last
         if i == 1 and h.isfinite():
             x = x - alpha_s * (-h).expm1() / 2 * h * slope
         elif i > 1 and h.isfinite():
-            half_curvature = (slope - slope_last) / (h_last + h_before)
+            difference = (slope - slope_last) / (h_last + h_before)
+            curvature = difference if as_published else 2 * difference
             phi2 = (-h).expm1() / h + 1
-            x = x + alpha_s * phi2 * h * (slope + h_last * half_curvature)
-            x = x - alpha_s * (phi2 / h - 0.5) * h**2 * half_curvature * (1 if as_published else 2)
-        h_before, h_last, slope_last, x0_last = h_last, h, slope, x0
+            slope_t = slope + h_last * difference        # at t, where `slope` is that between the last two
+            x = x + alpha_s * phi2 * h * slope_t
+            x = x - alpha_s * (phi2 / h - 0.5) * h**2 * curvature
         if on_step:
             on_step(i, x, x0)
+        h_last, h_before = h, h_last
+        x0_last, slope_last = x0, slope
     return x
 
 
 def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                  on_step: OnStep = None) -> Tensor:
-    """SDE-DPM-Solver++(2M): the reverse SDE of the path, of which a step of order one is `ddpm`; x0 is
-    extrapolated as in `dpmpp_2m`. Lu et al. 2022 (arXiv:2211.01095), eq. 19 and appendix A."""
+    """SDE-DPM-Solver++(2M): the reverse SDE of the path, for which a step of order one is `ddpm`; x0 is
+    extrapolated as in `dpmpp_2m`. 1 evaluation a step.
+    Lu et al. 2022 (arXiv:2211.01095), eq. 19 and appendix A."""
     check_times(times)
-    h_last, x0_last = None, None
+    h_last = x0_last = None
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, _ = denoise(x, t)
-        (_, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
+        _, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
         h = log_snr(path, s) - log_snr(path, t)
-        new = -(-2 * h).expm1()                          # share of the noise that is drawn afresh
-        expected = x0 + h / h_last * (x0 - x0_last) / 2 if i > 0 and h.isfinite() else x0
-        x = sigma_s / sigma_t * (-h).exp() * x + alpha_s * new * expected
+        # correct, by the slope of x0: its mean over the step
+        x0_mean = x0
+        if i > 0 and h.isfinite():
+            x0_mean = x0 + h / h_last * (x0 - x0_last) / 2
+        # predict
+        renewed = -(-2 * h).expm1()                      # the share of the noise that is drawn anew
+        x = sigma_s / sigma_t * (-h).exp() * x + alpha_s * renewed * x0_mean
+        # noise
         if s > 0:
-            x = x + sigma_s * new.sqrt() * noise_like(x, generator)
-        h_last, x0_last = h, x0
+            x = x + sigma_s * renewed.sqrt() * noise_like(x, generator)
         if on_step:
             on_step(i, x, x0)
+        h_last, x0_last = h, x0
     return x
 
 
 def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
           on_step: OnStep = None, order: int = 3) -> Tensor:
     """UniPC: a multistep predictor of the given order and a corrector, one order higher, that uses the
-    evaluation at the predicted point and costs none of its own. 1 evaluation a step.
+    evaluation at the predicted point, which the next step starts from. 1 evaluation a step.
     Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 for x0, with B = e^-h - 1."""
     check_times(times)
-    x0, past = denoise(x, times[0])[0], []               # past: (lam, x0) of earlier times, the latest first
+    past = []                                            # (lam, x0) of earlier times, the latest first
+    x0 = denoise(x, times[0])[0]
     for i, (t, s) in enumerate(zip(times, times[1:])):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
-        lam, h = log_snr(path, t), log_snr(path, s) - log_snr(path, t)
+        alpha_t, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        lam = log_snr(path, t)
+        h = log_snr(path, s) - lam
+        # predict, first order; then by the slopes of x0 from t to the earlier times
         first = sigma_s / sigma_t * x + (alpha_s - sigma_s * alpha_t / sigma_t) * x0
-        past = past[:order - 1] if h.isfinite() else []
-        r = [(lam_k - lam) / h for lam_k, _ in past]
+        past = past[:order - 1]
+        if not h.isfinite():
+            past = []
+        r = [(lam_k - lam) / h for lam_k, _ in past]     # where they are, in steps from t: negative
         slopes = [(x0_k - x0) / r_k for r_k, (_, x0_k) in zip(r, past)]
         x = first - alpha_s * sum(w * d for w, d in zip(unipc_weights(r, h), slopes))
-        x0_last, x0_s = x0, x0
+        # correct, by the slope from t to s too; the last step, to s = 0, has nothing to evaluate at its end
+        x0_s = x0
         if s > 0:
             x0_s = denoise(x, s)[0]
             slopes.append(x0_s - x0)
             x = first - alpha_s * sum(w * d for w, d in zip(unipc_weights([*r, 1.0], h), slopes))
-        past = [(lam, x0), *past] if lam.isfinite() else []
-        x0 = x0_s
         if on_step:
-            on_step(i, x, x0_last)
+            on_step(i, x, x0)
+        past = [(lam, x0), *past]
+        if not lam.isfinite():
+            past = []                                    # no slope reaches back to alpha = 0
+        x0 = x0_s
     return x
 
 
@@ -317,35 +418,14 @@ def unipc_weights(r: list, h: Tensor) -> list[Tensor]:
     alone is free up to O(h^2): B / 2."""
     if len(r) < 2:
         return [(-h).expm1() / 2] * len(r)
-    psi, right = (-h).expm1() / -h - 1, []
+    psi = (-h).expm1() / -h - 1
+    right = []
     for j in range(1, len(r) + 1):
         right.append(factorial(j) * psi)
         psi = psi / -h - 1 / factorial(j + 1)
+    # at most `order` equations: too few to be worth a GPU
     powers = torch.stack([torch.as_tensor(r_k, dtype=h.dtype).cpu() ** torch.arange(len(r)) for r_k in r], 1)
     return list(torch.linalg.solve(powers, torch.stack(right).cpu()).to(h.device))
-
-
-def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-                on_step: OnStep = None, noise: float = 1.0) -> Tensor:
-    """Euler-Maruyama for dx = x0 dalpha + eps dsigma - w / 2 score dt + sqrt(w) dW, backward in time.
-
-    Every w >= 0 leaves the distribution at each t as it is (Song et al. 2021, arXiv:2011.13456; Ma et al.
-    2024, arXiv:2401.08740, eq. 5). Here w dt = noise * dsigma^2: with score = -eps / sigma the drift is
-    finite on either path, at alpha = 0 too; noise 0 is the ODE (Euler in alpha and sigma), 1 adds as much
-    noise as sigma loses. The last step, to the singular end sigma = 0, adds none."""
-    check_times(times)
-    if noise < 0:
-        raise ValueError(f"noise {noise}: must not be negative")
-    for i, (t, s) in enumerate(zip(times, times[1:])):
-        x0, eps = denoise(x, t)
-        (_, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
-        x = alpha_s * x0 + sigma_s * eps
-        if s > 0:
-            dvar = noise * 2 * sigma_t * (sigma_t - sigma_s)
-            x = x - dvar / 2 / sigma_t * eps + dvar.sqrt() * noise_like(x, generator)
-        if on_step:
-            on_step(i, x, x0)
-    return x
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm,
@@ -354,6 +434,8 @@ SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm,
             "unipc_2": partial(unipc, order=2), "unipc_3": partial(unipc, order=3),
             "reverse_sde": reverse_sde}
 
+
+# Times other than the path's own
 
 def log_snr_times(path, steps: int, end: float = 1e-3) -> Tensor:
     """(steps + 1,) times evenly spaced in lam from the path's start to t = end, then 0. A start at alpha = 0,
@@ -372,20 +454,26 @@ def karras_times(path, steps: int, end: float = 1e-3, rho: float = 7.0) -> Tenso
 
 
 def times_at(path, steps: int, end: float, nodes: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """(steps + 1,) times: the path's start, where lam is nodes(low, high) (steps,) without its first, then 0.
+    low and high are lam at the start and at t = end."""
     start = path.times(1)[0]
     low = log_snr(path, start)
-    low = low if low.isfinite() else log_snr(path, start.clamp(max=1 - end))
+    if not low.isfinite():
+        low = log_snr(path, start.clamp(max=1 - end))
     inner = path.t_at(nodes(low, log_snr(path, start.new_tensor(end))))[1:]
     return torch.cat([start[None], inner, start.new_zeros(1)])
 
 
+# Measuring a solver
+
 def gaussian_mixture(path, means: Tensor, std: float) -> Denoiser:
     """The exact denoiser of data drawn evenly from Gaussians at `means` (K, D) with one `std`: E[x0 | xt] and
-    its eps. What a perfect network would say; every solver can be held against it."""
+    its eps. This is what a perfect network would predict, so every solver can be compared with it."""
 
     def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = path.alpha_sigma(t)
         var = (alpha * std) ** 2 + sigma**2
+        # probability of each Gaussian given xt, (B, K, 1)
         weight = (-((xt[:, None] - alpha * means) ** 2).sum(-1) / (2 * var)).softmax(-1)[..., None]
         x0 = (weight * (means + alpha * std**2 / var * (xt[:, None] - alpha * means))).sum(1)
         eps = (weight * (sigma / var * (xt[:, None] - alpha * means))).sum(1)
@@ -395,20 +483,23 @@ def gaussian_mixture(path, means: Tensor, std: float) -> Denoiser:
 
 
 def demo() -> None:
+    """Print each solver's error at 20 to 160 steps, and how fast it falls."""
     from ddpm import DDPM
     from rectified_flow import RectifiedFlow
 
     torch.manual_seed(0)
     means = torch.tensor([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]], dtype=torch.float64)
     x = torch.randn(64, 2, dtype=torch.float64)
+    names = ("euler", "heun", "dpm_solver_2", "dpmpp_2m", "dpm_solver_3", "dpmpp_3m", "unipc_2", "unipc_3")
     print("median error against the exact flow of three Gaussians in 2-D, and its slope: the order")
     for path, end in ((RectifiedFlow(), 1e-5), (DDPM(schedule="linear"), 1e-9)):
         denoise = gaussian_mixture(path, means, 0.4)
         exact = dpm_solver_3(denoise, path, x, log_snr_times(path, 2000, end))
-        for name in ("euler", "heun", "dpm_solver_2", "dpmpp_2m", "dpm_solver_3", "dpmpp_3m", "unipc_2",
-                     "unipc_3"):
-            errors = {steps: (SAMPLERS[name](denoise, path, x, log_snr_times(path, steps, end)) - exact)
-                      .norm(dim=1).median() for steps in (20, 40, 80, 160)}
+        for name in names:
+            errors = {}
+            for steps in (20, 40, 80, 160):
+                samples = SAMPLERS[name](denoise, path, x, log_snr_times(path, steps, end))
+                errors[steps] = (samples - exact).norm(dim=1).median()
             print(f"{type(path).__name__:14s} {name:12s} "
                   + "  ".join(f"N={steps}: {error:.1e}" for steps, error in errors.items())
                   + f"   order {torch.log2(errors[80] / errors[160]):.2f}")

@@ -1,13 +1,13 @@
-"""The convolutional denoiser: the U-Net of latent diffusion, with cross-attention to a context.
+"""The convolutional denoiser: the U-Net of latent diffusion, with optional cross-attention to a context.
 
     python unet.py                       # prints the presets and their parameter counts
     python train.py --arch unet --objective ddpm
 
 Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.11239), appendix B; Rombach et al. 2022
 (arXiv:2112.10752), section 3.3; the pooled text vector: Podell et al. 2023 (arXiv:2307.01952). Contract:
-model(xt, t, y=..., context=..., mask=..., pooled=...) -> raw, with xt (B, C, H, W), t (B,) in [0, 1],
-0 = data, y (B,) integer labels, `num_classes` standing for "no class", context (B, L, D), mask (B, L),
-True = word, and pooled (B, P). Module names follow diffusers' UNet2DConditionModel.
+model(xt, t, y=..., context=..., mask=..., pooled=...) -> raw, with xt (B, C, H, W); t (B,) in [0, 1],
+0 = data; y (B,) integer labels, `num_classes` for the null class; context (B, L, D) with mask (B, L), True at
+valid positions; and pooled (B, P). Module names follow diffusers' UNet2DConditionModel.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention import attention
+
 
 @dataclass
 class UNetConfig:
     channels: int = 4
-    out_channels: int | None = None             # default: as many as come in
+    out_channels: int | None = None             # None: the same as channels
     widths: tuple[int, ...] = (64, 128)         # one per level; every level but the last halves the latent
-    layers: int = 2                             # ResNet blocks a level going down, one more going up
-    attention: tuple[bool, ...] = (False, True)  # a transformer after each ResNet block, level by level
+    layers: int = 2                             # ResNet blocks per level going down; one more going up
+    attention: tuple[bool, ...] = (False, True)  # per level: a transformer after each ResNet block?
     heads: int | tuple[int, ...] = 2            # per level, or one number for all
-    groups: int = 16
+    groups: int = 16                            # of every GroupNorm
     context_width: int | None = None            # None: no cross-attention
-    pooled_width: int | None = None             # of one vector for the whole text, added to the time (SD XL)
-    positions: bool = False                     # tell attention where each pixel is (published: not)
-    linear_projection: bool = False             # Stable Diffusion 2 goes in and out of attention by Linear
-    num_classes: int = 0                        # 0: no labels
-    time_offset: float = 0.0                    # the embedding sees 1000 t + this; published: -1
+    pooled_width: int | None = None             # width of the pooled text vector (SD XL); None: not used
+    positions: bool = False                     # add position embeddings before attention (published: no)
+    linear_projection: bool = False             # around the transformers, Linear as in SD 2, not 1 x 1 Conv2d
+    num_classes: int = 0                        # 0: no class labels
+    time_offset: float = 0.0                    # added to 1000 t before the time embedding (published: -1)
 
 
 PRESETS = {
@@ -48,25 +50,30 @@ PRESETS = {
 }
 
 
+# ---- time, class and position
+
 def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0) -> Tensor:
-    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t + offset at dim / 2 frequencies;
-    float32 whatever comes in."""
+    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t + offset at dim / 2 frequencies.
+
+    Returned in float32, as bf16 cannot tell neighbouring steps of 1000 t apart."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
                             / (dim // 2))
-    angles = (scale * t + offset).float()[:, None] * frequencies
+    angles = (scale * t + offset).float()[:, None] * frequencies               # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def position_embedding(h: int, w: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """(h * w, dim) of a grid: one half tells the row, the other the column."""
-    rows, columns = (timestep_embedding(torch.arange(n, device=device), dim // 2, scale=1.0) for n in (h, w))
+    """(h * w, dim), one vector per pixel of a grid: the first half encodes its row, the second its column."""
+    rows = timestep_embedding(torch.arange(h, device=device), dim // 2, scale=1.0)       # (h, dim / 2)
+    columns = timestep_embedding(torch.arange(w, device=device), dim // 2, scale=1.0)    # (w, dim / 2)
     return torch.cat([rows[:, None].expand(h, w, -1), columns.expand(h, w, -1)], dim=-1).flatten(0, 1)
 
 
 class TimeEmbedding(nn.Module):
     def __init__(self, c_in: int, c_out: int, offset: float):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
+        self.linear_1 = nn.Linear(c_in, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
         self.offset = offset
 
     def forward(self, t: Tensor) -> Tensor:
@@ -75,15 +82,23 @@ class TimeEmbedding(nn.Module):
 
 
 class VectorEmbedding(nn.Module):
+    """The pooled text vector (B, P) -> (B, c_out), to be added to the time embedding."""
+
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
+        self.linear_1 = nn.Linear(c_in, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+# ---- layers
+
 class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut around them. emb (B, c_emb), the embedding of time and of whatever
+    else applies to the whole image, shifts the channels between the two."""
+
     def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in)
@@ -94,47 +109,50 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))                                  # (B, c_out, H, W)
         h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class Attention(nn.Module):
-    """Attention of x (B, N, C) to itself, or to a context (B, L, D) of which mask (B, L) says what is
-    real."""
+    """Multi-head attention of x (B, N, C) to a context (B, L, D), which is x itself in self-attention.
+    mask (B, L): True at the context's valid positions."""
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k, self.to_v = (nn.Linear(context_width, width, bias=False) for _ in "kv")
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])     # a list, as its published name is to_out.0
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, heads, N or L, head_dim)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, heads, N or L, head_dim)
-                   for p in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        mask = None if mask is None else mask[:, None, None, :]
-        if x.is_cuda or q.shape[-2] * k.shape[-2] > 128 * 128:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:      # short rows, by formula: the CPU's fused attention has a backward pass 4 times as slow
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-            x = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
+        q = self.split_heads(self.to_q(x))
+        k = self.split_heads(self.to_k(context))
+        v = self.split_heads(self.to_v(context))
+        x = attention(q, k, v, mask=mask)                                      # (B, heads, N, head_dim)
         return self.to_out[0](x.transpose(1, 2).flatten(2))                    # (B, N, C)
 
 
 class GEGLU(nn.Module):
+    """A linear layer whose outputs are multiplied by gates (Shazeer 2020, arXiv:2002.05202)."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        x, gate = self.proj(x).chunk(2, dim=-1)                                # each (B, N, hidden)
         return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
+        # the identity stands where the published network has a dropout, so that the names of weights agree
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,15 +160,18 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention where there is a context, feed-forward;
-    each on a normalised copy of x."""
+    """Self-attention, cross-attention if there is a context, and feed-forward, each applied to a normalised
+    copy of x and added to x (B, N, C)."""
 
     def __init__(self, width: int, heads: int, context_width: int | None):
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
         if context_width is not None:
-            self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, context_width, heads)
-        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+            self.norm2 = nn.LayerNorm(width)
+            self.attn2 = Attention(width, context_width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         h = self.norm1(x)
@@ -161,19 +182,23 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Pixels become tokens, pass a transformer block, and are added back."""
+    """Turn the pixels of x (B, C, H, W) into tokens, apply a transformer block, and add the result to x."""
 
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(c.groups, width, eps=1e-6)
         self.positions = c.positions
-        # published as convolutions of 1 x 1, but they act as linear layers on the tokens
-        self.proj_in, self.proj_out = (
-            nn.Linear(width, width) if c.linear_projection else nn.Conv2d(width, width, 1) for _ in range(2))
+        if c.linear_projection:
+            self.proj_in = nn.Linear(width, width)
+            self.proj_out = nn.Linear(width, width)
+        else:
+            # published with the weights of a 1 x 1 convolution, but applied as linear layers to the tokens
+            self.proj_in = nn.Conv2d(width, width, 1)
+            self.proj_out = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c.context_width)])
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, HW, C)
+        h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, H * W, C)
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         if self.positions:
             h = h + position_embedding(*x.shape[2:], h.shape[-1], x.device).to(h.dtype)
@@ -184,7 +209,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve by a strided convolution, or double by repeating pixels and convolving."""
+    """Halve both sides by a strided convolution, or double them by repeating pixels before a convolution."""
 
     def __init__(self, width: int, up: bool):
         super().__init__()
@@ -192,68 +217,98 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)
 
+
+# ---- the levels of the down path and of the up path
+#
+# `skips` is a stack of feature maps: the down path pushes them, the up path pops them in reverse order.
 
 class DownLevel(nn.Module):
-    def __init__(self, c: UNetConfig, c_in: int, level: int, heads: int, c_emb: int):
+    """ResNet blocks, each followed by a transformer if the level has attention; then a downsampler, which the
+    last level lacks. The output of every block and of the downsampler is pushed onto skips."""
+
+    def __init__(self, c: UNetConfig, level: int, heads: int, c_emb: int):
         super().__init__()
         width = c.widths[level]
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else width, width, c_emb, c.groups) for i in range(c.layers))
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(width, heads, c) for _ in range(c.layers * c.attention[level]))
-        self.downsamplers = nn.ModuleList([Resample(width, up=False)] if level < len(c.widths) - 1 else [])
+        c_in = c.widths[max(level - 1, 0)]           # the level above; conv_in has the width of level 0
+        self.resnets = nn.ModuleList()
+        for _ in range(c.layers):
+            self.resnets.append(ResnetBlock(c_in, width, c_emb, c.groups))
+            c_in = width
+        self.attentions = nn.ModuleList()
+        if c.attention[level]:
+            self.attentions.extend(SpatialTransformer(width, heads, c) for _ in range(c.layers))
+        self.downsamplers = nn.ModuleList()
+        if level < len(c.widths) - 1:
+            self.downsamplers.append(Resample(width, up=False))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None,
                 skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
-            x = self.attentions[i](x, context, mask) if self.attentions else x
+            x = resnet(x, emb)                                                 # (B, width, H, W)
+            if self.attentions:
+                x = self.attentions[i](x, context, mask)
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x)
+            x = downsampler(x)                                                 # (B, width, H / 2, W / 2)
             skips.append(x)
         return x
 
 
 class UpLevel(nn.Module):
-    """Mirror of a DownLevel; each ResNet block first takes back the skip that its mirror image left."""
+    """The mirror image of a DownLevel, with one more ResNet block. Each block pops a skip and takes it as
+    additional channels of its input; then follows an upsampler, which level 0 lacks."""
 
-    def __init__(self, c: UNetConfig, c_in: int, skips: list[int], level: int, heads: int, c_emb: int):
+    def __init__(self, c: UNetConfig, level: int, heads: int, c_emb: int):
         super().__init__()
         width = c.widths[level]
-        self.resnets = nn.ModuleList(
-            ResnetBlock((c_in if i == 0 else width) + skips.pop(), width, c_emb, c.groups)
-            for i in range(c.layers + 1))
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(width, heads, c) for _ in range((c.layers + 1) * c.attention[level]))
-        self.upsamplers = nn.ModuleList([Resample(width, up=True)] if level > 0 else [])
+        c_in = c.widths[min(level + 1, len(c.widths) - 1)]   # the level below; the middle for the last level
+        # Skips are popped latest first: the outputs of the mirrored level's blocks, then the input of that
+        # level, which the level above has pushed (for level 0, conv_in, of the same width).
+        skip_widths = [width] * c.layers + [c.widths[max(level - 1, 0)]]
+        self.resnets = nn.ModuleList()
+        for skip_width in skip_widths:
+            self.resnets.append(ResnetBlock(c_in + skip_width, width, c_emb, c.groups))
+            c_in = width
+        self.attentions = nn.ModuleList()
+        if c.attention[level]:
+            self.attentions.extend(SpatialTransformer(width, heads, c) for _ in skip_widths)
+        self.upsamplers = nn.ModuleList()
+        if level > 0:
+            self.upsamplers.append(Resample(width, up=True))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None,
                 skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
-            x = self.attentions[i](x, context, mask) if self.attentions else x
+            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)                # (B, width, H, W)
+            if self.attentions:
+                x = self.attentions[i](x, context, mask)
         for upsampler in self.upsamplers:
-            x = upsampler(x)
+            x = upsampler(x)                                                   # (B, width, 2 H, 2 W)
         return x
 
 
 class Middle(nn.Module):
+    """ResNet block, transformer, ResNet block, at the lowest resolution."""
+
     def __init__(self, c: UNetConfig, heads: int, c_emb: int):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c.widths[-1], c.widths[-1], c_emb, c.groups) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(c.widths[-1], heads, c)])
+        width = c.widths[-1]
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, c_emb, c.groups) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatialTransformer(width, heads, c)])
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, emb), context, mask), emb)
+        x = self.resnets[0](x, emb)
+        x = self.attentions[0](x, context, mask)
+        return self.resnets[1](x, emb)
 
 
 class UNet(nn.Module):
-    """Raises ValueError where the levels do not divide the latent,
-    or the widths do not fit groups and heads."""
+    """Raises ValueError if the configuration does not have one entry per level, or if groups or heads do not
+    divide the widths."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -264,31 +319,32 @@ class UNet(nn.Module):
                              "must have one entry per level")
         for width, number in zip(c.widths, heads):
             if width % c.groups or width % number or width % 2:
-                raise ValueError(f"U-Net width {width} must be a multiple of groups = {c.groups} "
+                raise ValueError(f"U-Net width {width} must be even and a multiple of groups = {c.groups} "
                                  f"and of heads = {number}")
-        self.factor = 2 ** (len(c.widths) - 1)
+        self.factor = 2 ** (len(c.widths) - 1)       # by which all levels together downsample
+
         c_emb = 4 * c.widths[0]
         self.conv_in = nn.Conv2d(c.channels, c.widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(c.widths[0], c_emb, c.time_offset)
-        # last row: no class
+        # the last row is the null class
         self.class_embedding = nn.Embedding(c.num_classes + 1, c_emb) if c.num_classes else None
         self.add_embedding = VectorEmbedding(c.pooled_width, c_emb) if c.pooled_width else None
+
+        # level 0 has the full resolution: first in the down path, last in the up path
         levels = range(len(c.widths))
-        self.down_blocks = nn.ModuleList(
-            DownLevel(c, c.widths[max(i - 1, 0)], i, heads[i], c_emb) for i in levels)
+        self.down_blocks = nn.ModuleList(DownLevel(c, level, heads[level], c_emb) for level in levels)
         self.mid_block = Middle(c, heads[-1], c_emb)
-        skips = [c.widths[0]]                            # widths of what the way down leaves, conv_in first
-        for i in levels:
-            skips += [c.widths[i]] * (c.layers + (i < levels[-1]))
-        self.up_blocks = nn.ModuleList(
-            UpLevel(c, c.widths[min(i + 1, levels[-1])], skips, i, heads[i], c_emb) for i in reversed(levels))
+        self.up_blocks = nn.ModuleList(UpLevel(c, level, heads[level], c_emb) for level in reversed(levels))
+
         self.conv_norm_out = nn.GroupNorm(c.groups, c.widths[0])
         self.conv_out = nn.Conv2d(c.widths[0], c.out_channels or c.channels, 3, padding=1)
         self.initialize()
 
     def initialize(self) -> None:
-        """Every residual branch starts at zero, and so does the output (Ho et al.'s code;
-        Dhariwal & Nichol 2021)."""
+        """Start every residual branch, and the output, at zero; leave the rest as PyTorch initialises it.
+
+        Every block then begins as its shortcut, so that depth neither amplifies nor attenuates activations
+        and gradients (Ho et al.'s code; Dhariwal & Nichol 2021, arXiv:2105.05233)."""
         last = [self.conv_out]
         for module in self.modules():
             if isinstance(module, ResnetBlock):
@@ -302,30 +358,36 @@ class UNet(nn.Module):
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None,
                 mask: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], y (B,), context (B, L, D), mask (B, L), pooled (B, P)
-        -> raw (B, out_channels, H, W)."""
+        -> raw (B, out_channels, H, W).
+
+        Raises ValueError if H or W is not a multiple of the factor by which the levels downsample, or if a
+        context is given to a U-Net without cross-attention, or missing from one with it."""
         if xt.shape[-2] % self.factor or xt.shape[-1] % self.factor:
             raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: both sides must be multiples of "
                              f"{self.factor}, by which this U-Net downsamples")
         if (context is None) != (self.config.context_width is None):
             raise ValueError("context must be given exactly where the U-Net has a context_width")
-        emb = self.time_embedding(t)                     # (B, 4 * widths[0])
+
+        # everything that applies to the image as a whole reaches the ResNet blocks as one vector
+        emb = self.time_embedding(t)                                           # (B, 4 * widths[0])
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(y)
         if self.add_embedding is not None:
             emb = emb + self.add_embedding(pooled)
-        x = self.conv_in(xt)
+
+        x = self.conv_in(xt)                                                   # (B, widths[0], H, W)
         skips = [x]
         for level in self.down_blocks:
             x = level(x, emb, context, mask, skips)
-        x = self.mid_block(x, emb, context, mask)
+        x = self.mid_block(x, emb, context, mask)                              # (B, widths[-1], H / f, W / f)
         for level in self.up_blocks:
             x = level(x, emb, context, mask, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                    # (B, out_channels, H, W)
 
 
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
-        with torch.device("meta"):
+        with torch.device("meta"):                   # counts parameters without allocating them
             model = UNet(UNetConfig(**preset))
         print(f"{name:6s} {sum(p.numel() for p in model.parameters()) / 1e6:7.1f} M parameters, "
               f"widths {model.config.widths}")

@@ -4,15 +4,14 @@
     python train.py --arch vae --data shapes
 
 Diffusion runs on the latents of this network: an image (B, 3, H, W) in [-1, 1] becomes a diagonal Gaussian
-over (B, C, H/f, W/f), of which one draw, brought to mean 0 and standard deviation 1 per channel, is the `x0`
-of the other files. Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G; Kingma & Welling 2014
-for the posterior. Module names follow diffusers' AutoencoderKL: the weights of a published Stable Diffusion
-VAE load by name, and only the two latent buffers are ours.
+over (B, C, H/f, W/f). One draw from it, normalised to mean 0 and standard deviation 1 per channel, is the
+`x0` of the other files. Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G; Kingma & Welling
+2014 (arXiv:1312.6114) for the posterior. Modules are named as in diffusers' AutoencoderKL, so that weights
+published elsewhere load by name; only the two latent buffers and the shortcut are this project's own.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +22,16 @@ from torch import Tensor
 
 @dataclass
 class VAEConfig:
+    """The structure of a VAE, stored in every checkpoint that contains one."""
+
     image_channels: int = 3
     latent_channels: int = 4
-    widths: tuple[int, ...] = (16, 32, 64)  # one per level; every level but the last halves the image
-    layers: int = 1                          # ResNet blocks a level in the encoder; the decoder has one more
-    groups: int = 4                          # of every GroupNorm: few, so that brightness survives it
+    widths: tuple[int, ...] = (16, 32, 64)   # one per level; every level but the last halves the image
+    layers: int = 1                          # ResNet blocks per encoder level; a decoder level has one more
+    groups: int = 4                          # groups of each GroupNorm: few, to keep an image's brightness
     attention: bool = True                   # single-head self-attention in the middle
     quant_conv: bool = True                  # 1x1 convolutions around the latent (SD 1, 2, XL; not 3, FLUX)
-    shortcut: bool = False                   # a linear map of each patch beside encoder and decoder
+    shortcut: bool = False                   # a linear map of each patch, added to encoder and decoder
 
 
 PRESETS = {
@@ -41,15 +42,18 @@ PRESETS = {
 
 
 class Posterior:
-    """Diagonal Gaussian q(z|x) from the encoder's 2C channels: mean (B, C, h, w) and clamped log-variance."""
+    """Diagonal Gaussian q(z|x) from the encoder's 2 C channels: mean, log-variance (clamped) and standard
+    deviation, each (B, C, h, w) in float32 at least."""
 
     def __init__(self, moments: Tensor):
-        wide = moments if moments.dtype == torch.float64 else moments.float()
-        self.mean, logvar = wide.chunk(2, dim=1)
+        if moments.dtype != torch.float64:
+            moments = moments.float()              # autocast returns bfloat16, too coarse for exp
+        self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw (B, C, h, w), differentiable in mean and std."""
         noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device,
                             dtype=self.mean.dtype)
         return self.mean + self.std * noise
@@ -60,39 +64,53 @@ class Posterior:
 
 
 class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution of x where the width changes."""
+
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))                                  # (B, c_out, H, W)
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 
 class Attention(nn.Module):
+    """Self-attention with one head over all pixels, added to its input."""
+
     def __init__(self, c: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])        # a list, for the published name to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                      # (B, HW, C)
-        q, k, v = (to(h)[:, None] for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, HW, C): one head
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        q = self.to_q(h)[:, None]                                              # (B, 1, HW, C): one head
+        k = self.to_k(h)[:, None]
+        v = self.to_v(h)[:, None]
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]                      # (B, HW, C)
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)          # (B, C, H, W)
 
 
 class Middle(nn.Module):
+    """The blocks at the lowest resolution, with attention if the configuration has it."""
+
     def __init__(self, c: int, groups: int, attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)])
-        self.attentions = nn.ModuleList([Attention(c, groups)] if attention else [])
+        self.attentions = nn.ModuleList()
+        if attention:
+            self.attentions.append(Attention(c, groups))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
@@ -102,6 +120,8 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2), by a convolution of stride 2."""
+
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
@@ -111,6 +131,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): each pixel becomes four, which a convolution smooths."""
+
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -120,12 +142,12 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """ResNet blocks at one resolution and the resampling that leaves it, if any."""
+    """ResNet blocks at one resolution, then `resample` to the next: "down", "up" or None."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups)
-                                      for i in range(layers)])
+        widths = [c_in] + [c_out] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], groups) for i in range(layers))
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         elif resample == "up":
@@ -139,10 +161,12 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images (B, image_channels, H, W) -> moments (B, 2 C, H/f, W/f) of the posterior."""
+
     def __init__(self, c: VAEConfig):
         super().__init__()
         last = len(c.widths) - 1
-        widths = (c.widths[0], *c.widths)
+        widths = (c.widths[0], *c.widths)              # level i goes from widths[i] to widths[i + 1]
         self.conv_in = nn.Conv2d(c.image_channels, c.widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level(widths[i], widths[i + 1], c.layers, c.groups, "down" if i < last else None)
@@ -152,13 +176,17 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c.widths[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x)                                                    # (B, widths[0], H, W)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(x)                                                  # (B, widths[-1], H/f, W/f)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
+    """Raw latents (B, C, H/f, W/f) -> images (B, image_channels, H, W): the encoder in reverse, with one more
+    block per level."""
+
     def __init__(self, c: VAEConfig):
         super().__init__()
         last = len(c.widths) - 1
@@ -172,63 +200,83 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(c.widths[0], c.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(self.conv_in(z))                                    # (B, widths[-1], H/f, W/f)
         for level in self.up_blocks:
-            x = level(x)
+            x = level(x)                                                       # finally (B, widths[0], H, W)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 def cosines(n: int, channels: int, side: int) -> Tensor:
-    """(n, channels, side, side): the first of the orthonormal cosine waves (DCT-II) over the values of a
-    patch, by spatial frequency; zeros where a patch has fewer values than n."""
+    """(n, channels, side, side) float32: the first n orthonormal cosine waves (DCT-II) over the values of a
+    patch, from low to high spatial frequency. Zeros follow if a patch has fewer than n values."""
     def basis(size: int) -> Tensor:
-        k, i = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64) + 0.5
-        return F.normalize(torch.cos(torch.pi * k * i / size), dim=1)
+        frequency = torch.arange(size, dtype=torch.float64)[:, None]
+        position = torch.arange(size, dtype=torch.float64) + 0.5
+        return F.normalize(torch.cos(torch.pi * frequency * position / size), dim=1)
 
+    # waves of frequency y and x down and across the patch and c over its channels, in the order of `rank`
     waves = torch.einsum("ci,yj,xk->yxcijk", basis(channels), basis(side), basis(side)).flatten(0, 2)
-    order = sorted(range(len(waves)), key=lambda i: (sum(divmod(i // channels, side)), i % channels, i))
-    return torch.cat([waves[order[:n]], waves.new_zeros(max(0, n - len(waves)), *waves.shape[1:])]).float()
+    rank = [(y + x, c) for y in range(side) for x in range(side) for c in range(channels)]
+    order = sorted(range(len(waves)), key=lambda i: rank[i])
+    missing = max(0, n - len(waves))
+    return torch.cat([waves[order[:n]], waves.new_zeros(missing, *waves.shape[1:])]).float()
 
 
 class VAE(nn.Module):
-    """AutoencoderKL. `encode` and `decode` speak the raw latent; `normalize` and `denormalize` are the only
-    place in the project that knows its scale. Raises ValueError for an image whose sides `config.factor` does
-    not divide."""
+    """AutoencoderKL. `encode` and `decode` work on the raw latent; `normalize` and `denormalize` are the only
+    place in the project where its scale appears. `factor` is f, the ratio of image to latent sides. Raises
+    ValueError if `groups` does not divide every width."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        c = self.config = config
+        self.config = c = config
         if any(width % c.groups for width in c.widths):
             raise ValueError(f"VAE widths {tuple(c.widths)} must all be multiples of groups = {c.groups}")
         self.factor = 2 ** (len(c.widths) - 1)
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
         if c.quant_conv:
             self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
             self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
         if c.shortcut:
-            # Begins as a code of the lowest frequencies of each patch, nearly without noise; the convolutions
-            # begin at zero and learn what is missing. A tenth of the steps for the same quality.
             side = self.factor
             self.patch_encoder = nn.Conv2d(c.image_channels, c.latent_channels, side, stride=side)
             self.patch_decoder = nn.ConvTranspose2d(c.latent_channels, c.image_channels, side, stride=side)
-            for layer in (self.patch_encoder, self.patch_decoder):
-                layer.weight.data.copy_(cosines(c.latent_channels, c.image_channels, side))
-                nn.init.zeros_(layer.bias)
-            moments = self.quant_conv if c.quant_conv else self.encoder.conv_out
-            for layer in (moments, self.decoder.conv_out):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
-            moments.bias.data[c.latent_channels:] = -6.0          # log-variance
         self.register_buffer("latent_mean", torch.zeros(c.latent_channels))
         self.register_buffer("latent_std", torch.ones(c.latent_channels))
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Initialise the shortcut; every other layer keeps PyTorch's default.
+
+        With a shortcut the model starts as a code of the lowest frequencies of each patch, nearly without
+        noise: the last layers of encoder and decoder start at zero and learn what that code lacks. It takes a
+        tenth of the steps to the same quality."""
+        c = self.config
+        if not c.shortcut:
+            return
+        # orthonormal waves, so that the same weights in the decoder invert the encoder as far as can be
+        waves = cosines(c.latent_channels, c.image_channels, self.factor)
+        for layer in (self.patch_encoder, self.patch_decoder):
+            layer.weight.data.copy_(waves)
+            nn.init.zeros_(layer.bias)
+        moments = self.encoder.conv_out                # the layer that returns mean and log-variance
+        if c.quant_conv:
+            moments = self.quant_conv
+        for layer in (moments, self.decoder.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        moments.bias.data[c.latent_channels:] = -6.0   # the log-variance: a standard deviation of 0.05
 
     def encode(self, x: Tensor) -> Posterior:
-        """x (B, image_channels, H, W) in [-1, 1] -> posterior over (B, C, H/factor, W/factor)."""
+        """x (B, image_channels, H, W) in [-1, 1] -> posterior over (B, C, H/factor, W/factor).
+        Raises ValueError unless `factor` divides H and W."""
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]}: both sides must be multiples of "
                              f"{self.factor}, by which this VAE downsamples")
-        moments = self.encoder(x)
-        moments = self.quant_conv(moments) if self.config.quant_conv else moments
+        moments = self.encoder(x)                                              # (B, 2 C, h, w)
+        if self.config.quant_conv:
+            moments = self.quant_conv(moments)
         if self.config.shortcut:
             mean, logvar = moments.chunk(2, dim=1)
             moments = torch.cat([mean + self.patch_encoder(x), logvar], dim=1)
@@ -237,10 +285,15 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Raw latent (B, C, h, w) -> image (B, image_channels, h * factor, w * factor), nominally in [-1, 1].
 
-        Never under autocast: pixels need more than the 8 bits of bfloat16."""
+        Autocast is off here: pixels need more than the 8 bits of bfloat16."""
         with torch.autocast(z.device.type, enabled=False):
-            image = self.decoder(self.post_quant_conv(z) if self.config.quant_conv else z)
-            return image + self.patch_decoder(z) if self.config.shortcut else image
+            h = z
+            if self.config.quant_conv:
+                h = self.post_quant_conv(z)
+            image = self.decoder(h)
+            if self.config.shortcut:
+                image = image + self.patch_decoder(z)
+            return image
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latent -> x0, mean 0 and standard deviation 1 per channel over the training set."""
@@ -258,11 +311,12 @@ class VAE(nn.Module):
 
     def loss(self, x: Tensor, kl_weight: float,
              generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) |error| + 2 error^2 per image value, plus kl_weight times KL per image value, and what to log:
-        PSNR, KL, latent std per channel.
+        """(B,) |error| + 2 error^2 per image value, plus kl_weight times KL per image value; and a dict to
+        log: "psnr" in dB, "kl" in nats, "latent_std" (C,).
 
-        The absolute error alone is long content with a background that lacks what is small. Dividing both
-        by the number of values keeps `kl_weight` on the scale of the published 1e-6, where both are sums."""
+        With the absolute error alone, training stays for long at a plain background that lacks the small
+        objects. Both terms are divided by the number of image values, which keeps `kl_weight` comparable with
+        the published 1e-6, where both are sums."""
         posterior = self.encode(x)
         recon = self.decode(posterior.sample(generator))
         error = (recon - x).flatten(1)
@@ -270,7 +324,8 @@ class VAE(nn.Module):
         kl = posterior.kl()
         logs = {"psnr": psnr(recon, x).mean(), "kl": kl.mean(),
                 "latent_std": posterior.mean.std(dim=(0, 2, 3))}
-        return reconstruction + kl_weight * kl / x[0].numel(), {k: v.detach() for k, v in logs.items()}
+        logs = {name: value.detach() for name, value in logs.items()}
+        return reconstruction + kl_weight * kl / x[0].numel(), logs
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -279,80 +334,14 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10.0 * torch.log10(4.0 / mse.clamp_min(1e-10))
 
 
-# Published names that differ from ours, which are diffusers': pattern and replacement, applied in this order.
-PUBLISHED_NAMES = (
-    (r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."),  # diffusers before 0.15
-    (r"\.proj_attn\.", ".to_out.0."),
-    (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),   # CompVis and FLUX
-    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.(q|k|v)\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-)
-
-
-def published(state: dict[str, Tensor], scale: float, shift: float = 0.0, groups: int = 32) -> VAE:
-    """A VAE from a published state dict: diffusers' names, old or new, or those of CompVis and FLUX. The
-    widths are read from the weights.
-
-    scale and shift: what the model was published with, x0 = (z - shift) * scale (SD 1 and 2: 0.18215 and 0;
-    XL: 0.13025 and 0; SD 3: 1.5305 and 0.0609; FLUX: 0.3611 and 0.1159). Raises ValueError with the first
-    keys that do not fit."""
-    for prefix in ("first_stage_model.", "vae."):          # inside a whole Stable Diffusion file
-        if any(name.startswith(prefix) for name in state):
-            state = {name[len(prefix):]: w for name, w in state.items() if name.startswith(prefix)}
-    compvis = any(".up.0.block." in name for name in state)
-    renamed: dict[str, Tensor] = {}
-    for name, weight in state.items():
-        if name.startswith("loss."):                       # of the discriminator that trained it
-            continue
-        for pattern, replacement in PUBLISHED_NAMES:
-            name = re.sub(pattern, replacement, name)
-        is_1x1 = ".attentions." in name and weight.ndim == 4
-        renamed[name] = (weight[:, :, 0, 0] if is_1x1 else weight).to(torch.promote_types(weight.dtype,
-                                                                                         torch.float32))
-    levels = 0
-    while f"encoder.down_blocks.{levels}.resnets.0.conv1.weight" in renamed:
-        levels += 1
-    if not levels or not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= renamed.keys():
-        raise ValueError("not the weights of an AutoencoderKL: no encoder and decoder of known names in it")
-    if compvis:                            # which counts the levels of the decoder from fine to coarse
-        renamed = {re.sub(r"(?<=up_blocks\.)\d+", lambda m: str(levels - 1 - int(m[0])), name): weight
-                   for name, weight in renamed.items()}
-    shape = {name: weight.shape for name, weight in renamed.items()}
-    config = VAEConfig(
-        image_channels=shape["encoder.conv_in.weight"][1],
-        latent_channels=shape["decoder.conv_in.weight"][1],
-        widths=tuple(shape[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
-        layers=sum(f"encoder.down_blocks.0.resnets.{i}.conv1.weight" in shape for i in range(9)),
-        groups=groups, attention="encoder.mid_block.attentions.0.to_q.weight" in shape,
-        quant_conv="quant_conv.weight" in shape)
-    with torch.device("meta"):
-        model = VAE(config)
-    channels = config.latent_channels
-    renamed |= {"latent_mean": torch.full((channels,), shift),
-                "latent_std": torch.full((channels,), 1 / scale)}
-    own = model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in renamed]
-    wrong += [f"surplus {name}" for name in renamed if name not in own]
-    wrong += [f"{name} of shape {tuple(w.shape)}, not {tuple(own[name].shape)}" for name, w in renamed.items()
-              if name in own and w.shape != own[name].shape]
-    if wrong:
-        raise ValueError(f"not an AutoencoderKL of widths {config.widths}: {'; '.join(wrong[:3])}")
-    model.load_state_dict(renamed, assign=True)
-    return model.eval().requires_grad_(False)
-
-
 def demo() -> None:
-    """Fit a tiny VAE to random soft discs and print how well unseen ones come back."""
+    """Fit a tiny VAE to random soft discs and print how well it reconstructs unseen ones."""
     torch.manual_seed(0)
 
     def discs(n: int) -> Tensor:
         y, x = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
-        centre, radius = torch.rand(n, 2, 1, 1) - 0.5, 0.2 + 0.3 * torch.rand(n, 1, 1)
+        centre = torch.rand(n, 2, 1, 1) - 0.5
+        radius = 0.2 + 0.3 * torch.rand(n, 1, 1)
         distance = torch.hypot(x - centre[:, 0], y - centre[:, 1])
         return torch.tanh(8 * (radius - distance))[:, None]
 

@@ -1,8 +1,9 @@
-"""The README's picture of an emoji run: 8 x 8 prompts, half of them names that it was trained on, half new.
+"""The README's picture of an emoji run: 8 x 8 prompts, half of them names of emoji, half new combinations.
 
     python benchmarks/emoji.py runs/emoji-64x64-mmdit-rf emoji.png --cfg 3   (from the repository's root)
 
-Further flags go to sample.py.
+Below each sample stands its prompt and whether an emoji of that name was trained on, is held out for
+validation, or does not exist (NEW). Further flags go to sample.py.
 """
 
 from __future__ import annotations
@@ -38,18 +39,23 @@ NEW = [
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run")
-    p.add_argument("out")
+    p.add_argument("run", help="a run folder")
+    p.add_argument("out", help="PNG file to write")
     args, more = p.parse_known_args()
-    trained, held_out = (load_emoji(split, (64, 64), Path("data")).captions for split in ("train", "val"))
-    prompts = [prompt for i in range(0, 32, 8) for half in (KNOWN, NEW) for prompt in half[i:i + 8]]
-    label = {prompt: "trained" if prompt in trained else "held out" if prompt in held_out else "NEW"
-             for prompt in prompts}
+    prompts = []
+    for i in range(0, 32, 8):               # rows of eight: known, new, known, new, ...
+        prompts += KNOWN[i:i + 8] + NEW[i:i + 8]
+    label = dict.fromkeys(prompts, "NEW")
+    # The font decides which names exist, so that the two lists above need not be trusted.
+    for split, name in (("val", "held out"), ("train", "trained")):
+        names = load_emoji(split, (64, 64), Path("data")).captions
+        label |= {prompt: name for prompt in prompts if prompt in names}
     with tempfile.TemporaryDirectory() as folder:
         sample.main([args.run, "--n", "64", "--out", f"{folder}/emoji.npz", *more, "--prompt", *prompts])
         images = np.load(f"{folder}/emoji.npz")["arr_0"]
     grid(images, 8, captions=[f"{prompt} ({label[prompt]})" for prompt in prompts]).save(args.out)
-    print(args.out, {kind: list(label.values()).count(kind) for kind in ("trained", "held out", "NEW")})
+    counts = {name: list(label.values()).count(name) for name in ("trained", "held out", "NEW")}
+    print(args.out, counts)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Score a run on captioned shapes: what of each prompt its picture shows, by `read_scene`.
+"""Score a run on captioned shapes: how much of each prompt do `read_scene` and the picture agree on?
 
     python benchmarks/scenes.py runs/shapes-text-mmdit-rf --cfg 3        (from the repository's root)
 
-Prompts are of scenes beyond those of training: of one shape and of two, with pairs of colour and kind (and
-relations) that training has and with those that it never shows. Further flags go to sample.py.
+Prompts describe scenes outside the training set, with one shape and with two; half of them combine colour,
+kind and relation as training does, half in combinations that training never shows. Further flags go to
+sample.py.
 """
 
 from __future__ import annotations
@@ -17,15 +18,61 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sample
-from data import describe_scene, score_scene
+from toys import RELATIONS, Scene, Thing, describe_scene, read_scene
+
+
+def score_scene(scene: Scene, image: np.ndarray) -> dict[str, bool]:
+    """Which parts of a scene its picture, uint8 (H, W, 3), shows correctly: colour, kind, size, and place
+    (one shape) or relation (two); "all" is all of them. All are False where the number of shapes is wrong."""
+    asked = list(scene.things)
+    seen = read_scene(image)
+    last_part = "relation" if scene.relation else "place"
+    if len(seen) != len(asked):
+        return dict.fromkeys(["colour", "kind", "size", last_part, "all"], False)
+
+    if scene.relation:
+        seen = _ordered_along(scene.relation, seen)
+        in_order = _looks(seen) == _looks(asked)
+        last_is_right = in_order and _holds(scene.relation, *seen)
+        # The right shapes in the wrong order get the relation wrong, but nothing else.
+        if not in_order and _looks(seen[::-1]) == _looks(asked):
+            seen = seen[::-1]
+    else:
+        last_is_right = seen[0].place == asked[0].place
+
+    score = {part: all(getattr(a, part) == getattr(b, part) for a, b in zip(seen, asked))
+             for part in ("colour", "kind", "size")}
+    score[last_part] = last_is_right
+    score["all"] = all(score.values())
+    return score
+
+
+def _looks(things: list[Thing]) -> list[tuple[str, str]]:
+    return [(thing.colour, thing.kind) for thing in things]
+
+
+def _ordered_along(relation: str, things: list[Thing]) -> list[Thing]:
+    """The things in the order in which the relation would name them: for "left of", the leftmost first."""
+    dx, dy = RELATIONS[relation]
+    return sorted(things, key=lambda thing: -(dx * thing.x + dy * thing.y))
+
+
+def _holds(relation: str, first: Thing, second: Thing) -> bool:
+    """Whether the two lie further apart along the relation's axis, and in its direction, than across it."""
+    dx, dy = RELATIONS[relation]
+    x, y = first.x - second.x, first.y - second.y
+    along = dx * x + dy * y
+    across = dy * x + dx * y
+    return along > abs(across)
 
 
 def main() -> None:
+    import sample       # here, so that score_scene needs nothing but toys.py
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run")
-    p.add_argument("--n", type=int, default=500, help="prompts of each sort")
-    p.add_argument("--first", type=int, default=2 * 10**9, help="number of the first scene")
+    p.add_argument("run", help="a run folder")
+    p.add_argument("--n", type=int, default=500, help="prompts of each kind (default: 500)")
+    p.add_argument("--first", type=int, default=2 * 10**9, help="index of the first scene (default: 2e9)")
     args, more = p.parse_known_args()
     for count, unseen in ((1, False), (1, True), (2, False), (2, True)):
         scenes = [describe_scene(args.first + i, count, unseen) for i in range(args.n)]
@@ -34,9 +81,10 @@ def main() -> None:
                          "--prompt", *(scene.caption for scene in scenes)])
             images = np.load(f"{folder}/samples.npz")["arr_0"]
         scores = [score_scene(scene, image) for scene, image in zip(scenes, images)]
-        print(f"{count} shape{'s' * (count > 1)}, {'never seen' if unseen else 'seen'} in training: "
-              + ", ".join(f"{part} {np.mean([score[part] for score in scores]):.1%}" for part in scores[0]),
-              flush=True)
+        shares = [f"{part} {np.mean([score[part] for score in scores]):.1%}" for part in scores[0]]
+        shapes = "1 shape" if count == 1 else f"{count} shapes"
+        kind = "never seen" if unseen else "seen"
+        print(f"{shapes}, {kind} in training: {', '.join(shares)}", flush=True)
 
 
 if __name__ == "__main__":

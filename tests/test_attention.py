@@ -237,15 +237,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import attention
 
-FLOATS = ("LSE", "DELTA", "W", "QW", "KW", "COS", "SIN", "DW")
-for kernel in (attention._prepare, attention._forward, attention._backward_q, attention._backward_kv):
+FLOATS = ("LSE", "DELTA", "WEIGHT", "Q_NORM", "K_NORM", "COS", "SIN", "DQ_NORM", "DK_NORM")
+for kernel in (attention.norm_and_rope_kernel, attention.forward_kernel, attention.backward_q_kernel,
+               attention.backward_kv_kernel):
     tuned = hasattr(kernel, "configs")
     function, config = (kernel.fn, kernel.configs[0].kwargs) if tuned else (kernel, {"BLOCK": 64})
     for dim, dtype, flags in ((64, "bf16", (1, 1, 0, 0, 1)), (72, "fp32", (1, 0, 1, 0, 0)),
                               (128, "fp16", (0, 1, 0, 1, 1))):
         constants = dict(zip(("NORM", "ROPE", "MASKED", "PACKED"), map(bool, flags)), DIM=dim,
-                         LENGTH=1 - flags[4], PADDED=triton.next_power_of_2(dim), PRECISION="tf32", ROWS=32,
-                         **config)
+                         LENGTH_CLASS=1 - flags[4], PADDED=triton.next_power_of_2(dim), PRECISION="tf32",
+                         ROWS_PER_SUM=32, **config)
         names = function.arg_names
         constants = {name: value for name, value in constants.items() if name in names}
         kinds = {"MASK": "*i1", "OFFSETS": "*i32", "scale": "fp32", "N": "i32", "M": "i32"}
@@ -271,7 +272,8 @@ def test_kernels_compile_for_a_gpu():
     """To machine code of an H100, on any machine, with its tensor cores in use for 16-bit inputs."""
     lines = [line.split() for line in run_for_real(COMPILE)]
     assert len(lines) == 12 and all(int(size) > 1000 for _, _, _, size, _ in lines)
-    assert all(uses == "True" for name, _, dtype, _, uses in lines if name != "_prepare" and dtype != "fp32")
+    assert all(uses == "True" for name, _, dtype, _, uses in lines
+               if name != "norm_and_rope_kernel" and dtype != "fp32")
 
 
 @needs_triton

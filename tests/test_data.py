@@ -1,4 +1,4 @@
-"""data.py: every source, every kind of picture, and the caches."""
+"""data.py: every source, every kind of picture, batches and grids."""
 
 import gzip
 import hashlib
@@ -9,65 +9,20 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from benchmarks.scenes import score_scene
 from PIL import Image
 
 import data
-from data import (COLOURS, KINDS, SHAPE_CLASSES, UNSEEN_PAIRS, UNSEEN_RELATIONS, LatentCache, Scene,
-                  Thing, batch_indices, describe_scene, draw_scene, draw_shape, grid, load_data, open_image,
-                  read_scene, read_shape, score_scene, to_tensor, to_uint8)
-from vae import VAE, VAEConfig
-
-SIZE = (32, 32)
+from data import batch_indices, find_folder, grid, load_data, open_image, to_tensor, to_uint8
+from toys import COLOURS, KINDS, SHAPE_CLASSES, describe_scene, read_shape
 
 
 def load(source, split="train", size=None, tmp=None, **options):
     return load_data(str(source), split, size, tmp, tmp / "cache", **options)
 
 
-def test_shapes_are_read_back_exactly():
-    for i in range(2400):
-        assert "-".join(read_shape(draw_shape(i))) == SHAPE_CLASSES[i % 24]
-    for i in range(96):
-        assert "-".join(read_shape(draw_shape(i, (48, 64)))) == SHAPE_CLASSES[i % 24]
-
-
-@pytest.mark.parametrize("unseen", [False, True])
-def test_scenes_are_read_as_drawn(unseen):
-    """10,000 clean pictures: number, colours, kinds, sizes, place or relation, all exact."""
-    for i in range(9_000 if not unseen else 1_000):
-        scene = describe_scene(i, unseen=unseen)
-        assert score_scene(scene, draw_scene(scene, i))["all"], (i, scene.caption)
-    for i in range(100):
-        scene = describe_scene(i, unseen=unseen)
-        assert score_scene(scene, draw_scene(scene, i, (48, 64)))["all"], (i, scene.caption)
-
-
-def test_scenes_keep_what_is_unseen_apart():
-    seen = [describe_scene(i) for i in range(4000)]
-    assert not any((t.colour, t.kind) in UNSEEN_PAIRS for scene in seen for t in scene.things)
-    triples = {(s.things[0].kind, s.relation, s.things[1].kind) for s in seen if s.relation}
-    assert not triples & UNSEEN_RELATIONS and len(triples) == 4 * 4 * 4 - len(UNSEEN_RELATIONS)
-    asked = [describe_scene(i, unseen=True) for i in range(4000)]
-    assert {(t.colour, t.kind) for scene in asked for t in scene.things} >= UNSEEN_PAIRS
-    assert {(s.things[0].kind, s.relation, s.things[1].kind) for s in asked if s.relation} >= UNSEEN_RELATIONS
-    # the unseen relations are closed under saying the same the other way round
-    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-    assert {(b, opposite[relation], a) for a, relation, b in UNSEEN_RELATIONS} == UNSEEN_RELATIONS
-    assert {len(scene.things) for scene in seen} == {1, 2}
-    assert describe_scene(5) == describe_scene(5)
-    assert {len(describe_scene(i, 1).things) for i in range(50)} == {1}
-
-
-def test_captions():
-    circle = Thing("red", "circle", "small", 0.24, 0.76)
-    square = Thing("blue", "square", "large", 0.5, 0.5)
-    assert Scene((circle,)).caption == "a small red circle at the bottom left"
-    assert Scene((square,)).caption == "a large blue square in the centre"
-    assert Scene((circle, square), "left of").caption == "a small red circle left of a large blue square"
-
-
 def test_captioned_shapes(tmp_path):
-    """Every picture shows what its caption says, and training has nothing of what it must not see."""
+    """Every picture matches its caption, and training has nothing of what it must not see."""
     part = load("shapes", tmp=tmp_path, words="captions", count=200)
     assert len(part) == 200 and part.labels is None and not part.classes
     for i, (image, caption) in enumerate(zip(part.images, part.captions)):
@@ -121,21 +76,6 @@ def test_varied_captions():
     assert data.vary_caption("dog", rng) == "dog"
 
 
-def test_omitted_details():
-    """Every detail comes and goes by itself; what remains is true, and stays on its side of the relation."""
-    rng, one = np.random.default_rng(0), "a small red cross in the centre"
-    made = [data.omit_details(one, rng) for _ in range(4000)]
-    assert {*made} == {f"a {size}{colour}{kind}{place}" for size in ("", "small ") for colour in ("", "red ")
-                       for kind in ("shape", "cross") for place in ("", " in the centre")}
-    assert abs(np.mean([m == one for m in made]) - (6 / 7) ** 4) < 0.03
-    assert abs(np.mean(["red" in m for m in made]) - 6 / 7) < 0.03
-    two = data.describe_scene(3, count=2).caption
-    relation = next(r for r in data.RELATIONS if r in two)
-    for _ in range(100):
-        assert all(set(told.split()) <= {*said.split(), "shape"} for told, said in
-                   zip(data.omit_details(two, rng).split(relation), two.split(relation), strict=True))
-
-
 def captioned(folder, captions):
     folder.mkdir(parents=True, exist_ok=True)
     for i, caption in enumerate(captions):
@@ -187,58 +127,31 @@ def test_captions_beside_pictures(tmp_path):
         load(tmp_path / "c", size=(8, 8), tmp=tmp_path, words="embeddings")
 
 
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    """With what find_folder returned, load_data neither lists the folder nor reads its captions again."""
+    captioned(tmp_path / "a", ["x", "y"])
+    folder = find_folder(str(tmp_path / "a"), "captions")
+    assert [path.name for path in folder.pictures] == ["0.png", "1.png"]
+    assert folder.words == ["x", "y"] and folder.labels is None and folder.classes == []
+    monkeypatch.setattr(data, "find_folder", None)
+    monkeypatch.setattr(data, "_list_pictures", None)
+    (tmp_path / "a/1.txt").unlink()
+    part = load(tmp_path / "a", size=(8, 8), tmp=tmp_path, words="captions", folder=folder)
+    assert part.captions == ["y"]
+
+
+def test_built_in_sources_are_no_folders():
+    for source in data.SOURCES:
+        assert find_folder(source, None) is None and find_folder(source, "captions") is None
+        with pytest.raises(ValueError, match=f"--data {source}: it has no .npz files of vectors"):
+            find_folder(source, "embeddings")
+
+
 def test_captions_are_drawn_below():
     images = np.zeros((4, 32, 32, 3), np.uint8)
     plain, labelled = grid(images), np.asarray(grid(images, captions=["", "words", "many " * 12, "x"]))
     assert labelled.shape[0] > 4 * plain.height and labelled.shape[1] == 2 * 128 + 3 * 2
     assert (labelled[:, :130] < 128).sum() != (labelled[:, 130:] < 128).sum()
-
-
-def test_score_sees_each_mistake():
-    asked = Scene((Thing("red", "circle", "small", 0.24, 0.5), Thing("blue", "square", "large", 0.76, 0.5)),
-                  "left of")
-
-    def score(scene):
-        return score_scene(asked, draw_scene(scene, 0))
-
-    assert all(score(asked).values())
-    wrong = {"colour": Scene((Thing("cyan", "circle", "small", 0.24, 0.5), asked.things[1]), "left of"),
-             "kind": Scene((Thing("red", "cross", "small", 0.24, 0.5), asked.things[1]), "left of"),
-             "size": Scene((Thing("red", "circle", "large", 0.24, 0.5), asked.things[1]), "left of")}
-    for part, scene in wrong.items():
-        assert not score(scene)[part] and not score(scene)["all"]
-    mirrored = Scene((Thing("red", "circle", "small", 0.76, 0.5),
-                      Thing("blue", "square", "large", 0.24, 0.5)))
-    result = score(mirrored)
-    assert not result["relation"] and result["colour"] and result["kind"] and result["size"]
-    assert not any(score(Scene(asked.things[:1])).values())                          # one of two is missing
-    alone = Scene((Thing("red", "circle", "small", 0.24, 0.24),))
-    moved = score_scene(alone, draw_scene(Scene((Thing("red", "circle", "small", 0.76, 0.24),)), 0))
-    assert not moved["place"] and moved["colour"] and moved["kind"] and moved["size"]
-    assert read_scene(np.full((32, 32, 3), 80, np.uint8)) == []
-
-
-def test_scenes_survive_a_decoder():
-    rng = np.random.default_rng(0)
-    right = []
-    for i in range(300):
-        scene = describe_scene(i)
-        noisy = np.clip(draw_scene(scene, i) + rng.normal(0, 5, (32, 32, 3)), 0, 255).astype(np.uint8)
-        right.append(score_scene(scene, noisy)["all"])
-    assert np.mean(right) > 0.97
-
-
-def test_read_shape_survives_a_decoder_and_sees_a_wrong_picture():
-    rng = np.random.default_rng(0)
-    noisy = [np.clip(draw_shape(i) + rng.normal(0, 6, (32, 32, 3)), 0, 255).astype(np.uint8)
-             for i in range(240)]
-    assert np.mean(["-".join(read_shape(image)) == SHAPE_CLASSES[i % 24]
-                    for i, image in enumerate(noisy)]) >= 0.99
-    swapped = [draw_shape(i)[..., [1, 2, 0]] for i in range(48)]   # another colour is not the asked one
-    assert not any("-".join(read_shape(image)) == SHAPE_CLASSES[i % 24] for i, image in enumerate(swapped))
-    # upside-down triangles are no triangles' match
-    turned = [np.rot90(draw_shape(i), 2) for i in range(2, 240, 4)]
-    assert all(draw_shape(i).shape == image.shape for i, image in zip(range(2, 240, 4), turned))
 
 
 def test_shapes_are_deterministic_varied_and_split(tmp_path):
@@ -423,63 +336,9 @@ def test_bad_folders(tmp_path):
         load(tmp_path / "empty", tmp=tmp_path)
 
 
-# ---- latents
-
-def make_cache(tmp_path, vae, flip=False, stamp="v1", count=48):
-    return LatentCache(tmp_path / "latents.npy", vae, stamp, load("shapes", tmp=tmp_path, count=count), flip)
-
-
-def test_latent_cache(tmp_path):
-    vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
-    cache, shapes = make_cache(tmp_path, vae, flip=True), load("shapes", tmp=tmp_path, count=48)
-    x = to_tensor(shapes.images[:5])
-    with torch.no_grad():
-        posterior, mirrored = vae.encode(x), vae.encode(x.flip(-1))
-    assert cache.latents.shape == (48, 2, 2, 4, 16, 16) and isinstance(cache.latents, np.memmap)
-    for f, q in enumerate((posterior, mirrored)):   # the mirrored picture's latent, not a mirrored one
-        np.testing.assert_allclose(cache.latents[:5, f, 0], q.mean, atol=2e-3)
-        np.testing.assert_allclose(cache.latents[:5, f, 1], q.std, atol=2e-3)
-    draws = torch.stack([cache.batch(np.arange(5))[0] for _ in range(400)])
-    want = torch.stack([torch.stack([q.mean, q.mean**2 + q.std**2]) for q in (posterior, mirrored)]).mean(0)
-    error = (draws.mean(0) - want[0]).abs() / draws.std(0)
-    assert error.max() < 5.5 / 400**0.5 and draws.std(0).min() > 0.1  # resampled, both flips equally often
-    assert (cache.batch(np.array([3]))[1] == torch.tensor([3])).all()
-    mean, var = cache.statistics()
-    latents = torch.from_numpy(cache.latents.astype(np.float64))
-    total = latents[:, :, 0].mean((0, 1, 3, 4))
-    torch.testing.assert_close(mean, total)
-    torch.testing.assert_close(
-        var, (latents[:, :, 0] ** 2 + latents[:, :, 1] ** 2).mean((0, 1, 3, 4)) - total**2)
-
-
-def test_stale_latents_are_rebuilt(tmp_path, capsys):
-    vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
-    make_cache(tmp_path, vae)
-    first = (tmp_path / "latents.npy").stat().st_mtime_ns
-    make_cache(tmp_path, vae)
-    assert ((tmp_path / "latents.npy").stat().st_mtime_ns == first
-            and "rebuilding" not in capsys.readouterr().out)
-    for change in (dict(stamp="v2"), dict(stamp="v2", flip=True), dict(stamp="v2", flip=True, count=72)):
-        cache = make_cache(tmp_path, vae, **change)
-        assert "rebuilding" in capsys.readouterr().out
-        assert json.loads((tmp_path / "latents.json").read_text())["shape"] == list(cache.latents.shape)
-    # a copy cut short
-    (tmp_path / "latents.npy").write_bytes((tmp_path / "latents.npy").read_bytes()[:1000])
-    assert make_cache(tmp_path, vae, **change).latents.shape[0] == 72
-
-
 def test_grid():
     images = np.stack([np.full((4, 6, 3), 10 * i, np.uint8) for i in range(5)])
     picture = np.asarray(grid(images, columns=3))
     assert picture.shape == (2 * 6 + 2, 3 * 8 + 2, 3)
     assert picture[2, 2, 0] == 0 and picture[2 + 6, 2 + 8, 0] == 40 and picture[0, 0, 0] == 255
     assert grid(images[..., :1]).mode == "L"
-
-
-def test_no_space_for_a_cache(tmp_path, monkeypatch):
-    """A memory map would only fail when its pages are written, and then by killing the process."""
-    vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match=r"cannot write .*latents.part of 0 MiB: No space left"):
-        make_cache(tmp_path, vae)
-    assert {p.name for p in tmp_path.glob("latents*")} == {"latents.lock"}

@@ -13,6 +13,8 @@ from diffusers.models import normalization
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 import dit
+import mmdit
+import published
 import unet
 import vae
 from ddpm import DDPM
@@ -118,7 +120,7 @@ def test_spacings(scheduler, spacing, steps):
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
 def test_ddpm(scheduler, variance):
     kind = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
-    # leading: the scheduler's own step back is by floor(1000 / steps), whatever its list of timesteps says
+    # leading: the scheduler computes its previous step as floor(1000 / steps) back, not from its list
     theirs = scheduler("DDPMScheduler", 20, variance_type=kind, clip_sample=False, timestep_spacing="leading",
                        **SD)
     x = X[:, :, None, None]
@@ -189,8 +191,9 @@ def with_intermediate(path, nodes, fractions):
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_dpm_solver_singlestep(scheduler, order):
-    """Its grid lists the intermediate points as steps of their own. For the second of order 3 it takes
-    (e^h - 1) / 2 where the paper (algorithm 2) has (e^h - 1) / h - 1, its "heun": shown both ways."""
+    """diffusers' grid lists the intermediate points as separate steps. For the second of them at order 3 it
+    has (e^h - 1) / 2 where the paper (algorithm 2) has (e^h - 1) / h - 1, which diffusers calls "heun": both
+    are compared."""
     nodes = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1, 0.02], dtype=torch.float64)
     lam = with_intermediate(PATH, nodes, [i / order for i in range(1, order)])
 
@@ -241,9 +244,9 @@ def test_dpmpp_2m_sde(scheduler):
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_unipc(scheduler, order):
-    """Ours shows each state corrected, diffusers' predicted only; so the last ones are compared. It lowers
-    its order step by step toward the end (3, 2, 1), ours only in the last step, where it must: at order 3 the
-    last but one differs, and agrees where diffusers' is told not to lower it."""
+    """Ours reports corrected states, diffusers' only predicted ones, so the final states are compared.
+    diffusers' lowers its order step by step towards the end (3, 2, 1), ours only in the last step, where it
+    must: at order 3 the last step but one differs, and agrees once diffusers' is kept from lowering it."""
     build = lambda **more: scheduler("UniPCMultistepScheduler", 12, solver_order=order, **more, **SD)
     times = times_of(build())
     got = SAMPLERS[f"unipc_{order}"](mixture(PATH), PATH, X, times)
@@ -261,8 +264,8 @@ def test_unipc(scheduler, order):
 
 
 def test_flow_match_euler(scheduler):
-    """Given the unshifted list, diffusers shifts it once, as ours. Left to itself it builds the list from an
-    end that was shifted before, and shifts again: its last step then is not ours."""
+    """Given the unshifted list, diffusers shifts it once, as ours does. By default it builds the list from an
+    end that was shifted before, and shifts again, so its last step differs from ours."""
     path = RectifiedFlow(shift=3.0)
     theirs = scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8))
@@ -275,7 +278,7 @@ def test_flow_match_euler(scheduler):
 
 
 def test_flow_match_heun(scheduler):
-    """As for Euler: on one and the same list, which is put in by hand, the trajectories agree."""
+    """As for Euler: on the same list of times, set by hand, the trajectories agree."""
     path = RectifiedFlow(shift=3.0)
     theirs = scheduler("FlowMatchHeunDiscreteScheduler", 8, shift=3.0)
     assert theirs.sigmas[-2].item() != pytest.approx(path.times(8)[-2].item())
@@ -346,7 +349,7 @@ def test_autoencoder(kind, dtype):
     theirs = shake(AutoencoderKL(**FULL_VAE | VAES[kind] | dict(
         block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8))).to(dtype)
-    ours = vae.published(theirs.state_dict(), scale=0.5, shift=0.1, groups=8).to(dtype)
+    ours = published.vae_from_weights(theirs.state_dict(), scale=0.5, shift=0.1, groups=8).to(dtype)
     x = torch.randn(2, 3, 16, 24, dtype=dtype)
     moments = lambda posterior: torch.cat([posterior.mean, posterior.logvar], 1)
     # float32 in Posterior: autocast may hand it less
@@ -362,7 +365,7 @@ def test_full_size_autoencoder_has_the_published_keys(kind):
         theirs = AutoencoderKL(**FULL_VAE | VAES[kind])
         more = {"latent_channels": VAES[kind]["latent_channels"], "quant_conv": kind == "sd"}
         ours = shapes(vae.VAE(vae.VAEConfig(**vae.PRESETS["sd"] | more)))
-        loaded = vae.published(theirs.state_dict(), scale=1.0)
+        loaded = published.vae_from_weights(theirs.state_dict(), scale=1.0)
     assert {name: shape for name, shape in ours.items() if not name.startswith("latent_")} == shapes(theirs)
     assert shapes(loaded) == ours
 
@@ -396,7 +399,7 @@ def test_compvis_names(prefix, quant_conv):
     if prefix:                                                            # other parts of the whole file
         original |= {"model.diffusion_model.out.2.weight": torch.ones(1), "alphas_cumprod": torch.ones(1),
                      "conditioner.embedders.0.weight": torch.ones(1)}
-    loaded = vae.published(original, scale=1.0, groups=8)
+    loaded = published.vae_from_weights(original, scale=1.0, groups=8)
     assert loaded.config == config
     for name, weight in state.items():
         torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=0, atol=0)
@@ -407,19 +410,19 @@ def test_compvis_names(prefix, quant_conv):
         torch.testing.assert_close(theirs[name], state[name], rtol=0, atol=0)
 
 
-def test_autoencoder_refuses_what_is_none():
+def test_other_weights_than_an_autoencoder_are_refused():
     state = {name: w for name, w in vae.VAE(vae.VAEConfig()).state_dict().items() if "latent" not in name}
     del state["encoder.conv_out.bias"]
     with pytest.raises(ValueError, match="missing encoder.conv_out.bias; surplus odd"):
-        vae.published(state | {"odd": torch.ones(1)}, scale=1.0, groups=4)
+        published.vae_from_weights(state | {"odd": torch.ones(1)}, scale=1.0, groups=4)
     state["encoder.conv_out.bias"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"encoder.conv_out.bias of shape \(3,\), not \(8,\)"):
-        vae.published(state, scale=1.0, groups=4)
+        published.vae_from_weights(state, scale=1.0, groups=4)
     state["encoder.conv_out.bias"] = torch.ones(8)
-    half = vae.published({name: w.half() for name, w in state.items()}, scale=1.0, groups=4)
+    half = published.vae_from_weights({name: w.half() for name, w in state.items()}, scale=1.0, groups=4)
     assert {w.dtype for w in half.state_dict().values()} == {torch.float32}
     with pytest.raises(ValueError, match="not the weights of an AutoencoderKL"):
-        vae.published({"blocks.0.weight": torch.ones(1)}, scale=1.0)
+        published.vae_from_weights({"blocks.0.weight": torch.ones(1)}, scale=1.0)
 
 
 SD15 = dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
@@ -463,16 +466,17 @@ def diffusers_dit(config, **more):
 
 @both_precisions
 def test_dit(dtype):
-    """And its learned variance: 8 channels out. diffusers spaces the frequencies of the time embedding over
-    127, the original DiT, whose weights it loads, over 128: equal once that is put right, and not before."""
+    """With learned variance, so 8 channels out. diffusers spaces the frequencies of the time embedding over
+    127, the original DiT, whose weights it loads, over 128: the two agree once that is corrected, and only
+    then."""
     config = dit.DiTConfig(width=32, depth=2, heads=2, num_classes=10, learn_sigma=True, time_offset=-1.0,
-                           **dit.PUBLISHED)
+                           **dit.PUBLISHED_BLOCK)
     torch.manual_seed(0)
     theirs = shake(diffusers_dit(config)).to(dtype)
     for block in theirs.transformer_blocks[1:]:            # converted checkpoints hold copies of one embedder
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
     ours = dit.DiT(config).to(dtype).eval()
-    ours.load_state_dict(dit.published(theirs.state_dict(), config))
+    ours.load_state_dict(published.dit_weights(theirs.state_dict(), config))
     x, steps, y = torch.randn(3, 4, 8, 8, dtype=dtype), torch.tensor([0, 500, 999]), torch.tensor([1, 9, 10])
     with torch.no_grad():
         as_is = theirs(x, steps, class_labels=y).sample
@@ -484,11 +488,11 @@ def test_dit(dtype):
 
 
 def test_full_size_dit_has_the_published_keys():
-    config = dit.DiTConfig(**dit.PRESETS["XL/2"] | dit.PUBLISHED, num_classes=1000, learn_sigma=True)
+    config = dit.DiTConfig(**dit.PRESETS["XL/2"] | dit.PUBLISHED_BLOCK, num_classes=1000, learn_sigma=True)
     with torch.device("meta"):
         state = diffusers_dit(config, sample_size=32).state_dict()
         ours = shapes(dit.DiT(config))
-        assert {name: tuple(w.shape) for name, w in dit.published(state, config).items()} == ours
+        assert {name: tuple(w.shape) for name, w in published.dit_weights(state, config).items()} == ours
     # the original's names, of which pos_embed is a fixed table
     original = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table",
                 "final_layer.linear", "final_layer.adaLN_modulation.1"}
@@ -501,15 +505,15 @@ def test_full_size_dit_has_the_published_keys():
 
 @pytest.fixture
 def unrounded(monkeypatch, dtype):
-    """In float64 no table of positions and no norm, here or there, is rounded to float32 on the way."""
+    """In float64, keep both implementations from rounding tables of positions and norms to float32."""
     if dtype == torch.float64:
         monkeypatch.setattr(normalization, "torch", Wide(torch, torch.float64))
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def mmdit(config, theirs, dtype):
-    ours = dit.MMDiT(config).to(dtype).eval()
-    ours.load_state_dict(dit.published_mmdit(theirs.state_dict(), config))                         # strict
+def load_mmdit(config, theirs, dtype):
+    ours = mmdit.MMDiT(config).to(dtype).eval()
+    ours.load_state_dict(published.mmdit_weights(theirs.state_dict(), config))             # strict, by name
     return ours
 
 
@@ -523,9 +527,9 @@ def test_sd3(qk_norm, dual, dtype, unrounded):
     table = dit.sincos_positions(12, 12, 32, crop=(8, 12)).to(dtype)[None]
     torch.testing.assert_close(theirs.pos_embed.pos_embed, table, atol=2e-6, rtol=0)
     theirs.pos_embed.pos_embed = table                        # theirs is computed in float32
-    ours = mmdit(dit.MMDiTConfig(
+    ours = load_mmdit(mmdit.MMDiTConfig(
         width=32, depth=3, heads=2, context_width=24, pooled_width=12, qk_norm=qk_norm is not None, rope=None,
-        dual_attention=len(dual), sincos=(8, 12), **dit.MMDIT_PUBLISHED), theirs, dtype)
+        dual_attention=len(dual), sincos=(8, 12), **mmdit.PUBLISHED_BLOCK), theirs, dtype)
     x, context, pooled = (torch.randn(size, dtype=dtype) for size in ((2, 4, 8, 12), (2, 5, 24), (2, 12)))
     t = torch.tensor([0.25, 1.0])
     assert_same(lambda x: ours(x, t, context, pooled=pooled),
@@ -538,9 +542,9 @@ def test_flux(dtype, unrounded):
         patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=12, guidance_embeds=True,
         axes_dims_rope=(4, 6, 6))).to(dtype)
-    ours = mmdit(dit.MMDiTConfig(
+    ours = load_mmdit(mmdit.MMDiTConfig(
         width=32, depth=2, single_depth=2, heads=2, context_width=24, pooled_width=12, rope=(4, 6, 6),
-        rope_theta=10000.0, guidance=True, **dit.MMDIT_PUBLISHED), theirs, dtype)
+        rope_theta=10000.0, guidance=True, **mmdit.PUBLISHED_BLOCK), theirs, dtype)
     x, context, pooled = (torch.randn(size, dtype=dtype) for size in ((2, 4, 8, 12), (2, 5, 24), (2, 12)))
     t, guidance = torch.tensor([0.25, 1.0]), torch.tensor([3.5, 1.0])
     y, x_ids = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
@@ -570,19 +574,8 @@ FULL_MMDIT = {
 
 @pytest.mark.parametrize("name", FULL_MMDIT)
 def test_full_size_mmdit_has_the_published_keys(name):
-    config = dit.MMDiTConfig(**dit.MMDIT_PRESETS[name])
+    config = mmdit.MMDiTConfig(**mmdit.PRESETS[name])
     with torch.device("meta"):
         theirs = FULL_MMDIT[name]()
-        state = dit.published_mmdit(theirs.state_dict(), config)
-        assert {key: tuple(w.shape) for key, w in state.items()} == shapes(dit.MMDiT(config))
-
-
-@pytest.mark.parametrize("single_depth", [0, 2])
-def test_padding_changes_nothing(single_depth):
-    model = shake(dit.MMDiT(dit.MMDiTConfig(width=32, depth=2, heads=2, context_width=24, pooled_width=None,
-                                            rope=(4, 6, 6), single_depth=single_depth)))
-    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([0.5]), torch.randn(1, 9, 24)
-    outs = [model(x, t, context[:, :length], torch.arange(length)[None] < 3) for length in (3, 5, 9)]
-    for out in outs[1:]:
-        torch.testing.assert_close(out, outs[0], atol=1e-6, rtol=1e-6)
-    assert (model(x, t, context[:, :5]) - outs[0]).abs().max() > 1e-4                    # words do matter
+        state = published.mmdit_weights(theirs.state_dict(), config)
+        assert {key: tuple(w.shape) for key, w in state.items()} == shapes(mmdit.MMDiT(config))

@@ -74,7 +74,8 @@ def test_sincos_positions_distinguish_axes_and_any_grid():
                                             ("XL/8", 676), ("S/8", 33), ("B/4", 130)])
 def test_dit_presets_have_their_published_size(name, millions):
     """Peebles & Xie table 1 (and table 4 for the patches), with 1000 classes and learned variance."""
-    total = count(DiT, DiTConfig(num_classes=1000, learn_sigma=True, **dit.PRESETS[name], **dit.PUBLISHED))
+    total = count(DiT, DiTConfig(num_classes=1000, learn_sigma=True, **dit.PRESETS[name],
+                                 **dit.PUBLISHED_BLOCK))
     assert round(total / 1e6) == millions
     modern = count(DiT, DiTConfig(num_classes=1000, learn_sigma=True, **dit.PRESETS[name]))
     assert abs(modern / total - 1) < 0.01                                     # the modern block is as large
@@ -87,7 +88,7 @@ def test_sd1_presets_have_their_published_size():
 
 def test_dit_block_written_out():
     """The published block against its equations, with every parameter random."""
-    model = randomize(DiT(DiTConfig(**SMALL_DIT, **dit.PUBLISHED)))
+    model = randomize(DiT(DiTConfig(**SMALL_DIT, **dit.PUBLISHED_BLOCK)))
     block, x, c = (model.blocks[0], torch.randn(2, 6, 32, dtype=torch.float64),
                    torch.randn(2, 32, dtype=torch.float64))
     shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, 1)
@@ -117,7 +118,7 @@ def test_dit_patches_are_put_back_where_they_came_from():
 
 
 @pytest.mark.parametrize("cls, config", [(DiT, DiTConfig(**SMALL_DIT)),
-                                         (DiT, DiTConfig(**SMALL_DIT, **dit.PUBLISHED)),
+                                         (DiT, DiTConfig(**SMALL_DIT, **dit.PUBLISHED_BLOCK)),
                                          (UNet, UNetConfig(**SMALL_UNET))])
 def test_zero_at_the_start_and_rectangular(cls, config):
     model, x, t, y = cls(config), torch.randn(3, 4, 8, 12), torch.rand(3), torch.tensor([0, 4, 5])
@@ -126,7 +127,7 @@ def test_zero_at_the_start_and_rectangular(cls, config):
     x = x.double()
     out = model(x, t, y=y)
     assert out.shape == x.shape
-    for i in range(3):                                                 # nobody sees the rest of the batch
+    for i in range(3):                                                 # each independent of the others
         torch.testing.assert_close(model(x[i:i + 1], t[i:i + 1], y=y[i:i + 1]), out[i:i + 1])
     # labels, times, null all matter
     assert (model(x, t, y=torch.tensor([1, 4, 5]))[0] - out[0]).abs().max() > 1e-6

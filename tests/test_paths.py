@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm import DDPM, betas
-from rectified_flow import RectifiedFlow, draw, shift_time
+from rectified_flow import RectifiedFlow, density_quantile, shift_time
 
 DDPM_KINDS = [dict(prediction=p, schedule=s, zero_terminal_snr=z) for p in ("eps", "v", "x0")
               for s in ("linear", "scaled_linear", "cosine") for z in (False, True) if not (z and p == "eps")]
@@ -22,8 +22,7 @@ def f64(*values):
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{type(p).__name__}-{p.prediction}")
 def test_to_x0_eps_inverts_target(path):
-    """The network that returns the target exactly must be read as exactly (x0, eps),
-    at (B,) and at scalar t."""
+    """If the network returns the target exactly, the pair is exactly (x0, eps), for (B,) and for scalar t."""
     t = path.sample_t(64).double()
     x0, eps = torch.randn(2, 64, 3, 4, 6, dtype=torch.float64)
     alpha, sigma = (a.view(-1, 1, 1, 1) for a in path.alpha_sigma(t))
@@ -138,15 +137,15 @@ def test_min_snr_weights():
     for prediction, want in (("x0", clipped), ("eps", clipped / snr), ("v", clipped / (snr + 1))):
         torch.testing.assert_close(DDPM(prediction, min_snr=5.0).weight(t), want)
         torch.testing.assert_close(DDPM(prediction).weight(t), torch.ones_like(t))
-    # one error of x0, seen through each prediction, costs the same
+    # the same error in x0 has the same loss whatever the network predicts
     x0, eps, wrong = torch.randn(3, 4, 2, dtype=torch.float64)
     losses = []
     for prediction in ("x0", "eps", "v"):
         path = DDPM(prediction, min_snr=5.0)
         xt = alpha[:, None] * x0 + sigma[:, None] * eps
         eps_of_wrong = (xt - alpha[:, None] * wrong) / sigma[:, None]
-        answer = path.target(wrong, eps_of_wrong, t)
-        losses.append(path.loss(lambda xt, t: answer, x0, t=t, eps=eps))
+        raw = path.target(wrong, eps_of_wrong, t)
+        losses.append(path.loss(lambda xt, t: raw, x0, t=t, eps=eps))
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[0], losses[2])
     weight = DDPM("v", zero_terminal_snr=True, min_snr=5.0).weight(f64(0.5, 1.0))
@@ -224,20 +223,20 @@ def test_wrong_predictions_are_refused():
         RectifiedFlow("score")
     with pytest.raises(ValueError, match="shift"):
         RectifiedFlow(shift=0.0)
-    assert draw("uniform", f64(0.25), 0, 1, 1).item() == 0.25
+    assert density_quantile("uniform", f64(0.25), 0, 1, 1).item() == 0.25
 
 
 def gaussian_reverse(path, mean, std):
-    """Exact denoiser of N(mean, std^2), and the variance of its exact reverse step as the fraction of its way
-    from small to large on the log scale."""
+    """Exact denoiser of N(mean, std^2), and the variance of its exact reverse step as a fraction between
+    small and large on the log scale."""
     def denoise(xt, t):
         s = ((t * 1000).round() - 1) / 1000
         (alpha, sigma), (alpha_s, sigma_s) = path.alpha_sigma(t), path.alpha_sigma(s)
         var = (alpha * std) ** 2 + sigma**2
         x0 = mean + alpha * std**2 / var * (xt - alpha * mean)
         step = sigma**2 - (alpha / alpha_s * sigma_s) ** 2
-        # Var(xs | xt) = Var over q(xs | xt, x0) + that of its mean under p(x0 | xt), whose variance is
-        # std^2 sigma^2 / var
+        # Var(xs | xt) = variance of q(xs | xt, x0) + variance of its mean under p(x0 | xt), whose own
+        # variance is std^2 sigma^2 / var
         exact = step * sigma_s**2 / sigma**2 + (alpha_s * step / sigma**2) ** 2 * std**2 * sigma**2 / var
         second = path.table[1, 1] / path.table[1, 2] * (path.table[1, 2] - path.table[0, 2] / path.table[0, 1]
                                                         * path.table[1, 1])
@@ -249,8 +248,8 @@ def gaussian_reverse(path, mean, std):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_bound_is_the_entropy_of_a_gaussian(schedule):
-    """With the exact reverse process the bound is tight: on average the differential entropy of the data, in
-    bits, but for the prior, N(0, 1), which the data at t = 1 are not quite. The other variances lose."""
+    """With the exact reverse process the bound is tight: its mean is the differential entropy of the data in
+    bits, up to the prior N(0, 1), from which the data at t = 1 differ a little. Other variances are worse."""
     path, n, std = DDPM(schedule=schedule), 4000, 0.5
     generator = torch.Generator().manual_seed(0)
     x0 = 0.3 + std * torch.randn(n, 2, dtype=torch.float64, generator=generator)
@@ -269,8 +268,8 @@ def test_bound_is_the_entropy_of_a_gaussian(schedule):
 
 
 def test_bound_of_rounded_data():
-    """8-bit data: the probability of an interval is close to its width times the density, and the two ends of
-    the range take the tails, so that all 256 probabilities sum to one."""
+    """8-bit data: the probability of an interval is close to its width times the density, and the outermost
+    intervals include the tails, so that all 256 probabilities sum to one."""
     path = DDPM(schedule="linear")
     values = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
     t, x0_hat = torch.full((256,), 1e-3, dtype=torch.float64), torch.full_like(values, 0.97)
@@ -283,7 +282,7 @@ def test_bound_of_rounded_data():
 
 
 def test_learned_variance_loss():
-    """The second half of the channels is taught by the bound alone, the first half by the error alone."""
+    """Only the bound trains the second half of the channels, and only the squared error the first half."""
     path, plain = DDPM(learned_variance=True), DDPM()
     x0, eps, t = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3), torch.tensor([1, 2, 400, 900, 1000]) / 1000
     raw = torch.randn(5, 4, 3, 3, requires_grad=True)

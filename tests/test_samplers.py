@@ -23,7 +23,8 @@ def gaussian(path):
 
 
 def start(path, n):
-    """Draws of the exact marginal where the path starts; Stable Diffusion's does not start in pure noise."""
+    """Samples of the exact marginal at the start of the path, which for Stable Diffusion's schedule is not
+    pure noise."""
     alpha, sigma = path.alpha_sigma(path.times(1)[0])
     return alpha * MEAN + ((alpha * STD) ** 2 + sigma**2).sqrt() * torch.randn(n, 1, dtype=torch.float64)
 
@@ -34,7 +35,7 @@ def test_every_sampler_recovers_a_gaussian(name, path):
     n, path = 20_000, PATHS[path]
     y = SAMPLERS[name](gaussian(path), path, start(path, n), path.times(200))
     # statistical error at five sigma, and the discretisation of 200 steps;
-    # Ho et al.'s own variance is small by O(1/N)
+    # Ho et al.'s own variance is too small by O(1/N)
     assert abs(y.mean() - MEAN) < 5 * STD / n**0.5 + 0.01
     assert abs(y.std() / STD - 1) < 5 / (2 * n) ** 0.5 + 0.05
 
@@ -55,8 +56,8 @@ X = torch.linspace(-1.5, 1.5, 32, dtype=torch.float64)[:, None]
 
 
 def exact_flow(path, x):
-    """Probability flow of the mixture of MEANS and STD from t = times[0] to 0: in one dimension it keeps the
-    order of points, hence their quantiles."""
+    """Probability flow of the mixture of MEANS and STD from the path's start to 0: in one dimension it keeps
+    the order of points and so their quantiles, which bisection inverts."""
     def cdf(t, x):
         alpha, sigma = path.alpha_sigma(t)
         std = ((alpha * STD) ** 2 + sigma**2).sqrt()
@@ -99,13 +100,13 @@ def test_order_of_convergence(path, name):
 
 @pytest.mark.parametrize("path", ["rf", "ddpm"])
 def test_order_of_3m_as_published(path):
-    """The factor 2 that the authors' code lacks is worth one order."""
+    """Without the factor 2, as in the authors' code, the solver loses one order."""
     assert 1.9 < slope(dpmpp_3m, *SMOOTH[path], steps=(80, 160, 320), as_published=True) < 2.3
 
 
 @pytest.mark.parametrize("path", ["rf", "ddpm"])
 def test_order_on_even_times(path):
-    """The first solvers also converge at their order where t itself, not the log-SNR, is evenly spaced."""
+    """euler and heun also converge at their order when t itself, not the log-SNR, is evenly spaced."""
     path = SMOOTH[path][0]
     for sampler, order in ((euler, 1), (heun, 2)):
         u = [torch.linspace(1, 0, n + 1, dtype=torch.float64) for n in (80, 160)]
@@ -142,14 +143,14 @@ def test_stochastic_solvers_draw_the_right_gaussian(path, name, options):
 @pytest.mark.parametrize("path", [RectifiedFlow(), DDPM(zero_terminal_snr=True, prediction="v")])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_inpainting_brings_the_known_part_back(path, name):
-    """Whatever the network says, by every sampler; and what is drawn anew is drawn from the whole."""
+    """Whatever the network predicts, by every sampler; and the repainted part depends on the known part."""
     torch.manual_seed(0)
     x0 = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     repaint = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     repaint[..., 2:] = True
 
     def denoise(xt, t):
-        guess = torch.tanh(3 * xt.mean((1, 2, 3), keepdim=True) + xt)      # hears every pixel
+        guess = torch.tanh(3 * xt.mean((1, 2, 3), keepdim=True) + xt)      # depends on every pixel
         alpha, sigma = path.alpha_sigma(t)
         return guess, (xt - alpha * guess) / sigma
 
@@ -192,7 +193,7 @@ def test_learned_variance_reaches_from_small_to_large():
 @pytest.mark.parametrize("path", SMOOTH)
 @pytest.mark.parametrize("grid", [log_snr_times, karras_times])
 def test_grids(path, grid):
-    """From the path's start to 0, strictly; inside evenly spaced in what each is even in."""
+    """Times fall strictly from the path's start to 0, evenly spaced in lam or in a root of sigma / alpha."""
     path, end = SMOOTH[path]
     for n in (1, 2, 9):
         times = grid(path, n)
@@ -275,11 +276,11 @@ def test_steps_are_intervals_and_one_works(name, path):
         y = SAMPLERS[name](counting, path, torch.randn(3, 1), path.times(steps),
                            on_step=lambda i, x, x0: shown.append(i))
         assert torch.isfinite(y).all() and shown == list(range(steps))
-        # one evaluation a step, and those inside a step unless it starts at alpha = 0 or ends at 0
+        # one evaluation a step, and more inside a step unless it starts at alpha = 0 or ends at 0
         inside = {"heun": 1, "dpm_solver_2": 1, "dpm_solver_3": 2}.get(name, 0)
         from_pure_noise = name != "heun" and steps > 1 and path.alpha_sigma(path.times(1)[0])[0] == 0
         assert len(calls) == steps + inside * (steps - 1 - int(from_pure_noise))
-        assert min(calls) > 0                                   # the network is never asked at t = 0
+        assert min(calls) > 0                                   # the network is never evaluated at t = 0
 
 
 def test_bad_times_are_refused():
@@ -289,7 +290,7 @@ def test_bad_times_are_refused():
 
 
 def test_guidance():
-    """Scale 1 and 0 evaluate one branch; others extrapolate in raw, on every channel, from one batch."""
+    """Scales 1 and 0 evaluate one branch; others extrapolate raw on every channel, from one batch."""
     path, x, t = RectifiedFlow(), torch.randn(3, 4, 2, 2), torch.tensor(0.5)
     batches = []
 
@@ -317,15 +318,15 @@ def test_guidance():
         raw = torch.tensor([7 + scale * (k - 7) for k in (1, 2, 3)]).view(-1, 1, 1, 1) * channels
         torch.testing.assert_close(eps - x0, raw.expand_as(x))
     assert batches == [3, 6, 6, 3]
-    # rescaled entirely, the guided answer has the deviation of the conditional one; by half, half the way
+    # fully rescaled, the guided output has the deviation of the conditional one; half rescaled, the mean
     base = torch.randn(3, 4, 2, 2)
     noisy = lambda xt, t, y: torch.cat([base, -0.3 * base + 1])[:len(xt)]
     pair = lambda **more: guided(noisy, path, cond, uncond, 4.0, **more)(x, t_half)
-    said = lambda **more: (lambda x0, eps: eps - x0)(*pair(**more))
+    raw = lambda **more: (lambda x0, eps: eps - x0)(*pair(**more))
     t_half, std = torch.tensor(0.5), lambda r: r.flatten(1).std(1)
-    torch.testing.assert_close(std(said(rescale=1.0)), std(base))
-    torch.testing.assert_close(std(said(rescale=0.5)), (std(base) + std(said())) / 2)
-    assert (std(said()) > 2 * std(base)).all()
+    torch.testing.assert_close(std(raw(rescale=1.0)), std(base))
+    torch.testing.assert_close(std(raw(rescale=0.5)), (std(base) + std(raw())) / 2)
+    assert (std(raw()) > 2 * std(base)).all()
 
 
 def test_noise_is_per_image():

@@ -1,11 +1,14 @@
-"""Words: bytes to vectors, and the networks that listen to them."""
+"""text.py: bytes to vectors, frozen encoders, and the networks that are conditioned on them."""
+
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-import data
-import dit
+import cache
+import mmdit
+import text
 import unet
 
 SMALL = dict(width=32, depth=2, heads=2)
@@ -14,31 +17,32 @@ PROMPTS = ["", "a red circle", "ein grüner Kreis, 緑の円, 🟢"]
 
 def encoder():
     torch.manual_seed(0)
-    model = dit.TextEncoder(dit.TextConfig(**SMALL)).eval()
+    model = text.TextEncoder(text.TextConfig(**SMALL)).eval()
     torch.nn.init.normal_(model.embedding.weight)
     return model
 
 
 def test_words_are_bytes():
-    """Nothing is lost but capitals: any script, any run of spaces, words of any length."""
+    """Only capitals are lost: any script, any run of spaces and words of any length come back."""
     long = "antidisestablishmentarianism  緑の円、赤い四角、青い三角形"
-    ids, mask = dit.tokenize([*PROMPTS, long], limit=100)
+    ids, mask = text.tokenize([*PROMPTS, long], limit=100)
     for row, keep, prompt in zip(ids, mask, [*PROMPTS, long]):
         letters = row[keep]
-        assert letters[0].tolist() == [dit.START] + [dit.PAD] * (dit.WORD - 1)
-        assert bytes(letters[1:][letters[1:] != dit.PAD].tolist()) == (
+        assert letters[0].tolist() == [text.START] + [text.PAD] * (text.WORD - 1)
+        assert bytes(letters[1:][letters[1:] != text.PAD].tolist()) == (
             f" {prompt}".lower().encode() if prompt else b"")
-        assert (row[~keep] == dit.PAD).all()
+        assert (row[~keep] == text.PAD).all()
     assert mask.sum(1).tolist()[:2] == [1, 4]                     # START alone; START a red circle
-    red, circle = dit.tokenize(["RED circle", "circle red"], 9)[0][:, 1:]
+    red, circle = text.tokenize(["RED circle", "circle red"], 9)[0][:, 1:]
     assert torch.equal(red, circle.flip(0))                       # the same word in either place
-    assert dit.split_words(" \n") == [] == dit.split_words("")
+    assert text.split_words(" \n") == [] == text.split_words("")
 
 
-def test_what_is_cut_is_named():
-    model = dit.TextEncoder(dit.TextConfig(**SMALL, limit=3))
-    assert model.cut("one two three") == "" and model.cut("one two three four five") == "four five"
-    assert model.cut("緑" * 40) == "緑" * 24 and dit.tokenize(["a " * 50], 3)[1].shape == (1, 4)
+def test_truncated_text_is_reported():
+    model = text.TextEncoder(text.TextConfig(**SMALL, limit=3))
+    assert model.truncated("one two three") == ""
+    assert model.truncated("one two three four five") == "four five"
+    assert model.truncated("緑" * 40) == "緑" * 24 and text.tokenize(["a " * 50], 3)[1].shape == (1, 4)
     with torch.no_grad():
         torch.testing.assert_close(model(["one two three four"]), model(["one two three"]), rtol=0, atol=0)
 
@@ -49,7 +53,7 @@ def test_padding_changes_no_prompt():
     model = encoder()
     together = model(PROMPTS)
     for i, prompt in enumerate(PROMPTS):
-        alone, length = model([prompt]), len(dit.split_words(prompt)) + 1
+        alone, length = model([prompt]), len(text.split_words(prompt)) + 1
         torch.testing.assert_close(together["context"][i, :length], alone["context"][0], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(together["pooled"][i], alone["pooled"][0], atol=1e-6, rtol=1e-5)
         assert not together["context"][i, length:].any() and not together["mask"][i, length:].any()
@@ -71,8 +75,8 @@ def network(kind):
                                           attention=(True, True), positions=True))
     else:
         depth = {"mmdit": dict(depth=2), "single": dict(depth=1, single_depth=2)}[kind]
-        model = dit.MMDiT(dit.MMDiTConfig(width=32, heads=2, context_width=32, pooled_width=32,
-                                          rope=(4, 6, 6), **depth))
+        model = mmdit.MMDiT(mmdit.MMDiTConfig(width=32, heads=2, context_width=32, pooled_width=32,
+                                              rope=(4, 6, 6), **depth))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return model.double().eval(), ("context", "mask", "pooled")
@@ -92,8 +96,7 @@ def test_networks_do_not_see_padding(kind):
     assert (outs[2] - outs[0]).abs().max() > 1e-5
 
 
-def test_words_learn_with_the_picture():
-    """The encoder is trained through the network's loss."""
+def test_the_encoder_is_trained_through_the_network():
     words, (model, names) = encoder().train(), network("mmdit")
     model.float()
     cond = words(["a red circle", "blue"])
@@ -102,45 +105,13 @@ def test_words_learn_with_the_picture():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in words.parameters())
 
 
-@pytest.mark.parametrize("kind", ["dit", "mmdit", "single"])
-@torch.no_grad()
-def test_convolution_between_tokens(kind):
-    """Zero at first; then each token hears its eight neighbours on the grid, through the MLP alone."""
-    mlp = dit.MLP("swiglu", 16, 4.0, conv=True)
-    x = torch.randn(1, 5 * 7, 16)
-    plain = dit.MLP("swiglu", 16, 4.0)
-    plain.load_state_dict({name: w for name, w in mlp.state_dict().items() if not name.startswith("conv")})
-    torch.testing.assert_close(mlp(x, (5, 7)), plain(x))
-    torch.nn.init.normal_(mlp.conv.weight)
-    moved = x.clone()
-    moved[0, 2 * 7 + 3] += 1                                                   # row 2, column 3
-    heard = (mlp(moved, (5, 7)) - mlp(x, (5, 7))).abs().amax(-1).view(5, 7) > 1e-6
-    expected = torch.zeros(5, 7, dtype=torch.bool)
-    expected[1:4, 2:5] = True
-    assert torch.equal(heard, expected)
-    shared = dict(width=32, depth=2, heads=2, conv=True)
-    shared |= {"depth": 0, "single_depth": 2} if kind == "single" else {}
-    model = (dit.DiT(dit.DiTConfig(**shared)) if kind == "dit" else
-             dit.MMDiT(dit.MMDiTConfig(**shared, context_width=8, pooled_width=None, rope=(4, 6, 6))))
-    cond = {} if kind == "dit" else {"context": torch.randn(2, 3, 8)}
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    x, t = torch.randn(2, 4, 6, 8), torch.rand(2)
-    with_it = model(x, t, **cond)
-    for module in model.modules():
-        if isinstance(module, dit.TokenConv):
-            torch.nn.init.zeros_(module.weight)
-    assert (with_it - model(x, t, **cond)).abs().max() > 1e-3
-    assert sum(".conv." in name for name, _ in model.named_parameters()) == 2 * 2
-
-
 # ---- frozen encoders and precomputed vectors
 
 @torch.no_grad()
 def test_frozen_clip(published):
     import transformers
 
-    encoder = dit.PublishedTextEncoder("clip", str(published / "clip"))
+    encoder = text.FrozenTextEncoder("clip", str(published / "clip"))
     model = transformers.CLIPTextModelWithProjection.from_pretrained(published / "clip").eval()
     together = encoder(["a red circle", "blue", ""])
     for i, prompt in enumerate(["a red circle", "blue", ""]):
@@ -152,8 +123,8 @@ def test_frozen_clip(published):
                                    rtol=1e-4)
         torch.testing.assert_close(together["pooled"][i], want.text_embeds[0], atol=1e-5, rtol=1e-4)
     assert together["pooled"].shape == (3, 12)
-    assert dit.PublishedTextEncoder("clip", str(published / "sd1"))(["blue"])["pooled"].shape == (1, 16)
-    assert encoder.cut("a red circle") == "" and encoder.cut(
+    assert text.FrozenTextEncoder("clip", str(published / "sd1"))(["blue"])["pooled"].shape == (1, 16)
+    assert encoder.truncated("a red circle") == "" and encoder.truncated(
         "a red circle left of a blue square") == "quare"           # 22 letters and two marks are 24 tokens
 
 
@@ -161,7 +132,7 @@ def test_frozen_clip(published):
 def test_frozen_t5(published):
     import transformers
 
-    encoder = dit.PublishedTextEncoder("t5", str(published / "t5"))
+    encoder = text.FrozenTextEncoder("t5", str(published / "t5"))
     model = transformers.T5EncoderModel.from_pretrained(published / "t5").eval()
     together = encoder(["a red circle", "blue"])
     assert set(together) == {"context", "mask"} and together["mask"].sum(1).tolist() == [4, 2]
@@ -170,33 +141,44 @@ def test_frozen_t5(published):
     assert not together["context"][1, 2:].any()
 
 
-def test_frozen_encoders_refuse(published, tmp_path):
+def test_a_folder_without_an_encoder_is_refused(tmp_path, monkeypatch):
+    """Also where the package is missing: installing it would not help."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for kind in ("clip", "t5"):
+        with pytest.raises(ValueError, match="no text encoder there"):
+            text.FrozenTextEncoder(kind, str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="needs the package transformers .pip install transformers."):
+        text.FrozenTextEncoder("clip", str(tmp_path))
+
+
+def test_a_damaged_encoder_is_refused(published, tmp_path):
     with pytest.raises(ValueError, match="no text encoder there"):
-        dit.PublishedTextEncoder("clip", str(tmp_path))
+        text.FrozenTextEncoder("clip", str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded as a t5 encoder"):
-        dit.PublishedTextEncoder("t5", str(tmp_path))
+        text.FrozenTextEncoder("t5", str(tmp_path))
 
 
 def test_text_cache(published, tmp_path, capsys):
-    """What it returns is what the encoder said, in float16; built once, and anew for other prompts."""
-    encoder = dit.PublishedTextEncoder("clip", str(published / "clip"))
+    """It returns the encoder's output, in float16; it is built once, and anew for other prompts."""
+    encoder = text.FrozenTextEncoder("clip", str(published / "clip"))
     prompts = ["a red circle", "blue", "blue"]
-    cache = data.TextCache(tmp_path / "text.bin", prompts, encoder, "clip 1")
+    first = cache.TextCache(tmp_path / "text.bin", prompts, encoder, "clip 1")
     with torch.no_grad():
-        got, want = cache(["blue", "", "a red circle"]), encoder(["blue", "", "a red circle"])
-    assert cache.widths == (16, 12) and torch.equal(got["mask"], want["mask"])
+        got, want = first(["blue", "", "a red circle"]), encoder(["blue", "", "a red circle"])
+    assert first.widths == (16, 12) and torch.equal(got["mask"], want["mask"])
     torch.testing.assert_close(got["context"], want["context"], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(got["pooled"], want["pooled"])
 
     def never(prompts):
         raise AssertionError("encoded again")
 
-    again = data.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
-    assert torch.equal(again(["blue"])["context"], cache(["blue"])["context"])
+    again = cache.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
+    assert torch.equal(again(["blue"])["context"], first(["blue"])["context"])
     for changed in ((["a square"], "clip 1"), (prompts, "clip 2")):
         with pytest.raises(AssertionError, match="encoded again"):
-            data.TextCache(tmp_path / "text.bin", changed[0], never, changed[1])
+            cache.TextCache(tmp_path / "text.bin", changed[0], never, changed[1])
     many = [f"{i:03d}" for i in range(100)]                      # two batches
 
     def uneven(prompts, width=3, value=1.0):
@@ -205,20 +187,20 @@ def test_text_cache(published, tmp_path, capsys):
                 "mask": torch.ones(len(prompts), 1).bool()}
 
     with pytest.raises(ValueError, match=r"widths \[4\], not \[3\]"):
-        data.TextCache(tmp_path / "other.bin", many, uneven, "")
+        cache.TextCache(tmp_path / "other.bin", many, uneven, "")
     with pytest.raises(ValueError, match="below 65504"):
-        data.TextCache(tmp_path / "other.bin", many, lambda prompts: uneven(prompts, value=1e5), "")
+        cache.TextCache(tmp_path / "other.bin", many, lambda prompts: uneven(prompts, value=1e5), "")
     assert not (tmp_path / "other.json").exists()
-    (tmp_path / "text.bin").write_bytes((tmp_path / "text.bin").read_bytes()[:-2])           # cut short
+    (tmp_path / "text.bin").write_bytes((tmp_path / "text.bin").read_bytes()[:-2])           # truncated
     with pytest.raises(AssertionError, match="encoded again"):
-        data.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
+        cache.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
 
 
 def test_precomputed_vectors(tmp_path):
     context, pooled = torch.randn(5, 6), torch.randn(4)
     for name, mask in (("all.npz", [1] * 5), ("part.npz", [1, 1, 0, 0, 0])):
         np.savez(tmp_path / name, context=context, mask=np.array(mask, bool), pooled=pooled)
-    cond = data.read_embeddings([str(tmp_path / "part.npz"), "", str(tmp_path / "all.npz")])
+    cond = cache.read_embeddings([str(tmp_path / "part.npz"), "", str(tmp_path / "all.npz")])
     assert cond["mask"].sum(1).tolist() == [2, 1, 5]
     assert not cond["context"][1].any() and not cond["pooled"][1].any()
     torch.testing.assert_close(cond["context"][0, :2], context[:2])
@@ -226,7 +208,7 @@ def test_precomputed_vectors(tmp_path):
     torch.testing.assert_close(cond["pooled"][2], pooled)
     (tmp_path / "bad.npz").write_bytes(b"no")
     with pytest.raises(ValueError, match="bad.npz: not an .npz with context"):
-        data.read_embeddings([str(tmp_path / "bad.npz")])
+        cache.read_embeddings([str(tmp_path / "bad.npz")])
     np.savez(tmp_path / "wide.npz", context=torch.randn(5, 7), pooled=pooled)
     with pytest.raises(ValueError, match="differ in width"):
-        data.read_embeddings([str(tmp_path / "all.npz"), str(tmp_path / "wide.npz")])
+        cache.read_embeddings([str(tmp_path / "all.npz"), str(tmp_path / "wide.npz")])

@@ -1,0 +1,434 @@
+"""What a network is conditioned on: nothing, class labels or text.
+
+    python conditioning.py                # shows what each kind gives a network in training and in sampling
+
+Each kind owns its part of the network's configuration, a batch's conditions in training with dropout, the
+null condition that guidance needs, the conditions of validation and previews, its part of the checkpoint, and
+its flags of sample.py. A new kind is a class here, a row in KINDS, and a network that takes its conditions.
+
+`cond` is the dict of keyword arguments of the network: {} or y (B,) labels, with `num_classes` standing for
+"no class"; or context (B, L, D) with mask (B, L), True at valid positions, and pooled (B, P).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from cache import TextCache, TextWidths, fingerprint_files, read_embeddings
+from data import Dataset, Folder, clean_text, send
+from text import FrozenTextEncoder, TextConfig, TextEncoder
+from unet import UNetConfig
+
+Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask and perhaps pooled
+VALIDATED = 256        # pictures of the validation part that are used
+PREVIEW_COLUMNS = 8    # of samples that have no classes to stand in columns
+
+
+class Asked(NamedTuple):
+    """The conditions of n pictures that are to be drawn."""
+    turn: Tensor                          # (n,) for each picture the index of its condition
+    every: dict[str, Tensor]              # every distinct condition once, the null condition last
+    names: list[str]                      # of the distinct conditions
+    columns: int | None = None            # of a grid of these pictures
+    captions: list[str] | None = None     # to be printed below each picture
+
+    def batch(self, start: int, size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(cond, uncond) of `size` pictures from `start` on."""
+        cond = {name: part[self.turn[start:start + size]] for name, part in self.every.items()}
+        uncond = {name: part[[-1] * size] for name, part in self.every.items()}
+        return cond, uncond
+
+
+class Nothing:
+    """No conditions, and the base of the other kinds.
+
+    spec holds what the checkpoint stores of any kind: classes (names), text (the encoder), prompts (examples
+    for sample.py) and label_dropout. A run that begins knows only text and label_dropout; `attach` adds the
+    rest."""
+
+    flags: dict[str, dict] = {}           # flags of sample.py: name -> fields of settings.Flag
+    use = ""                              # the flag that says what to draw
+    fingerprint: str | None = None        # of encoder outputs that must not change on resume
+
+    def __init__(self, spec: dict, device: torch.device):
+        self.classes = list(spec["classes"])
+        self.prompts = list(spec["prompts"])
+        self.text = spec["text"]
+        self.dropout = spec["label_dropout"]
+        self.device = device
+
+    # ---- training
+
+    def prepare(self, source: str, folder: Folder | None) -> None:
+        """Load what the data does not decide, before anything is written. source: --data; folder: its
+        listing."""
+
+    def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
+        """Take what the conditions of training and validation are made from."""
+
+    def network_options(self, arch: str, preset: dict) -> dict:
+        """This kind's part of the network's configuration."""
+        return {"num_classes": 0}
+
+    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
+        """The conditions of training pictures; where `dropped` (B,) is True, the null condition."""
+        return {}
+
+    def validation(self, model: nn.Module) -> dict[str, Tensor]:
+        """The conditions of the first VALIDATED pictures of the validation part."""
+        return {}
+
+    def preview(self, model: nn.Module, rows: int) -> Asked:
+        return Asked(torch.zeros(rows * PREVIEW_COLUMNS, dtype=torch.long), {}, [], PREVIEW_COLUMNS)
+
+    def spec(self) -> dict:
+        return {"classes": [], "prompts": [], "text": None, "label_dropout": 0.0}
+
+    # ---- sampling
+
+    @property
+    def described(self) -> str:
+        """Completes "this run ..." in messages."""
+        return "was trained without conditions"
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the network was trained on the null condition too, which guidance needs."""
+        return False
+
+    def accepted(self) -> set[str]:
+        """Those of sample.py's conditioning flags that this run takes."""
+        return set(self.flags)
+
+    def ask(self, args: argparse.Namespace, model: nn.Module) -> Asked:
+        """What sample.py's flags ask for: args.n pictures."""
+        return Asked(torch.zeros(args.n, dtype=torch.long), {}, [])
+
+    def hint(self) -> str:
+        """Flags of sample.py that ask this run for something it was trained on."""
+        return ""
+
+
+class Labels(Nothing):
+    """Class labels. A source without classes (a flat folder) makes an unconditional network."""
+
+    flags = {"--label": dict(help="class, by number or name (default: all in turn)")}
+    use = "--label"
+
+    def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
+        self.classes = train.classes
+        if self.classes:
+            self.labels = torch.from_numpy(train.labels)
+            self.val_labels = torch.from_numpy(val.labels[:VALIDATED])
+
+    def network_options(self, arch: str, preset: dict) -> dict:
+        return {"num_classes": len(self.classes)}
+
+    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
+        if not self.classes:
+            return {}
+        null = len(self.classes)
+        y = torch.where(dropped, null, self.labels[torch.from_numpy(indices)])
+        return {"y": send(y, self.device)}
+
+    def validation(self, model: nn.Module) -> dict[str, Tensor]:
+        return {"y": send(self.val_labels, self.device)} if self.classes else {}
+
+    def every(self) -> dict[str, Tensor]:
+        return {"y": torch.arange(len(self.classes) + 1, device=self.device)}
+
+    def preview(self, model: nn.Module, rows: int) -> Asked:
+        if not self.classes:
+            return super().preview(model, rows)
+        columns = min(len(self.classes), 24)                       # a column per class
+        turn = torch.arange(rows * columns) % len(self.classes)
+        return Asked(turn, self.every(), self.classes, columns)
+
+    def spec(self) -> dict:
+        dropout = self.dropout if self.classes else 0.0
+        return super().spec() | {"classes": self.classes, "label_dropout": dropout}
+
+    @property
+    def described(self) -> str:
+        return "is conditioned on class labels"
+
+    @property
+    def guidable(self) -> bool:
+        return bool(self.classes) and self.dropout > 0
+
+    def ask(self, args: argparse.Namespace, model: nn.Module) -> Asked:
+        turn = torch.arange(args.n) % len(self.classes)
+        columns = None
+        if args.label is not None:
+            turn = torch.full((args.n,), self.index(args.label))
+        elif 1 < len(self.classes) <= min(24, args.n):
+            columns = len(self.classes)
+        return Asked(turn, self.every(), self.classes, columns)
+
+    def index(self, label: str) -> int:
+        if label in self.classes:
+            return self.classes.index(label)
+        if label.isdecimal() and int(label) < len(self.classes):
+            return int(label)
+        known = ", ".join(self.classes[:12])
+        if len(self.classes) > 12:
+            known += ", ..."
+        raise ValueError(f"--label {label}: not a class of this run; it has 0 to {len(self.classes) - 1}: "
+                         f"{known}")
+
+    def hint(self) -> str:
+        return f" --label {shlex.quote(self.classes[0])}" if self.classes else ""
+
+
+class Words(Nothing):
+    """Text, through an encoder. text["encoder"] is "bytes": built in, a part of the network (`model.text`),
+    which is trained and saved with it; "clip" or "t5": frozen, from the folder text["path"]; or "none":
+    vectors that another program computed, one .npz file per picture, whose names then stand in for
+    captions."""
+
+    flags = {
+        "--prompt": dict(help="what to draw; several prompts are drawn in turn (default: captions of the "
+                              "validation data)", nargs="+", metavar="TEXT"),
+        "--negative-prompt": dict(help="what guidance leads away from (default: empty)", metavar="TEXT"),
+        "--text-encoder": dict(help="where the run's frozen encoder is now (default: where it was)",
+                               metavar="KIND:PATH"),
+        "--embedding": dict(help="instead of prompts, for a run trained on precomputed vectors: .npz with "
+                                 "context, mask, pooled", nargs="+", metavar="FILE"),
+    }
+
+    def __init__(self, spec: dict, device: torch.device):
+        super().__init__(spec, device)
+        self.kind = self.text["encoder"]
+        self.precomputed = self.kind == "none"
+        self.encoder: FrozenTextEncoder | None = None      # frozen, held only until its outputs are cached
+        self.table: TextCache | None = None                # those outputs, in training
+
+    @property
+    def use(self) -> str:
+        return "--embedding" if self.precomputed else "--prompt"
+
+    # ---- training
+
+    def prepare(self, source: str, folder: Folder | None) -> None:
+        if self.kind == "bytes":
+            width = self.text["config"]["width"]
+            self.widths = TextWidths(width, width)
+            return
+        if self.precomputed:
+            cond = read_embeddings(folder.words[:1])
+            self.fingerprint = fingerprint_files(Path(source), "*.npz")
+        else:
+            self.encoder = FrozenTextEncoder(self.kind, self.text["path"], self.device)
+            cond = self.encoder([""])
+            self.fingerprint = fingerprint_files(Path(self.text["path"]), "*.*")
+        pooled = cond["pooled"].shape[-1] if "pooled" in cond else None
+        self.widths = TextWidths(cond["context"].shape[-1], pooled)
+
+    def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
+        self.captions = train.captions
+        self.val_captions = val.captions[:VALIDATED]
+        self.prompts = val.captions[:64]
+        self.vary = None
+        if self.kind == "bytes":
+            self.vary = train.vary
+        if not (self.precomputed or resumed):
+            self.warn_of_truncation()
+        if self.kind != "bytes":
+            # The outputs of a frozen encoder never change: each caption is encoded once. It is not trained on
+            # reworded captions, as there is an output for each caption as it stands only.
+            self.table = TextCache(cache_dir / f"text-{self.kind}.bin", [*self.captions, *self.val_captions],
+                                   self.encoder or read_embeddings, self.fingerprint)
+            self.encoder = None                            # gigabytes, perhaps
+
+    def warn_of_truncation(self) -> None:
+        encoder = self.encoder
+        if encoder is None:
+            with torch.device("meta"):                     # only its limit is needed
+                encoder = TextEncoder(TextConfig(**self.text["config"]))
+        truncated = [rest for rest in map(encoder.truncated, self.captions) if rest]
+        if truncated:
+            print(f"warning: {len(truncated):,} of {len(self.captions):,} captions are longer than the "
+                  f"encoder's limit and are truncated; the first of them loses {truncated[0]!r}",
+                  file=sys.stderr)
+
+    def network_options(self, arch: str, preset: dict) -> dict:
+        options = {"context_width": self.widths.context}
+        if arch == "mmdit":
+            options |= {"pooled_width": self.widths.pooled, "guidance": False}
+        elif preset.get("context_width") is None:
+            # A U-Net of our own: text reaches every level, and attention knows where each pixel is. The
+            # presets of Stable Diffusion, which have a context width, take no pooled vector and stay as
+            # published.
+            levels = len(preset.get("widths", UNetConfig.widths))
+            options |= {"pooled_width": self.widths.pooled, "attention": (True,) * levels, "positions": True}
+        return options
+
+    def encode(self, model: nn.Module, prompts: list[str]) -> dict[str, Tensor]:
+        return network_inputs(model, self.table or model.text, prompts, self.device)
+
+    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
+        prompts = []
+        for index, drop in zip(indices, dropped.tolist()):
+            prompts.append("" if drop else self.caption(index))
+        return self.encode(model, prompts)
+
+    def caption(self, index: int) -> str:
+        caption = self.captions[index]
+        if self.vary:
+            # Seeded by torch's generator, whose state the checkpoint holds: a resumed run rewords the same
+            # way.
+            caption = self.vary(caption, np.random.default_rng(torch.randint(2**31, ()).item()))
+        return caption
+
+    def validation(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.encode(model, self.val_captions)
+
+    def preview(self, model: nn.Module, rows: int) -> Asked:
+        """One sample for each of the first captions of the validation part."""
+        n = rows * PREVIEW_COLUMNS
+        turn = torch.arange(n) % len(self.val_captions)
+        every = self.encode(model, [*self.val_captions[:n], ""])
+        captions = [self.val_captions[i] for i in turn]
+        return Asked(turn, every, self.val_captions, PREVIEW_COLUMNS, captions)
+
+    def spec(self) -> dict:
+        return {"classes": [], "prompts": self.prompts, "text": self.text, "label_dropout": self.dropout}
+
+    # ---- sampling
+
+    @property
+    def described(self) -> str:
+        return "is conditioned on precomputed text vectors" if self.precomputed else "is conditioned on text"
+
+    @property
+    def guidable(self) -> bool:
+        return self.dropout > 0
+
+    def accepted(self) -> set[str]:
+        if self.precomputed:
+            return {"--embedding"}
+        if self.kind == "bytes":
+            return {"--prompt", "--negative-prompt"}
+        return {"--prompt", "--negative-prompt", "--text-encoder"}
+
+    def ask(self, args: argparse.Namespace, model: nn.Module) -> Asked:
+        encode = self.sampling_encoder(model, args.text_encoder)
+        asked = args.embedding
+        negative = ""
+        if not self.precomputed:
+            asked = [clean_text(prompt) for prompt in args.prompt or self.prompts]
+            negative = clean_text(args.negative_prompt or "")
+        asked = asked[:args.n]
+        prompts = list(dict.fromkeys(asked))               # each is encoded once
+        if not self.precomputed:
+            for prompt in (*prompts, negative):
+                rest = encode.truncated(prompt)
+                if rest:
+                    print("warning: a prompt is longer than the encoder's limit and is truncated; it loses "
+                          f"{rest!r}", file=sys.stderr)
+        every = network_inputs(model, encode, [*prompts, negative], self.device)
+
+        turn = torch.tensor([prompts.index(prompt) for prompt in asked])[torch.arange(args.n) % len(asked)]
+        columns, captions = None, None
+        if len(prompts) > 1:
+            captions = [prompts[i] for i in turn]
+            if len(prompts) <= min(PREVIEW_COLUMNS, args.n):
+                columns = len(prompts)
+        return Asked(turn, every, prompts, columns, captions)
+
+    def sampling_encoder(self, model: nn.Module, place: str | None) -> Encoder:
+        """place: KIND:PATH of a frozen encoder that has moved since the training."""
+        if self.kind == "bytes":
+            return model.text
+        if self.precomputed:
+            return read_embeddings
+        kind, _, path = (place or f"{self.kind}:{self.text['path']}").partition(":")
+        if kind != self.kind:
+            raise ValueError(f"--text-encoder {place}: this run was trained with {self.kind}:PATH")
+        return FrozenTextEncoder(kind, path, self.device)
+
+    def hint(self) -> str:
+        return f" {self.use} {shlex.quote(self.prompts[0])}"
+
+
+def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
+                   device: torch.device) -> dict[str, Tensor]:
+    """Those of the encoder's outputs that the network takes, on the device. Raises ValueError for outputs of
+    another width than it was built for."""
+    cond = encode(prompts)
+    wanted = {"context": model.config.context_width, "pooled": getattr(model.config, "pooled_width", None)}
+    for name, width in wanted.items():
+        found = cond[name].shape[-1] if name in cond else None
+        if width and found != width:
+            raise ValueError(f"text vectors ({name}) of width {found}: this network takes {width}")
+    names = ["context", "mask"]
+    if wanted["pooled"]:
+        names.append("pooled")
+    return {name: send(cond[name], device) for name in names}
+
+
+KINDS = {"none": Nothing, "class": Labels, "text": Words}
+
+
+def of_settings(cond: str, text: dict | None, dropout: float, device: torch.device) -> Nothing:
+    """The conditioning of a run that begins: cond is a key of KINDS."""
+    return KINDS[cond]({"classes": [], "prompts": [], "text": text, "label_dropout": dropout}, device)
+
+
+def of_checkpoint(checkpoint: dict, device: torch.device) -> Nothing:
+    spec = {"classes": checkpoint["data"]["classes"], "prompts": checkpoint["data"].get("prompts", []),
+            "text": checkpoint["text"], "label_dropout": checkpoint["label_dropout"]}
+    if spec["text"]:
+        return Words(spec, device)
+    if spec["classes"]:
+        return Labels(spec, device)
+    return Nothing(spec, device)
+
+
+def check_flags(conditioning: Nothing, args: argparse.Namespace) -> None:
+    """Refuse the conditioning flags of sample.py that this run does not take."""
+    for kind in KINDS.values():
+        for flag in kind.flags:
+            value = getattr(args, flag.lstrip("-").replace("-", "_"))
+            if value is None or flag in conditioning.accepted():
+                continue
+            remedy = "leave it out"
+            if flag in ("--label", "--prompt", "--embedding") and conditioning.use:
+                remedy = f"use {conditioning.use}"
+            first = value if isinstance(value, str) else value[0]
+            raise ValueError(f"{flag} {first}: this run {conditioning.described}; {remedy}")
+
+
+def demo() -> None:
+    cpu = torch.device("cpu")
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    with_classes = Dataset(images, np.array([0, 1, 2, 0]), ["red", "green", "blue"], "demo")
+    with_captions = Dataset(images, None, [], "demo", captions=["a red square", "green", "blue", "red"])
+    model = nn.Module()
+    model.text = TextEncoder(TextConfig(width=16, depth=1, heads=2))
+    model.config = SimpleNamespace(context_width=16, pooled_width=16)
+    text = {"encoder": "bytes", "config": {"width": 16, "depth": 1, "heads": 2}}
+    for cond, data in (("none", with_classes), ("class", with_classes), ("text", with_captions)):
+        conditioning = of_settings(cond, text if cond == "text" else None, 0.5, cpu)
+        conditioning.prepare("demo", None)
+        conditioning.attach(data, data, Path("."), resumed=False)
+        batch = conditioning.batch(model, np.arange(4), torch.tensor([False, False, False, True]))
+        print(f"--cond {cond}: this run {conditioning.described}; network options "
+              f"{conditioning.network_options('unet', {})}")
+        for name, part in batch.items():
+            print(f"    {name:8s} {tuple(part.shape)}", part.tolist() if part.ndim < 2 else "")
+
+
+if __name__ == "__main__":
+    demo()

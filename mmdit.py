@@ -1,0 +1,307 @@
+"""MMDiT: text and image tokens attend to each other, as in Stable Diffusion 3 and FLUX.
+
+    python mmdit.py                      # prints the presets and their parameter counts
+    python train.py --arch mmdit --objective rf --data shapes --cond text
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"
+(arXiv:2403.03206), section 4 and figure 2; with `single_depth`, FLUX's single-stream blocks after those.
+Contract: model(xt, t, context, mask, pooled) -> raw, with xt (B, C, H, W), t (B,) in [0, 1], 0 = data, and
+the output of a text encoder: context (B, L, context_width), mask (B, L), True at valid positions, and pooled
+(B, pooled_width). Shapes: L text tokens, then N = h * w image tokens, D the width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention import Rope, attention, rms_norm
+from dit import (MLP, QKV, FinalLayer, Modulation, Norm, PatchEmbed, SelfAttention, TimestepEmbedder,
+                 TokenConv, grid_coordinates, initialize_transformer, modulate, position_angles,
+                 sincos_positions, unpatchify)
+
+
+@dataclass
+class MMDiTConfig:
+    channels: int = 4
+    out_channels: int | None = None          # None: the same as `channels`
+    patch: tuple[int, int] = (2, 2)          # height, width
+    width: int = 256
+    depth: int = 6                           # joint blocks: separate weights for text and for image
+    single_depth: int = 0                    # single-stream blocks after those: shared weights (FLUX)
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    context_width: int = 256                 # width of the text encoder's output
+    pooled_width: int | None = 256           # width of its pooled output, which modulates; None: not used
+    norm: str = "rms"
+    mlp: str = "swiglu"
+    qk_norm: bool = True
+    conv: bool = False                       # a depthwise 3x3 convolution in the MLPs of the image tokens
+    dual_attention: int = 0                  # SD 3.5: so many first blocks also attend within the image
+    rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head that rotate with text, y, x
+    rope_theta: float = 100.0
+    sincos: tuple[int, int] | None = None    # SD 3: added positions; the `crop` of sincos_positions
+    guidance: bool = False                   # FLUX.1-dev: distilled, so the guidance scale is an input
+    time_scale: float = 1000.0
+    time_offset: float = 0.0
+
+
+PUBLISHED_BLOCK = dict(norm="layer", mlp="gelu")
+PRESETS = {
+    "tiny": dict(width=64, depth=2, heads=2, rope=(8, 12, 12)),
+    "small": dict(),
+    "sd3-medium": dict(PUBLISHED_BLOCK, channels=16, width=1536, depth=24, heads=24, context_width=4096,
+                       pooled_width=2048, qk_norm=False, rope=None, sincos=(64, 192)),
+    "sd3.5-medium": dict(PUBLISHED_BLOCK, channels=16, width=1536, depth=24, heads=24, context_width=4096,
+                         pooled_width=2048, dual_attention=13, rope=None, sincos=(64, 384)),
+    "flux-dev": dict(PUBLISHED_BLOCK, channels=16, width=3072, depth=19, single_depth=38, heads=24,
+                     context_width=4096, pooled_width=768, rope=(16, 56, 56), rope_theta=10000.0,
+                     guidance=True),
+}
+
+
+def rope_3d(length: int, h: int, w: int, axes: tuple[int, int, int], theta: float,
+            device: torch.device | str = "cpu") -> Rope:
+    """cos and sin, each (length + h * w, sum(axes) / 2), for `length` text tokens at (0, 0, 0) and h x w
+    patches at (0, y, x). axes: the channels that rotate with each coordinate (FLUX)."""
+    y, x = grid_coordinates(h, w)
+    patches = torch.stack([torch.zeros_like(y), y, x], dim=1)                            # (N, 3)
+    # All text tokens stand at the origin: their order is in the text encoder's output already.
+    positions = torch.cat([torch.zeros(length, 3, dtype=torch.float64), patches])        # (L + N, 3)
+    angles = torch.cat([position_angles(coordinate, channels // 2, theta)
+                        for coordinate, channels in zip(positions.T, axes)], dim=1)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+class VectorEmbedder(nn.Module):
+    """The pooled text vector (B, pooled_width) -> (B, D)."""
+
+    def __init__(self, c_in: int, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(c_in, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class StreamModulation(NamedTuple):
+    """How the condition acts on one stream, each (B, 1, D). Of the context stream in the last block only the
+    first two exist: its tokens enter the attention, but nothing is added to them any more."""
+    shift: Tensor                    # of the input of the joint attention
+    scale: Tensor
+    gate: Tensor | None = None       # of its output
+    mlp: Modulation | None = None
+    attn2: Modulation | None = None  # of the second attention, within the image (SD 3.5)
+
+
+class Stream(nn.Module):
+    """The weights of a joint block that belong to one kind of token, text or image.
+
+    last: the text of the last joint block. No layer reads its tokens afterwards, so they give queries, keys
+    and values but are not updated, and the weights that would update them do not exist. dual: a second
+    attention, in which the image attends to itself alone (SD 3.5)."""
+
+    def __init__(self, c: MMDiTConfig, last: bool = False, dual: bool = False, conv: bool = False):
+        super().__init__()
+        self.last = last
+        self.norm1 = Norm(c.norm, c.width)
+        self.attn = SelfAttention(c.width, c.heads, c.qk_norm, proj=not last)
+        self.attn2 = SelfAttention(c.width, c.heads, c.qk_norm) if dual else None
+        if not last:
+            self.norm2 = Norm(c.norm, c.width)
+            self.mlp = MLP(c.mlp, c.width, c.mlp_ratio, conv)
+        self.chunks = 6                      # shift, scale and gate of the attention and of the MLP
+        if last:
+            self.chunks = 2                  # shift and scale of the attention's input
+        elif dual:
+            self.chunks = 9
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, self.chunks * c.width))
+
+    def modulation(self, c: Tensor) -> StreamModulation:
+        """c (B, D), the condition."""
+        chunks = self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)            # each (B, 1, D)
+        if self.last:
+            return StreamModulation(*chunks)
+        attn2 = None
+        if self.attn2 is not None:
+            attn2 = Modulation(*chunks[6:])
+        return StreamModulation(*chunks[:3], mlp=Modulation(*chunks[3:6]), attn2=attn2)
+
+    def qkv(self, x: Tensor, m: StreamModulation) -> QKV:
+        """x (B, n, D) -> its part of the joint attention's input. Normalised here, as text and image have
+        QK-norms of their own; rotated where they are joined."""
+        q, k, v = self.attn.split(modulate(self.norm1(x), m.shift, m.scale))
+        if self.attn.q_norm is not None:
+            q = rms_norm(q, self.attn.q_norm)
+            k = rms_norm(k, self.attn.k_norm)
+        return QKV(q, k, v)
+
+    def update(self, x: Tensor, m: StreamModulation, attended: Tensor,
+               grid: tuple[int, int] | None = None) -> Tensor:
+        """x (B, n, D) and its rows of the joint attention's output, (B, n, D) -> the tokens of the next
+        block."""
+        out = x + m.gate * self.attn.proj(attended)
+        if self.attn2 is not None:           # beside the joint attention: both read x
+            image = modulate(self.norm1(x), m.attn2.shift, m.attn2.scale)
+            out = out + m.attn2.gate * self.attn2(image, None)
+        return out + m.mlp.gate * self.mlp(modulate(self.norm2(out), m.mlp.shift, m.mlp.scale), grid)
+
+
+class JointBlock(nn.Module):
+    """Text and image, each with its own weights, in one attention (Esser et al. 2024, figure 2b)."""
+
+    def __init__(self, c: MMDiTConfig, last: bool, dual: bool):
+        super().__init__()
+        self.last = last
+        self.context_block = Stream(c, last=last)
+        self.x_block = Stream(c, dual=dual, conv=c.conv)
+
+    def forward(self, x: Tensor, context: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None,
+                grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """x (B, N, D), context (B, L, D), the condition c (B, D) and mask (B, L + N), bool, True where a
+        token may be attended to -> x and context."""
+        text_modulation = self.context_block.modulation(c)
+        text = self.context_block.qkv(context, text_modulation)
+        image_modulation = self.x_block.modulation(c)
+        image = self.x_block.qkv(x, image_modulation)
+
+        q = torch.cat([text.q, image.q], dim=2)                              # (B, heads, L + N, head_dim)
+        k = torch.cat([text.k, image.k], dim=2)
+        v = torch.cat([text.v, image.v], dim=2)
+        attended = attention(q, k, v, rope=rope, mask=mask).transpose(1, 2).flatten(2)   # (B, L + N, D)
+
+        length = context.shape[1]
+        x = self.x_block.update(x, image_modulation, attended[:, length:], grid)
+        if not self.last:
+            context = self.context_block.update(context, text_modulation, attended[:, :length])
+        return x, context
+
+
+class SingleBlock(nn.Module):
+    """Text and image as one sequence with shared weights. Attention and MLP run side by side on the same
+    input, so one linear layer serves both on the way in and one on the way out (FLUX; Dehghani et al. 2023,
+    arXiv:2302.05442, section 2.1)."""
+
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        hidden = int(c.mlp_ratio * c.width)
+        self.width = c.width
+        self.heads = c.heads
+        self.norm = Norm(c.norm, c.width)
+        self.linear1 = nn.Linear(c.width, 3 * c.width + hidden)              # q, k, v, hidden
+        self.linear2 = nn.Linear(c.width + hidden, c.width)                  # attended, hidden
+        self.q_norm = None
+        self.k_norm = None
+        if c.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(c.width // c.heads))
+            self.k_norm = nn.Parameter(torch.ones(c.width // c.heads))
+        self.conv = TokenConv(hidden) if c.conv else None
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 3 * c.width))
+
+    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None,
+                grid: tuple[int, int]) -> Tensor:
+        """x (B, L + N, D), the condition c (B, D) and mask (B, L + N) -> (B, L + N, D)."""
+        m = Modulation(*self.adaLN_modulation(c)[:, None].chunk(3, dim=-1))
+        projected = self.linear1(modulate(self.norm(x), m.shift, m.scale))
+        qkv, hidden = projected.tensor_split([3 * self.width], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
+        attended = attended.transpose(1, 2).flatten(2)                       # (B, L + N, D)
+        hidden = F.gelu(hidden, approximate="tanh")
+        if self.conv is not None:            # the image tokens, which come last, are the ones on a grid
+            text, image = hidden.tensor_split([-grid[0] * grid[1]], dim=1)
+            hidden = torch.cat([text, self.conv(image, grid)], dim=1)
+        return x + m.gate * self.linear2(torch.cat([attended, hidden], dim=-1))
+
+
+class MMDiT(nn.Module):
+    """Stable Diffusion 3's transformer and, with single_depth, FLUX's. Raises ValueError where heads or rope
+    do not fit the width."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        c = self.config = config
+        fits = c.width % c.heads == 0
+        if fits and c.rope:
+            fits = sum(c.rope) == c.width // c.heads and all(channels % 2 == 0 for channels in c.rope)
+        if not fits:
+            raise ValueError(f"width {c.width} with {c.heads} heads and rope {c.rope}: rope must be three "
+                             "even numbers that add up to width / heads")
+        self.out_channels = c.out_channels or c.channels
+        self.x_embedder = PatchEmbed(c.channels, c.width, c.patch)
+        self.t_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
+        self.context_embedder = nn.Linear(c.context_width, c.width)
+        self.y_embedder = VectorEmbedder(c.pooled_width, c.width) if c.pooled_width else None
+        self.guidance_embedder = None
+        if c.guidance:                       # embedded exactly as the time is, as in FLUX
+            self.guidance_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
+        # Where single blocks follow, they read the text of the last joint block, so it is updated there.
+        last = c.depth - 1 if c.single_depth == 0 else None
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(c, last=i == last, dual=i < c.dual_attention) for i in range(c.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.single_depth))
+        self.final_layer = FinalLayer(c.norm, c.width, c.patch, self.out_channels)
+        self._positions: dict[tuple, tuple[Tensor | None, Rope | None]] = {}
+        initialize_transformer(self)
+
+    def positions(self, length: int, h: int, w: int,
+                  device: torch.device) -> tuple[Tensor | None, Rope | None]:
+        """The added and the rotary positions of `length` text tokens and h x w patches, computed once for
+        each length and grid."""
+        c = self.config
+        key = (length, h, w, device)
+        if key not in self._positions:
+            sincos = sincos_positions(h, w, c.width, device, c.sincos) if c.sincos else None
+            rope = rope_3d(length, h, w, c.rope, c.rope_theta, device) if c.rope else None
+            self._positions[key] = sincos, rope
+        return self._positions[key]
+
+    def forward(self, xt: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None,
+                pooled: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """xt (B, C, H, W), t (B,) in [0, 1], context (B, L, context_width), mask (B, L), True at valid
+        positions (None: all are), pooled (B, pooled_width), guidance (B,) -> raw (B, out_channels, H, W).
+        Raises ValueError where the patch does not divide the latent."""
+        length = context.shape[1]
+        h, w = self.x_embedder.grid(xt)
+        sincos, rope = self.positions(length, h, w, xt.device)
+
+        x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
+        if sincos is not None:
+            x = x + sincos.to(self.x_embedder.proj.weight.dtype)
+        text = self.context_embedder(context)                                # (B, L, D)
+        condition = self.t_embedder(t)                                       # (B, D)
+        if self.guidance_embedder is not None:
+            condition = condition + self.guidance_embedder(guidance)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(pooled)
+        if mask is not None:                                                 # every image token is valid
+            mask = torch.cat([mask, mask.new_ones(len(x), h * w)], dim=1)    # (B, L + N)
+
+        for block in self.joint_blocks:
+            x, text = block(x, text, condition, rope, mask, (h, w))
+        if self.single_blocks:
+            x = torch.cat([text, x], dim=1)                                  # (B, L + N, D)
+            for block in self.single_blocks:
+                x = block(x, condition, rope, mask, (h, w))
+            x = x[:, length:]                                                # (B, N, D)
+        x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
+        return unpatchify(x, (h, w), self.config.patch)                      # (B, C, H, W)
+
+
+def demo() -> None:
+    """Print the parameters of every preset."""
+    print("preset       joint blocks   single blocks   parameters")
+    for name, preset in PRESETS.items():
+        with torch.device("meta"):           # shapes without memory
+            model = MMDiT(MMDiTConfig(**preset))
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{name:12s} {len(model.joint_blocks):12d} {len(model.single_blocks):15d} {millions:10.1f} M")
+
+
+if __name__ == "__main__":
+    demo()

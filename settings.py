@@ -1,0 +1,547 @@
+"""The settings of a training run: one row per flag, architecture and objective, and the configurations they
+make.
+
+    python settings.py --arch dit --objective rf       # prints the settings of this train.py command line
+
+`parse(argv)` is the only entrance. argparse's own `type=` checks each value; `resolve` then checks each flag
+against the flags that it depends on and fills in the defaults that depend on other flags. Everything here
+happens before a file is written. Every refusal is a ValueError of one line that names the flag, its value and
+the remedy. What train.py writes to settings.json are these settings, resolved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import dit
+import mmdit
+import published
+import text
+import unet
+import vae
+from data import SOURCES
+from ddpm import DDPM
+from rectified_flow import RectifiedFlow
+
+# ---- what a flag accepts: functions for argparse's `type=`
+
+
+def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """A number in [low, high]; NaN is outside every range."""
+    noun = "a whole number" if kind is int else "a number"
+    limits = f"at least {low:,}" if high == math.inf else f"between {low:,} and {high:,}"
+
+    def check(given: str) -> float:
+        try:
+            value = kind(given)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{given}: must be {noun} {limits}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{given}: must be {limits}")
+        return value
+    return check
+
+
+def integer(low: int, high: int = 10**9) -> Callable[[str], int]:
+    return number(low, high, int)
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    names = list(names)
+
+    def check(given: str) -> str:
+        if given not in names:
+            raise argparse.ArgumentTypeError(f"{given}: must be one of {', '.join(names)}")
+        return given
+    return check
+
+
+def path(given: str) -> str:
+    if not given:
+        raise argparse.ArgumentTypeError("is empty; give a path, or leave it out")
+    return given
+
+
+def text_encoder(given: str) -> str:
+    kind, _, folder = given.partition(":")
+    if kind not in ("bytes", "clip", "t5", "none") or bool(folder) != (kind in ("clip", "t5")):
+        raise argparse.ArgumentTypeError(f"{given}: must be bytes, clip:FOLDER, t5:FOLDER or none")
+    return given
+
+
+def published_model(given: str) -> str:
+    if given not in published.MODELS:
+        largest = ", ".join(name for name in published.MODELS if "-xl-2-" in name)
+        raise argparse.ArgumentTypeError(f"{given}: known are {largest}, and the sizes s, b, l, xl at patch "
+                                         "2, 4, 8")
+    return given
+
+
+# ---- the rows
+
+@dataclass(frozen=True)
+class Flag:
+    name: str                                     # as on the command line
+    help: str
+    type: Callable[[str], object] | None = None   # None: a switch
+    default: object = None                        # None: see `resolve`, or not given
+    nargs: str | int | None = None
+    metavar: str | tuple[str, ...] | None = None
+    most: int | None = None                       # with nargs "+": how many values at most
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)   # flag: its values under which this acts
+    instead: str = ""                             # the flag to use where `needs` is not met
+    unset: str | None = None                      # the value that dependent flags see where this is not given
+    option: str | None = None                     # argument of the path's constructor that this flag sets
+    settled: bool = False                         # decided by --published where that is given
+    resumable: bool = False                       # may change on resume
+
+    @property
+    def key(self) -> str:
+        """Its name in the parsed settings."""
+        return self.name.lstrip("-").replace("-", "_")
+
+
+class Architecture(NamedTuple):
+    model: type
+    config: type
+    presets: dict[str, dict]
+    blocks: tuple[type, ...]              # compiled, and recomputed by --grad-checkpoint, one by one
+    conditioning: tuple[str, ...]         # what it can be conditioned on, the default first
+    defaults: dict                        # of the optimisation: what two cores can do in ten minutes
+    defaults_with_text: dict = {}         # and with text in thirty, where they multiply bf16
+
+
+class Objective(NamedTuple):
+    path: type
+    sampler: str                          # default of sample.py and of the previews
+    steps: int
+    flags: tuple[Flag, ...]               # the flags that set its path's options
+    prediction_with_text: str | None = None
+
+
+ARCHITECTURES = {
+    "vae": Architecture(
+        vae.VAE, vae.VAEConfig, vae.PRESETS, (vae.ResnetBlock,), ("class", "text", "none"),
+        dict(steps=2000, batch_size=8, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0),
+        dict(steps=4000)),
+    "dit": Architecture(
+        dit.DiT, dit.DiTConfig, dit.PRESETS, (dit.Block,), ("class", "none"),
+        dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01)),
+    "mmdit": Architecture(
+        mmdit.MMDiT, mmdit.MMDiTConfig, mmdit.PRESETS, (mmdit.JointBlock, mmdit.SingleBlock), ("text",),
+        dict(steps=10500, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01)),
+    "unet": Architecture(
+        unet.UNet, unet.UNetConfig, unet.PRESETS, (unet.ResnetBlock, unet.SpatialTransformer),
+        ("class", "text", "none"),
+        dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
+        dict(steps=10000, batch_size=32, lr=1e-3)),
+}
+BLOCKS = tuple(block for row in ARCHITECTURES.values() for block in row.blocks) + (text.TextBlock,)
+NETWORKS = tuple(name for name in ARCHITECTURES if name != "vae")
+NETWORK = {"arch": NETWORKS}
+TRANSFORMER = {"arch": ("dit", "mmdit")}
+
+OBJECTIVES = {
+    "rf": Objective(RectifiedFlow, sampler="heun", steps=10, flags=(     # 19 evaluations of the network
+        Flag("--density", "density of the training times: uniform, logit_normal (default), mode, cosmap",
+             one_of(("uniform", "logit_normal", "mode", "cosmap")), unset="logit_normal"),
+        Flag("--density-mean", "logit_normal density: m (default: 0)", number(-100, 100),
+             needs={"density": ("logit_normal",)}, option="mean"),
+        Flag("--density-std", "logit_normal density: s (default: 1)", number(0, 1e9),
+             needs={"density": ("logit_normal",)}, option="std"),
+        Flag("--mode-scale", "mode density: s (default: 1.29)", number(-1, 2),
+             needs={"density": ("mode",)}),
+        Flag("--shift", "shift of the times toward noise, for larger pictures (default: 1)", number(0, 1e9)),
+    )),
+    "ddpm": Objective(DDPM, sampler="ddim", steps=50, flags=(
+        Flag("--schedule", "noise schedule: linear, scaled_linear (default), cosine",
+             one_of(("linear", "scaled_linear", "cosine"))),
+        Flag("--min-snr", "gamma of the min-SNR loss weight (default: off)", number(0, 1e9)),
+        Flag("--zero-terminal-snr", "rescale the schedule so that it ends in pure noise"),
+    ), prediction_with_text="v"),         # text matters most at strong noise, where eps is nearly known
+}
+
+
+def objective_flags() -> list[Flag]:
+    """The flags of every objective, each bound to its objective."""
+    rows = []
+    for name, objective in OBJECTIVES.items():
+        for flag in objective.flags:
+            needs = NETWORK | {"objective": (name,)} | flag.needs
+            rows.append(replace(flag, help=f"{name}: {flag.help}", needs=needs, settled=True,
+                                option=flag.option or flag.key))
+    return rows
+
+
+FLAGS = {
+    "what to train": [
+        Flag("--arch", "network: dit, mmdit or unet; vae trains only the autoencoder", one_of(ARCHITECTURES)),
+        Flag("--objective", "rf (default): the straight path; ddpm: the diffusion path", one_of(OBJECTIVES),
+             "rf"),
+        Flag("--prediction", "what the network predicts: velocity, eps, v, x0 (default: velocity for rf, eps "
+                             "for ddpm, v for ddpm with text)",
+             one_of(("velocity", "eps", "v", "x0")), needs=NETWORK, option="prediction", settled=True),
+        Flag("--name", "run folder within --runs-dir (default: DATA-ARCH-OBJECTIVE, with the size unless "
+                       "32x32)", str, resumable=True),
+        Flag("--runs-dir", "folder that holds the runs (default: runs)", str, "runs", resumable=True),
+    ],
+    "data": [
+        Flag("--data", f"{', '.join(SOURCES)}, or a folder of pictures (default: shapes)", str, "shapes"),
+        Flag("--data-dir", "folder for IDX and CIFAR-10 files, or with an emoji font (default: data)", str,
+             "data", resumable=True),
+        Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
+             most=2),
+        Flag("--flip", "mirror pictures at random"),
+        Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "
+                       "mmdit, and for unet on data without classes; else class)",
+             one_of(("class", "text", "none"))),
+        Flag("--text-encoder", "bytes (default): built in, trained with the network; clip:FOLDER or "
+                               "t5:FOLDER: frozen, loaded by transformers; none: precomputed vectors, "
+                               "NAME.npz beside each picture of a folder",
+             text_encoder, metavar="KIND", needs=NETWORK | {"cond": ("text",)}, settled=True),
+        Flag("--cache-dir", "folder for decoded pictures and latents (default: the VAE's run)", str,
+             resumable=True),
+    ],
+    "network": [
+        Flag("--preset", "a row of PRESETS in the network's file, like S/2 or sd1 (default: small)", str,
+             needs=NETWORK, instead="--vae-preset", settled=True),
+        Flag("--patch", "dit, mmdit: side of a patch, or height and width", integer(1), nargs="+",
+             metavar="N", most=2, needs=TRANSFORMER, settled=True),
+        Flag("--block", "dit: the modern block, or the one published in 2022",
+             one_of(("modern", "published")), needs={"arch": ("dit",)}, settled=True),
+        Flag("--conv", "dit, mmdit: a depthwise 3x3 convolution between the tokens in every MLP",
+             needs=TRANSFORMER, settled=True),
+        Flag("--vae", "a trained VAE: run, checkpoint, published file or diffusers folder (default: train "
+                      "one on this data)", path, needs=NETWORK),
+        Flag("--init-from", "start from the weights of this run or published file (default lr: 1e-4)", path,
+             metavar="PATH", needs=NETWORK),
+        Flag("--published", "the published model in the --init-from file, like dit-xl-2-256; it settles "
+                            "network and objective", published_model, metavar="NAME", needs=NETWORK),
+    ],
+    "VAE, where one is trained": [
+        Flag("--vae-preset", "row of PRESETS in vae.py (default: small)", one_of(vae.PRESETS)),
+        Flag("--vae-widths", "channels per level; every level but the last halves the image", integer(1),
+             nargs="+", metavar="N"),
+        Flag("--latent-channels", "channels of the latent (default: 4)", integer(1), metavar="C"),
+        Flag("--kl-weight", "weight of the KL term (default: 1e-5)", number(0, 1e9)),
+        Flag("--vae-steps", "optimizer steps of the VAE, when it is trained before another network",
+             integer(1), needs=NETWORK, instead="--steps"),
+    ],
+    "objective": [
+        *objective_flags(),
+        Flag("--label-dropout", "share of labels or captions dropped, for guidance (default: 0.1); 0 rules "
+                                "out guidance later", number(0, 1), 0.1),
+    ],
+    "optimisation (the defaults depend on --arch: ARCHITECTURES in settings.py)": [
+        Flag("--steps", "optimizer steps", integer(1)),
+        Flag("--batch-size", "examples per optimizer step", integer(1)),
+        Flag("--accumulate", "pieces that a batch is split into, to save memory (default: 1)", integer(1), 1),
+        Flag("--lr", "peak learning rate of AdamW", number(1e-12, 1e3)),
+        Flag("--warmup", "steps of linear warm-up", integer(0)),
+        Flag("--cooldown", "last share of the steps, over which the rate falls to 0 (default: 0.5)",
+             number(0, 1), 0.5),
+        Flag("--weight-decay", "weight decay of matrices; norms, biases and gains have none", number(0, 1e9)),
+        Flag("--clip", "largest gradient norm (default: 1)", number(1e-12), 1.0),
+        Flag("--ema", "decay of the averaged weights, after its warm-up", number(0, 1)),
+        Flag("--seed", "seed of weights, order and noise (default: 0)", integer(0, 2**62), 0),
+    ],
+    "machine and output": [
+        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", str, "auto", resumable=True),
+        Flag("--precision", "auto (default: bf16 where the hardware multiplies it), bf16, fp32",
+             one_of(("auto", "bf16", "fp32")), "auto"),
+        Flag("--compile", "torch.compile the network, block by block", resumable=True),
+        Flag("--grad-checkpoint", "keep only the input of each block and recompute the rest in the backward "
+                                  "pass", resumable=True),
+        Flag("--log-every", "steps per line of metrics.jsonl (default: 20)", integer(1), 20, resumable=True),
+        Flag("--val-every", "steps between validations (default: 500)", integer(1), 500, resumable=True),
+        Flag("--preview-every", "steps between previews (default: 1000)", integer(1), 1000, resumable=True),
+        Flag("--save-every", "steps between checkpoints (default: 500)", integer(1), 500, resumable=True),
+    ],
+}
+ROWS = {flag.key: flag for group in FLAGS.values() for flag in group}
+# Settings that may change on resume: paths and intervals, never anything that affects training.
+RESUMABLE = {flag.key for flag in ROWS.values() if flag.resumable}
+VAE_DEFAULTS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5}
+
+
+# ---- from the command line to settings
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with every error raised as a ValueError of one line."""
+
+    def error(self, message: str) -> None:
+        # argparse's "argument --steps: 0: must be ..." becomes "--steps 0: must be ..."
+        raise ValueError(re.sub(r"^argument ([^ :]+): ", r"\1 ", message))
+
+
+def make_parser(description: str, groups: dict[str, list[Flag]]) -> Parser:
+    parser = Parser(description=description)
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            if flag.type is None:
+                group.add_argument(flag.name, action="store_true", help=flag.help)
+            else:
+                group.add_argument(flag.name, type=flag.type, default=flag.default, nargs=flag.nargs,
+                                   metavar=flag.metavar, help=flag.help)
+    return parser
+
+
+def shown(flag: Flag, args: argparse.Namespace) -> str:
+    """A flag and its value as they were given, for messages."""
+    value = getattr(args, flag.key)
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return f"{flag.name} {value}"
+
+
+def given(flag: Flag, args: argparse.Namespace) -> bool:
+    value = getattr(args, flag.key)
+    return value is not None and value is not False      # not `in (None, False)`: 0 equals False
+
+
+def check_needs(flag: Flag, args: argparse.Namespace) -> None:
+    """Refuse a flag that has no effect under the values of the flags that it depends on."""
+    for owner, values in flag.needs.items():
+        value = getattr(args, owner) or ROWS[owner].unset
+        if value not in values:
+            instead = f"; use {flag.instead}" if flag.instead else ""
+            raise ValueError(f"{shown(flag, args)}: belongs to --{owner} {' or '.join(values)}, not "
+                             f"{value}{instead}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The resolved settings of a command line. Raises ValueError with one line for the user."""
+    args = make_parser("Train a VAE, or a DiT, MM-DiT or U-Net in its latent space.", FLAGS).parse_args(argv)
+    if args.arch is None:
+        raise ValueError(f"--arch is required: one of {', '.join(ARCHITECTURES)}")
+    return resolve(args)
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Check flags against each other and fill in the defaults that depend on other flags."""
+    resolve_conditioning(args)
+    for flag in ROWS.values():
+        if given(flag, args):
+            check_needs(flag, args)
+            if flag.most and len(getattr(args, flag.key)) > flag.most:
+                raise ValueError(f"{shown(flag, args)}: give one side, or height and width")
+    if args.published:
+        check_published(args)
+    if args.vae:
+        for name in (*VAE_DEFAULTS, "vae_steps"):
+            if given(ROWS[name], args):
+                raise ValueError(f"{shown(ROWS[name], args)}: --vae {args.vae} is trained already; give one "
+                                 "or the other")
+    fill_defaults(args)
+    if args.batch_size % args.accumulate:
+        raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
+    return args
+
+
+def resolve_conditioning(args: argparse.Namespace) -> None:
+    row = ARCHITECTURES[args.arch]
+    if args.cond is None:
+        captions_only = args.data in SOURCES and SOURCES[args.data].captions_only
+        args.cond = "text" if args.arch == "unet" and captions_only else row.conditioning[0]
+    if args.cond not in row.conditioning:
+        others = [name for name in NETWORKS if args.cond in ARCHITECTURES[name].conditioning]
+        raise ValueError(f"--cond {args.cond}: --arch {args.arch} takes --cond "
+                         f"{' or '.join(row.conditioning)}; --cond {args.cond} goes with --arch "
+                         f"{' or '.join(others)}")
+
+
+def check_published(args: argparse.Namespace) -> None:
+    objective = published.MODELS[args.published].objective["name"]
+    if not (args.init_from and args.vae):
+        raise ValueError(f"--published {args.published}: needs --init-from FILE, its weights, and --vae PATH")
+    if args.arch != "dit" or args.objective != objective:
+        raise ValueError(f"--published {args.published}: is --arch dit --objective {objective}")
+    for flag in ROWS.values():
+        if flag.settled and given(flag, args):
+            raise ValueError(f"{shown(flag, args)}: settled by --published {args.published}; give one or the "
+                             "other")
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    row = ARCHITECTURES[args.arch]
+    defaults = dict(row.defaults)
+    if args.cond == "text":
+        defaults |= row.defaults_with_text
+    if args.init_from:
+        defaults["lr"] = 1e-4             # trained weights are to be refined, not unlearned
+    if args.arch == "vae":
+        defaults |= VAE_DEFAULTS
+    else:
+        defaults["preset"] = "small"
+        if args.cond == "text":
+            defaults["text_encoder"] = "bytes"
+            defaults["prediction"] = OBJECTIVES[args.objective].prediction_with_text
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.arch != "vae" and args.preset not in row.presets:
+        raise ValueError(f"--preset {args.preset}: {args.arch} has {', '.join(row.presets)}")
+
+    sides = args.image_size
+    if sides is None:
+        sides = [published.MODELS[args.published].side] if args.published else [32]
+    args.image_size = [sides[0], sides[-1]]
+    if args.name is None:
+        args.name = f"{data_name(args)}-{args.arch}-{args.objective}"
+        if args.arch == "vae":
+            args.name = vae_name(args)
+
+
+def shows_other_pictures(args: argparse.Namespace) -> bool:
+    """Whether captions were asked of a source that then has other pictures than with classes (shapes)."""
+    return args.cond == "text" and args.data in SOURCES and SOURCES[args.data].load_captioned is not None
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """The part of a run's name that stands for its pictures: networks of the same data_name share a VAE."""
+    name = Path(args.data).name or "data"
+    if shows_other_pictures(args):
+        name += "-text"
+    if args.image_size != [32, 32]:
+        name += "-{}x{}".format(*args.image_size)
+    return name
+
+
+def vae_name(args: argparse.Namespace) -> str:
+    """The name of the VAE run that precedes a network's."""
+    return f"{data_name(args)}-vae"
+
+
+def vae_settings(args: argparse.Namespace, begun: dict | None) -> argparse.Namespace:
+    """The settings of the VAE run that precedes a network's. begun: those of the run that is there already;
+    whoever began it chose them, so this command may repeat but not contradict them."""
+    folder = Path(args.runs_dir) / vae_name(args)
+    asked = {name: getattr(args, name) for name in VAE_DEFAULTS} | {"steps": args.vae_steps}
+    result = make_parser("", FLAGS).parse_args(["--arch", "vae"])
+    if begun is None:
+        for name in ("data", "image_size", "flip", "precision", "seed"):
+            setattr(result, name, getattr(args, name))
+        vars(result).update(asked)
+        result.cond = "text" if shows_other_pictures(args) else "class"
+        resolve(result)
+    else:
+        for name, value in ({"data": args.data, "image_size": args.image_size} | asked).items():
+            if value is not None and value != begun.get(name):
+                raise ValueError(f"{folder} holds a VAE with {name.replace('_', '-')} {begun.get(name)}, not "
+                                 f"{value}; train one by --arch vae --name NAME and give it by --vae, "
+                                 "or remove that folder")
+        vars(result).update(begun)
+    for name in RESUMABLE:
+        setattr(result, name, getattr(args, name))
+    result.name = folder.name
+    return result
+
+
+# ---- from settings to configurations
+
+def objective_config(args: argparse.Namespace) -> dict:
+    """The objective's name and the options of its path, as the checkpoint stores them."""
+    if args.published:
+        return published.MODELS[args.published].objective
+    config = {"name": args.objective}
+    for flag in ROWS.values():
+        if flag.option and given(flag, args):
+            config[flag.option] = getattr(args, flag.key)
+    return config
+
+
+def vae_config(args: argparse.Namespace, image_channels: int) -> dict:
+    chosen = dict(VAE_DEFAULTS)
+    for name in VAE_DEFAULTS:
+        if getattr(args, name) is not None:
+            chosen[name] = getattr(args, name)
+    config = vae.PRESETS[chosen["vae_preset"]] | {"image_channels": image_channels,
+                                                  "latent_channels": chosen["latent_channels"]}
+    if chosen["vae_widths"]:
+        config["widths"] = tuple(chosen["vae_widths"])
+    return config
+
+
+def network_config(args: argparse.Namespace, latent_channels: int, conditioning) -> dict:
+    """conditioning: an object of conditioning.py, which knows its part of the network's configuration."""
+    preset = ARCHITECTURES[args.arch].presets.get(args.preset)
+    if args.published:
+        preset = published.MODELS[args.published].config
+    config = preset | {"channels": latent_channels} | conditioning.network_options(args.arch, preset)
+    if args.patch:
+        config["patch"] = (args.patch[0], args.patch[-1])
+    if args.block == "published":
+        config |= dit.PUBLISHED_BLOCK
+    if args.conv:
+        config["conv"] = True
+    return config
+
+
+def text_config(args: argparse.Namespace) -> dict | None:
+    """The text encoder as the checkpoint stores it: its kind, with the built-in encoder's configuration or
+    the frozen encoder's folder."""
+    if args.arch == "vae" or args.cond != "text":
+        return None
+    kind, _, folder = args.text_encoder.partition(":")
+    if kind == "bytes":
+        return {"encoder": kind, "config": asdict(text.TextConfig(**text.PRESETS.get(args.preset, {})))}
+    return {"encoder": kind, "path": folder} if folder else {"encoder": kind}
+
+
+# ---- the machine
+
+def pick_device(name: str = "auto") -> torch.device:
+    """"auto" takes CUDA, then MPS, then the CPU. Raises ValueError for a device that is not available."""
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    if name == "auto":
+        return torch.device(present[0])
+    kind, _, index = name.partition(":")
+    known = kind in present
+    if index:
+        known = known and kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
+    if not known:
+        raise ValueError(f"--device {name}: not available here (there is {', '.join(present)})")
+    return torch.device(name)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device itself multiplies bfloat16, rather than emulating it."""
+    if device.type == "cpu":
+        return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError where torch.compile would find no compiler."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile: found no C++ compiler, which the CPU needs; install g++, or drop it")
+
+
+if __name__ == "__main__":
+    try:
+        settings = parse(sys.argv[1:] or ["--arch", "dit", "--objective", "rf"])
+    except ValueError as error:
+        sys.exit(print(f"settings.py: error: {error}", file=sys.stderr) or 2)
+    for title, flags in FLAGS.items():
+        print(title)
+        for flag in flags:
+            print(f"  {flag.name:20s} {getattr(settings, flag.key)}")
+    if settings.arch != "vae":
+        print(f"objective: {objective_config(settings)}")

@@ -1,0 +1,111 @@
+"""toys.py: pictures are read back as drawn, and match their captions; benchmarks/scenes.py scores them."""
+
+import numpy as np
+import pytest
+from benchmarks.scenes import score_scene
+
+from toys import (COLOURS, KINDS, RELATIONS, SHAPE_CLASSES, UNSEEN_PAIRS, UNSEEN_RELATIONS, Scene, Thing,
+                  describe_scene, draw_scene, draw_shape, omit_details, read_scene, read_shape)
+
+
+def test_shapes_are_read_back_exactly():
+    for i in range(2400):
+        assert "-".join(read_shape(draw_shape(i))) == SHAPE_CLASSES[i % 24]
+    for i in range(96):
+        assert "-".join(read_shape(draw_shape(i, (48, 64)))) == SHAPE_CLASSES[i % 24]
+
+
+def test_read_shape_survives_a_decoder_and_sees_a_wrong_picture():
+    rng = np.random.default_rng(0)
+    noisy = [np.clip(draw_shape(i) + rng.normal(0, 6, (32, 32, 3)), 0, 255).astype(np.uint8)
+             for i in range(240)]
+    assert np.mean(["-".join(read_shape(image)) == SHAPE_CLASSES[i % 24]
+                    for i, image in enumerate(noisy)]) >= 0.99
+    swapped = [draw_shape(i)[..., [1, 2, 0]] for i in range(48)]   # another colour than the one asked for
+    assert not any("-".join(read_shape(image)) == SHAPE_CLASSES[i % 24] for i, image in enumerate(swapped))
+    upside_down = [np.rot90(draw_shape(i), 2) for i in range(2, 240, 4)]        # is not the same triangle
+    assert not any(read_shape(image)[1] == "triangle" for image in upside_down)
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_scenes_are_read_as_drawn(unseen):
+    """10,000 clean pictures: number, colours, kinds, sizes, place or relation, all exact."""
+    for i in range(9_000 if not unseen else 1_000):
+        scene = describe_scene(i, unseen=unseen)
+        assert score_scene(scene, draw_scene(scene, i))["all"], (i, scene.caption)
+    for i in range(100):
+        scene = describe_scene(i, unseen=unseen)
+        assert score_scene(scene, draw_scene(scene, i, (48, 64)))["all"], (i, scene.caption)
+
+
+def test_scenes_keep_what_is_unseen_apart():
+    seen = [describe_scene(i) for i in range(4000)]
+    assert not any((t.colour, t.kind) in UNSEEN_PAIRS for scene in seen for t in scene.things)
+    triples = {(s.things[0].kind, s.relation, s.things[1].kind) for s in seen if s.relation}
+    assert not triples & UNSEEN_RELATIONS and len(triples) == 4 * 4 * 4 - len(UNSEEN_RELATIONS)
+    asked = [describe_scene(i, unseen=True) for i in range(4000)]
+    assert {(t.colour, t.kind) for scene in asked for t in scene.things} >= UNSEEN_PAIRS
+    assert {(s.things[0].kind, s.relation, s.things[1].kind) for s in asked if s.relation} >= UNSEEN_RELATIONS
+    # the same relation in other words (b right of a for a left of b) is unseen as well
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    assert {(b, opposite[relation], a) for a, relation, b in UNSEEN_RELATIONS} == UNSEEN_RELATIONS
+    assert {len(scene.things) for scene in seen} == {1, 2}
+    assert describe_scene(5) == describe_scene(5)
+    assert {len(describe_scene(i, 1).things) for i in range(50)} == {1}
+
+
+def test_captions():
+    circle = Thing("red", "circle", "small", 0.24, 0.76)
+    square = Thing("blue", "square", "large", 0.5, 0.5)
+    assert Scene((circle,)).caption == "a small red circle at the bottom left"
+    assert Scene((square,)).caption == "a large blue square in the centre"
+    assert Scene((circle, square), "left of").caption == "a small red circle left of a large blue square"
+
+
+def test_omitted_details():
+    """Each detail is omitted independently; what remains is true and on its own side of the relation."""
+    rng, one = np.random.default_rng(0), "a small red cross in the centre"
+    made = [omit_details(one, rng) for _ in range(4000)]
+    assert {*made} == {f"a {size}{colour}{kind}{place}" for size in ("", "small ") for colour in ("", "red ")
+                       for kind in ("shape", "cross") for place in ("", " in the centre")}
+    assert abs(np.mean([m == one for m in made]) - (6 / 7) ** 4) < 0.03
+    assert abs(np.mean(["red" in m for m in made]) - 6 / 7) < 0.03
+    two = describe_scene(3, count=2).caption
+    relation = next(r for r in RELATIONS if r in two)
+    for _ in range(100):
+        assert all(set(kept.split()) <= {*full.split(), "shape"} for kept, full in
+                   zip(omit_details(two, rng).split(relation), two.split(relation), strict=True))
+
+
+def test_score_sees_each_mistake():
+    asked = Scene((Thing("red", "circle", "small", 0.24, 0.5), Thing("blue", "square", "large", 0.76, 0.5)),
+                  "left of")
+
+    def score(scene):
+        return score_scene(asked, draw_scene(scene, 0))
+
+    assert all(score(asked).values())
+    wrong = {"colour": Scene((Thing("cyan", "circle", "small", 0.24, 0.5), asked.things[1]), "left of"),
+             "kind": Scene((Thing("red", "cross", "small", 0.24, 0.5), asked.things[1]), "left of"),
+             "size": Scene((Thing("red", "circle", "large", 0.24, 0.5), asked.things[1]), "left of")}
+    for part, scene in wrong.items():
+        assert not score(scene)[part] and not score(scene)["all"]
+    mirrored = Scene((Thing("red", "circle", "small", 0.76, 0.5),
+                      Thing("blue", "square", "large", 0.24, 0.5)))
+    result = score(mirrored)
+    assert not result["relation"] and result["colour"] and result["kind"] and result["size"]
+    assert not any(score(Scene(asked.things[:1])).values())                          # one of two is missing
+    alone = Scene((Thing("red", "circle", "small", 0.24, 0.24),))
+    moved = score_scene(alone, draw_scene(Scene((Thing("red", "circle", "small", 0.76, 0.24),)), 0))
+    assert not moved["place"] and moved["colour"] and moved["kind"] and moved["size"]
+    assert read_scene(np.full((32, 32, 3), 80, np.uint8)) == []
+
+
+def test_scenes_survive_a_decoder():
+    rng = np.random.default_rng(0)
+    right = []
+    for i in range(300):
+        scene = describe_scene(i)
+        noisy = np.clip(draw_scene(scene, i) + rng.normal(0, 5, (32, 32, 3)), 0, 255).astype(np.uint8)
+        right.append(score_scene(scene, noisy)["all"])
+    assert np.mean(right) > 0.97

@@ -1,0 +1,272 @@
+"""Procedural pictures of coloured shapes: drawn from a caption or a class, and read back from the pixels.
+
+    python toys.py                        # writes shapes.png, and reads 2,400 pictures back
+
+Because `read_shape` and `read_scene` recover exactly what was drawn, a model trained on these pictures can be
+scored without a classifier: a sample is right if it shows what was asked for.
+
+Conventions: pictures are uint8 (H, W, 3); sizes are (H, W); x points right and y down. Picture `index` of a
+sequence is a pure function of its index, and every sequence is infinite.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+KINDS = ["circle", "square", "triangle", "cross"]
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220),
+           "yellow": (235, 205, 40), "magenta": (200, 50, 190), "cyan": (40, 195, 210)}
+SHAPE_CLASSES = [f"{colour}-{kind}" for colour in COLOURS for kind in KINDS]
+# the area of each kind at radius 1, from the distances in `coverage`
+AREA = {"circle": np.pi, "square": 1.7**2, "triangle": 1.15**2 * 27**0.5 / 4, "cross": 4 * 0.7 - 0.7**2}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# shapes: one shape on a grey background
+
+def coverage(kind: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Share of each pixel that the shape covers, from its signed distance; x and y are the pixels' offsets
+    from the shape's centroid."""
+    ax, ay = np.abs(x), np.abs(y)
+    if kind == "circle":
+        distance = np.hypot(x, y) - radius
+    elif kind == "square":
+        distance = np.maximum(ax, ay) - 0.85 * radius
+    elif kind == "triangle":
+        distance = np.maximum(y, 0.75**0.5 * ax - 0.5 * y) - 0.575 * radius
+    else:                                            # a cross is the union of two bars
+        distance = np.minimum(np.maximum(ax - radius, ay - 0.35 * radius),
+                              np.maximum(ax - 0.35 * radius, ay - radius))
+    # One pixel of transition around distance 0 is antialiasing enough.
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    """Picture `index`, uint8 (H, W, 3), of class index % 24 = colour * 4 + kind."""
+    height, width = size
+    rng = np.random.default_rng([24, index])
+    label = index % len(SHAPE_CLASSES)
+    colour, kind = SHAPE_CLASSES[label].split("-")
+    radius = rng.uniform(0.2, 0.34) * min(size)
+    margin = 1.15 * radius + 1                       # keeps the whole shape inside the picture
+    cx, cy = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
+    x, y = np.arange(width) + 0.5 - cx, np.arange(height)[:, None] + 0.5 - cy
+    grey, slope = rng.uniform(15, 95), rng.uniform(-30, 30)
+    background = np.clip(grey + slope * (x + cx - width / 2) / width + 0 * y, 0, 255)[..., None]   # (H, W, 1)
+    alpha = coverage(kind, x, y, radius)[..., None]                                                # (H, W, 1)
+    return np.round(alpha * np.array(COLOURS[colour]) + (1 - alpha) * background).astype(np.uint8)
+
+
+class Fit(NamedTuple):
+    """The shape that explains an observed coverage best, with its centroid in pixels."""
+    kind: str
+    radius: float
+    x: float
+    y: float
+
+
+def fit_shape(alpha: np.ndarray, area: float) -> Fit:
+    """Centroid and area determine one candidate of each kind; the best differs least from alpha (H, W)."""
+    y, x = np.mgrid[:alpha.shape[0], :alpha.shape[1]] + 0.5
+    cx, cy = (alpha * x).sum() / area, (alpha * y).sum() / area
+    radii = [(area / AREA[kind]) ** 0.5 for kind in KINDS]
+    errors = [((coverage(kind, x - cx, y - cy, radius) - alpha) ** 2).sum()
+              for kind, radius in zip(KINDS, radii)]
+    best = int(np.argmin(errors))
+    return Fit(KINDS[best], radii[best], cx, cy)
+
+
+def nearest_colour(rgb: np.ndarray) -> str:
+    palette = np.array(list(COLOURS.values()), dtype=np.float64)
+    return list(COLOURS)[int(((palette - rgb) ** 2).sum(1).argmin())]
+
+
+def read_shape(image: np.ndarray) -> tuple[str, str]:
+    """(colour, kind) of a picture, uint8 (H, W, 3). Exact for pictures by `draw_shape`, else a best guess.
+
+    The background is grey, so a pixel's chroma (max - min channel) is its coverage times the chroma of the
+    colour. This turns the picture into a coverage, to which a shape is fitted."""
+    image = image.astype(np.float64)
+    chroma = np.ptp(image, axis=-1)
+    inside = chroma >= 0.7 * np.quantile(chroma, 0.98)     # pixels well inside the shape show its pure colour
+    colour = nearest_colour(image[inside].mean(0))
+    alpha = np.clip(chroma / np.ptp(COLOURS[colour]), 0, 1)
+    alpha[alpha < 0.15] = 0                                # a decoder's haze would move the centroid
+    return colour, fit_shape(alpha, max(alpha.sum(), 1.0)).kind
+
+
+# ------------------------------------------------------------------------------------------------------------
+# scenes: one or two shapes of two sizes, with a caption
+
+SIZES = {"small": (0.125, 0.14), "large": (0.185, 0.2)}            # radius over the shorter side
+PLACES = [["top left", "top", "top right"], ["left", "centre", "right"],
+          ["bottom left", "bottom", "bottom right"]]
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}     # direction (x, y)
+# Training never shows these, alone or as one of two shapes; the test of composition asks for them.
+UNSEEN_PAIRS = {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square")}
+UNSEEN_RELATIONS = {("circle", "above", "square"), ("square", "below", "circle"),
+                    ("triangle", "left of", "cross"), ("cross", "right of", "triangle")}
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    kind: str
+    size: str
+    x: float            # centre, as a share of the width
+    y: float            # and of the height
+
+    @property
+    def place(self) -> str:
+        # The centres of the nine places lie at 0.24, 0.5 and 0.76 in either direction.
+        column = min(2, max(0, round((self.x - 0.24) / 0.26)))
+        row = min(2, max(0, round((self.y - 0.24) / 0.26)))
+        return PLACES[row][column]
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    relation: str | None = None     # of the first thing to the second, where there are two
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the scene holds anything that training never shows."""
+        if any((thing.colour, thing.kind) in UNSEEN_PAIRS for thing in self.things):
+            return True
+        if len(self.things) != 2:
+            return False
+        first, second = self.things
+        return (first.kind, self.relation, second.kind) in UNSEEN_RELATIONS
+
+    @property
+    def caption(self) -> str:
+        names = [f"a {thing.size} {thing.colour} {thing.kind}" for thing in self.things]
+        if self.relation:
+            return f"{names[0]} {self.relation} {names[1]}"
+        place = self.things[0].place
+        preposition = "in" if place == "centre" else "at"
+        return f"{names[0]} {preposition} the {place}"
+
+
+def describe_scene(index: int, count: int | None = None, unseen: bool = False) -> Scene:
+    """Scene `index` of `count` shapes (default: one or two), with or without something that training never
+    shows."""
+    rng = np.random.default_rng([41, index])
+    while True:                                      # draws scenes until one is of the kind asked for
+        number = count or int(rng.integers(1, 3))
+        looks = [(str(rng.choice(list(COLOURS))), str(rng.choice(KINDS)), str(rng.choice(list(SIZES))))
+                 for _ in range(number)]
+        if number == 1:
+            relation = None
+            centres = [0.24 + 0.26 * rng.integers(0, 3, 2) + rng.uniform(-0.05, 0.05, 2)]
+        else:
+            # Two shapes lie on both sides of a middle: far apart along the relation's axis, hardly across it.
+            relation = str(rng.choice(list(RELATIONS)))
+            along = np.array(RELATIONS[relation])
+            across = 1 - abs(along)
+            middle = 0.5 + rng.uniform(-0.2, 0.2) * across
+            offset = 0.26 * along + rng.uniform(-0.08, 0.08) * across
+            centres = [middle + sign * offset + rng.uniform(-0.02, 0.02, 2) for sign in (1, -1)]
+        things = tuple(Thing(*look, float(x), float(y)) for look, (x, y) in zip(looks, centres))
+        scene = Scene(things, relation)
+        if scene.unseen == unseen:
+            return scene
+
+
+def draw_scene(scene: Scene, index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    """uint8 (H, W, 3). The index determines the background and the exact radii. A shape that would leave the
+    picture is moved inside."""
+    height, width = size
+    rng = np.random.default_rng([42, index])
+    grey, slope = rng.uniform(15, 95), rng.uniform(-30, 30)
+    shade = np.clip(grey + slope * ((np.arange(width) + 0.5) / width - 0.5), 0, 255)
+    image = np.broadcast_to(shade[None, :, None], (height, width, 3)).copy()
+    for thing in scene.things:
+        radius = rng.uniform(*SIZES[thing.size]) * min(size)
+        margin = 1.15 * radius + 0.5
+        cx = np.clip(thing.x * width, margin, width - margin)
+        cy = np.clip(thing.y * height, margin, height - margin)
+        x, y = np.arange(width) + 0.5 - cx, np.arange(height)[:, None] + 0.5 - cy
+        alpha = coverage(thing.kind, x, y, radius)[..., None]
+        image = alpha * np.array(COLOURS[thing.colour]) + (1 - alpha) * image
+    return np.round(image).astype(np.uint8)
+
+
+def read_scene(image: np.ndarray) -> list[Thing]:
+    """The shapes of a picture, uint8 (H, W, 3), the largest first. Exact for pictures by `draw_scene`, else a
+    best guess. Each connected patch of colour is read as `read_shape` reads its one shape."""
+    image = image.astype(np.float64)
+    height, width = image.shape[:2]
+    chroma = np.ptp(image, axis=-1)
+    found = []
+    left = chroma > 30                               # coloured pixels not yet read
+    while left.any():
+        patch = _first_patch(left)
+        left &= ~patch
+        inside = patch & (chroma >= 0.7 * np.quantile(chroma[patch], 0.9))
+        colour = nearest_colour(image[inside].mean(0))
+        # The pixels around the patch are its faint rim, below the threshold of 30.
+        alpha = np.where(_grow(patch), np.clip(chroma / np.ptp(COLOURS[colour]), 0, 1), 0)
+        area = alpha.sum()
+        if area < 0.002 * height * width:            # a speck, not a shape
+            continue
+        fit = fit_shape(alpha, area)
+        size = "small" if fit.radius < 0.162 * min(height, width) else "large"
+        found.append((area, Thing(colour, fit.kind, size, fit.x / width, fit.y / height)))
+    found.sort(key=lambda pair: -pair[0])
+    return [thing for _, thing in found]
+
+
+def _first_patch(mask: np.ndarray) -> np.ndarray:
+    """The connected patch of a mask (H, W) that holds its first pixel."""
+    patch = np.zeros_like(mask)
+    patch.flat[mask.argmax()] = True
+    while True:
+        grown = _grow(patch) & mask
+        if grown.sum() == patch.sum():
+            return patch
+        patch = grown
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask (H, W) and the eight neighbours of each of its pixels."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] | padded[1:-1] | padded[2:]
+    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+
+
+def omit_details(caption: str, rng: np.random.Generator) -> str:
+    """A scene's caption with each detail omitted one time in seven: a size, a colour, a place; a kind becomes
+    "shape". A model thus learns each word by itself, not only in the combinations that training shows."""
+    what, *places = re.split(" (?=at the |in the )", caption)
+    words = []
+    for word in what.split():
+        if word in (*SIZES, *COLOURS, *KINDS) and rng.random() < 1 / 7:
+            if word in KINDS:
+                words.append("shape")
+        else:
+            words.append(word)
+    words += [place for place in places if rng.random() >= 1 / 7]
+    return " ".join(words)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def demo() -> None:
+    pictures = np.stack([draw_shape(i) for i in range(2400)])
+    right = sum("-".join(read_shape(picture)) == SHAPE_CLASSES[i % 24] for i, picture in enumerate(pictures))
+    # four rows with one picture of every class, on white
+    tiles = np.pad(pictures[:96], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    sheet = tiles.reshape(4, 24, 34, 34, 3).transpose(0, 2, 1, 3, 4).reshape(4 * 34, 24 * 34, 3)
+    Image.fromarray(sheet).resize((24 * 68, 4 * 68), Image.Resampling.NEAREST).save("shapes.png")
+    print(f"shapes.png written; {right} of {len(pictures)} pictures read back as drawn")
+
+
+if __name__ == "__main__":
+    demo()
