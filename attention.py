@@ -133,7 +133,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
 #   Q_NORM, K_NORM          weights of the norms of q and k
 #   DO, DQ, dp, ...         gradient of the loss with respect to o, q, p, ...
 #   max_length              bound on the rows of one sequence, of q or, where blocks are of keys, of k
-#   MASKED, PACKED          whether there are MASK and OFFSETS, the arguments of `attention`
+#   MASKED, PACKED          whether MASK and OFFSETS, the arguments of `attention`, are given
 
 SHORT = 512         # up to this number of keys, the forward kernel norms and rotates them itself
 ROWS_PER_SUM = 32   # rows over which one program sums the gradients of the norm's weights
@@ -141,19 +141,25 @@ LOG2_E = 1.4426950408889634
 
 
 def jit(function: Callable) -> Callable:
-    """triton.jit, where there is Triton."""
+    """triton.jit if Triton is installed, so that the file can be imported without it."""
     return triton.jit(function) if triton else function
 
 
-def autotune(*configs: tuple[int, int, int, int]) -> Callable:
-    """Let Triton choose the fastest of the configurations, for each LENGTH_CLASS, head_dim and use of norm
-    and rotation. Each is (queries per block, keys per block, warps, pipeline stages)."""
+class Blocks(NamedTuple):
+    queries: int     # BLOCK_M
+    keys: int        # BLOCK_N
+    warps: int       # groups of 32 threads per program
+    stages: int      # of the pipeline that loads blocks ahead of their use
+
+
+def autotune(*candidates: Blocks) -> Callable:
+    """Let Triton choose the fastest candidate, per LENGTH_CLASS, head_dim and use of norm and rotation."""
     if not triton:
         return lambda kernel: kernel
-    configs = [triton.Config({"BLOCK_M": queries, "BLOCK_N": keys}, num_warps=warps, num_stages=stages)
-               for queries, keys, warps, stages in configs]
     if INTERPRETED:                                   # times in the interpreter mean nothing
-        configs = configs[:1]
+        candidates = candidates[:1]
+    configs = [triton.Config({"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}, num_warps=blocks.warps,
+                             num_stages=blocks.stages) for blocks in candidates]
     return triton.autotune(configs, key=["LENGTH_CLASS", "DIM", "NORM", "ROPE"])
 
 
@@ -181,8 +187,9 @@ def head_pointer(X, batch, head, stride_b, stride_h, DIM: tl.constexpr):
 @jit
 def load_tile(X, rows, channels, valid_rows, stride_n, DIM: tl.constexpr):
     """Rows of one head, (rows, PADDED), with zeros outside the valid rows and beyond DIM channels."""
+    pointers = X + rows[:, None] * stride_n + channels[None, :]
     valid = valid_rows[:, None] & (channels < DIM)[None, :]
-    return tl.load(X + rows[:, None] * stride_n + channels[None, :], valid, 0.0)
+    return tl.load(pointers, valid, 0.0)
 
 
 @jit
@@ -260,7 +267,8 @@ def norm_and_rope_kernel(X, Y, WEIGHT, COS, SIN, stride_xb, stride_xh, stride_xn
     store_tile(Y_head, y, rows, channels, valid_rows, stride_yn, DIM)
 
 
-@autotune((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))
+@autotune(Blocks(64, 64, warps=4, stages=3), Blocks(128, 64, warps=4, stages=3),
+          Blocks(128, 64, warps=8, stages=3), Blocks(128, 128, warps=8, stages=2))
 @jit
 def forward_kernel(Q, K, V, O, LSE, Q_NORM, K_NORM, COS, SIN, MASK, OFFSETS,
                    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -335,7 +343,8 @@ def forward_kernel(Q, K, V, O, LSE, Q_NORM, K_NORM, COS, SIN, MASK, OFFSETS,
     tl.store(LSE + (batch * heads + head) * N + rows, row_max + tl.log2(row_sum), valid_rows)
 
 
-@autotune((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3))
+@autotune(Blocks(64, 64, warps=4, stages=3), Blocks(128, 64, warps=8, stages=3),
+          Blocks(64, 32, warps=4, stages=3))
 @jit
 def backward_q_kernel(Q, K, V, O, DO, LSE, DELTA, Q_IN, DQ, Q_NORM, COS, SIN, DQ_NORM, MASK, OFFSETS,
                       stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -406,7 +415,8 @@ def backward_q_kernel(Q, K, V, O, DO, LSE, DELTA, Q_IN, DQ, Q_NORM, COS, SIN, DQ
     store_tile(DQ_head, dq, rows, channels, valid_rows, stride_dqn, DIM)
 
 
-@autotune((64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 4, 3))
+@autotune(Blocks(64, 64, warps=4, stages=3), Blocks(64, 128, warps=8, stages=3),
+          Blocks(32, 64, warps=4, stages=3))
 @jit
 def backward_kv_kernel(Q, K, V, DO, LSE, DELTA, K_IN, DK, DV, K_NORM, COS, SIN, DK_NORM, MASK, OFFSETS,
                        stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -519,12 +529,16 @@ class LaunchSettings(NamedTuple):
 
 def launch_settings(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | None, mask: Tensor | None,
                     offsets: Tensor | None, max_length: int) -> LaunchSettings:
-    sequences, max_queries, max_keys = q.shape[0], q.shape[2], k.shape[2]
+    """What all kernels that compute one attention have in common; arguments as in `attention_operator`."""
+    sequences = q.shape[0]
+    max_queries = q.shape[2]
+    max_keys = k.shape[2]
     if offsets is not None:
         sequences = len(offsets) - 1
-        max_queries = max_keys = max_length
+        max_queries = max_length
+        max_keys = max_length
 
-    # The kernels are tuned for each class separately. In class 0 the forward kernel norms and rotates the keys.
+    # The kernels are tuned for each class; in class 0 the forward kernel norms and rotates the keys itself.
     length_class = 2
     if max_keys <= SHORT:
         length_class = 0
@@ -542,7 +556,7 @@ def launch_settings(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | Non
 
 def normed_and_rotated(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
                        options: dict) -> Tensor:
-    """x (B, heads, N, head_dim) after norm and rotation; x itself where there is neither."""
+    """x (B, heads, N, head_dim) after norm and rotation; x itself if neither is asked for."""
     if weight is None and cos is None:
         return x
     y = empty_row_major(x)
@@ -586,7 +600,7 @@ def attention_backward_operator(
         do: Tensor, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
         cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, offsets: Tensor | None,
         max_length: int, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, q_norm and k_norm (zeros for the last two where there is no norm), given do, the
+    """Gradients of q, k, v, q_norm and k_norm (zeros for the last two without a norm), given do, the
     gradient of the output o."""
     settings = launch_settings(q, k, q_norm, cos, mask, offsets, max_length)
     heads, queries, dim = q.shape[1:]

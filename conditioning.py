@@ -379,6 +379,7 @@ def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
 
 
 KINDS = {"none": Nothing, "class": Labels, "text": Words}
+FLAGS = {name: fields for kind in KINDS.values() for name, fields in kind.flags.items()}     # of sample.py
 
 
 def of_settings(cond: str, text: dict | None, dropout: float, device: torch.device) -> Nothing:
@@ -398,16 +399,17 @@ def of_checkpoint(checkpoint: dict, device: torch.device) -> Nothing:
 
 def check_flags(conditioning: Nothing, args: argparse.Namespace) -> None:
     """Refuse the conditioning flags of sample.py that this run does not take."""
-    for kind in KINDS.values():
-        for flag in kind.flags:
-            value = getattr(args, flag.lstrip("-").replace("-", "_"))
-            if value is None or flag in conditioning.accepted():
-                continue
-            remedy = "leave it out"
-            if flag in ("--label", "--prompt", "--embedding") and conditioning.use:
-                remedy = f"use {conditioning.use}"
-            first = value if isinstance(value, str) else value[0]
-            raise ValueError(f"{flag} {first}: this run {conditioning.described}; {remedy}")
+    for flag in FLAGS:
+        value = getattr(args, flag.lstrip("-").replace("-", "_"))
+        if value is None or flag in conditioning.accepted():
+            continue
+        remedy = "leave it out"
+        if conditioning.use and flag in ("--label", "--prompt", "--embedding"):     # these ask for a picture
+            remedy = f"use {conditioning.use}"
+        first = value if isinstance(value, str) else value[0]
+        raise ValueError(f"{flag} {first}: this run {conditioning.described}; {remedy}")
+    if conditioning.use == "--embedding" and not args.embedding:
+        raise ValueError(f"this run {conditioning.described}; give some by --embedding FILE.npz")
 
 
 def demo() -> None:

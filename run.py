@@ -1,13 +1,13 @@
-"""A run on disk: its lock, settings, metrics, loss curve and checkpoint, and the networks that a checkpoint
-holds.
+"""A run: its folder, its checkpoints and what they hold, and the plan of a training before anything is
+written.
 
     python run.py runs/shapes-dit-rf      # describes a run or a checkpoint
 
 A run lives in one folder: settings.json, metrics.jsonl, previews, loss.png, samples.png and checkpoint.pt.
-The checkpoint alone says everything that sample.py needs: architecture and its configuration, objective, data
-shape, class names or text encoder, the VAE, raw and averaged weights. It holds plain types and tensors, and
-is always read with weights_only=True. Every file is replaced atomically: at any moment a run can be read and
-continued.
+The checkpoint is all that sample.py needs: the architecture and its configuration, the objective, the size of
+the pictures, class names or the text encoder, the VAE, raw and averaged weights. It holds plain types and
+tensors and is always read with weights_only=True. Every file is replaced atomically, so that a run can be
+read, killed and continued at any moment.
 """
 
 from __future__ import annotations
@@ -26,206 +26,16 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+import conditioning
 import published
+import settings
 from cache import locked, write_atomically
 from conditioning import Nothing
+from data import Folder, find_folder
 from published import check_weights, load_weights
-from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE, network_config
+from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
 from text import TextConfig, TextEncoder
 from vae import VAE, VAEConfig
-
-
-# ---- what a checkpoint holds, built
-
-def build_model(arch: str, config: dict, text: dict | None = None) -> torch.nn.Module:
-    """text: the checkpoint's text encoder. The built-in one becomes a part of the model, `model.text`,
-    because it is trained, averaged and saved with it."""
-    row = ARCHITECTURES[arch]
-    model = row.model(make_config(arch, row.config, config))
-    if text is not None and text["encoder"] == "bytes":
-        model.text = TextEncoder(make_config("text encoder", TextConfig, text["config"]))
-    return model
-
-
-def make_config(name: str, kind: type, values: dict):
-    surplus = sorted(set(values) - {field.name for field in fields(kind)})
-    if surplus:
-        raise ValueError(f"{name} has no setting {surplus[0]!r}; this checkpoint is from another version")
-    return kind(**values)
-
-
-def build_path(objective: dict):
-    """The path of an objective as the checkpoint stores it: its name in OBJECTIVES and its options."""
-    options = dict(objective)
-    return OBJECTIVES[options.pop("name")].path(**options)
-
-
-def compile_blocks(model: torch.nn.Module, **options) -> None:
-    """torch.compile each block in place, so that the names of the weights stay as they are. Blocks of one
-    kind share what is compiled; from their second size on it is compiled for any size."""
-    torch._dynamo.config.cache_size_limit = 64         # a U-Net's blocks have many widths
-    for block in model.modules():
-        if isinstance(block, BLOCKS):
-            block.compile(**options)
-
-
-def checkpoint_blocks(model: torch.nn.Module) -> None:
-    """Gradient checkpointing: keep the input of each block only, and run the block again in the backward pass
-    (Chen et al. 2016, arXiv:1604.06174)."""
-    def recomputed(forward: Callable) -> Callable:
-        def again(*inputs, **more):                    # a function, because torch.compile skips a partial
-            return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False,
-                                                     preserve_rng_state=False, **more)
-        return again
-
-    for block in model.modules():
-        if isinstance(block, BLOCKS):
-            block.forward = recomputed(block.forward)
-
-
-def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Nothing,
-                 initial: dict[str, Tensor] | None) -> None:
-    """Build the networks on the meta device, which takes no memory, and check both sides of the picture
-    against every halving and patch, so that what cannot work is refused before the VAE takes its minutes.
-    initial: the weights to start from."""
-    factors = {"VAE": (2 ** (len(vae_config.widths) - 1),) * 2}
-    with torch.device("meta"):
-        build_model("vae", asdict(vae_config))
-        if args.arch != "vae":
-            config = network_config(args, vae_config.latent_channels, condition)
-            network = build_model(args.arch, config, condition.text)
-            if initial is not None:
-                fit_weights(network, initial, args.init_from)
-            factors[args.arch] = (network.factor,) * 2 if args.arch == "unet" else network.config.patch
-    need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
-    if any(side % multiple for side, multiple in zip(args.image_size, need)):
-        why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
-        raise ValueError("--image-size {} {}: height must be a multiple of {} and width of {} ({})".format(
-            *args.image_size, *need, why))
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a run folder's or a file's checkpoint to the CPU. Raises ValueError with a line for the user."""
-    path = Path(path)
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path}: no checkpoint there ({file} does not exist); train one with train.py")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        for part in ("arch", "config", "objective", "data", "label_dropout", "vae", "model", "ema"):
-            checkpoint[part]
-        checkpoint.setdefault("text", None)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same to the user
-        raise ValueError(f"{file}: not a checkpoint of train.py, or damaged ({type(error).__name__})"
-                         ) from None
-    return checkpoint
-
-
-def pack_vae(vae: VAE) -> dict:
-    return {"config": asdict(vae.config), "state": vae.state_dict()}
-
-
-def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
-    vae = load_weights(build_model("vae", packed["config"]), packed["state"], what)
-    return vae.eval().requires_grad_(False)
-
-
-def load_vae(path: str | Path) -> VAE:
-    """A VAE with averaged weights, in evaluation mode: that of a finished VAE run, the one inside another
-    run's checkpoint, or a published one (see published.load_vae). Raises ValueError with a line for the
-    user."""
-    path = Path(path)
-    if (path / "config.json").is_file() and not (path / "checkpoint.pt").is_file():
-        return published.load_vae(path)                # a folder of diffusers
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError:
-        if path.is_file():
-            return published.load_vae(path)
-        raise
-    if checkpoint["arch"] != "vae":
-        return unpack_vae(checkpoint["vae"])
-    if not checkpoint["training"]["finished"]:         # the scale of its latents is measured at the end
-        raise ValueError(f"{path}: this VAE is not finished (step {checkpoint['step']:,}); "
-                         "run its command again")
-    return unpack_vae({"config": checkpoint["config"], "state": checkpoint["ema"]}, str(path))
-
-
-def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
-    """A published network and its VAE, in the form of a checkpoint. Raises ValueError with a line for the
-    user."""
-    row = published.MODELS[name]
-    with torch.device("meta"):                         # only names and shapes are needed to check the file
-        model = build_model("dit", row.config)
-    state = published.read_network(name, weights)
-    published.check_weights(model, state, str(weights))
-    autoencoder = load_vae(vae)
-    published.check_vae(name, autoencoder, str(vae))
-    return {"arch": "dit", "config": row.config, "objective": row.objective, "step": 0,
-            "data": {"source": "imagenet", "size": [row.side, row.side],
-                     "classes": [str(i) for i in range(1000)]},
-            "text": None, "label_dropout": 0.1, "model": state, "ema": state, "vae": pack_vae(autoencoder)}
-
-
-# ---- the weights that a run starts from
-
-def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The weights of --init-from by our names: from a published file, or from a run of this project."""
-    path = Path(args.init_from)
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError:
-        if not args.published or path.is_dir():
-            raise
-        return published.read_network(args.published, args.init_from)
-    if checkpoint["arch"] != args.arch:
-        raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
-    if args.published and checkpoint["objective"] != published.MODELS[args.published].objective:
-        raise ValueError(f"--init-from {args.init_from}: was trained with {checkpoint['objective']}, not as "
-                         f"--published {args.published}")
-    return checkpoint["ema"]
-
-
-def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """state for this model. It must fit exactly, except that a table of other classes is left out, and the
-    model's own initial values take its place."""
-    own = model.state_dict()
-    state = dict(state)
-    for name in ("y_embedder.embedding_table.weight", "class_embedding.weight"):
-        if name not in own:
-            state.pop(name, None)
-        elif name not in state or state[name].shape != own[name].shape:
-            state[name] = own[name]
-    check_weights(model, state, what)
-    return state
-
-
-# ---- what a step changes
-
-@dataclass
-class State:
-    model: torch.nn.Module
-    ema: torch.nn.Module                               # the model with averaged weights
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-
-    @torch.no_grad()
-    def average(self, decay: float) -> None:
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-
-    def training(self) -> dict:
-        """What a resumed run needs besides the weights. The position in the data needs no state, because
-        data.batch_indices is a function of the step."""
-        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
-
-    def restore(self, saved: dict, what: str) -> None:
-        load_weights(self.model, saved["model"], what)
-        load_weights(self.ema, saved["ema"], what)
-        self.optimizer.load_state_dict(saved["training"]["optimizer"])
-        torch.set_rng_state(saved["training"]["rng"])
-        if self.device.type == "cuda" and saved["training"]["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["training"]["cuda_rng"], self.device)
 
 
 # ---- the folder
@@ -319,38 +129,6 @@ class Run:
             self.save_picture("loss.png", picture)
 
 
-def number_format(bf16: bool) -> str:
-    return "bf16 autocast" if bf16 else "fp32"
-
-
-class Unread:
-    """Losses and gradient norms that nobody has read yet. Reading them makes the CPU wait for the GPU, so it
-    happens only when a line is logged; and before each checkpoint, which therefore never holds weights gone
-    bad."""
-
-    def __init__(self, run: Run, bf16: bool):
-        self.run = run
-        self.bf16 = bf16
-        self.steps: list[Tensor] = []                  # each (4,): loss, gradient norm, first and last time
-
-    def add(self, losses: list[Tensor], norm: Tensor, times: Tensor) -> None:
-        self.steps.append(torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()]))
-
-    def read(self, done: int) -> dict[str, float]:
-        """Their means, after `done` steps. Raises FloatingPointError where one is not finite."""
-        values = torch.stack(self.steps).tolist()
-        self.steps.clear()
-        for step, (loss, norm, low, high) in enumerate(values, done + 1 - len(values)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                remedy = "a lower --lr or --precision fp32" if self.bf16 else "a lower --lr"
-                raise FloatingPointError(
-                    f"loss {loss} with gradient norm {norm} at step {step}, times {low:.3f} to {high:.3f}, "
-                    f"{number_format(self.bf16)}: stopped. {self.run.checkpoint} holds the last good "
-                    f"weights; begin another --name with {remedy}")
-        return {"loss": sum(v[0] for v in values) / len(values),
-                "grad_norm": sum(v[1] for v in values) / len(values)}
-
-
 def loss_curve(records: list[dict]) -> Image.Image | None:
     """Training loss (running mean) and validation loss over steps, on a logarithmic axis."""
     train: list[tuple[int, float]] = []
@@ -401,6 +179,281 @@ def describe(record: dict) -> str:
     if "val_by_time" in record:
         line += ", by time " + "  ".join(f"{name} {loss:.3f}" for name, loss in record["val_by_time"].items())
     return line
+
+
+# ---- checkpoints
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a run folder's or a file's checkpoint to the CPU. Raises ValueError with a line for the user."""
+    path = Path(path)
+    file = path / "checkpoint.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path}: no checkpoint there ({file} does not exist); train one with train.py")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        for part in ("arch", "config", "objective", "data", "label_dropout", "vae", "model", "ema"):
+            checkpoint[part]
+        checkpoint.setdefault("text", None)
+    except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same to the user
+        raise ValueError(f"{file}: not a checkpoint of train.py, or damaged ({type(error).__name__})"
+                         ) from None
+    return checkpoint
+
+
+def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
+    """A published network and its VAE, in the form of a checkpoint. Raises ValueError with a line for the
+    user."""
+    row = published.MODELS[name]
+    with torch.device("meta"):                         # only names and shapes are needed to check the file
+        model = build_model("dit", row.config)
+    state = published.read_network(name, weights)
+    check_weights(model, state, str(weights))
+    autoencoder = load_vae(vae)
+    published.check_vae(name, autoencoder, str(vae))
+    return {"arch": "dit", "config": row.config, "objective": row.objective, "step": 0,
+            "data": {"source": "imagenet", "size": [row.side, row.side],
+                     "classes": [str(i) for i in range(1000)]},
+            "text": None, "label_dropout": 0.1, "model": state, "ema": state, "vae": pack_vae(autoencoder)}
+
+
+@dataclass
+class State:
+    """What a training step changes."""
+    model: torch.nn.Module
+    ema: torch.nn.Module                               # the model with averaged weights
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def weights(self) -> dict:
+        return {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+
+    def training(self) -> dict:
+        """What a resumed run needs besides the weights. The position in the data needs no state, because
+        data.batch_indices is a function of the step."""
+        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+
+    def restore(self, saved: dict, what: str) -> None:
+        load_weights(self.model, saved["model"], what)
+        load_weights(self.ema, saved["ema"], what)
+        self.optimizer.load_state_dict(saved["training"]["optimizer"])
+        torch.set_rng_state(saved["training"]["rng"])
+        if self.device.type == "cuda" and saved["training"]["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["training"]["cuda_rng"], self.device)
+
+
+# ---- what a checkpoint holds, built
+
+def build_model(arch: str, config: dict, text: dict | None = None) -> torch.nn.Module:
+    """text: the checkpoint's text encoder. The built-in one becomes a part of the model, `model.text`,
+    because it is trained, averaged and saved with it."""
+    row = ARCHITECTURES[arch]
+    model = row.model(make_config(arch, row.config, config))
+    if text is not None and text["encoder"] == "bytes":
+        model.text = TextEncoder(make_config("text encoder", TextConfig, text["config"]))
+    return model
+
+
+def make_config(name: str, kind: type, values: dict):
+    surplus = sorted(set(values) - {field.name for field in fields(kind)})
+    if surplus:
+        raise ValueError(f"{name} has no setting {surplus[0]!r}; this checkpoint is from another version")
+    return kind(**values)
+
+
+def build_path(objective: dict):
+    """The path of an objective as the checkpoint stores it: its name in OBJECTIVES and its options."""
+    options = dict(objective)
+    return OBJECTIVES[options.pop("name")].path(**options)
+
+
+def pack_vae(vae: VAE) -> dict:
+    return {"config": asdict(vae.config), "state": vae.state_dict()}
+
+
+def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
+    vae = load_weights(build_model("vae", packed["config"]), packed["state"], what)
+    return vae.eval().requires_grad_(False)
+
+
+def load_vae(path: str | Path) -> VAE:
+    """A VAE with averaged weights, in evaluation mode: that of a finished VAE run, the one inside another
+    run's checkpoint, or a published one (see published.load_vae). Raises ValueError with a line for the
+    user."""
+    path = Path(path)
+    if (path / "config.json").is_file() and not (path / "checkpoint.pt").is_file():
+        return published.load_vae(path)                # a folder of diffusers
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError:
+        if path.is_file():
+            return published.load_vae(path)
+        raise
+    if checkpoint["arch"] != "vae":
+        return unpack_vae(checkpoint["vae"])
+    if not checkpoint["training"]["finished"]:         # the scale of its latents is measured at the end
+        raise ValueError(f"{path}: this VAE is not finished (step {checkpoint['step']:,}); "
+                         "run its command again")
+    return unpack_vae({"config": checkpoint["config"], "state": checkpoint["ema"]}, str(path))
+
+
+def compile_blocks(model: torch.nn.Module, **options) -> None:
+    """torch.compile each block in place, so that the names of the weights stay as they are. Blocks of one
+    kind share what is compiled; from their second size on it is compiled for any size."""
+    torch._dynamo.config.cache_size_limit = 64         # a U-Net's blocks have many widths
+    for block in model.modules():
+        if isinstance(block, BLOCKS):
+            block.compile(**options)
+
+
+def checkpoint_blocks(model: torch.nn.Module) -> None:
+    """Gradient checkpointing: keep the input of each block only, and run the block again in the backward pass
+    (Chen et al. 2016, arXiv:1604.06174)."""
+    def recomputed(forward: Callable) -> Callable:
+        def again(*inputs, **more):                    # a function, because torch.compile skips a partial
+            return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False,
+                                                     preserve_rng_state=False, **more)
+        return again
+
+    for block in model.modules():
+        if isinstance(block, BLOCKS):
+            block.forward = recomputed(block.forward)
+
+
+def graphed(model: torch.nn.Module) -> Callable[..., Tensor]:
+    """The model compiled for sampling, and on CUDA replayed as a graph. Its first call is not: that one fills
+    the network's tables of positions, whose memory a graph would overwrite."""
+    compiled = None
+
+    def call(*inputs: Tensor, **cond: Tensor) -> Tensor:
+        nonlocal compiled
+        if compiled is None:
+            compiled = torch.compile(model, mode="reduce-overhead")
+            return model(*inputs, **cond)
+        return compiled(*inputs, **cond).clone()       # a graph overwrites its output in the next call
+    return call
+
+
+# ---- the plan of a training: all that it needs, and the refusal of all that cannot work
+
+@dataclass
+class Plan:
+    run: Run
+    device: torch.device
+    bf16: bool                                   # whether the network runs under bf16 autocast
+    conditioning: Nothing
+    words: str | None                            # the text of each picture: "captions", "embeddings" or None
+    folder: Folder | None                        # the listing of --data, where that is a folder
+    vae: VAE | None = None                       # None where it is trained first
+    vae_args: argparse.Namespace | None = None   # the settings of that training
+    initial: dict[str, Tensor] | None = None     # weights to start from
+
+    @property
+    def number_format(self) -> str:
+        return "bf16 autocast" if self.bf16 else "fp32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
+    """Nothing is written yet. folder: the listing of --data, if that has been listed already. Raises
+    ValueError with a line for the user."""
+    run = Run(Path(args.runs_dir) / args.name)
+    run.check_settings(args)
+    device = settings.pick_device(args.device)
+    if args.compile:
+        settings.check_compiler(device)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and settings.has_bf16(device))
+    words = None
+    if args.cond == "text":
+        words = "embeddings" if args.text_encoder == "none" else "captions"
+    if folder is None:
+        folder = find_folder(args.data, words)
+    cond = "none" if args.arch == "vae" else args.cond
+    condition = conditioning.of_settings(cond, settings.text_config(args), args.label_dropout, device)
+    plan = Plan(run, device, bf16, condition, words, folder)
+
+    vae_args = args
+    if args.arch != "vae":
+        build_path(settings.objective_config(args))        # refuses options that contradict each other
+        begun = run.load()
+        if args.vae:
+            plan.vae = given_vae(args, begun)
+        else:
+            there = Run(Path(args.runs_dir) / settings.vae_name(args)).read_settings()
+            vae_args = plan.vae_args = settings.vae_settings(args, there)
+        if args.init_from and not begun:
+            plan.initial = initial_weights(args)
+        condition.prepare(args.data, folder)
+    vae_config = plan.vae.config if plan.vae else VAEConfig(**settings.vae_config(vae_args, image_channels=3))
+    check_shapes(args, vae_config, condition, plan.initial)
+    return plan
+
+
+def given_vae(args: argparse.Namespace, begun: dict | None) -> VAE:
+    """The VAE of --vae. A run that has begun holds it itself and no longer needs the file."""
+    if begun:
+        return unpack_vae(begun["vae"])
+    vae = load_vae(args.vae)
+    if args.published:
+        published.check_vae(args.published, vae, args.vae)
+    return vae
+
+
+def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The weights of --init-from by our names: from a published file, or from a run of this project."""
+    path = Path(args.init_from)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError:
+        if not args.published or path.is_dir():
+            raise
+        return published.read_network(args.published, args.init_from)
+    if checkpoint["arch"] != args.arch:
+        raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
+    if args.published and checkpoint["objective"] != published.MODELS[args.published].objective:
+        raise ValueError(f"--init-from {args.init_from}: was trained with {checkpoint['objective']}, not as "
+                         f"--published {args.published}")
+    return checkpoint["ema"]
+
+
+def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """state for this model. It must fit exactly, except that a table of other classes is left out, and the
+    model's own initial values take its place."""
+    own = model.state_dict()
+    state = dict(state)
+    for name in ("y_embedder.embedding_table.weight", "class_embedding.weight"):
+        if name not in own:
+            state.pop(name, None)
+        elif name not in state or state[name].shape != own[name].shape:
+            state[name] = own[name]
+    check_weights(model, state, what)
+    return state
+
+
+def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Nothing,
+                 initial: dict[str, Tensor] | None) -> None:
+    """Build the networks on the meta device, which takes no memory, and check both sides of the picture
+    against every halving and patch, so that what cannot work is refused before the VAE takes its minutes."""
+    factors = {"VAE": (2 ** (len(vae_config.widths) - 1),) * 2}
+    with torch.device("meta"):
+        build_model("vae", asdict(vae_config))
+        if args.arch != "vae":
+            config = settings.network_config(args, vae_config.latent_channels, condition)
+            network = build_model(args.arch, config, condition.text)
+            if initial is not None:
+                fit_weights(network, initial, args.init_from)
+            factors[args.arch] = (network.factor,) * 2 if args.arch == "unet" else network.config.patch
+    need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
+    if any(side % multiple for side, multiple in zip(args.image_size, need)):
+        why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
+        raise ValueError("--image-size {} {}: height must be a multiple of {} and width of {} ({})".format(
+            *args.image_size, *need, why))
 
 
 def demo(path: str) -> None:

@@ -20,7 +20,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import torch
@@ -34,28 +34,14 @@ from cache import replacing, write_atomically
 from conditioning import Asked, Nothing
 from data import grid, open_image, to_tensor, to_uint8
 from published import load_weights
-from run import build_model, build_path, load_checkpoint, load_published, unpack_vae
-from samplers import SAMPLERS, guided, inpainting, karras_times, log_snr_times, noise_like
+from run import build_model, build_path, graphed, load_checkpoint, load_published, unpack_vae
+from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like
 from settings import (OBJECTIVES, Flag, check_compiler, integer, make_parser, number, one_of, path,
                       pick_device, published_model)
 from vae import VAE
 
-# How the times are spaced: the path's own spacings, or even in another variable.
-TIMES = {"even": lambda path, steps: path.times(steps),
-         "leading": lambda path, steps: path.times(steps, "leading"),
-         "linspace": lambda path, steps: path.times(steps, "linspace"),
-         "log-snr": log_snr_times, "karras": karras_times}
-# Flags that are options of one sampler.
+# Flags that are options of one sampler, and that sampler.
 SAMPLER_OPTIONS = {"eta": "ddim", "variance": "ddpm", "noise": "reverse_sde"}
-
-
-
-def conditioning_flags() -> list[Flag]:
-    rows = []
-    for kind in conditioning.KINDS.values():
-        rows += [Flag(name, type=str, **fields) for name, fields in kind.flags.items()]
-    return rows
-
 
 FLAGS = {
     "what to draw with": [
@@ -68,7 +54,7 @@ FLAGS = {
     ],
     "what to draw": [
         Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
-        *conditioning_flags(),
+        *(Flag(name, type=str, **fields) for name, fields in conditioning.FLAGS.items()),
         Flag("--init-image", "begin with this picture instead of noise", path, metavar="FILE"),
         Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone (default: 0.6, with "
                            "--mask 1)", number(0, 1)),
@@ -118,14 +104,17 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     2022, arXiv:2108.01073), and skip the steps before that time. mask (1, 1, H, W), bool: draw only there;
     every other pixel keeps its value. on_step(i, uint8 pictures) is called after each step with the decoded
     xt."""
+    # ---- noise, from generators on the CPU, so that it is the same for every device
     device = next(vae.parameters()).device
-    # The generators are on the CPU, so that the noise is the same for every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)
+
+    # ---- the denoiser, which is all that a sampler sees of the network, and the times to visit
     denoise = guided(model, path, cond, uncond, scale, interval=interval, rescale=rescale,
                      variance=options.get("variance") == "learned")
-    t = TIMES[times](path, steps)
+    t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0
 
+    # ---- from a picture: begin at the time `strength`, where it is mixed with that much noise
     if image is not None:
         with torch.autocast(device.type, enabled=False):   # as in VAE.decode: pixels need more than 8 bits
             x0 = vae.normalize(vae.encode(image.to(device)).mean)
@@ -137,7 +126,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
             alpha, sigma = path.alpha_sigma(t[0])
             x = alpha * x0 + sigma * x
     if mask is not None:
-        # One latent position stands for factor x factor pixels: it is drawn if any of them is.
+        # One latent position stands for factor x factor pixels: it is drawn where any of them is.
         repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
         denoise = inpainting(denoise, path, x0, repaint)
 
@@ -147,13 +136,13 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
             pictures = torch.where(mask.to(device), pictures, image.to(device))
         return to_uint8(pictures)
 
-    show = None
-    if on_step is not None:
-        def show(i: int, xt: Tensor, x0: Tensor) -> None:
-            on_step(i, decode(xt))
+    def show(i: int, xt: Tensor, x0: Tensor) -> None:
+        on_step(i, decode(xt))
 
-    if len(t) > 1:                                         # at strength 0 nothing is left to do
-        x = SAMPLERS[sampler](denoise, path, x, t, generator=generators, on_step=show, **options)
+    # ---- from noise to data
+    if len(t) > 1:                                         # at strength 0 no step is left
+        x = SAMPLERS[sampler](denoise, path, x, t, generator=generators, on_step=show if on_step else None,
+                              **options)
     return decode(x)
 
 
@@ -164,20 +153,6 @@ def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], a
         part = seeds[start:start + batch_size]
         cond, uncond = asked.batch(start, len(part))
         yield draw(model, vae, path, shape, part, cond, uncond, **how)
-
-
-def graphed(model: torch.nn.Module) -> Callable[..., Tensor]:
-    """The model compiled, and on CUDA replayed as a graph. Its first call is not: that one fills the
-    network's tables of positions, whose memory a graph would overwrite."""
-    compiled = None
-
-    def call(*inputs: Tensor, **cond: Tensor) -> Tensor:
-        nonlocal compiled
-        if compiled is None:
-            compiled = torch.compile(model, mode="reduce-overhead")
-            return model(*inputs, **cond)
-        return compiled(*inputs, **cond).clone()           # a graph overwrites its output in the next call
-    return call
 
 
 # ---- from flags to what they mean, refusing what cannot work
@@ -195,14 +170,14 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: must end in .png, .npz or .gif, or name a folder")
     if kind and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.is_dir() and kind:
-        raise ValueError(f"--out {out}: there is a folder of that name; choose another")
-    if out.is_file() and not kind:
-        raise ValueError(f"--out {out}: there is a file of that name; choose another")
+    if out.exists() and out.is_dir() == bool(kind):        # a name without an ending means a folder
+        there = "folder" if kind else "file"
+        raise ValueError(f"--out {out}: there is a {there} of that name; choose another")
 
+    # Either a run, which holds all its parts, or a published model with all of its own.
     published = [part is not None for part in (args.published, args.weights, args.vae)]
-    enough = not any(published) if args.run is not None else all(published)
-    if not enough:
+    complete = not any(published) if args.run is not None else all(published)
+    if not complete:
         raise ValueError("give a run, or --published NAME with its --weights FILE and --vae PATH")
     if args.raw and args.published:
         raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
@@ -221,6 +196,7 @@ def guidance_scale(args: argparse.Namespace, condition: Nothing) -> float:
     scale = args.cfg
     if scale is None:
         scale = 2.0 if condition.guidable else 1.0
+    # Every scale but 1 needs the unconditional branch, which label dropout trains.
     if scale != 1 and not condition.guidable:
         why = condition.described
         if condition.use:
@@ -231,26 +207,21 @@ def guidance_scale(args: argparse.Namespace, condition: Nothing) -> float:
             raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "
                              "drop one of them")
 
+    # At scale 1 there is no guidance, and at 0 nothing but the unconditional branch.
     without_effect = None
     if tuple(args.interval) != (0, 1):
         without_effect = "--interval {:g} {:g}".format(*args.interval)
     elif args.rescale > 0:
         without_effect = f"--rescale {args.rescale:g}"
-    elif args.negative_prompt is not None and scale != 0:  # at scale 0 it is what is drawn
+    elif args.negative_prompt is not None and scale != 0:  # it is the unconditional branch's prompt
         without_effect = "--negative-prompt"
     if without_effect and scale in (0, 1):
         raise ValueError(f"{without_effect} with guidance {scale:g}: there is none for it to act on")
     return scale
 
 
-class Solver(NamedTuple):
-    sampler: str
-    steps: int
-    options: dict        # of the sampler
-
-
-def choose_solver(args: argparse.Namespace, objective: dict) -> Solver:
-    """The sampler asked for, the one whose option was given, or the objective's default."""
+def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict]:
+    """The sampler asked for, the one whose option was given, or the objective's default; and its options."""
     sampler = args.sampler
     options = {}
     for name, owner in SAMPLER_OPTIONS.items():
@@ -265,8 +236,7 @@ def choose_solver(args: argparse.Namespace, objective: dict) -> Solver:
         raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the straight one")
     if args.variance == "learned" and not objective.get("learned_variance"):
         raise ValueError("--variance learned: this network was not trained to predict a variance")
-    defaults = OBJECTIVES[objective["name"]]
-    return Solver(sampler or defaults.sampler, args.steps or defaults.steps, options)
+    return sampler or OBJECTIVES[objective["name"]].sampler, options
 
 
 def read_picture(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:
@@ -282,9 +252,9 @@ def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
     image, mask = None, None
     if args.init_image:
         image = to_tensor(read_picture("--init-image", args.init_image, size)[None])
-        if channels == 1:
+        if channels == 1:                                  # every file is read as RGB
             image = image.mean(1, keepdim=True)
-    if args.mask:
+    if args.mask:                                          # grey counts as white from the middle on
         white = read_picture("--mask", args.mask, size).mean(-1) > 127
         if not white.any():
             raise ValueError(f"--mask {args.mask}: has no white pixel, so there is nothing to draw")
@@ -306,7 +276,7 @@ def npz_writer(file: IO[bytes], shape: tuple[int, ...]) -> Iterator[Callable[[np
 
 def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: Asked) -> None:
     """One frame per step, the grid of all pictures so far; the last stands still."""
-    frames: dict[int, list[np.ndarray]] = {}
+    frames: dict[int, list[np.ndarray]] = {}               # step -> its pictures, batch by batch
 
     def keep(i: int, images: np.ndarray) -> None:
         frames.setdefault(i, []).append(images)
@@ -316,17 +286,18 @@ def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: As
                 for frame in frames.values() or [last]]    # without a step there is one frame
     write_atomically(out, lambda file: pictures[0].save(
         file, "GIF", save_all=True, append_images=pictures[1:], loop=0,
-        duration=[120] * (len(pictures) - 1) + [1500]))
+        duration=[120] * (len(pictures) - 1) + [1500]))    # milliseconds
 
 
 def write_folder(out: Path, batches: Iterator[np.ndarray], asked: Asked, first_seed: int) -> None:
     """SEED-NAME.png for each picture."""
     out.mkdir(parents=True, exist_ok=True)
+    # Prompts become file names: letters, digits and dashes only, and of bounded length.
     endings = [re.sub(r"[^\w-]+", "-", f"-{name}")[:80] for name in asked.names] or [""]
     number = 0
     for images in batches:
         for image in images:
-            if image.shape[-1] == 1:
+            if image.shape[-1] == 1:                       # as Pillow wants grey pictures
                 image = image.squeeze(-1)
             name = f"{first_seed + number:06d}{endings[asked.turn[number]]}.png"
             Image.fromarray(image).save(out / name)
@@ -342,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         check_compiler(device)
 
-    # ---- the run, and what its flags mean for it
+    # ---- the checkpoint, and what the flags mean for it; nothing is built before they are understood
     if args.published:
         what = args.weights
         checkpoint = load_published(args.published, args.weights, args.vae)
@@ -354,14 +325,13 @@ def main(argv: list[str] | None = None) -> None:
                          "mmdit or unet run")
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
-    if condition.use == "--embedding" and not args.embedding:
-        raise ValueError(f"{what}: was trained on precomputed vectors; give some by --embedding FILE.npz")
     scale = guidance_scale(args, condition)
-    solver = choose_solver(args, checkpoint["objective"])
+    sampler, options = choose_sampler(args, checkpoint["objective"])
+    steps = args.steps or OBJECTIVES[checkpoint["objective"]["name"]].steps
     path = build_path(checkpoint["objective"])
-    TIMES[args.times](path, solver.steps)    # refuses more steps than the path has, before any work
+    TIMES[args.times](path, steps)                         # refuses more steps than the path has
 
-    # ---- network and inputs
+    # ---- the network, the VAE, and what is given to them
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
     load_weights(model, checkpoint["model" if args.raw else "ema"], what).to(device).eval()
     vae = unpack_vae(checkpoint["vae"]).to(device)
@@ -370,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     image, mask = read_image_and_mask(args, (height, width), vae.config.image_channels)
     strength = args.strength
     if strength is None:
-        strength = 1.0 if args.mask else 0.6
+        strength = 1.0 if args.mask else 0.6               # what is masked owes nothing to the picture
     with torch.no_grad():
         asked = condition.ask(args, model)
     if device.type == "cuda":
@@ -382,21 +352,19 @@ def main(argv: list[str] | None = None) -> None:
 
     def batches(on_step: Callable | None = None) -> Iterator[np.ndarray]:
         seeds = range(args.seed, args.seed + args.n)
-        what_runs = f"{solver.sampler} x {solver.steps}, guidance {scale:g}"
-        with (tqdm(total=args.n, unit="img", desc=what_runs) as bar,
+        with (tqdm(total=args.n, unit="img", desc=f"{sampler} x {steps}, guidance {scale:g}") as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")):
             for images in draw_batches(
-                    network, vae, path, shape, asked, seeds, args.batch_size, sampler=solver.sampler,
-                    steps=solver.steps, scale=scale, rescale=args.rescale, interval=tuple(args.interval),
-                    times=args.times, strength=strength, image=image, mask=mask, on_step=on_step,
-                    **solver.options):
+                    network, vae, path, shape, asked, seeds, args.batch_size, sampler=sampler, steps=steps,
+                    scale=scale, rescale=args.rescale, interval=tuple(args.interval), times=args.times,
+                    strength=strength, image=image, mask=mask, on_step=on_step, **options):
                 yield images
                 bar.update(len(images))
 
-    # ---- draw and write; a file is the old one or the new one, complete
+    # ---- draw and write; what stands at --out is always the old file or the new one, complete
     out = Path(args.out)
     kind = out.suffix.lower()
-    if kind == ".npz":
+    if kind == ".npz":                                     # written while it is drawn
         all_pictures = (args.n, height, width, vae.config.image_channels)
         with replacing(out) as file, npz_writer(file, all_pictures) as write:
             for images in batches():

@@ -464,6 +464,13 @@ def times_at(path, steps: int, end: float, nodes: Callable[[Tensor, Tensor], Ten
     return torch.cat([start[None], inner, start.new_zeros(1)])
 
 
+# How a number of steps becomes times: the path's own spacings, or even in another variable.
+TIMES = {"even": lambda path, steps: path.times(steps),
+         "leading": lambda path, steps: path.times(steps, "leading"),
+         "linspace": lambda path, steps: path.times(steps, "linspace"),
+         "log-snr": log_snr_times, "karras": karras_times}
+
+
 # Measuring a solver
 
 def gaussian_mixture(path, means: Tensor, std: float) -> Denoiser:

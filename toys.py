@@ -1,4 +1,4 @@
-"""Procedural pictures of coloured shapes: drawn from a caption or a class, and read back from the pixels.
+"""Procedural pictures with captions: coloured shapes, which are read back from the pixels, and emoji.
 
     python toys.py                        # writes shapes.png, and reads 2,400 pictures back
 
@@ -11,12 +11,15 @@ sequence is a pure function of its index, and every sequence is infinite.
 
 from __future__ import annotations
 
+import functools
 import re
+import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 KINDS = ["circle", "square", "triangle", "cross"]
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220),
@@ -254,6 +257,84 @@ def omit_details(caption: str, rng: np.random.Generator) -> str:
             words.append(word)
     words += [place for place in places if rng.random() >= 1 / 7]
     return " ".join(words)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# emoji: every character of a colour font, with its Unicode name as caption
+
+EMOJI_FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",          # Debian: fonts-noto-color-emoji
+               "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+               "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
+               "/System/Library/Fonts/Apple Color Emoji.ttc", "C:/Windows/Fonts/seguiemj.ttf"]
+
+
+def find_emoji_font(data_dir: Path) -> Path:
+    for path in [*sorted(data_dir.glob("*[eE]moji*.tt[fc]")), *map(Path, EMOJI_FONTS)]:
+        if path.is_file():
+            return path
+    raise ValueError(f"--data emoji: no colour font in {data_dir} or the usual places; install one (Debian: "
+                     "apt install fonts-noto-color-emoji), or name by --data-dir a folder that has "
+                     "NotoColorEmoji.ttf")
+
+
+def open_emoji_font(path: Path) -> ImageFont.FreeTypeFont:
+    for pixels in (109, 160, 137, 136, 128, 96, 64):       # a bitmap font has a few sizes only
+        try:
+            return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
+        except OSError:
+            continue
+    raise ValueError(f"{path}: not a font that Pillow can open at any usual size of emoji")
+
+
+def draw_character(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
+    """RGBA, cropped to the ink; None for a character without any."""
+    left, top, right, bottom = font.getbbox(character)
+    if right <= left or bottom <= top:
+        return None
+    tile = Image.new("RGBA", (right - left, bottom - top))
+    ImageDraw.Draw(tile).text((-left, -top), character, font=font, embedded_color=True)
+    box = tile.getchannel("A").getbbox()
+    return tile.crop(box) if box else None
+
+
+@functools.lru_cache(maxsize=2)
+def render_emoji(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    """(N, H, W, 3) uint8 pictures on white and their names in lower case: every single character that has a
+    name and, in this font, a coloured picture of its own. No blanks, no duplicates, no modifiers."""
+    font = open_emoji_font(path)
+    tiles = []
+    for character in map(chr, range(0xA9, 0x20000)):
+        name, category = unicodedata.name(character, None), unicodedata.category(character)
+        # Letters and marks are text; formats (Cf) and modifiers (Sk) only change the character before them.
+        if name is None or category[0] in "LM" or category in ("Cf", "Sk"):
+            continue
+        tile = draw_character(character, font)
+        if tile is not None:
+            tiles.append((name.lower(), tile))
+    side = max((max(tile.size) for _, tile in tiles), default=0)    # one scale for all
+    found = {}                                                      # by its pixels: duplicates appear once
+    for name, tile in tiles:
+        square = Image.new("RGBA", (side, side), "white")
+        square.alpha_composite(tile, ((side - tile.width) // 2, (side - tile.height) // 2))
+        picture = np.asarray(ImageOps.pad(square.convert("RGB"), size[::-1], Image.Resampling.LANCZOS,
+                                          color="white"))
+        if picture.min() < 240:                                     # something other than white
+            found.setdefault(picture.tobytes(), (name, picture))
+    if not found:
+        raise ValueError(f"{path}: no emoji in this font that Pillow can draw")
+    return np.stack([picture for _, picture in found.values()]), [name for name, _ in found.values()]
+
+
+def vary_caption(caption: str, rng: np.random.Generator) -> str:
+    """The caption itself one time in two; else its words in another order, or some of them, at least one."""
+    words = caption.split()
+    if rng.random() < 0.5 or len(words) < 2:
+        return caption
+    if rng.random() < 0.5:
+        return " ".join(rng.permutation(words))
+    keep = rng.random(len(words)) < 0.6
+    keep[rng.integers(len(words))] = True
+    return " ".join(word for word, kept in zip(words, keep) if kept)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,82 +32,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import conditioning
-import published
 import settings
 from cache import LatentCache, fingerprint_tensors, pieces
-from conditioning import VALIDATED, Nothing
-from data import Dataset, Folder, batch_indices, find_folder, grid, load_data, send, to_tensor, to_uint8
+from conditioning import VALIDATED
+from data import Dataset, batch_indices, grid, load_data, send, to_tensor, to_uint8
 from published import load_weights
-from run import (Run, State, Unread, build_model, build_path, check_shapes, checkpoint_blocks, compile_blocks,
-                 describe, fit_weights, initial_weights, load_checkpoint, load_vae, number_format, pack_vae,
-                 unpack_vae)
+from run import (Plan, State, build_model, build_path, checkpoint_blocks, compile_blocks, describe,
+                 fit_weights, load_checkpoint, load_vae, pack_vae, prepare, unpack_vae)
 from sample import draw_batches
 from settings import OBJECTIVES
-from vae import VAE, VAEConfig
+from vae import VAE
 
 SAMPLE_ROWS = 10   # rows of samples.png, which has a column per class
-
-
-# ---- before anything is written: all that a run needs, and the refusal of all that cannot work
-
-@dataclass
-class Plan:
-    run: Run
-    device: torch.device
-    bf16: bool                                   # whether the network runs under bf16 autocast
-    conditioning: Nothing
-    words: str | None                            # the text of each picture: "captions", "embeddings" or None
-    folder: Folder | None                        # the listing of --data, where that is a folder
-    vae: VAE | None = None                       # None where it is trained first
-    vae_args: argparse.Namespace | None = None   # the settings of that training
-    initial: dict[str, Tensor] | None = None     # weights to start from
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
-    """folder: the listing of --data, if that has been listed. Raises ValueError with a line for the user."""
-    run = Run(Path(args.runs_dir) / args.name)
-    run.check_settings(args)
-    device = settings.pick_device(args.device)
-    if args.compile:
-        settings.check_compiler(device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and settings.has_bf16(device))
-    words = None
-    if args.cond == "text":
-        words = "embeddings" if args.text_encoder == "none" else "captions"
-    if folder is None:
-        folder = find_folder(args.data, words)
-    cond = "none" if args.arch == "vae" else args.cond
-    condition = conditioning.of_settings(cond, settings.text_config(args), args.label_dropout, device)
-    plan = Plan(run, device, bf16, condition, words, folder)
-
-    vae_args = args
-    if args.arch != "vae":
-        build_path(settings.objective_config(args))        # refuses options that contradict each other
-        begun = run.load()
-        if args.vae:
-            plan.vae = given_vae(args, begun)
-        else:
-            there = Run(Path(args.runs_dir) / settings.vae_name(args)).read_settings()
-            vae_args = plan.vae_args = settings.vae_settings(args, there)
-        if args.init_from and not begun:
-            plan.initial = initial_weights(args)
-        condition.prepare(args.data, folder)
-    vae_config = plan.vae.config if plan.vae else VAEConfig(**settings.vae_config(vae_args, image_channels=3))
-    check_shapes(args, vae_config, condition, plan.initial)
-    return plan
-
-
-def given_vae(args: argparse.Namespace, begun: dict | None) -> VAE:
-    """The VAE of --vae. A run that has begun holds it itself and no longer needs the file."""
-    if begun:
-        return unpack_vae(begun["vae"])
-    vae = load_vae(args.vae)
-    if args.published:
-        published.check_vae(args.published, vae, args.vae)
-    return vae
+PREVIEW_BATCH = 64   # pictures drawn at a time for it, and for previews
 
 
 # ---- what is trained: a task gives the loop its model, the loss of a batch, validation and previews
@@ -114,7 +52,7 @@ def given_vae(args: argparse.Namespace, begun: dict | None) -> VAE:
 class Autoencoding:
     """The task of the VAE: reconstruct pictures through a Gaussian latent."""
 
-    objective = None
+    objective = None      # the checkpoint of a VAE run has neither
     vae = None
 
     def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
@@ -122,21 +60,22 @@ class Autoencoding:
         self.data = data
         self.cache_dir = cache_dir
         self.device = plan.device
-        self.val = to_tensor(val.images[:VALIDATED]).to(self.device)
+        self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # stays there for every validation
 
     def build(self) -> VAE:
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
 
     def loss(self, model: VAE, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss, and (B,) zeros in place of times, which a VAE does not have."""
-        x = to_tensor(self.data.images[indices])
-        if self.args.flip:
+        x = to_tensor(self.data.images[indices])                       # (B, C, H, W) in [-1, 1]
+        if self.args.flip:                                             # each picture on its own
             x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
         loss, _ = model.loss(send(x, self.device), self.args.kl_weight)
         return loss, loss.new_zeros(len(x))
 
     def validate(self, model: VAE) -> dict:
-        generator = torch.Generator(self.device).manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)        # the same noise each time
+        # In pieces, as all pictures at once may not fit the memory; each counts by its size.
         totals: dict[str, Tensor] = {}
         for piece in pieces((len(self.val), *self.val.shape[2:], 1)):
             loss, logs = model.loss(self.val[piece.start:piece.stop], self.args.kl_weight, generator)
@@ -146,16 +85,15 @@ class Autoencoding:
 
     def preview(self, model: VAE, rows: int = 0) -> Image.Image:
         """Pictures, each with its reconstruction below."""
-        x = self.val[:32]
+        x = self.val[:32]                                              # two rows of 16 and theirs
         pairs = [torch.cat([part, model.decode(model.encode(part).mean)]) for part in x.split(16)]
         return grid(to_uint8(torch.cat(pairs)), columns=min(16, len(x)))
 
     def finish(self, model: VAE, ema: VAE) -> None:
-        """Measure the scale of the latents: once, with the averaged weights, which are those that will be
-        used."""
-        statistics = encode_latents(ema, self.data, self.args.flip, self.cache_dir).statistics()
-        ema.set_latent_statistics(*statistics)
-        model.set_latent_statistics(*statistics)
+        """Measure the scale of the latents: once, and with the averaged weights, as those will be used."""
+        mean, var = encode_latents(ema, self.data, self.args.flip, self.cache_dir).statistics()
+        ema.set_latent_statistics(mean, var)
+        model.set_latent_statistics(mean, var)
 
 
 class Denoising:
@@ -169,12 +107,11 @@ class Denoising:
         self.objective = settings.objective_config(args)
         self.path = build_path(self.objective)
         self.cache = encode_latents(self.vae, data, args.flip, cache_dir)
-        # Validation takes fixed pictures, noise and times, so that its losses can be compared. The times are
-        # even over [0, 1]: each bucket of val_by_time has a quarter of them.
+        # Validation takes fixed pictures, noise and times, so that its losses can be compared between steps.
+        # The times are even over [0, 1]: each bucket of val_by_time holds a quarter of them.
         with torch.no_grad():
-            parts = to_tensor(val.images[:VALIDATED]).split(32)
-            latents = [self.vae.encode(x.to(self.device)).mean for x in parts]
-            self.x0 = torch.cat([self.vae.normalize(z) for z in latents])
+            parts = to_tensor(val.images[:VALIDATED]).split(32)        # the VAE needs much memory per picture
+            self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean) for x in parts])
         n = len(self.x0)
         generator = torch.Generator().manual_seed(0)
         self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
@@ -186,18 +123,19 @@ class Denoising:
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and the (B,) times at which it was taken."""
-        # The order of the random draws (latent, dropout, rewording, time, noise) decides what a seed means:
-        # a run begun before a change of it would not continue as it began.
-        z = self.cache.batch(indices)
-        x0 = self.vae.normalize(send(z, self.device))
+        # The order of the random draws (latent, dropout, rewording, time, noise) decides what a seed means: a
+        # run begun before a change of this order would not continue as it began.
+        z = self.cache.batch(indices)                                  # drawn anew from the posterior
+        x0 = self.vae.normalize(send(z, self.device))                  # (B, C, h, w), mean 0 and deviation 1
         dropped = torch.rand(len(z)) < self.args.label_dropout         # each example on its own
-        cond = self.conditioning.batch(model, indices, dropped)
+        cond = self.conditioning.batch(model, indices, dropped)        # y, or context, mask, pooled
         t = send(self.path.sample_t(len(x0)), self.device)
         return self.path.loss(model, x0, t=t, **cond), t
 
     def validate(self, model: torch.nn.Module) -> dict:
         cond = self.conditioning.validation(model)
         loss = self.path.loss(model, self.x0, t=self.t, eps=self.eps, **cond)
+        # A mean over all times hides where a network fails: near noise, near data, or between.
         quarter = (self.t * 4).long()
         by_time = {}
         for i in quarter.unique().tolist():
@@ -208,19 +146,24 @@ class Denoising:
         """Samples, with guidance 2 where the network is trained for it."""
         asked = self.conditioning.preview(model, rows)
         defaults = OBJECTIVES[self.objective["name"]]
+        # Picture i is drawn with seed i in every preview, so that previews of two steps can be compared.
         images = draw_batches(model, self.vae, self.path, self.x0.shape[1:], asked, range(len(asked.turn)),
-                              batch_size=64, sampler=defaults.sampler, steps=defaults.steps,
+                              PREVIEW_BATCH, sampler=defaults.sampler, steps=defaults.steps,
                               scale=2.0 if self.conditioning.guidable else 1.0)
         return grid(np.concatenate(list(images)), asked.columns, captions=asked.captions)
 
     def finish(self, model: torch.nn.Module, ema: torch.nn.Module) -> None:
-        pass
+        pass                                                           # nothing is left to measure
+
+
+Task = Autoencoding | Denoising
 
 
 def encode_latents(vae: VAE, data: Dataset, flip: bool, cache_dir: Path) -> LatentCache:
     device = next(vae.parameters()).device
 
     def encode(images: np.ndarray, mirrored: bool) -> tuple[Tensor, Tensor]:
+        # The picture is mirrored, not the latent: an encoder does not commute with mirroring.
         x = to_tensor(images).to(device)
         posterior = vae.encode(x.flip(-1) if mirrored else x)
         return posterior.mean, posterior.std
@@ -238,7 +181,7 @@ def encode_latents(vae: VAE, data: Dataset, flip: bool, cache_dir: Path) -> Late
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, a plateau, and a linear fall to zero over the last `cooldown` share of the steps."""
-    left = (args.steps - step) / max(1.0, args.cooldown * args.steps)
+    left = (args.steps - step) / max(1.0, args.cooldown * args.steps)      # 1 where the fall begins
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup), left)
 
 
@@ -246,33 +189,35 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def signals() -> Iterator[list[int]]:
     """The SIGINT and SIGTERM received so far, so that the loop can finish its step and save."""
     received: list[int] = []
-    old = {}
+    handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, lambda number, frame: received.append(number))
+        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received
     finally:
-        for number, handler in old.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def new_state(args: argparse.Namespace, task: Autoencoding | Denoising, plan: Plan) -> State:
-    torch.manual_seed(args.seed)
+def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
+    torch.manual_seed(args.seed)                       # after the caches, which need not be built every time
     model = task.build().to(plan.device)
     if plan.initial is not None:
         load_weights(model, fit_weights(model, plan.initial, args.init_from), args.init_from)
-        plan.initial = None                        # gigabytes, perhaps
+        plan.initial = None                            # gigabytes, perhaps
     # Convolutions are faster with the channels last, except in a bf16 U-Net on the CPU.
     if args.arch == "vae" or (args.arch == "unet" and plan.device.type == "cuda"):
         model = model.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # Weight decay acts on matrices only: norms, biases and gains have no scale to keep down.
+    # Weight decay is for matrices only: norms, biases and gains have no scale that must be kept down.
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    # The second beta is 0.95, because 0.999 would average over more steps than a short run has.
+    # The second beta is 0.95, because 0.999 would average over more steps than a short run has. Fused: one
+    # kernel for all weights, which MPS lacks.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=plan.device.type != "mps", betas=(0.9, 0.95))
+    # After the copy: the averaged model is never trained, so neither concerns it.
     if args.grad_checkpoint:
         checkpoint_blocks(model)
     if args.compile:
@@ -280,22 +225,9 @@ def new_state(args: argparse.Namespace, task: Autoencoding | Denoising, plan: Pl
     return State(model, ema, optimizer, plan.device)
 
 
-def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Autoencoding | Denoising, state: State,
-                  step: int) -> dict:
-    """All that sample.py needs."""
-    spec = plan.conditioning.spec()
-    return {"arch": args.arch, "config": asdict(state.model.config), "objective": task.objective,
-            "step": step,
-            "data": {"source": args.data, "size": args.image_size, "classes": spec["classes"],
-                     "prompts": spec["prompts"]},
-            "text": spec["text"], "label_dropout": spec["label_dropout"],
-            "vae": pack_vae(task.vae) if task.vae else None,
-            "model": state.model.state_dict(), "ema": state.ema.state_dict()}
-
-
 def execute(args: argparse.Namespace, plan: Plan) -> bool:
     """One run, or the rest of it, from data to samples. False when a signal interrupted it."""
-    # ---- data; its caches lie beside the VAE, so that all networks on this VAE share them
+    # ---- data, in memory or memory-mapped; its caches lie beside the VAE, for all networks on this VAE
     run = plan.run
     home = run.folder
     if plan.vae_args is not None:
@@ -308,19 +240,19 @@ def execute(args: argparse.Namespace, plan: Plan) -> bool:
         raise ValueError(f"--vae {args.vae}: for pictures of {plan.vae.config.image_channels} channels; "
                          f"those of --data {args.data} have {data.images.shape[-1]}")
 
-    with run.hold():
-        # ---- the run's folder: is what it holds this run?
+    with run.hold():                                   # from here on, no other process trains in this folder
+        # ---- is what the folder holds this run?
         run.write_settings(args)
         saved = run.load()
         if saved:
             training = saved["training"]
-            fingerprint = plan.conditioning.fingerprint
-            if training["data"] != data.identity:
+            if training["data"] != data.identity:      # the same step would see another batch
                 raise ValueError(f"--data {args.data}: changed since {run.folder} began; use another --name "
                                  "for what is there now")
             if training["finished"]:
                 print(f"{run.folder} is finished: {saved['step']:,} steps")
                 return True
+            fingerprint = plan.conditioning.fingerprint
             if training.get("encoder", fingerprint) != fingerprint:
                 raise ValueError(f"--text-encoder {args.text_encoder}: not the files that {run.folder} began "
                                  "with; give those, or use another --name")
@@ -336,75 +268,76 @@ def execute(args: argparse.Namespace, plan: Plan) -> bool:
         return train(args, plan, task, data, saved)
 
 
-def train(args: argparse.Namespace, plan: Plan, task: Autoencoding | Denoising, data: Dataset,
-          saved: dict | None) -> bool:
+def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved: dict | None) -> bool:
     """The loop, from the first or the saved step to samples.png. False when a signal interrupted it."""
-    # ---- setup
+    # ---- setup. TF32 has the range of fp32 and the precision of fp16; what is left in fp32 tolerates it
     run = plan.run
     torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     state = new_state(args, task, plan)
     model, ema, optimizer = state.model, state.ema, state.optimizer
-    unread = Unread(run, plan.bf16)
 
     def save(step: int, finished: bool = False) -> None:
-        more = {"data": data.identity, "encoder": plan.conditioning.fingerprint, "finished": finished}
-        run.save(checkpoint_of(args, plan, task, state, step) | {"training": state.training() | more})
+        run.save(checkpoint_of(args, plan, task, state, data, step, finished))
 
-    # ---- resume
+    # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
     start = 0
     if saved:
         start = saved["step"]
         state.restore(saved, str(run.checkpoint))
-    run.rewind_metrics(start)
+    run.rewind_metrics(start)     # a killed run has logged steps that it never saved
     if not saved:
-        save(0)
+        save(0)                   # from now on --vae and --init-from are no longer needed
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(data):,} pictures; "
-          f"{plan.device.type}, {number_format(plan.bf16)}; step {start:,} of {args.steps:,}", flush=True)
+          f"{plan.device.type}, {plan.number_format}; step {start:,} of {args.steps:,}", flush=True)
 
     # ---- the loop
-    with signals() as stop:
+    unread: list[Tensor] = []     # (4,) per step: loss, gradient norm, first and last time; see read_losses
+    with signals() as stop:       # a list that is empty until SIGINT or SIGTERM
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step",
                    mininterval=0.5)
         for step in bar:
-            # -- one optimizer step, over the batch in `accumulate` pieces
+            # -- the gradient of one batch, in `accumulate` pieces that each need a share of the memory
             rate = learning_rate(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             model.train()
             losses, times = [], []
-            batch = batch_indices(len(data), args.batch_size, step, args.seed)
+            batch = batch_indices(len(data), args.batch_size, step, args.seed)   # a pure function of the step
             for indices in np.split(batch, args.accumulate):
                 with plan.autocast():
                     loss, t = task.loss(model, indices)
-                (loss.mean() / args.accumulate).backward()
-                losses.append(loss.detach().mean())
+                (loss.mean() / args.accumulate).backward()      # outside autocast, as PyTorch recommends
+                losses.append(loss.detach().mean())             # still on the device: nothing waits for it
                 times.append(t)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+
+            # -- one optimizer step; the average of the weights is over few steps at first, as they move fast
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)   # the norm before clipping
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            state.average(min(args.ema, (step + 1) / (step + 10)))   # short at first: early weights fade
-            unread.add(losses, norm, torch.cat(times))
+            state.average(decay=min(args.ema, (step + 1) / (step + 10)))
+            times = torch.cat(times)
+            unread.append(torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()]))
 
-            # -- log: before each validation, preview and checkpoint too, as reading checks that all is finite
+            # -- log; before each checkpoint too, so that none ever holds weights that are not finite
             done = step + 1
-            last = done == args.steps or bool(stop)
+            last = done == args.steps or bool(stop)             # then everything is due
             validates = last or done % args.val_every == 0
             previews = last or done % args.preview_every == 0
             saves = last or done % args.save_every == 0
             if done % args.log_every == 0 or validates or previews or saves:
-                entry = {"step": done, **unread.read(done), "lr": rate}
+                entry = {"step": done, **read_losses(unread, done, plan), "lr": rate}
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
                 run.record(entry)
 
-            # -- validate and preview, with the averaged weights and, to compare by eye, the raw ones
+            # -- validate and preview: the averaged weights and, to compare by eye, the raw ones
             model.eval()
             with torch.no_grad(), plan.autocast():
                 if validates:
                     run.record({"step": done, **task.validate(ema)})
                     bar.write(describe(run.records[-1]))
-                if previews and not stop:
+                if previews and not stop:              # whoever interrupts does not want to wait for pictures
                     for name, network in (("ema", ema), ("raw", model)):
                         run.save_picture(f"preview-{done:06d}-{name}.png", task.preview(network))
                     run.plot_loss()
@@ -418,7 +351,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Autoencoding | Denoising, 
                       flush=True)
                 return False
 
-    # ---- finish
+    # ---- finish: samples by the averaged weights, in fp32, which any machine reproduces
     task.finish(model, ema)
     with torch.no_grad():
         run.save_picture("samples.png", task.preview(ema, rows=SAMPLE_ROWS))
@@ -427,20 +360,55 @@ def train(args: argparse.Namespace, plan: Plan, task: Autoencoding | Denoising, 
     return True
 
 
+def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State, data: Dataset, step: int,
+                  finished: bool) -> dict:
+    """All that sample.py needs and, under "training", what a resumed run needs besides."""
+    spec = plan.conditioning.spec()
+    return {"arch": args.arch, "config": asdict(state.model.config), "objective": task.objective,
+            "step": step,
+            "data": {"source": args.data, "size": args.image_size, "classes": spec["classes"],
+                     "prompts": spec["prompts"]},
+            "text": spec["text"], "label_dropout": spec["label_dropout"],
+            "vae": pack_vae(task.vae) if task.vae else None, **state.weights(),
+            # the identity of the data and of a frozen encoder's outputs: neither may change on resume
+            "training": {"data": data.identity, "encoder": plan.conditioning.fingerprint,
+                         "finished": finished, **state.training()}}
+
+
+def read_losses(unread: list[Tensor], done: int, plan: Plan) -> dict[str, float]:
+    """Empty `unread` after `done` steps, and return its mean loss and gradient norm. The loop reads only now
+    and then, because reading makes the CPU wait for the GPU. Raises FloatingPointError where one is not
+    finite."""
+    values = torch.stack(unread).tolist()
+    unread.clear()
+    for step, (loss, norm, low, high) in enumerate(values, done + 1 - len(values)):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            remedy = "a lower --lr or --precision fp32" if plan.bf16 else "a lower --lr"
+            raise FloatingPointError(
+                f"loss {loss} with gradient norm {norm} at step {step}, times {low:.3f} to {high:.3f}, "
+                f"{plan.number_format}: stopped. {plan.run.checkpoint} holds the last good weights; begin "
+                f"another --name with {remedy}")
+    return {"loss": sum(row[0] for row in values) / len(values),
+            "grad_norm": sum(row[1] for row in values) / len(values)}
+
+
 def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args = settings.parse(argv)
     plan = prepare(args)
-    if plan.vae_args is not None:                  # the VAE of this data comes first
+    # The VAE of this data comes first: a run of its own, which every network on this data shares.
+    if plan.vae_args is not None:
         folder = plan.folder._replace(words=None) if plan.folder else None
         if not execute(plan.vae_args, prepare(plan.vae_args, folder)):
             return
         plan.vae = load_vae(Path(plan.vae_args.runs_dir) / plan.vae_args.name)
     if not execute(args, plan):
         return
+
+    # What there is now, and the command that draws more of it.
     run = plan.run.folder
     print(f"{run / 'samples.png'}, {run / 'loss.png'} after {(time.time() - started) / 60:.1f} minutes")
-    if args.arch != "vae":
+    if args.arch != "vae":                       # a VAE draws nothing by itself
         defaults = OBJECTIVES[args.objective]
         finished = conditioning.of_checkpoint(load_checkpoint(run), plan.device)
         guidance = " --cfg 2" if finished.guidable else ""

@@ -70,6 +70,8 @@ def position_embedding(h: int, w: int, dim: int, device: torch.device | None = N
 
 
 class TimeEmbedding(nn.Module):
+    """t (B,) in [0, 1] -> (B, c_out)."""
+
     def __init__(self, c_in: int, c_out: int, offset: float):
         super().__init__()
         self.linear_1 = nn.Linear(c_in, c_out)
@@ -200,7 +202,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, H * W, C)
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        if self.positions:
+        if self.positions:                           # attention itself ignores where a token lies
             h = h + position_embedding(*x.shape[2:], h.shape[-1], x.device).to(h.dtype)
         for block in self.transformer_blocks:
             h = block(h, context, mask)
@@ -307,7 +309,9 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """Raises ValueError if the configuration does not have one entry per level, or if groups or heads do not
+    """The denoiser: down path, middle, and an up path that reuses the feature maps of the down path (skips).
+
+    Raises ValueError if the configuration does not have one entry per level, or if groups or heads do not
     divide the widths."""
 
     def __init__(self, config: UNetConfig):

@@ -13,6 +13,7 @@ from benchmarks.scenes import score_scene
 from PIL import Image
 
 import data
+import toys
 from data import batch_indices, find_folder, grid, load_data, open_image, to_tensor, to_uint8
 from toys import COLOURS, KINDS, SHAPE_CLASSES, describe_scene, read_shape
 
@@ -58,7 +59,7 @@ def test_emoji(tmp_path, emoji_font):
 
 
 def test_emoji_without_a_font(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "EMOJI_FONTS", [])
+    monkeypatch.setattr(toys, "EMOJI_FONTS", [])
     with pytest.raises(ValueError, match="no colour font in .* --data-dir"):
         load("emoji", tmp=tmp_path)
     (tmp_path / "emoji.ttf").write_bytes(b"no font")
