@@ -70,7 +70,7 @@ class RectifiedFlow:
     def to_x0_eps(self, raw: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output at (xt, t) as the pair (x0, eps) for which alpha * x0 + sigma * eps = xt."""
         alpha, sigma = self.alpha_sigma(like(t, xt))
-        raw = raw[:, :xt.shape[1]]                       # a published SiT returns more channels, never trained
+        raw = raw[:, :xt.shape[1]]                   # a published SiT returns further channels, never trained
         if self.prediction == "velocity":
             return xt - sigma * raw, xt + alpha * raw
         if self.prediction == "eps":

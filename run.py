@@ -1,7 +1,8 @@
 """A run: its folder, its checkpoints and what they hold, and the plan of a training before anything is
 written.
 
-    python run.py runs/shapes-dit-rf      # describes a run or a checkpoint
+    python run.py                         # a run that is killed and continued
+    python run.py runs/shapes-dit-rf      # what a run's checkpoint holds
 
 A run lives in one folder: settings.json, metrics.jsonl, previews, loss.png, samples.png and checkpoint.pt.
 The checkpoint is all that sample.py needs: the architecture and its configuration, the objective, the size of
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -456,7 +458,8 @@ def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Not
             *args.image_size, *need, why))
 
 
-def demo(path: str) -> None:
+def show(path: str) -> None:
+    """Print what a checkpoint holds."""
     checkpoint = load_checkpoint(path)
     with torch.device("meta"):
         model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
@@ -467,10 +470,36 @@ def demo(path: str) -> None:
         print(f"  {name}: {checkpoint[name]}")
 
 
+def demo() -> None:
+    """A run that is killed after its checkpoint of step 2, and continued."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "killed")
+        with run.hold():
+            try:
+                with Run(run.folder).hold():
+                    pass
+            except ValueError as error:
+                print(f"a second process: {str(error).replace(folder, '...')}")
+            model = build_model("dit", {"width": 64, "depth": 2, "heads": 2})
+            for step in (1, 2, 3):
+                run.record({"step": step, "loss": 1 / step})
+                if step == 2:
+                    state = model.state_dict()
+                    run.save({"arch": "dit", "config": asdict(model.config), "objective": {"name": "rf"},
+                              "step": step, "data": {"size": [32, 32], "classes": []}, "label_dropout": 0.0,
+                              "vae": None, "model": state, "ema": state})
+        again = Run(run.folder)
+        step = again.load()["step"]
+        again.rewind_metrics(step)
+        print(f"it logged step 3 and continues from step {step}: {again.records}")
+        show(str(again.folder))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(print("run.py: error: give one run folder or checkpoint file", file=sys.stderr) or 2)
     try:
-        demo(sys.argv[1])
+        if len(sys.argv) > 1:
+            show(sys.argv[1])
+        else:
+            demo()
     except ValueError as error:
         sys.exit(print(f"run.py: error: {error}", file=sys.stderr) or 2)

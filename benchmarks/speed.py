@@ -39,15 +39,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import attention as attention_file
 import dit
-import train
 import unet
 from rectified_flow import RectifiedFlow
-from sample import graphed
+from run import compile_blocks, graphed
 from samplers import SAMPLERS, guided
+from settings import has_bf16
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if train.has_bf16(DEVICE) else torch.float32
+DTYPE = torch.bfloat16 if has_bf16(DEVICE) else torch.float32
 Row = dict[str, object]
 
 
@@ -206,7 +206,7 @@ class Case(NamedTuple):
     batch: int          # of a training step
 
 
-DIT = dit.PUBLISHED | {"num_classes": 1000}
+DIT = dit.PUBLISHED_BLOCK | {"num_classes": 1000}
 SD1 = unet.PRESETS["sd1"] | {"time_offset": 0.0}
 SMALL = dict(widths=(64, 128), attention=(False, True), heads=2, groups=16, context_width=64)
 # batches of a GPU with more than 100 GiB; a smaller one takes half of each
@@ -257,7 +257,7 @@ def variants(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
         with DEVICE:
             model = cls(config(**case.config)).to(memory_format=layout)
         if compiled:
-            train.compile_blocks(model)
+            compile_blocks(model)
         return model
 
     def theirs(compiled: bool):

@@ -148,7 +148,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_loss_curve():
     assert run.loss_curve([]) is None
-    records = [{"step": 5, "loss": 1.0}, {"step": 10, "loss": 0.1}, {"step": 10, "val_loss": 0.0}]
+    records = [{"step": 5, "loss": 1.0}, {"step": 5, "val_loss": 0.5}, {"step": 10, "loss": 0.1},
+               {"step": 10, "val_loss": 0.0}]                            # 0 has no logarithm
     picture = run.loss_curve(records)
     colours = {colour for _, colour in picture.getcolors(1 << 16)}
     assert picture.size == (900, 420) and {(31, 119, 180), (214, 39, 40)} <= colours
