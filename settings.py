@@ -300,6 +300,8 @@ def make_parser(description: str, groups: dict[str, list[Flag]]) -> Parser:
 
 def shown(flag: Flag, args: argparse.Namespace) -> str:
     """A flag and its value as they were given, for messages."""
+    if flag.type is None:
+        return flag.name
     value = getattr(args, flag.key)
     if isinstance(value, list):
         value = " ".join(map(str, value))

@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 import dit
+import published
+import run
 import sample
+import settings
 import train
 import vae
 from ddpm import DDPM
@@ -30,7 +33,7 @@ def shake(model):
 def downloads(tmp_path_factory):
     folder = tmp_path_factory.mktemp("downloads")
     torch.manual_seed(0)
-    config = dit.DiTConfig(**sample.PUBLISHED["dit-s-8-256"]["config"])
+    config = dit.DiTConfig(**published.MODELS["dit-s-8-256"].config)
     state = shake(dit.DiT(config)).state_dict()
     table = dit.sincos_positions(4, 4, config.width)[None]                           # 256 / 8 / 8 = 4
     torch.save(state | {"pos_embed": table}, folder / "DiT-S-8.pt")
@@ -57,11 +60,11 @@ def flags(downloads, name="dit-s-8-256", weights="DiT-S-8.pt", autoencoder="vae"
 
 def by_hand(downloads, path, call, steps, sampler, **options):
     """The picture from the original network as its authors call it, time by their clock."""
-    config = sample.PUBLISHED["dit-s-8-256"]["config"] | {"time_scale": 1.0, "time_offset": 0.0}
+    config = published.MODELS["dit-s-8-256"].config | {"time_scale": 1.0, "time_offset": 0.0}
     state = torch.load(downloads / "DiT-S-8.pt", weights_only=True)
     del state["pos_embed"]
-    network = sample.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
-    autoencoder = sample.load_vae(downloads / "vae")
+    network = published.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
+    autoencoder = run.load_vae(downloads / "vae")
     label, no_label = ({"y": torch.tensor([y])} for y in (207, 1000))
     return sample.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32), range(0, 1),
                        label, no_label, sampler=sampler, steps=steps, scale=4.0, **options)[0]
@@ -88,11 +91,12 @@ def test_published_sit_samples(downloads, tmp_path):
     assert np.abs(got.astype(int) - want).max() <= 1 and got.std() > 1
 
 
+@pytest.mark.optional
 def test_safetensors(downloads, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     state = torch.load(downloads / "DiT-S-8.pt", weights_only=True)
     safetensors.save_file({name: w.contiguous() for name, w in state.items()}, tmp_path / "dit.safetensors")
-    again = sample.read_weights(tmp_path / "dit.safetensors")
+    again = published.read_weights(tmp_path / "dit.safetensors")
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
 
 
@@ -100,11 +104,11 @@ def test_safetensors(downloads, tmp_path):
 def test_every_published_preset_takes_the_original_names(family):
     for size, depth in (("s", 12), ("b", 12), ("l", 24), ("xl", 28)):
         for patch in (2, 4, 8):
-            row = sample.PUBLISHED[f"{family}-{size}-{patch}-256"]
+            row = published.MODELS[f"{family}-{size}-{patch}-256"]
             with torch.device("meta"):
-                model = sample.build_model("dit", row["config"])
-                state = dit.published(model.state_dict() | {"pos_embed": torch.empty(1, 1)}, model.config)
-            sample.check_weights(model, state, "file")
+                model = run.build_model("dit", row.config)
+                state = published.dit_weights(model.state_dict() | {"pos_embed": torch.empty(1, 1)}, model.config)
+            published.check_weights(model, state, "file")
             assert len(model.blocks) == depth and model.config.patch == (patch, patch)
             assert model.out_channels == 8
 
@@ -115,15 +119,15 @@ def test_scale_of_a_published_vae(downloads, tmp_path):
     config, name = tmp_path / "vae/config.json", "diffusion_pytorch_model.bin"
     (tmp_path / "vae" / name).write_bytes((downloads / "vae" / name).read_bytes())
     config.write_text('{"norm_num_groups": 8, "scaling_factor": 0.13025}')
-    torch.testing.assert_close(sample.load_vae(tmp_path / "vae").latent_std, torch.full((4,), 1 / 0.13025))
+    torch.testing.assert_close(run.load_vae(tmp_path / "vae").latent_std, torch.full((4,), 1 / 0.13025))
     with pytest.raises(ValueError, match="scaled by 0.18215 .* this one has 4 at 1/8, scaled by 0.13025"):
         sample.main([*flags(downloads, autoencoder=str(tmp_path / "vae")), "--n", "1"])
     for damaged in ("{", "[3]"):
         config.write_text(damaged)
         with pytest.raises(ValueError, match="config.json: damaged"):
-            sample.load_vae(tmp_path / "vae")
+            run.load_vae(tmp_path / "vae")
     with pytest.raises(ValueError, match="groups = 32"):                 # a lone file is Stable Diffusion's
-        sample.load_vae(downloads / "vae" / name)
+        run.load_vae(downloads / "vae" / name)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -151,8 +155,14 @@ def test_run_and_published_exclude_each_other(downloads):
             sample.main(wrong)
     with pytest.raises(ValueError, match="one set of weights"):
         sample.main([*flags(downloads), "--raw"])
-    with pytest.raises(ValueError, match="not trained to say"):
+    with pytest.raises(ValueError, match="not trained to predict a variance"):
         sample.main([*flags(downloads, "sit-s-8-256"), "--variance", "learned", "--n", "1"])
+
+
+def few_samples(monkeypatch):
+    monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
+    for name, row in list(settings.OBJECTIVES.items()):
+        monkeypatch.setitem(settings.OBJECTIVES, name, row._replace(steps=2))
 
 
 FINE_TUNE = ["--arch", "dit", "--data", "pictures", "--image-size", "64", "--batch-size", "4", "--steps", "2",
@@ -162,13 +172,11 @@ FINE_TUNE = ["--arch", "dit", "--data", "pictures", "--image-size", "64", "--bat
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch, family):
     monkeypatch.chdir(downloads)
-    monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
-    monkeypatch.setitem(sample.DRAW_DEFAULTS["ddpm"], "steps", 2)
-    monkeypatch.setitem(sample.DRAW_DEFAULTS["rf"], "steps", 2)
+    few_samples(monkeypatch)
     objective, file = {"dit": ("ddpm", "DiT-S-8.pt"), "sit": ("rf", "SiT-S-8.ckpt")}[family]
     train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-s-8-256",
                 "--vae", "vae", "--init-from", file, "--lr", "1e-9"])
-    checkpoint = sample.load_checkpoint(f"runs/{family}")
+    checkpoint = run.load_checkpoint(f"runs/{family}")
     original = torch.load("DiT-S-8.pt", weights_only=True)
     for name in ("blocks.7.mlp.fc1.weight", "x_embedder.proj.weight", "final_layer.linear.weight"):
         sign = -1 if (family, name) == ("sit", "final_layer.linear.weight") else 1
@@ -178,7 +186,7 @@ def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch,
     # its own checkpoint goes on from where it is: nothing is read as a published layout twice
     train.main([*FINE_TUNE, f"{family}-again", "--objective", objective, "--published", f"{family}-s-8-256",
                 "--vae", "vae", "--init-from", f"runs/{family}", "--lr", "1e-9"])
-    again = sample.load_checkpoint(f"runs/{family}-again")["model"]
+    again = run.load_checkpoint(f"runs/{family}-again")["model"]
     torch.testing.assert_close(again, checkpoint["ema"], atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="is a run of train.py"):
         sample.main(flags(downloads, f"{family}-s-8-256", f"runs/{family}/checkpoint.pt"))
@@ -191,12 +199,11 @@ def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch,
 
 def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):
     monkeypatch.chdir(downloads)
-    monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
-    monkeypatch.setitem(sample.DRAW_DEFAULTS["rf"], "steps", 2)
+    few_samples(monkeypatch)
     own = [*FINE_TUNE[:-1], "--vae", "vae", "--preset", "tiny"]
     train.main([*own, "--name", "first"])
     train.main([*own, "--name", "second", "--init-from", "runs/first", "--lr", "1e-9"])
-    first, second = (sample.load_checkpoint(f"runs/{name}") for name in ("first", "second"))
+    first, second = (run.load_checkpoint(f"runs/{name}") for name in ("first", "second"))
     for name, weight in first["ema"].items():
         torch.testing.assert_close(second["model"][name], weight, atol=1e-6, rtol=0)
     tuned = ["--published", "dit-s-8-256", "--init-from", "DiT-S-8.pt", "--vae", "vae", "--objective", "ddpm"]

@@ -1,0 +1,473 @@
+"""conditioning.py: labels and text in training and in sampling, dropout, and the null condition."""
+
+import argparse
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, Recorder, datasets, denoising, pictures
+from PIL import Image
+
+import conditioning
+import run
+import sample
+import settings
+import toys
+import train
+from cache import TextWidths
+from conditioning import Asked, Labels, Nothing, Words
+from data import Dataset
+from text import TextConfig, TextEncoder
+
+CPU = torch.device("cpu")
+SMALL = {"encoder": "bytes", "config": dict(width=32, depth=1, heads=2, limit=3)}
+
+
+def labels(dropout=0.1, of=(2, 0, 1, 2), names=("red", "light green", "blue")):
+    images = np.zeros((len(of), 8, 8, 3), np.uint8)
+    train_part = Dataset(images, np.array(of), list(names), "train")
+    val = Dataset(images[:2], np.array([1, 2]), list(names), "val")
+    kind = conditioning.of_settings("class", None, dropout, CPU)
+    kind.attach(train_part, val, Path("."), resumed=False)
+    return kind
+
+
+def words(text=SMALL, captions=("a red square", "green", "blue", "red"), resumed=True, **fields):
+    images = np.zeros((len(captions), 8, 8, 3), np.uint8)
+    part = Dataset(images, None, [], "demo", captions=list(captions), **fields)
+    kind = conditioning.of_settings("text", text, 0.1, CPU)
+    kind.prepare("demo", None)
+    kind.attach(part, part, Path("."), resumed=resumed)
+    return kind
+
+
+def none_dropped(n):
+    return torch.zeros(n, dtype=torch.bool)
+
+
+# ---- labels
+
+def test_a_batch_has_each_pictures_own_label():
+    kind = labels(of=np.arange(12) % 3)
+    assert (kind.batch(None, np.array([4]), none_dropped(1))["y"] == torch.tensor([1])).all()
+    indices = np.array([11, 0, 7, 7])
+    assert kind.batch(None, indices, none_dropped(4))["y"].tolist() == [2, 0, 1, 1]
+    # the null class exactly where dropped
+    dropped = torch.tensor([False, True, False, True])
+    assert kind.batch(None, indices, dropped)["y"].tolist() == [2, 3, 1, 3]
+    assert kind.batch(None, indices, dropped)["y"].dtype == torch.int64
+
+
+def test_labels_of_a_task_are_those_of_its_pictures(cwd):
+    task = denoising()
+    own = task.conditioning.batch(None, np.array([3]), none_dropped(1))["y"]
+    assert (own == torch.tensor([3])).all()
+
+
+def test_label_dropout_is_per_example_and_once(cwd):
+    task, model = denoising("--label-dropout", "0.3"), Recorder()
+    indices = np.arange(2400)
+    task.loss(model, indices)
+    y = model.seen[0][2]
+    dropped = (y == 24).float().mean().item()
+    assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / 2400) ** 0.5     # neither all-or-nothing nor 0.51
+    assert (y[y < 24] == torch.arange(2400)[y < 24] % 24).all()
+    task = denoising("--label-dropout", "0")
+    task.loss(model, indices)
+    assert (model.seen[1][2] < 24).all()
+
+
+def test_labels_in_validation_previews_and_the_checkpoint():
+    kind = labels()
+    assert kind.validation(None)["y"].tolist() == [1, 2]
+    asked = kind.preview(None, rows=2)
+    assert asked.turn.tolist() == [0, 1, 2, 0, 1, 2] and asked.columns == 3 and asked.captions is None
+    assert asked.every["y"].tolist() == [0, 1, 2, 3] and asked.names == ["red", "light green", "blue"]
+    assert kind.spec() == {"classes": ["red", "light green", "blue"], "prompts": [], "text": None,
+                           "label_dropout": 0.1}
+    assert kind.guidable and not labels(dropout=0.0).guidable
+    many = labels(names=[str(i) for i in range(100)])
+    assert many.preview(None, rows=1).turn.tolist() == list(range(24))
+
+
+def test_labels_of_data_without_classes():
+    """A flat folder of pictures makes an unconditional network."""
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    kind = conditioning.of_settings("class", None, 0.1, CPU)
+    kind.attach(Dataset(images, None, [], "x"), Dataset(images, None, [], "y"), Path("."), resumed=False)
+    assert kind.batch(None, np.arange(4), torch.ones(4, dtype=torch.bool)) == {} == kind.validation(None)
+    assert kind.network_options("dit", {}) == {"num_classes": 0} and not kind.guidable and kind.hint() == ""
+    assert kind.preview(None, rows=2).columns == 8 and len(kind.preview(None, rows=2).turn) == 16
+    assert kind.spec() == {"classes": [], "prompts": [], "text": None, "label_dropout": 0.0}
+
+
+@pytest.mark.parametrize("label, n, turn, columns", [
+    (None, 5, [0, 1, 2, 0, 1], 3), (None, 2, [0, 1], None), ("light green", 3, [1, 1, 1], None),
+    ("2", 2, [2, 2], None),
+])
+def test_labels_that_are_asked_for(label, n, turn, columns):
+    asked = labels().ask(argparse.Namespace(label=label, n=n), None)
+    assert asked.turn.tolist() == turn and asked.columns == columns
+    assert asked.every["y"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("label", ["purple", "3", "-1", "1.0", "", "²"])
+def test_labels_that_there_are_not(label):
+    with pytest.raises(ValueError, match="not a class of this run; it has 0 to 2: red, light green, blue"):
+        labels().ask(argparse.Namespace(label=label, n=1), None)
+
+
+# ---- what is asked for, batch by batch
+
+def test_asked_batch():
+    every = {"y": torch.tensor([0, 1, 2, 3]), "context": torch.arange(8.0).view(4, 2)}
+    asked = Asked(torch.tensor([2, 0, 1, 2, 0]), every, ["a", "b", "c"])
+    cond, uncond = asked.batch(1, 3)
+    assert cond["y"].tolist() == [0, 1, 2] and uncond["y"].tolist() == [3, 3, 3]
+    assert cond["context"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert uncond["context"].tolist() == [[6, 7]] * 3
+    cond, uncond = asked.batch(4, 1)                                   # the last, shorter batch
+    assert cond["y"].tolist() == [0] and uncond["y"].tolist() == [3]
+    assert Asked(torch.zeros(4, dtype=torch.long), {}, []).batch(0, 4) == ({}, {})
+
+
+# ---- the kinds of conditioning
+
+def checkpoint(classes=(), text=None, prompts=(), dropout=0.1):
+    return {"data": {"classes": list(classes), "prompts": list(prompts)}, "text": text,
+            "label_dropout": dropout}
+
+
+def test_conditioning_of_a_checkpoint():
+    kind = conditioning.of_checkpoint(checkpoint(), CPU)
+    assert type(kind) is Nothing and not kind.guidable and kind.use == "" and kind.accepted() == set()
+    assert kind.hint() == "" and kind.described == "was trained without conditions"
+    kind = conditioning.of_checkpoint(checkpoint(classes=["red", "blue"]), CPU)
+    assert type(kind) is Labels and kind.guidable and kind.classes == ["red", "blue"]
+    assert kind.use == "--label" and kind.accepted() == {"--label"}
+    assert not conditioning.of_checkpoint(checkpoint(classes=["red"], dropout=0.0), CPU).guidable
+    kind = conditioning.of_checkpoint(checkpoint(text=SMALL, prompts=["a red circle"]), CPU)
+    assert type(kind) is Words and kind.guidable and kind.text == SMALL and kind.use == "--prompt"
+    assert kind.prompts == ["a red circle"] and kind.accepted() == {"--prompt", "--negative-prompt"}
+    assert not conditioning.of_checkpoint(checkpoint(text=SMALL, dropout=0.0), CPU).guidable
+    kind = conditioning.of_checkpoint(checkpoint(text={"encoder": "clip", "path": "x"}), CPU)
+    assert kind.use == "--prompt" and kind.accepted() == {"--prompt", "--negative-prompt", "--text-encoder"}
+    kind = conditioning.of_checkpoint(checkpoint(text={"encoder": "none"}), CPU)
+    assert kind.use == "--embedding" and kind.accepted() == {"--embedding"}
+    # checkpoints written before there was text hold no prompts
+    old = checkpoint(classes=["red"])
+    del old["data"]["prompts"]
+    assert type(conditioning.of_checkpoint(old, CPU)) is Labels
+
+
+def test_what_is_stored_makes_the_same_conditioning_again():
+    for kind in (labels(), words(), conditioning.of_settings("none", None, 0.1, CPU)):
+        spec = kind.spec()
+        again = conditioning.of_checkpoint(checkpoint(spec["classes"], spec["text"], spec["prompts"],
+                                                      spec["label_dropout"]), CPU)
+        assert type(again) is type(kind) and again.guidable == kind.guidable and again.hint() == kind.hint()
+
+
+def test_the_hint_quotes_what_a_shell_would_split():
+    for kind, first in ((conditioning.of_checkpoint(checkpoint(classes=["light green", "b"]), CPU),
+                         ["--label", "light green"]),
+                        (conditioning.of_checkpoint(checkpoint(text=SMALL, prompts=["a cat's $HOME", "b"]), CPU),
+                         ["--prompt", "a cat's $HOME"]),
+                        (conditioning.of_checkpoint(checkpoint(text={"encoder": "none"}, prompts=["a b/1.npz"]),
+                                                    CPU), ["--embedding", "a b/1.npz"]),
+                        (conditioning.of_checkpoint(checkpoint(classes=["red-circle"]), CPU),
+                         ["--label", "red-circle"])):
+        assert kind.hint().startswith(" ") and shlex.split(kind.hint()) == first
+    assert labels(names=["red", "b", "c"]).hint() == " --label red"
+
+
+FLAGS = dict(label=None, prompt=None, negative_prompt=None, text_encoder=None, embedding=None)
+
+
+@pytest.mark.parametrize("stored, given, message", [
+    ({}, {"label": "0"}, "--label 0: this run was trained without conditions; leave it out"),
+    ({}, {"prompt": ["a", "b"]}, "--prompt a: this run was trained without conditions; leave it out"),
+    ({"classes": ["red"]}, {"prompt": ["a dog"]},
+     "--prompt a dog: this run is conditioned on class labels; use --label"),
+    ({"classes": ["red"]}, {"embedding": ["x.npz"]}, "--embedding x.npz: .* class labels; use --label"),
+    ({"classes": ["red"]}, {"negative_prompt": "x"}, "--negative-prompt x: .* class labels; leave it out"),
+    ({"classes": ["red"]}, {"text_encoder": "clip:x"}, "--text-encoder clip:x: .* class labels; leave it"),
+    ({"text": SMALL}, {"label": "red"}, "--label red: this run is conditioned on text; use --prompt"),
+    ({"text": SMALL}, {"embedding": ["x.npz"]}, "--embedding x.npz: .* on text; use --prompt"),
+    ({"text": SMALL}, {"text_encoder": "clip:x"}, "--text-encoder clip:x: .* on text; leave it out"),
+    ({"text": {"encoder": "none"}}, {"prompt": ["a"]},
+     "--prompt a: this run is conditioned on precomputed text vectors; use --embedding"),
+    ({"text": {"encoder": "none"}}, {"negative_prompt": ""}, "--negative-prompt : .* vectors; leave it out"),
+])
+def test_flags_that_a_run_does_not_take(stored, given, message):
+    kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)
+    with pytest.raises(ValueError, match=message):
+        conditioning.check_flags(kind, argparse.Namespace(**FLAGS | given))
+
+
+@pytest.mark.parametrize("stored, given", [
+    ({}, {}), ({"classes": ["red"]}, {}), ({"classes": ["red"]}, {"label": "red"}), ({"text": SMALL}, {}),
+    ({"text": SMALL}, {"prompt": ["a"], "negative_prompt": "b"}),
+    ({"text": {"encoder": "t5", "path": "x"}}, {"prompt": ["a"], "text_encoder": "t5:y"}),
+    ({"text": {"encoder": "none"}}, {"embedding": ["x.npz"]}),
+])
+def test_flags_that_a_run_takes(stored, given):
+    kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)
+    conditioning.check_flags(kind, argparse.Namespace(**FLAGS | given))
+
+
+def test_precomputed_vectors_must_be_given():
+    kind = conditioning.of_checkpoint(checkpoint(text={"encoder": "none"}), CPU)
+    with pytest.raises(ValueError, match="precomputed text vectors; give some by --embedding FILE.npz"):
+        conditioning.check_flags(kind, argparse.Namespace(**FLAGS))
+
+
+def test_every_flag_of_a_kind_is_one_of_sample_py():
+    for kind in conditioning.KINDS.values():
+        for flag, fields in kind.flags.items():
+            assert flag[2:].replace("-", "_") in FLAGS and fields["help"]
+    args = vars(sample.parse_args(["x"]))
+    assert {name: args[name] for name in FLAGS} == FLAGS
+
+
+# ---- text in training
+
+class FakeEncoder:
+    """Encoder outputs that show what was encoded: the length of each prompt."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def __call__(self, prompts):
+        self.encoded += prompts
+        size = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return {"context": size.view(-1, 1, 1).expand(-1, 2, 4), "pooled": size.view(-1, 1).expand(-1, 3),
+                "mask": torch.ones(len(prompts), 2).bool()}
+
+    def truncated(self, prompt):
+        return prompt[20:]
+
+
+def test_a_batch_has_each_pictures_own_caption(monkeypatch):
+    """An empty prompt, the null condition, exactly where dropped."""
+    seen = []
+    monkeypatch.setattr(conditioning, "network_inputs",
+                        lambda model, encode, prompts, device: seen.extend(prompts) or {})
+    kind, model = words(), SimpleNamespace(text=None)
+    kind.batch(model, np.array([2, 0, 1, 2]), torch.tensor([False, True, False, False]))
+    assert seen == ["blue", "", "green", "blue"]
+    # rewording draws one seed per caption that is kept
+    seen.clear()
+    kind = words(vary=lambda caption, rng: f"{caption} {rng.integers(1000)}")
+    torch.manual_seed(3)
+    kind.batch(model, np.array([2, 0, 1]), torch.tensor([False, True, False]))
+    torch.manual_seed(3)
+    numbers = [np.random.default_rng(torch.randint(2**31, ()).item()).integers(1000) for _ in range(2)]
+    assert seen == [f"blue {numbers[0]}", "", f"green {numbers[1]}"]
+
+
+def test_prompt_dropout_is_per_example_and_once(cwd, text_runs, monkeypatch, tmp_path):
+    args = settings.parse(["--arch", "mmdit", "--data", "scenes", *QUICK, "--label-dropout", "0.3"])
+    plan = run.prepare(args)
+    plan.vae = run.load_vae("runs/scenes-vae")
+    parts = datasets(args, words="captions")
+    plan.conditioning.attach(*parts, tmp_path, resumed=True)
+    task = train.Denoising(args, *parts, plan, Path("runs/scenes-vae"))
+
+    def model(xt, t):
+        return torch.zeros_like(xt)
+
+    model.text, seen = None, []
+    monkeypatch.setattr(conditioning, "network_inputs",
+                        lambda model, encode, prompts, device: seen.extend(prompts) or {})
+    indices = np.arange(len(parts[0])).repeat(20)
+    task.loss(model, indices)
+    assert abs(seen.count("") / len(seen) - 0.3) < 5 * (0.3 * 0.7 / len(seen)) ** 0.5
+    assert all(prompt in ("", parts[0].captions[i]) for prompt, i in zip(seen, indices, strict=True))
+    # a frozen encoder has encoded the captions as they are
+    varied = replace(parts[0], vary=toys.omit_details)
+    plan.conditioning.attach(varied, parts[1], tmp_path, resumed=True)
+    assert plan.conditioning.vary is toys.omit_details
+    frozen = conditioning.of_settings("text", {"encoder": "clip", "path": "x"}, 0.3, CPU)
+    frozen.encoder, frozen.fingerprint = FakeEncoder(), "fake"
+    encoder = frozen.encoder
+    frozen.attach(varied, parts[1], tmp_path, resumed=True)
+    assert frozen.vary is None and frozen.encoder is None
+    assert set(encoder.encoded) == {"", *parts[0].captions, *parts[1].captions}
+
+
+def test_outputs_of_a_frozen_encoder_are_cached_and_checked(tmp_path):
+    model = SimpleNamespace(config=SimpleNamespace(context_width=4, pooled_width=3))
+    kind = conditioning.of_settings("text", {"encoder": "clip", "path": "x"}, 0.1, CPU)
+    kind.encoder, kind.fingerprint = FakeEncoder(), "fake"
+    captions = ["red", "green", "yellow"]
+    part = Dataset(np.zeros((3, 8, 8, 3), np.uint8), None, [], "demo", captions=captions)
+    kind.attach(part, part, tmp_path, resumed=True)
+    assert (tmp_path / "text-clip.bin").is_file()
+    cond = kind.batch(model, np.array([1, 2, 0]), torch.tensor([False, False, True]))
+    assert cond["pooled"][:, 0].tolist() == [5, 6, 0] and cond["context"].shape == (3, 2, 4)
+    assert kind.validation(model)["pooled"][:, 0].tolist() == [3, 5, 6]
+    asked = kind.preview(model, rows=1)
+    assert asked.turn.tolist() == [0, 1, 2, 0, 1, 2, 0, 1] and asked.columns == 8
+    assert asked.every["pooled"][:, 0].tolist() == [3, 5, 6, 0]                    # the null condition last
+    assert asked.captions == ["red", "green", "yellow", "red", "green", "yellow", "red", "green"]
+    # a network without a pooled vector gets none; another width is refused
+    model.config.pooled_width = None
+    assert set(kind.validation(model)) == {"context", "mask"}
+    model.config.context_width = 5
+    with pytest.raises(ValueError, match=r"text vectors \(context\) of width 4: this network takes 5"):
+        kind.validation(model)
+
+
+@pytest.mark.parametrize("arch, preset, expected", [
+    ("mmdit", {}, {"context_width": 16, "pooled_width": 12, "guidance": False}),
+    ("unet", {}, {"context_width": 16, "pooled_width": 12, "attention": (True, True), "positions": True}),
+    ("unet", {"widths": (8, 8, 8)}, {"context_width": 16, "pooled_width": 12, "positions": True,
+                                     "attention": (True, True, True)}),
+    ("unet", {"context_width": 768}, {"context_width": 16}),
+])
+def test_options_of_a_network_with_text(arch, preset, expected):
+    kind = conditioning.of_settings("text", {"encoder": "clip", "path": "x"}, 0.1, CPU)
+    kind.widths = TextWidths(16, 12)
+    found = kind.network_options(arch, preset)
+    assert {name: found[name] for name in expected} == expected
+    if preset.get("context_width"):
+        assert not found.get("positions") and "attention" not in found
+
+
+def test_captions_too_long_are_counted(capsys):
+    words(captions=["one two three", "one two three four five"], resumed=False)
+    assert "1 of 2 captions are longer than the encoder's limit and are truncated; the first of them loses " \
+           "'four five'" in capsys.readouterr().err
+    words(captions=["one two three"], resumed=False)
+    assert capsys.readouterr().err == ""
+    words(captions=["one two three four five"], resumed=True)                 # it was said when the run began
+    assert capsys.readouterr().err == ""
+    # of a frozen encoder it is the limit that counts
+    kind = conditioning.of_settings("text", {"encoder": "clip", "path": "x"}, 0.1, CPU)
+    kind.encoder, kind.captions = FakeEncoder(), ["short", "exactly as long as this is"]
+    kind.warn_of_truncation()
+    assert "1 of 2 captions" in capsys.readouterr().err
+
+
+# ---- text in sampling
+
+def test_prompts_that_are_asked_for(capsys):
+    kind = conditioning.of_checkpoint(checkpoint(text=SMALL, prompts=["one", "two", "three"]), CPU)
+    model = SimpleNamespace(config=SimpleNamespace(context_width=32, pooled_width=32),
+                            text=TextEncoder(TextConfig(**SMALL["config"])).eval())
+
+    def ask(n, **given):
+        with torch.no_grad():
+            return kind.ask(argparse.Namespace(n=n, **FLAGS | given), model)
+
+    asked = ask(5, prompt=["a red  circle", "blue", "a red circle"])               # spaces do not matter
+    assert asked.names == ["a red circle", "blue"] and asked.turn.tolist() == [0, 1, 0, 0, 1]
+    assert asked.columns == 2 and asked.captions == ["a red circle", "blue", "a red circle", "a red circle",
+                                                     "blue"]
+    assert asked.every["context"].shape[0] == asked.every["mask"].shape[0] == 3     # and the null condition
+    torch.testing.assert_close(asked.every["pooled"][2:], model.text([""])["pooled"])
+    assert ask(2, prompt=["a", "b", "c"]).names == ["a", "b"]
+    assert ask(2).names == ["one", "two"] and ask(1, prompt=["a"]).columns is None
+    negative = ask(1, prompt=["a"], negative_prompt="blue").every["pooled"][1:]
+    torch.testing.assert_close(negative, model.text(["blue"])["pooled"])
+    assert capsys.readouterr().err == ""
+    ask(1, prompt=["one two three four"], negative_prompt="five six seven eight nine")
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and "loses 'four'" in err[0] and "loses 'eight nine'" in err[1]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_prompts(cwd, text_runs, which, capsys):
+    folder = text_runs[which]
+    stored = run.load_checkpoint(folder)
+    assert stored["text"]["encoder"] == "bytes" and len(stored["data"]["prompts"]) == 10
+    assert stored["label_dropout"] == 0.1 and any(name.startswith("text.") for name in stored["ema"])
+    losses = [line["loss"] for line in map(json.loads, open(f"{folder}/metrics.jsonl")) if "loss" in line]
+    assert losses[-1] < 0.97 * losses[0]                                                       # it learns
+    red, blue = (pictures(folder, "--prompt", prompt, "--cfg", "3") for prompt in ("a red circle", "blue"))
+    assert np.abs(red - blue).max() > 2                                                 # the prompt matters
+    # several in turn; neither the batch nor the length of a neighbour's prompt changes a picture
+    both = pictures(folder, "--prompt", "a red circle", "blue and of many more words", "--cfg", "3")
+    assert np.abs(both[0] - red[0]).max() <= 1 and np.abs(both[1] - red[1]).max() > 2
+    thrice = pictures(folder, "--prompt", "blue", "blue", "a red circle", "--n", "5", "--cfg", "3")
+    assert np.abs(thrice[:2] - blue).max() <= 1
+    again = pictures(folder, "--prompt", "blue", "blue", "a red circle", "blue", "blue", "--n", "5",
+                     "--cfg", "3")
+    assert (thrice == again).all()
+    # an empty prompt is the unconditional branch, whatever the scale
+    empty = [pictures(folder, "--prompt", "", "--cfg", scale) for scale in ("1", "4")]
+    assert np.abs(empty[0] - empty[1]).max() <= 1
+    assert np.abs(pictures(folder, "--cfg", "0") - empty[0]).max() <= 1
+    # a negative prompt takes its place: guidance from a prompt to itself is no guidance
+    same_twice = pictures(folder, "--prompt", "a red circle", "--negative-prompt", "a red circle",
+                          "--cfg", "5")
+    assert np.abs(same_twice - pictures(folder, "--prompt", "a red circle", "--cfg", "1")).max() <= 1
+    assert np.abs(red - pictures(folder, "--prompt", "a red circle", "--cfg", "3", "--negative-prompt",
+                                 "blue")).max() > 0
+    assert np.abs(red - pictures(folder, "--prompt", "a red circle", "--cfg", "3", "--rescale",
+                                 "1")).max() > 0
+    capsys.readouterr()
+    pictures(folder, "--prompt", "緑の円 🟢 " + "very " * 80 + "long")
+    assert "loses 'very very" in capsys.readouterr().err
+    sample.main([folder, "--steps", "3", "--n", "3", "--out", "named", "--prompt", "a/b: c"])
+    assert {path.name for path in Path("named").iterdir()} >= {"000000-a-b-c.png"}
+
+
+def test_precomputed_vectors_train_and_draw(cwd, text_runs):
+    for i in range(24):
+        folder = Path("vectors")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(toys.draw_shape(i)).save(folder / f"{i}.png")
+        np.savez(folder / f"{i}.npz", context=np.full((2 + i % 3, 5), i / 24), pooled=np.full(3, i / 24))
+    for arch in ("mmdit", "unet"):
+        train.main(["--arch", arch, "--data", "vectors", "--cond", "text", "--text-encoder", "none", *QUICK,
+                    "--vae", "runs/shapes-vae", "--name", f"vectors-{arch}"])
+        config = run.load_checkpoint(f"runs/vectors-{arch}")["config"]
+        assert config["context_width"] == 5 and config.get("pooled_width", 3) == 3
+        a = pictures(f"runs/vectors-{arch}", "--embedding", "vectors/1.npz")
+        assert a.shape == (2, 32, 32, 3)
+        with pytest.raises(ValueError, match="give some by --embedding"):
+            sample.main([f"runs/vectors-{arch}"])
+        np.savez("lacking.npz", context=np.ones((2, 5)))
+        with pytest.raises(ValueError, match=r"text vectors \(pooled\) of width None: .* takes 3"):
+            sample.main([f"runs/vectors-{arch}", "--embedding", "lacking.npz"])
+        with pytest.raises(ValueError, match="--prompt hello: .* use --embedding"):
+            sample.main([f"runs/vectors-{arch}", "--prompt", "hello"])
+    train.main(["--arch", "unet", "--data", "vectors", "--cond", "text", "--text-encoder", "none", *QUICK,
+                "--vae", "runs/shapes-vae", "--init-from", "runs/vectors-unet", "--name", "vectors-further"])
+
+
+@pytest.mark.optional
+def test_frozen_encoder_trains_and_draws(cwd, text_runs, published, capsys):
+    flags = ["--data", "scenes", "--cond", "text", *QUICK]
+    for kind, arch, pooled in (("clip", "mmdit", 12), ("t5", "mmdit", None), ("clip", "unet", 12)):
+        name = f"{kind}-{arch}"
+        train.main(["--arch", arch, *flags, "--text-encoder", f"{kind}:{published / kind}", "--name", name])
+        stored = run.load_checkpoint(f"runs/{name}")
+        assert stored["text"] == {"encoder": kind, "path": str(published / kind)}
+        config = stored["config"]
+        assert config["context_width"] == 16 and config.get("pooled_width", pooled) == pooled
+        assert not any(weight.startswith("text.") for weight in stored["ema"])     # it stays where it was
+        red, blue = (pictures(f"runs/{name}", "--prompt", prompt) for prompt in ("a red circle", "blue"))
+        assert red.shape == (2, 32, 32, 3)
+    moved = published / "elsewhere"
+    moved.symlink_to(published / "clip")
+    again = pictures("runs/clip-unet", "--prompt", "blue", "--text-encoder", f"clip:{moved}")
+    assert (again == blue).all()
+    # it may move, but its outputs must be the same when a run goes on
+    train.main(["--arch", "unet", *flags, "--text-encoder", f"clip:{moved}", "--name", "clip-unet"])
+    stored = torch.load("runs/clip-unet/checkpoint.pt", weights_only=True)
+    stored["training"] |= {"finished": False, "encoder": "another"}
+    shutil.copytree("runs/clip-unet", "runs/clip-other")
+    torch.save(stored, "runs/clip-other/checkpoint.pt")
+    with pytest.raises(ValueError, match="not the files that runs/clip-other began with"):
+        train.main(["--arch", "unet", *flags, "--text-encoder", f"clip:{moved}", "--name", "clip-other"])
+    with pytest.raises(ValueError, match="this run was trained with clip:PATH"):
+        sample.main(["runs/clip-unet", "--prompt", "blue", "--text-encoder", f"t5:{published / 't5'}"])
