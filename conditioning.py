@@ -53,20 +53,28 @@ class Asked(NamedTuple):
 class Nothing:
     """No conditions, and the base of the other kinds.
 
-    spec holds what the checkpoint stores of any kind: classes (names), text (the encoder), prompts (examples
-    for sample.py) and label_dropout. A run that begins knows only text and label_dropout; `attach` adds the
-    rest."""
+    A kind is made from a checkpoint, or from what `of_settings` puts in the place of one: of the entries of
+    `stored`, a run that begins knows only the text encoder and the label dropout; `attach` adds the rest."""
 
     flags: dict[str, dict] = {}           # flags of sample.py: name -> fields of settings.Flag
     use = ""                              # the flag that says what to draw
     fingerprint: str | None = None        # of encoder outputs that must not change on resume
 
-    def __init__(self, spec: dict, device: torch.device):
-        self.classes = list(spec["classes"])
-        self.prompts = list(spec["prompts"])
-        self.text = spec["text"]
-        self.dropout = spec["label_dropout"]
+    def __init__(self, checkpoint: dict, device: torch.device):
+        self.classes: list[str] = checkpoint["data"]["classes"]
+        self.prompts: list[str] = checkpoint["data"].get("prompts", [])     # examples for sample.py
+        self.text: dict | None = checkpoint["text"]                         # the text encoder
+        self.dropout: float = checkpoint["label_dropout"]
         self.device = device
+
+    @classmethod
+    def fits(cls, checkpoint: dict) -> bool:
+        """Whether the network of this checkpoint was conditioned so."""
+        return True
+
+    def stored(self) -> dict:
+        """This kind's entries of the checkpoint."""
+        return {"data": {"classes": [], "prompts": []}, "text": None, "label_dropout": 0.0}
 
     # ---- training
 
@@ -91,9 +99,6 @@ class Nothing:
 
     def preview(self, model: nn.Module, rows: int) -> Asked:
         return Asked(torch.zeros(rows * PREVIEW_COLUMNS, dtype=torch.long), {}, [], PREVIEW_COLUMNS)
-
-    def spec(self) -> dict:
-        return {"classes": [], "prompts": [], "text": None, "label_dropout": 0.0}
 
     # ---- sampling
 
@@ -126,6 +131,14 @@ class Labels(Nothing):
     flags = {"--label": dict(help="class, by number or name (default: all in turn)")}
     use = "--label"
 
+    @classmethod
+    def fits(cls, checkpoint: dict) -> bool:
+        return bool(checkpoint["data"]["classes"])
+
+    def stored(self) -> dict:
+        data = {"classes": self.classes, "prompts": []}
+        return {"data": data, "text": None, "label_dropout": self.dropout if self.classes else 0.0}
+
     def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
         self.classes = train.classes
         if self.classes:
@@ -154,10 +167,6 @@ class Labels(Nothing):
         columns = min(len(self.classes), 24)                       # a column per class
         turn = torch.arange(rows * columns) % len(self.classes)
         return Asked(turn, self.every(), self.classes, columns)
-
-    def spec(self) -> dict:
-        dropout = self.dropout if self.classes else 0.0
-        return super().spec() | {"classes": self.classes, "label_dropout": dropout}
 
     @property
     def described(self) -> str:
@@ -207,12 +216,20 @@ class Words(Nothing):
                                  "context, mask, pooled", nargs="+", metavar="FILE"),
     }
 
-    def __init__(self, spec: dict, device: torch.device):
-        super().__init__(spec, device)
+    def __init__(self, checkpoint: dict, device: torch.device):
+        super().__init__(checkpoint, device)
         self.kind = self.text["encoder"]
         self.precomputed = self.kind == "none"
         self.encoder: FrozenTextEncoder | None = None      # frozen, held only until its outputs are cached
         self.table: TextCache | None = None                # those outputs, in training
+
+    @classmethod
+    def fits(cls, checkpoint: dict) -> bool:
+        return checkpoint["text"] is not None
+
+    def stored(self) -> dict:
+        data = {"classes": [], "prompts": self.prompts}
+        return {"data": data, "text": self.text, "label_dropout": self.dropout}
 
     @property
     def use(self) -> str:
@@ -302,9 +319,6 @@ class Words(Nothing):
         captions = [self.val_captions[i] for i in turn]
         return Asked(turn, every, self.val_captions, PREVIEW_COLUMNS, captions)
 
-    def spec(self) -> dict:
-        return {"classes": [], "prompts": self.prompts, "text": self.text, "label_dropout": self.dropout}
-
     # ---- sampling
 
     @property
@@ -378,23 +392,21 @@ def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
     return {name: send(cond[name], device) for name in names}
 
 
-KINDS = {"none": Nothing, "class": Labels, "text": Words}
+# By the value of --cond. A checkpoint is of the first kind that fits.
+KINDS = {"text": Words, "class": Labels, "none": Nothing}
 FLAGS = {name: fields for kind in KINDS.values() for name, fields in kind.flags.items()}     # of sample.py
 
 
 def of_settings(cond: str, text: dict | None, dropout: float, device: torch.device) -> Nothing:
-    """The conditioning of a run that begins: cond is a key of KINDS."""
-    return KINDS[cond]({"classes": [], "prompts": [], "text": text, "label_dropout": dropout}, device)
+    """The conditioning of a run that begins; cond is a key of KINDS."""
+    begun = {"data": {"classes": []}, "text": text, "label_dropout": dropout}
+    return KINDS[cond](begun, device)
 
 
 def of_checkpoint(checkpoint: dict, device: torch.device) -> Nothing:
-    spec = {"classes": checkpoint["data"]["classes"], "prompts": checkpoint["data"].get("prompts", []),
-            "text": checkpoint["text"], "label_dropout": checkpoint["label_dropout"]}
-    if spec["text"]:
-        return Words(spec, device)
-    if spec["classes"]:
-        return Labels(spec, device)
-    return Nothing(spec, device)
+    for kind in KINDS.values():
+        if kind.fits(checkpoint):
+            return kind(checkpoint, device)
 
 
 def check_flags(conditioning: Nothing, args: argparse.Namespace) -> None:
@@ -410,6 +422,36 @@ def check_flags(conditioning: Nothing, args: argparse.Namespace) -> None:
         raise ValueError(f"{flag} {first}: this run {conditioning.described}; {remedy}")
     if conditioning.use == "--embedding" and not args.embedding:
         raise ValueError(f"this run {conditioning.described}; give some by --embedding FILE.npz")
+
+
+def guidance_scale(conditioning: Nothing, args: argparse.Namespace) -> float:
+    """The scale asked for, or the run's default. Refuses a scale that the run cannot have, and flags that
+    have no effect at this scale."""
+    scale = args.cfg
+    if scale is None:
+        scale = 2.0 if conditioning.guidable else 1.0
+    # Every scale but 1 needs the unconditional branch, which label dropout trains.
+    if scale != 1 and not conditioning.guidable:
+        why = conditioning.described
+        if conditioning.use:
+            why += " with label dropout 0, so it has no unconditional branch"
+        raise ValueError(f"--cfg {scale:g}: this run {why}; use --cfg 1")
+    for flag, value in (("--label", args.label), ("--prompt", args.prompt)):
+        if value is not None and scale == 0:
+            raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "
+                             "drop one of them")
+
+    # At scale 1 there is no guidance, and at 0 nothing but the unconditional branch.
+    without_effect = None
+    if tuple(args.interval) != (0, 1):
+        without_effect = "--interval {:g} {:g}".format(*args.interval)
+    elif args.rescale > 0:
+        without_effect = f"--rescale {args.rescale:g}"
+    elif args.negative_prompt is not None and scale != 0:  # it is the unconditional branch's prompt
+        without_effect = "--negative-prompt"
+    if without_effect and scale in (0, 1):
+        raise ValueError(f"{without_effect} with guidance {scale:g}: there is none for it to act on")
+    return scale
 
 
 def demo() -> None:

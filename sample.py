@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import conditioning
 from cache import replacing, write_atomically
-from conditioning import Asked, Nothing
+from conditioning import Asked
 from data import grid, open_image, to_tensor, to_uint8
 from published import load_weights
 from run import build_model, build_path, graphed, load_checkpoint, load_published, unpack_vae
@@ -107,7 +107,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     # ---- noise, from generators on the CPU, so that it is the same for every device
     device = next(vae.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)
+    x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
 
     # ---- the denoiser, which is all that a sampler sees of the network, and the times to visit
     denoise = guided(model, path, cond, uncond, scale, interval=interval, rescale=rescale,
@@ -131,7 +131,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
         denoise = inpainting(denoise, path, x0, repaint)
 
     def decode(x0: Tensor) -> np.ndarray:
-        pictures = vae.decode(vae.denormalize(x0))
+        pictures = vae.decode(vae.denormalize(x0))         # (B, C, H, W), nominally in [-1, 1]
         if mask is not None:                               # a reconstruction is close, but not the same
             pictures = torch.where(mask.to(device), pictures, image.to(device))
         return to_uint8(pictures)
@@ -151,7 +151,7 @@ def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], a
     """All pictures that were asked for, batch by batch; `how` is passed to `draw`."""
     for start in range(0, len(seeds), batch_size):
         part = seeds[start:start + batch_size]
-        cond, uncond = asked.batch(start, len(part))
+        cond, uncond = asked.batch(start, len(part))       # uncond: the null condition, once per picture
         yield draw(model, vae, path, shape, part, cond, uncond, **how)
 
 
@@ -165,7 +165,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself, whatever the run."""
     out = Path(args.out)
-    kind = out.suffix.lower()
+    kind = out.suffix.lower()                              # "" for a folder
     if kind not in (".png", ".npz", ".gif", ""):
         raise ValueError(f"--out {out}: must end in .png, .npz or .gif, or name a folder")
     if kind and not out.parent.is_dir():
@@ -182,42 +182,12 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.raw and args.published:
         raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
 
-    low, high = args.interval
+    low, high = args.interval                              # each in [0, 1], by its type
     if not low < high:
         raise ValueError(f"--interval {low:g} {high:g}: two times between 0 and 1, the lower one first")
     for flag, value in (("--strength", args.strength), ("--mask", args.mask)):
         if value is not None and not args.init_image:
             raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with")
-
-
-def guidance_scale(args: argparse.Namespace, condition: Nothing) -> float:
-    """The scale asked for, or the run's default. Refuses a scale that the run cannot have, and flags that
-    have no effect at this scale."""
-    scale = args.cfg
-    if scale is None:
-        scale = 2.0 if condition.guidable else 1.0
-    # Every scale but 1 needs the unconditional branch, which label dropout trains.
-    if scale != 1 and not condition.guidable:
-        why = condition.described
-        if condition.use:
-            why += " with label dropout 0, so it has no unconditional branch"
-        raise ValueError(f"--cfg {scale:g}: this run {why}; use --cfg 1")
-    for flag, value in (("--label", args.label), ("--prompt", args.prompt)):
-        if value is not None and scale == 0:
-            raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "
-                             "drop one of them")
-
-    # At scale 1 there is no guidance, and at 0 nothing but the unconditional branch.
-    without_effect = None
-    if tuple(args.interval) != (0, 1):
-        without_effect = "--interval {:g} {:g}".format(*args.interval)
-    elif args.rescale > 0:
-        without_effect = f"--rescale {args.rescale:g}"
-    elif args.negative_prompt is not None and scale != 0:  # it is the unconditional branch's prompt
-        without_effect = "--negative-prompt"
-    if without_effect and scale in (0, 1):
-        raise ValueError(f"{without_effect} with guidance {scale:g}: there is none for it to act on")
-    return scale
 
 
 def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict]:
@@ -228,10 +198,11 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
         value = getattr(args, name)
         if value is None:
             continue
-        if sampler not in (None, owner):
+        if sampler not in (None, owner):                   # another was asked for, or has another option
             raise ValueError(f"--{name} {value}: belongs to --sampler {owner}, not {sampler}")
         sampler = owner
         options[name] = value
+    # The straight path has no thousand steps from which these spacings choose.
     if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
         raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the straight one")
     if args.variance == "learned" and not objective.get("learned_variance"):
@@ -242,7 +213,7 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
 def read_picture(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:
     try:
         return open_image(Path(file), size).copy()
-    except Exception as error:       # Pillow raises a dozen kinds
+    except Exception as error:                             # Pillow raises a dozen kinds
         raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
 
 
@@ -251,7 +222,7 @@ def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
     """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool."""
     image, mask = None, None
     if args.init_image:
-        image = to_tensor(read_picture("--init-image", args.init_image, size)[None])
+        image = to_tensor(read_picture("--init-image", args.init_image, size)[None])     # a batch of one
         if channels == 1:                                  # every file is read as RGB
             image = image.mean(1, keepdim=True)
     if args.mask:                                          # grey counts as white from the middle on
@@ -268,6 +239,7 @@ def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
 def npz_writer(file: IO[bytes], shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], object]]:
     """An .npz with the one array `arr_0`, uint8 of `shape`, written batch by batch, so that 50,000 pictures
     need not fit into memory: the layout of the ADM evaluation suite."""
+    # force_zip64: the size is not known in advance, and may exceed 4 GiB
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(
             "arr_0.npy", "w", force_zip64=True) as out:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -295,7 +267,7 @@ def write_folder(out: Path, batches: Iterator[np.ndarray], asked: Asked, first_s
     # Prompts become file names: letters, digits and dashes only, and of bounded length.
     endings = [re.sub(r"[^\w-]+", "-", f"-{name}")[:80] for name in asked.names] or [""]
     number = 0
-    for images in batches:
+    for images in batches:                                 # each is written as soon as it is drawn
         for image in images:
             if image.shape[-1] == 1:                       # as Pillow wants grey pictures
                 image = image.squeeze(-1)
@@ -325,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
                          "mmdit or unet run")
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
-    scale = guidance_scale(args, condition)
+    scale = conditioning.guidance_scale(condition, args)
     sampler, options = choose_sampler(args, checkpoint["objective"])
     steps = args.steps or OBJECTIVES[checkpoint["objective"]["name"]].steps
     path = build_path(checkpoint["objective"])
@@ -334,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- the network, the VAE, and what is given to them
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
     load_weights(model, checkpoint["model" if args.raw else "ema"], what).to(device).eval()
-    vae = unpack_vae(checkpoint["vae"]).to(device)
+    vae = unpack_vae(checkpoint["vae"]).to(device)         # the one that the network was trained on
     height, width = checkpoint["data"]["size"]
     shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
     image, mask = read_image_and_mask(args, (height, width), vae.config.image_channels)
@@ -343,13 +315,14 @@ def main(argv: list[str] | None = None) -> None:
         strength = 1.0 if args.mask else 0.6               # what is masked owes nothing to the picture
     with torch.no_grad():
         asked = condition.ask(args, model)
-    if device.type == "cuda":
+    if device.type == "cuda":                              # faster, at the precision that was asked for
         torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
         model = model.to(memory_format=torch.channels_last)
         vae = vae.to(memory_format=torch.channels_last)
-    network = graphed(model) if args.compile else model
+    network = graphed(model) if args.compile else model    # `model` still holds the text encoder
 
+    # A generator, so that pictures can be written while others are drawn.
     def batches(on_step: Callable | None = None) -> Iterator[np.ndarray]:
         seeds = range(args.seed, args.seed + args.n)
         with (tqdm(total=args.n, unit="img", desc=f"{sampler} x {steps}, guidance {scale:g}") as bar,
@@ -371,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
                 write(images)
     elif kind == ".gif":
         write_gif(out, batches, asked)
-    elif kind == ".png":
+    elif kind == ".png":                                   # one grid
         picture = grid(np.concatenate(list(batches())), asked.columns, captions=asked.captions)
         write_atomically(out, lambda file: picture.save(file, "PNG"))
     else:

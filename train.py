@@ -363,16 +363,13 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
 def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State, data: Dataset, step: int,
                   finished: bool) -> dict:
     """All that sample.py needs and, under "training", what a resumed run needs besides."""
-    spec = plan.conditioning.spec()
+    conditions = plan.conditioning.stored()
+    of_data = {"source": args.data, "size": args.image_size} | conditions.pop("data")
+    # the identities of the data and of a frozen encoder's outputs: neither may change on resume
+    training = {"data": data.identity, "encoder": plan.conditioning.fingerprint, "finished": finished}
     return {"arch": args.arch, "config": asdict(state.model.config), "objective": task.objective,
-            "step": step,
-            "data": {"source": args.data, "size": args.image_size, "classes": spec["classes"],
-                     "prompts": spec["prompts"]},
-            "text": spec["text"], "label_dropout": spec["label_dropout"],
-            "vae": pack_vae(task.vae) if task.vae else None, **state.weights(),
-            # the identity of the data and of a frozen encoder's outputs: neither may change on resume
-            "training": {"data": data.identity, "encoder": plan.conditioning.fingerprint,
-                         "finished": finished, **state.training()}}
+            "step": step, "data": of_data, **conditions, "vae": pack_vae(task.vae) if task.vae else None,
+            **state.weights(), "training": training | state.training()}
 
 
 def read_losses(unread: list[Tensor], done: int, plan: Plan) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 # One thread, here and in every process that a test starts: results then depend on no machine, and several
@@ -47,27 +46,24 @@ def seeded():
 
 # ---- tiny runs
 
-@contextmanager
-def few_samples():
+def few_samples(monkeypatch, steps=3):
     """The tests need no 240 samples of each run, nor good ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "SAMPLE_ROWS", 1)
-        for name, row in list(settings.OBJECTIVES.items()):
-            patch.setitem(settings.OBJECTIVES, name, row._replace(steps=3))
-        yield patch
+    monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
+    for name, row in list(settings.OBJECTIVES.items()):
+        monkeypatch.setitem(settings.OBJECTIVES, name, row._replace(steps=steps))
 
 
 @pytest.fixture
-def quick():
-    with few_samples():
-        yield
+def quick(monkeypatch):
+    few_samples(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A folder with a VAE, trained for seconds, and one finished run on it."""
     folder = tmp_path_factory.mktemp("home")
-    with few_samples() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        few_samples(patch)
         patch.chdir(folder)
         train.main(["--arch", "vae", "--vae-preset", "tiny", "--steps", "40", "--batch-size", "16",
                     "--precision", "fp32", "--preview-every", "40"])
@@ -91,7 +87,8 @@ def text_runs(home):
         Image.fromarray(toys.draw_scene(scene, i)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(scene.caption)
     shared = ["--data", "scenes", "--cond", "text", *QUICK[:2], *QUICK[4:], "--steps", "40", "--warmup", "5"]
-    with few_samples() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        few_samples(patch)
         patch.chdir(home)
         train.main(["--arch", "mmdit", *shared, "--vae-preset", "tiny", "--vae-steps", "60", "--name",
                     "mmdit"])

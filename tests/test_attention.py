@@ -18,8 +18,12 @@ from conftest import ROOT
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-needs_triton = pytest.mark.skipif(attention_file.triton is None, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+def needs_triton(test):
+    skip = pytest.mark.skipif(attention_file.triton is None, reason="needs triton")
+    return pytest.mark.optional(skip(test))
 
 
 # ---- the formula and the path without a GPU

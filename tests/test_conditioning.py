@@ -29,6 +29,12 @@ CPU = torch.device("cpu")
 SMALL = {"encoder": "bytes", "config": dict(width=32, depth=1, heads=2, limit=3)}
 
 
+def checkpoint(classes=(), text=None, prompts=(), dropout=0.1):
+    """The entries of a checkpoint that decide the conditioning."""
+    return {"data": {"classes": list(classes), "prompts": list(prompts)}, "text": text,
+            "label_dropout": dropout}
+
+
 def labels(dropout=0.1, of=(2, 0, 1, 2), names=("red", "light green", "blue")):
     images = np.zeros((len(of), 8, 8, 3), np.uint8)
     train_part = Dataset(images, np.array(of), list(names), "train")
@@ -89,8 +95,7 @@ def test_labels_in_validation_previews_and_the_checkpoint():
     asked = kind.preview(None, rows=2)
     assert asked.turn.tolist() == [0, 1, 2, 0, 1, 2] and asked.columns == 3 and asked.captions is None
     assert asked.every["y"].tolist() == [0, 1, 2, 3] and asked.names == ["red", "light green", "blue"]
-    assert kind.spec() == {"classes": ["red", "light green", "blue"], "prompts": [], "text": None,
-                           "label_dropout": 0.1}
+    assert kind.stored() == checkpoint(["red", "light green", "blue"])
     assert kind.guidable and not labels(dropout=0.0).guidable
     many = labels(names=[str(i) for i in range(100)])
     assert many.preview(None, rows=1).turn.tolist() == list(range(24))
@@ -104,7 +109,7 @@ def test_labels_of_data_without_classes():
     assert kind.batch(None, np.arange(4), torch.ones(4, dtype=torch.bool)) == {} == kind.validation(None)
     assert kind.network_options("dit", {}) == {"num_classes": 0} and not kind.guidable and kind.hint() == ""
     assert kind.preview(None, rows=2).columns == 8 and len(kind.preview(None, rows=2).turn) == 16
-    assert kind.spec() == {"classes": [], "prompts": [], "text": None, "label_dropout": 0.0}
+    assert kind.stored() == checkpoint(dropout=0.0)
 
 
 @pytest.mark.parametrize("label, n, turn, columns", [
@@ -139,11 +144,6 @@ def test_asked_batch():
 
 # ---- the kinds of conditioning
 
-def checkpoint(classes=(), text=None, prompts=(), dropout=0.1):
-    return {"data": {"classes": list(classes), "prompts": list(prompts)}, "text": text,
-            "label_dropout": dropout}
-
-
 def test_conditioning_of_a_checkpoint():
     kind = conditioning.of_checkpoint(checkpoint(), CPU)
     assert type(kind) is Nothing and not kind.guidable and kind.use == "" and kind.accepted() == set()
@@ -168,22 +168,20 @@ def test_conditioning_of_a_checkpoint():
 
 def test_what_is_stored_makes_the_same_conditioning_again():
     for kind in (labels(), words(), conditioning.of_settings("none", None, 0.1, CPU)):
-        spec = kind.spec()
-        again = conditioning.of_checkpoint(checkpoint(spec["classes"], spec["text"], spec["prompts"],
-                                                      spec["label_dropout"]), CPU)
+        again = conditioning.of_checkpoint(kind.stored(), CPU)
         assert type(again) is type(kind) and again.guidable == kind.guidable and again.hint() == kind.hint()
+        assert again.stored() == kind.stored()
+    assert words().stored() == checkpoint(text=SMALL, prompts=["a red square", "green", "blue", "red"])
 
 
 def test_the_hint_quotes_what_a_shell_would_split():
-    for kind, first in ((conditioning.of_checkpoint(checkpoint(classes=["light green", "b"]), CPU),
-                         ["--label", "light green"]),
-                        (conditioning.of_checkpoint(checkpoint(text=SMALL, prompts=["a cat's $HOME", "b"]), CPU),
-                         ["--prompt", "a cat's $HOME"]),
-                        (conditioning.of_checkpoint(checkpoint(text={"encoder": "none"}, prompts=["a b/1.npz"]),
-                                                    CPU), ["--embedding", "a b/1.npz"]),
-                        (conditioning.of_checkpoint(checkpoint(classes=["red-circle"]), CPU),
-                         ["--label", "red-circle"])):
-        assert kind.hint().startswith(" ") and shlex.split(kind.hint()) == first
+    for stored, expected in (
+            (checkpoint(classes=["light green", "b"]), ["--label", "light green"]),
+            (checkpoint(classes=["red-circle"]), ["--label", "red-circle"]),
+            (checkpoint(text=SMALL, prompts=["a cat's $HOME", "b"]), ["--prompt", "a cat's $HOME"]),
+            (checkpoint(text={"encoder": "none"}, prompts=["a b/1.npz"]), ["--embedding", "a b/1.npz"])):
+        hint = conditioning.of_checkpoint(stored, CPU).hint()
+        assert hint.startswith(" ") and shlex.split(hint) == expected
     assert labels(names=["red", "b", "c"]).hint() == " --label red"
 
 
@@ -220,6 +218,35 @@ def test_flags_that_a_run_does_not_take(stored, given, message):
 def test_flags_that_a_run_takes(stored, given):
     kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)
     conditioning.check_flags(kind, argparse.Namespace(**FLAGS | given))
+
+
+GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0)
+
+
+@pytest.mark.parametrize("stored, given, expected", [
+    ({}, {}, 1.0), ({"classes": ["red"]}, {}, 2.0), ({"classes": ["red"], "dropout": 0.0}, {}, 1.0),
+    ({"text": SMALL}, {"cfg": 7.5, "rescale": 0.7, "interval": [0.1, 0.5], "negative_prompt": ""}, 7.5),
+    ({"text": SMALL}, {"cfg": 0.0, "negative_prompt": "a"}, 0.0),          # what is drawn at scale 0
+    ({"classes": ["red"]}, {"cfg": 1.0, "label": "red"}, 1.0),
+])
+def test_guidance_scale(stored, given, expected):
+    kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)
+    assert conditioning.guidance_scale(kind, argparse.Namespace(**GUIDANCE | given)) == expected
+
+
+@pytest.mark.parametrize("stored, given, message", [
+    ({}, {"cfg": 2.0}, "--cfg 2: this run was trained without conditions; use --cfg 1"),
+    ({"classes": ["red"], "dropout": 0.0}, {"cfg": 0.0},
+     "--cfg 0: this run is conditioned on class labels with label dropout 0, so it has no unconditional"),
+    ({"text": SMALL}, {"cfg": 0.0, "prompt": ["a"]}, "--prompt with --cfg 0: scale 0 is unconditional"),
+    ({"text": SMALL}, {"cfg": 1.0, "negative_prompt": "a"}, "--negative-prompt with guidance 1: "),
+    ({"text": SMALL}, {"cfg": 0.0, "rescale": 0.5}, "--rescale 0.5 with guidance 0: "),
+    ({}, {"interval": (0.0, 0.5)}, "--interval 0 0.5 with guidance 1: there is none for it to act on"),
+])
+def test_guidance_that_a_run_cannot_have(stored, given, message):
+    kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)
+    with pytest.raises(ValueError, match=message):
+        conditioning.guidance_scale(kind, argparse.Namespace(**GUIDANCE | given))
 
 
 def test_precomputed_vectors_must_be_given():

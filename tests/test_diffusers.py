@@ -22,7 +22,8 @@ from rectified_flow import RectifiedFlow
 from samplers import (SAMPLERS, ddim, ddpm, dpm_solver_2, dpm_solver_3, dpmpp_2m_sde, dpmpp_3m, euler,
                       gaussian_mixture, heun, karras_times, log_snr_times)
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")   # theirs
+pytestmark = [pytest.mark.optional,
+              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]   # theirs
 SCHEDULES = {"linear": dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
              "scaled_linear": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
              "cosine": dict(beta_schedule="squaredcos_cap_v2")}

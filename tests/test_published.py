@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import few_samples
 from PIL import Image
 
 import dit
@@ -107,7 +108,8 @@ def test_every_published_preset_takes_the_original_names(family):
             row = published.MODELS[f"{family}-{size}-{patch}-256"]
             with torch.device("meta"):
                 model = run.build_model("dit", row.config)
-                state = published.dit_weights(model.state_dict() | {"pos_embed": torch.empty(1, 1)}, model.config)
+                theirs = model.state_dict() | {"pos_embed": torch.empty(1, 1)}
+                state = published.dit_weights(theirs, model.config)
             published.check_weights(model, state, "file")
             assert len(model.blocks) == depth and model.config.patch == (patch, patch)
             assert model.out_channels == 8
@@ -159,12 +161,6 @@ def test_run_and_published_exclude_each_other(downloads):
         sample.main([*flags(downloads, "sit-s-8-256"), "--variance", "learned", "--n", "1"])
 
 
-def few_samples(monkeypatch):
-    monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
-    for name, row in list(settings.OBJECTIVES.items()):
-        monkeypatch.setitem(settings.OBJECTIVES, name, row._replace(steps=2))
-
-
 FINE_TUNE = ["--arch", "dit", "--data", "pictures", "--image-size", "64", "--batch-size", "4", "--steps", "2",
              "--precision", "fp32", "--preview-every", "100", "--name"]
 
@@ -172,7 +168,7 @@ FINE_TUNE = ["--arch", "dit", "--data", "pictures", "--image-size", "64", "--bat
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch, family):
     monkeypatch.chdir(downloads)
-    few_samples(monkeypatch)
+    few_samples(monkeypatch, steps=2)
     objective, file = {"dit": ("ddpm", "DiT-S-8.pt"), "sit": ("rf", "SiT-S-8.ckpt")}[family]
     train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-s-8-256",
                 "--vae", "vae", "--init-from", file, "--lr", "1e-9"])
@@ -199,7 +195,7 @@ def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch,
 
 def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):
     monkeypatch.chdir(downloads)
-    few_samples(monkeypatch)
+    few_samples(monkeypatch, steps=2)
     own = [*FINE_TUNE[:-1], "--vae", "vae", "--preset", "tiny"]
     train.main([*own, "--name", "first"])
     train.main([*own, "--name", "second", "--init-from", "runs/first", "--lr", "1e-9"])

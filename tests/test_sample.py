@@ -104,7 +104,8 @@ def test_compiled_sampling_draws_the_same(cwd):
     (["--eta", "0.5"], {"name": "rf"}, ("ddim", {"eta": 0.5})),              # an option brings its sampler
     (["--eta", "0", "--sampler", "ddim"], {"name": "ddpm"}, ("ddim", {"eta": 0.0})),
     (["--variance", "large"], {"name": "ddpm"}, ("ddpm", {"variance": "large"})),
-    (["--variance", "learned"], {"name": "ddpm", "learned_variance": True}, ("ddpm", {"variance": "learned"})),
+    (["--variance", "learned"], {"name": "ddpm", "learned_variance": True},
+     ("ddpm", {"variance": "learned"})),
     (["--noise", "0"], {"name": "rf"}, ("reverse_sde", {"noise": 0.0})),
 ])
 def test_choice_of_the_sampler(flags, objective, expected):

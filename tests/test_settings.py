@@ -249,9 +249,9 @@ def test_one_line_and_exit_status_2(tmp_path, script, flags):
 # ---- the VAE that is trained first
 
 def test_settings_of_the_vae_that_comes_first():
-    args = parse(["--arch", "mmdit", "--image-size", "16", "24", "--flip", "--seed", "3", "--precision", "fp32",
-                  "--vae-steps", "7", "--latent-channels", "8", "--runs-dir", "elsewhere", "--name", "mine",
-                  "--log-every", "5", "--lr", "0.5", "--device", "cpu", "--label-dropout", "0.3"])
+    args = parse(["--arch", "mmdit", "--image-size", "16", "24", "--flip", "--seed", "3", "--precision",
+                  "fp32", "--vae-steps", "7", "--latent-channels", "8", "--runs-dir", "elsewhere", "--name",
+                  "mine", "--log-every", "5", "--lr", "0.5", "--device", "cpu", "--label-dropout", "0.3"])
     found = vars(settings.vae_settings(args, None))
     expected = vars(parse(["--arch", "vae", "--cond", "text", "--image-size", "16", "24", "--flip", "--seed",
                            "3", "--precision", "fp32", "--steps", "7", "--latent-channels", "8",
@@ -345,7 +345,8 @@ TEXT = ["--text-encoder", "clip:x"]
     (["--arch", "dit", "--patch", "1", "2"], dict(patch=(1, 2))),
     (["--arch", "dit", "--block", "published"], dit.PUBLISHED_BLOCK),
     (["--arch", "dit", "--block", "modern"], dict(qk_norm=True)),
-    (["--arch", "dit", "--objective", "ddpm", "--published", "dit-xl-2-256", "--vae", "v", "--init-from", "w"],
+    (["--arch", "dit", "--objective", "ddpm", "--published", "dit-xl-2-256", "--vae", "v", "--init-from",
+      "w"],
      dict(dit.PUBLISHED_BLOCK, width=1152, depth=28, heads=16, patch=(2, 2), channels=8, num_classes=5,
           learn_sigma=True, time_scale=1000.0, time_offset=-1.0)),
     (["--arch", "mmdit", "--preset", "tiny", *TEXT],

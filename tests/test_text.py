@@ -107,6 +107,7 @@ def test_the_encoder_is_trained_through_the_network():
 
 # ---- frozen encoders and precomputed vectors
 
+@pytest.mark.optional
 @torch.no_grad()
 def test_frozen_clip(published):
     import transformers
@@ -128,6 +129,7 @@ def test_frozen_clip(published):
         "a red circle left of a blue square") == "quare"           # 22 letters and two marks are 24 tokens
 
 
+@pytest.mark.optional
 @torch.no_grad()
 def test_frozen_t5(published):
     import transformers
@@ -152,6 +154,7 @@ def test_a_folder_without_an_encoder_is_refused(tmp_path, monkeypatch):
         text.FrozenTextEncoder("clip", str(tmp_path))
 
 
+@pytest.mark.optional
 def test_a_damaged_encoder_is_refused(published, tmp_path):
     with pytest.raises(ValueError, match="no text encoder there"):
         text.FrozenTextEncoder("clip", str(tmp_path))
@@ -160,6 +163,7 @@ def test_a_damaged_encoder_is_refused(published, tmp_path):
         text.FrozenTextEncoder("t5", str(tmp_path))
 
 
+@pytest.mark.optional
 def test_text_cache(published, tmp_path, capsys):
     """It returns the encoder's output, in float16; it is built once, and anew for other prompts."""
     encoder = text.FrozenTextEncoder("clip", str(published / "clip"))

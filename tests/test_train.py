@@ -1,4 +1,4 @@
-"""train.py as a user meets it, with tiny networks: whole runs, what the loop does, interruptions, bad input."""
+"""train.py as a user meets it, with tiny networks: whole runs, the loop, interruptions, bad input."""
 
 import json
 import os
@@ -173,7 +173,7 @@ def test_validation_is_fixed_and_leaves_the_generator_alone(cwd):
 
 
 def test_ema_and_learning_rate(cwd):
-    """Three runs that end after 1, 2, 3 steps give the raw weights from which the averaged ones must follow."""
+    """Three runs of 1, 2, 3 steps give the raw weights from which the averaged ones must follow."""
     raws = []
     for steps in (1, 2, 3):
         flags = ["--arch", "dit", *QUICK[:2], "--steps", str(steps), *QUICK[4:], "--cooldown", "0",
