@@ -459,8 +459,10 @@ def objective_config(args: argparse.Namespace) -> dict:
         return published.MODELS[args.published].objective
     config = {"name": args.objective}
     for flag in ROWS.values():
-        if flag.option and given(flag, args):
-            config[flag.option] = getattr(args, flag.key)
+        value = getattr(args, flag.key)
+        is_of_this = flag.option and args.objective in flag.needs.get("objective", (args.objective,))
+        if is_of_this and value is not None:
+            config[flag.option] = value
     return config
 
 
