@@ -87,7 +87,10 @@ class Nothing:
 
     def network_options(self, arch: str, preset: dict) -> dict:
         """This kind's part of the network's configuration."""
-        return {"num_classes": 0}
+        options = {"num_classes": len(self.classes)}
+        if arch == "unet":
+            options["context_width"] = None    # the presets of Stable Diffusion expect text
+        return options
 
     def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
         """The conditions of training pictures; where `dropped` (B,) is True, the null condition."""
@@ -144,9 +147,6 @@ class Labels(Nothing):
         if self.classes:
             self.labels = torch.from_numpy(train.labels)
             self.val_labels = torch.from_numpy(val.labels[:VALIDATED])
-
-    def network_options(self, arch: str, preset: dict) -> dict:
-        return {"num_classes": len(self.classes)}
 
     def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
         if not self.classes:
@@ -421,7 +421,7 @@ def check_flags(conditioning: Nothing, args: argparse.Namespace) -> None:
         first = value if isinstance(value, str) else value[0]
         raise ValueError(f"{flag} {first}: this run {conditioning.described}; {remedy}")
     if conditioning.use == "--embedding" and not args.embedding:
-        raise ValueError(f"this run {conditioning.described}; give some by --embedding FILE.npz")
+        raise ValueError(f"{args.run}: this run {conditioning.described}; give some by --embedding FILE.npz")
 
 
 def guidance_scale(conditioning: Nothing, args: argparse.Namespace) -> float:

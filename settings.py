@@ -41,6 +41,7 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     """A number in [low, high]; NaN is outside every range."""
     noun = "a whole number" if kind is int else "a number"
     limits = f"at least {low:,}" if high == math.inf else f"between {low:,} and {high:,}"
+    limits = limits.replace(".0 ", " ").removesuffix(".0")
 
     def check(given: str) -> float:
         try:

@@ -227,6 +227,10 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
 
 def execute(args: argparse.Namespace, plan: Plan) -> bool:
     """One run, or the rest of it, from data to samples. False when a signal interrupted it."""
+    # ---- on CUDA, what autocast leaves in fp32 may be multiplied in TF32, unless fp32 was asked for
+    torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+
     # ---- data, in memory or memory-mapped; its caches lie beside the VAE, for all networks on this VAE
     run = plan.run
     home = run.folder
@@ -270,10 +274,8 @@ def execute(args: argparse.Namespace, plan: Plan) -> bool:
 
 def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved: dict | None) -> bool:
     """The loop, from the first or the saved step to samples.png. False when a signal interrupted it."""
-    # ---- setup. TF32 has the range of fp32 and the precision of fp16; what is left in fp32 tolerates it
+    # ---- setup
     run = plan.run
-    torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     state = new_state(args, task, plan)
     model, ema, optimizer = state.model, state.ema, state.optimizer
 

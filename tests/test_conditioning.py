@@ -185,7 +185,7 @@ def test_the_hint_quotes_what_a_shell_would_split():
     assert labels(names=["red", "b", "c"]).hint() == " --label red"
 
 
-FLAGS = dict(label=None, prompt=None, negative_prompt=None, text_encoder=None, embedding=None)
+FLAGS = dict(run="runs/x", label=None, prompt=None, negative_prompt=None, text_encoder=None, embedding=None)
 
 
 @pytest.mark.parametrize("stored, given, message", [

@@ -15,7 +15,6 @@ import dit
 import published
 import run
 import sample
-import settings
 import train
 import vae
 from ddpm import DDPM

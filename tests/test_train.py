@@ -302,8 +302,7 @@ def test_text_runs_resume_bit_for_bit(cwd, text_runs, monkeypatch):
 
 
 def test_a_run_of_an_earlier_version_resumes(cwd, monkeypatch):
-    """Checkpoints and settings as they were written before the programs were divided into their present
-    files: the settings also held vae_name, and the objective every switch, set or not."""
+    """As it was written before settings.py existed: the settings then also held vae_name."""
     flags = ["--arch", "unet", "--objective", "ddpm", *QUICK, "--save-every", "1"]
     train.main([*flags, "--name", "in-one-go"])
     with monkeypatch.context() as patch:
@@ -312,9 +311,12 @@ def test_a_run_of_an_earlier_version_resumes(cwd, monkeypatch):
     file = Path("runs/earlier/settings.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vae_name": "shapes-vae"}, indent=1))
     checkpoint = run.load_checkpoint("runs/earlier")
-    assert checkpoint["step"] == 2
-    checkpoint["objective"] = {"name": "ddpm", "zero_terminal_snr": False}
-    torch.save(checkpoint, "runs/earlier/checkpoint.pt")
+    assert checkpoint["step"] == 2 and set(checkpoint) == {
+        "arch", "config", "objective", "step", "data", "text", "label_dropout", "vae", "model", "ema",
+        "training"}
+    assert checkpoint["objective"] == {"name": "ddpm", "zero_terminal_snr": False}
+    assert set(checkpoint["data"]) == {"source", "size", "classes", "prompts"}
+    assert set(checkpoint["training"]) == {"optimizer", "data", "encoder", "finished", "rng", "cuda_rng"}
     train.main([*flags, "--name", "earlier"])
     assert same(weights("runs/in-one-go"), weights("runs/earlier"))
     assert same(weights("runs/in-one-go", "ema"), weights("runs/earlier", "ema"))
