@@ -259,7 +259,7 @@ def test_every_flag_of_a_kind_is_one_of_sample_py():
     for kind in conditioning.KINDS.values():
         for flag, fields in kind.flags.items():
             assert flag[2:].replace("-", "_") in FLAGS and fields["help"]
-    args = vars(sample.parse_args(["x"]))
+    args = vars(sample.parse_args(["runs/x"]))
     assert {name: args[name] for name in FLAGS} == FLAGS
 
 
