@@ -206,7 +206,8 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
     if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
         raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the straight one")
     if args.variance == "learned" and not objective.get("learned_variance"):
-        raise ValueError(f"--variance learned: {args.run or args.weights} was not trained to predict a variance")
+        what = args.run or args.weights
+        raise ValueError(f"--variance learned: {what} was not trained to predict a variance")
     return sampler or OBJECTIVES[objective["name"]].sampler, options
 
 
