@@ -150,7 +150,8 @@ ARCHITECTURES = {
 }
 BLOCKS = tuple(block for row in ARCHITECTURES.values() for block in row.blocks) + (text.TextBlock,)
 NETWORKS = tuple(name for name in ARCHITECTURES if name != "vae")
-NETWORK = {"arch": NETWORKS}
+CONDITIONS = tuple(dict.fromkeys(name for row in ARCHITECTURES.values() for name in row.conditioning))
+NETWORK = {"arch": NETWORKS}                # for `Flag.needs`
 TRANSFORMER = {"arch": ("dit", "mmdit")}
 
 OBJECTIVES = {
@@ -206,7 +207,7 @@ FLAGS = {
         Flag("--flip", "mirror pictures at random"),
         Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "
                        "mmdit, and for unet on data without classes; else class)",
-             one_of(("class", "text", "none"))),
+             one_of(CONDITIONS)),
         Flag("--text-encoder", "bytes (default): built in, trained with the network; clip:FOLDER or "
                                "t5:FOLDER: frozen, loaded by transformers; none: precomputed vectors, "
                                "NAME.npz beside each picture of a folder",
