@@ -120,8 +120,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
 # rotation and norm. For the gradients of the norm's weights it writes one sum for every ROWS_PER_SUM rows,
 # which PyTorch adds up: without atomic additions the gradients are the same in every run.
 #
-# QK-norm and rotation. q is normed and rotated as it is loaded. So is k where there are few keys; where there
-# are many, every program would repeat that for the same keys, so `norm_and_rope_kernel` does it once before.
+# QK-norm and rotation. q is normed and rotated as it is loaded. So is k if there are few keys; if there are
+# many, every program would repeat that for the same keys, so `norm_and_rope_kernel` does it once beforehand.
 # The backward kernels always take q and k normed and rotated.
 #
 # Names. Capitals are pointers to tensors and compile-time constants.
@@ -132,7 +132,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
 #   PADDED                  DIM rounded up to a power of two, as the width of a tile has to be
 #   Q_NORM, K_NORM          weights of the norms of q and k
 #   DO, DQ, dp, ...         gradient of the loss with respect to o, q, p, ...
-#   max_length              bound on the rows of one sequence, of q or, where blocks are of keys, of k
+#   max_length              bound on the rows of one sequence in q (in k, if the kernel's blocks are keys)
 #   MASKED, PACKED          whether MASK and OFFSETS, the arguments of `attention`, are given
 
 SHORT = 512         # up to this number of keys, the forward kernel norms and rotates them itself
@@ -149,7 +149,7 @@ class Blocks(NamedTuple):
     queries: int     # BLOCK_M
     keys: int        # BLOCK_N
     warps: int       # groups of 32 threads per program
-    stages: int      # of the pipeline that loads blocks ahead of their use
+    stages: int      # depth of the pipeline that loads blocks ahead of their use
 
 
 def autotune(*candidates: Blocks) -> Callable:
@@ -165,10 +165,10 @@ def autotune(*candidates: Blocks) -> Callable:
 
 @jit
 def locate_program(max_length, heads, BLOCK: tl.constexpr):
-    """Block of rows, sequence and head on which this program works.
+    """The block of rows, the sequence and the head on which this program works.
 
-    All programs lie on the grid's first axis, as the other two are limited to 65,535. Neighbouring programs
-    work on the same head and so find its keys in the cache."""
+    All programs lie on the grid's first axis, because the other two are limited to 65,535. Neighbouring
+    programs work on the same head and so find its keys in the cache."""
     program = tl.program_id(0)
     blocks = tl.cdiv(max_length, BLOCK)
     return program % blocks, program // blocks // heads, program // blocks % heads
@@ -177,7 +177,7 @@ def locate_program(max_length, heads, BLOCK: tl.constexpr):
 @jit
 def head_pointer(X, batch, head, stride_b, stride_h, DIM: tl.constexpr):
     """Pointer to the first row of one head. If DIM is a multiple of 8, so is the offset, as all tensors come
-    from `aligned` or `empty_row_major`; the compiler must know it to emit wide loads."""
+    from `aligned` or `empty_row_major`; with this hint the compiler emits wide loads."""
     offset = batch * stride_b + head * stride_h
     if DIM % 8 == 0:
         offset = tl.multiple_of(offset, 8)
@@ -359,7 +359,7 @@ def backward_q_kernel(Q, K, V, O, DO, LSE, DELTA, Q_IN, DQ, Q_NORM, COS, SIN, DQ
 
     Q, K: normed and rotated; Q_IN: q before that. DQ_NORM: (sequences * heads, sums, DIM)."""
     block, sequence, head = locate_program(max_length, heads, BLOCK_M)
-    # computed in place, see `forward_kernel`
+    # bounds of the sequence in q and in k, computed in place: see `forward_kernel`
     batch = tl.cast(sequence, tl.int64)
     first, end = 0, N
     key_first, key_end = 0, M
@@ -433,7 +433,7 @@ def backward_kv_kernel(Q, K, V, DO, LSE, DELTA, K_IN, DK, DV, K_NORM, COS, SIN, 
     through the queries block by block. Its scores are transposed, (keys, queries), as dk and dv are products
     with the transposed matrices."""
     block, sequence, head = locate_program(max_length, heads, BLOCK_N)
-    # computed in place, see `forward_kernel`
+    # bounds of the sequence in q and in k, computed in place: see `forward_kernel`
     batch = tl.cast(sequence, tl.int64)
     first, end = 0, N
     key_first, key_end = 0, M
@@ -510,20 +510,20 @@ def ceil_div(rows: int, size: int) -> int:
 
 def aligned(x: Tensor) -> Tensor:
     """x with channels next to one another and, if head_dim is a multiple of 8, with rows and heads that begin
-    at multiples of 8 elements, as `head_pointer` promises; copied only where it does not lie so already."""
+    at multiples of 8 elements, as `head_pointer` promises. It is copied only if its layout is another."""
     on_multiples = x.shape[-1] % 8 or not any(stride % 8 for stride in x.stride()[:3])
     return x if on_multiples and x.stride(-1) == 1 else x.contiguous()
 
 
-# Makes a kernel visible to torch.compile. Its cache reads the source of the operators below for the literal
-# text wrap_triton(NAME OF A KERNEL), to learn which kernels they launch, so do not wrap kernels in advance.
+# Makes a kernel visible to torch.compile. Its cache searches the source of the operators below for the text
+# wrap_triton(NAME OF A KERNEL) to find the kernels that they launch, so do not wrap kernels in advance.
 wrap_triton = torch.library.wrap_triton if triton and not INTERPRETED else lambda kernel: kernel
 
 
 class LaunchSettings(NamedTuple):
     sequences: int      # batch entries, or packed sequences
     max_queries: int    # upper bound on the rows of q in one sequence: the grid has blocks for that many
-    max_keys: int       # the same for k
+    max_keys: int       # likewise for k
     options: dict       # compile-time constants shared by the kernels, by name
 
 
@@ -644,7 +644,7 @@ def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 
 def attention_gradients(ctx, do: Tensor, _dlse: Tensor | None) -> tuple:
     """One gradient for each input of `attention_operator`, given do, that of its output. The log-sum-exp has
-    none, as `fused_attention` does not return it."""
+    no gradient, as `fused_attention` does not return it."""
     *inputs, o, lse = ctx.saved_tensors
     dq, dk, dv, dq_norm, dk_norm = attention_backward_operator(aligned(do), *inputs, ctx.max_length, o, lse)
     q_norm, k_norm = inputs[3:5]

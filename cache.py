@@ -3,8 +3,8 @@
     python cache.py                       # caches the outputs of a toy encoder and opens the cache again
 
 A cache is an array beside its stamp, a small JSON file that names what the array was computed from; with any
-other stamp it is rebuilt, never used. Encoders are callbacks and pictures plain arrays, so that this file
-imports no other of the project. Its second half, fingerprints, locks and atomic writes, serves run.py too.
+other stamp it is rebuilt, never used. Encoders are callbacks and pictures are plain arrays, so that this file
+imports no other of the project. Its second half (fingerprints, locks, atomic writes) serves other files too.
 
 Shapes: N pictures, B batch, C channels, h w latent size, L tokens, D and P widths of context and pooled.
 """
@@ -27,8 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-# ------------------------------------------------------------------------------------------------------------
-# latents
+# ---- latents
 
 class LatentCache:
     """The Gaussian posterior of every picture, encoded once: `latents`, float16 (N, flips, 2, C, h, w),
@@ -55,7 +54,7 @@ class LatentCache:
             if found != stamp or not complete:
                 if found:
                     print(f"{path} was made from another VAE or other data: rebuilding it")
-                # An interruption between here and the new stamp must not leave a stamp that fits no array.
+                # First, so that an interruption cannot leave the old stamp beside a new array.
                 stamp_path.unlink(missing_ok=True)
                 self._build(path, images, encode, shape)
                 write_stamp(stamp_path, stamp)
@@ -116,8 +115,7 @@ def pieces(shape: tuple[int, ...]) -> list[range]:
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# text
+# ---- text
 
 class TextWidths(NamedTuple):
     """Widths of a text encoder's output: D of context, and P of pooled or None."""
@@ -127,10 +125,10 @@ class TextWidths(NamedTuple):
 
 class TextCache:
     """The output of a frozen text encoder for every distinct prompt and for "", the null condition. It is
-    called as the encoder is, with prompts that it was built from, and returns CPU tensors.
+    called like the encoder, with prompts that it was built from, and returns CPU tensors.
 
     On disk: the valid rows of every context, one prompt after another, as float16 (rows, D) without a header;
-    in an .npz beside it, where each prompt's rows end, and the pooled vectors. Raises ValueError where the
+    in an .npz beside it, the row where each prompt ends, and the pooled vectors. Raises ValueError where the
     encoder's outputs differ in width or do not fit float16."""
 
     def __init__(self, path: Path, prompts: list[str], encode: Callable[[list[str]], dict[str, Tensor]],
@@ -214,8 +212,8 @@ def read_embeddings(files: list[str]) -> dict[str, Tensor]:
     some rows are padding, pooled (P,) if there is one. The name "" is the null condition, one vector of
     zeros.
 
-    -> context (B, L, D), mask (B, L) and perhaps pooled (B, P), as a text encoder returns them. Raises
-    ValueError for a file of any other content and for files that differ in width."""
+    -> context (B, L, D), mask (B, L) and, if the files have it, pooled (B, P), as a text encoder returns
+    them. Raises ValueError for a file with any other content and for files that differ in width."""
     found = {file: _read_vectors(file) for file in dict.fromkeys(files) if file}     # each file once
     # Any of the files gives the widths of the null condition.
     first = next(iter(found.values()))
@@ -243,14 +241,13 @@ def _read_vectors(file: str) -> TextVectors:
                 pooled = torch.from_numpy(arrays["pooled"].astype(np.float32))
         if context.ndim != 2 or len(context) == 0:
             raise ValueError("context must be of shape (L, D)")
-    except Exception as error:      # NumPy and zipfile raise a dozen kinds for a damaged file
-        raise ValueError(f"{file}: not an .npz with context (L, D), and perhaps mask (L,) and pooled (P,) "
+    except Exception as error:      # NumPy and zipfile raise a dozen types for a damaged file
+        raise ValueError(f"{file}: not an .npz with context (L, D), and optionally mask (L,) and pooled (P,) "
                          f"({type(error).__name__})") from None
     return TextVectors(context, pooled)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# fingerprints: short names that change with the content
+# ---- fingerprints: short names that change with the content
 
 def digest(*parts) -> str:
     """32 hexadecimal digits of SHA-256 over arrays (their bytes) and any other values (their repr)."""
@@ -284,13 +281,12 @@ def fingerprint_files(folder: Path, pattern: str) -> str:
     return digest(parts)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# files: locks, atomic writes, stamps, memory-mapped arrays
+# ---- files: locks, atomic writes, stamps, memory-mapped arrays
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file for this process. Where another process holds it, wait or raise BlockingIOError. The
-    operating system releases the lock when the process ends, however it ends."""
+    """Hold a lock on this file. If another process holds it, wait or raise BlockingIOError. The operating
+    system releases the lock when the process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         if os.name == "nt":
@@ -309,8 +305,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """An open file of a temporary name that replaces `path` when the block ends: the old file or the new one,
-    always complete. Raises OSError with one line that names the file and the space left."""
+    """Open a temporary file that replaces `path` when the block ends. `path` is thus always either the
+    complete old file or the complete new one. Raises OSError with one line that names the file and the space
+    left."""
     partial = path.with_name(path.name + ".part")
     try:
         with open(partial, "wb") as file:
@@ -329,7 +326,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """write(file), where the file replaces `path` once it is complete. Raises OSError as `replacing` does."""
+    """Call write(file) on a file that replaces `path` once it is complete. Raises OSError as `replacing`."""
     with replacing(path) as file:
         try:
             write(file)
@@ -350,8 +347,8 @@ def write_stamp(path: Path, stamp: dict) -> None:
 
 
 def new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped array in a new .npy file. Its space is allocated at once, because a map that meets a
-    full disk later kills the process. Raises OSError with one line where the disk has no room."""
+    """A memory-mapped array in a new .npy file. Its space is allocated at once, because a memory map that
+    later runs into a full disk kills the process. Raises OSError with one line where there is no room."""
     size = _bytes_of(dtype, shape)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,9 +368,10 @@ def _bytes_of(dtype, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) * np.dtype(dtype).itemsize
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---- demonstration
 
 def demo() -> None:
+    """Open one cache three times: empty, complete, and with another stamp."""
     images = np.random.default_rng(0).integers(0, 256, (1000, 32, 32, 3), dtype=np.uint8)
     encoded = []
 

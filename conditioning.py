@@ -1,10 +1,10 @@
 """What a network is conditioned on: nothing, class labels or text.
 
-    python conditioning.py                # shows what each kind gives a network in training and in sampling
+    python conditioning.py                # shows what a network gets from each kind in training
 
-Each kind owns its part of the network's configuration, a batch's conditions in training with dropout, the
-null condition that guidance needs, the conditions of validation and previews, its part of the checkpoint, and
-its flags of sample.py. A new kind is a class here, a row in KINDS, and a network that takes its conditions.
+Each kind is a class. It provides its part of the network's configuration, the conditions of training batches
+(with dropout), of validation and of previews, the null condition that guidance needs, its part of the
+checkpoint, and its flags of sample.py. A new kind is a class, a row in KINDS, and a network that takes it.
 
 `cond` is the dict of keyword arguments of the network: {} or y (B,) labels, with `num_classes` standing for
 "no class"; or context (B, L, D) with mask (B, L), True at valid positions, and pooled (B, P).
@@ -31,20 +31,20 @@ from text import FrozenTextEncoder, TextConfig, TextEncoder
 from unet import UNetConfig
 
 Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask and perhaps pooled
-VALIDATED = 256        # pictures of the validation part that are used
-PREVIEW_COLUMNS = 8    # of samples that have no classes to stand in columns
+VALIDATED = 256        # validation pictures that are used
+PREVIEW_COLUMNS = 8    # columns of a preview that has no classes
 
 
 class Asked(NamedTuple):
     """The conditions of n pictures that are to be drawn."""
-    turn: Tensor                          # (n,) for each picture the index of its condition
+    turn: Tensor                          # (n,) for each picture, the index of its condition in `every`
     every: dict[str, Tensor]              # every distinct condition once, the null condition last
-    names: list[str]                      # of the distinct conditions
-    columns: int | None = None            # of a grid of these pictures
-    captions: list[str] | None = None     # to be printed below each picture
+    names: list[str]                      # names of the distinct conditions, without the null condition
+    columns: int | None = None            # width of a grid of these pictures; None: about square
+    captions: list[str] | None = None     # what to print below each picture
 
     def batch(self, start: int, size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(cond, uncond) of `size` pictures from `start` on."""
+        """(cond, uncond) for `size` pictures from `start` on."""
         cond = {name: part[self.turn[start:start + size]] for name, part in self.every.items()}
         uncond = {name: part[[-1] * size] for name, part in self.every.items()}
         return cond, uncond
@@ -53,12 +53,12 @@ class Asked(NamedTuple):
 class Nothing:
     """No conditions, and the base of the other kinds.
 
-    A kind is made from a checkpoint, or from what `of_settings` puts in the place of one: of the entries of
-    `stored`, a run that begins knows only the text encoder and the label dropout; `attach` adds the rest."""
+    The constructor takes a checkpoint. For a new run, `of_settings` passes an incomplete one, with only the
+    text encoder and the label dropout, and `attach` adds the rest."""
 
     flags: dict[str, dict] = {}           # flags of sample.py: name -> fields of settings.Flag
-    use = ""                              # the flag that says what to draw
-    fingerprint: str | None = None        # of encoder outputs that must not change on resume
+    use = ""                              # the flag that selects what to draw
+    fingerprint: str | None = None        # identifies encoder outputs, which must not change on resume
 
     def __init__(self, checkpoint: dict, device: torch.device):
         self.classes: list[str] = checkpoint["data"]["classes"]
@@ -69,7 +69,7 @@ class Nothing:
 
     @classmethod
     def fits(cls, checkpoint: dict) -> bool:
-        """Whether the network of this checkpoint was conditioned so."""
+        """Whether the network of this checkpoint has this kind of conditioning."""
         return True
 
     def stored(self) -> dict:
@@ -79,11 +79,11 @@ class Nothing:
     # ---- training
 
     def prepare(self, source: str, folder: Folder | None) -> None:
-        """Load what the data does not decide, before anything is written. source: --data; folder: its
+        """Load what it takes to build the network, before anything is written. source: --data; folder: its
         listing."""
 
     def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
-        """Take what the conditions of training and validation are made from."""
+        """Take the labels or captions from the data. resumed: whether the run continues an earlier one."""
 
     def network_options(self, arch: str, preset: dict) -> dict:
         """This kind's part of the network's configuration."""
@@ -97,17 +97,18 @@ class Nothing:
         return {}
 
     def validation(self, model: nn.Module) -> dict[str, Tensor]:
-        """The conditions of the first VALIDATED pictures of the validation part."""
+        """The conditions of the first VALIDATED validation pictures."""
         return {}
 
     def preview(self, model: nn.Module, rows: int) -> Asked:
+        """The conditions of a preview with this many rows."""
         return Asked(torch.zeros(rows * PREVIEW_COLUMNS, dtype=torch.long), {}, [], PREVIEW_COLUMNS)
 
     # ---- sampling
 
     @property
     def described(self) -> str:
-        """Completes "this run ..." in messages."""
+        """A phrase that completes "this run ..." in messages."""
         return "was trained without conditions"
 
     @property
@@ -116,20 +117,20 @@ class Nothing:
         return False
 
     def accepted(self) -> set[str]:
-        """Those of sample.py's conditioning flags that this run takes."""
+        """The conditioning flags of sample.py that this run takes."""
         return set(self.flags)
 
     def ask(self, args: argparse.Namespace, model: nn.Module) -> Asked:
-        """What sample.py's flags ask for: args.n pictures."""
+        """The conditions of the args.n pictures that sample.py's flags ask for."""
         return Asked(torch.zeros(args.n, dtype=torch.long), {}, [])
 
     def hint(self) -> str:
-        """Flags of sample.py that ask this run for something it was trained on."""
+        """An example of sample.py's flags for this run: something that it was trained on."""
         return ""
 
 
 class Labels(Nothing):
-    """Class labels. A source without classes (a flat folder) makes an unconditional network."""
+    """Class labels. Data without classes (a flat folder) makes an unconditional network."""
 
     flags = {"--label": dict(help="class, by number or name (default: all in turn)")}
     use = "--label"
@@ -159,6 +160,7 @@ class Labels(Nothing):
         return {"y": send(self.val_labels, self.device)} if self.classes else {}
 
     def every(self) -> dict[str, Tensor]:
+        """Every label once, the null class last."""
         return {"y": torch.arange(len(self.classes) + 1, device=self.device)}
 
     def preview(self, model: nn.Module, rows: int) -> Asked:
@@ -186,6 +188,7 @@ class Labels(Nothing):
         return Asked(turn, self.every(), self.classes, columns)
 
     def index(self, label: str) -> int:
+        """The index of a class, given by name or by number."""
         if label in self.classes:
             return self.classes.index(label)
         if label.isdecimal() and int(label) < len(self.classes):
@@ -201,17 +204,18 @@ class Labels(Nothing):
 
 
 class Words(Nothing):
-    """Text, through an encoder. text["encoder"] is "bytes": built in, a part of the network (`model.text`),
-    which is trained and saved with it; "clip" or "t5": frozen, from the folder text["path"]; or "none":
-    vectors that another program computed, one .npz file per picture, whose names then stand in for
-    captions."""
+    """Text, through an encoder. text["encoder"] is one of
+    "bytes": built in, a part of the network (`model.text`) that is trained and saved with it;
+    "clip" or "t5": frozen, from the folder text["path"];
+    "none": vectors that another program computed, in one .npz file per picture. The names of these files then
+    take the place of captions and prompts."""
 
     flags = {
         "--prompt": dict(help="what to draw; several prompts are drawn in turn (default: captions of the "
                               "validation data)", nargs="+", metavar="TEXT"),
-        "--negative-prompt": dict(help="what guidance leads away from (default: empty)", metavar="TEXT"),
-        "--text-encoder": dict(help="where the run's frozen encoder is now (default: where it was)",
-                               metavar="KIND:PATH"),
+        "--negative-prompt": dict(help="what guidance steers away from (default: empty)", metavar="TEXT"),
+        "--text-encoder": dict(help="where the run's frozen encoder is now (default: where it was when "
+                                    "training)", metavar="KIND:PATH"),
         "--embedding": dict(help="instead of prompts, for a run trained on precomputed vectors: .npz with "
                                  "context, mask, pooled", nargs="+", metavar="FILE"),
     }
@@ -262,11 +266,11 @@ class Words(Nothing):
         if not (self.precomputed or resumed):
             self.warn_of_truncation()
         if self.kind != "bytes":
-            # The outputs of a frozen encoder never change: each caption is encoded once. It is not trained on
-            # reworded captions, as there is an output for each caption as it stands only.
+            # The outputs of a frozen encoder never change, so each caption is encoded once. Captions are then
+            # not reworded, because only their original wording is in the cache.
             self.table = TextCache(cache_dir / f"text-{self.kind}.bin", [*self.captions, *self.val_captions],
                                    self.encoder or read_embeddings, self.fingerprint)
-            self.encoder = None                            # gigabytes, perhaps
+            self.encoder = None                            # frees memory: it may take several GB
 
     def warn_of_truncation(self) -> None:
         encoder = self.encoder
@@ -284,14 +288,15 @@ class Words(Nothing):
         if arch == "mmdit":
             options |= {"pooled_width": self.widths.pooled, "guidance": False}
         elif preset.get("context_width") is None:
-            # A U-Net of our own: text reaches every level, and attention knows where each pixel is. The
-            # presets of Stable Diffusion, which have a context width, take no pooled vector and stay as
-            # published.
+            # In a U-Net of our own, text reaches every level, and positions are added before attention. The
+            # presets of Stable Diffusion, which have a context width, stay as published, without a pooled
+            # vector.
             levels = len(preset.get("widths", UNetConfig.widths))
             options |= {"pooled_width": self.widths.pooled, "attention": (True,) * levels, "positions": True}
         return options
 
     def encode(self, model: nn.Module, prompts: list[str]) -> dict[str, Tensor]:
+        """The conditions of these captions, in training."""
         return network_inputs(model, self.table or model.text, prompts, self.device)
 
     def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
@@ -301,6 +306,7 @@ class Words(Nothing):
         return self.encode(model, prompts)
 
     def caption(self, index: int) -> str:
+        """The caption of a training picture, reworded if the data has a function for that."""
         caption = self.captions[index]
         if self.vary:
             # Seeded by torch's generator, whose state the checkpoint holds: a resumed run rewords the same
@@ -312,7 +318,7 @@ class Words(Nothing):
         return self.encode(model, self.val_captions)
 
     def preview(self, model: nn.Module, rows: int) -> Asked:
-        """One sample for each of the first captions of the validation part."""
+        """One sample for each of the first validation captions."""
         n = rows * PREVIEW_COLUMNS
         turn = torch.arange(n) % len(self.val_captions)
         every = self.encode(model, [*self.val_captions[:n], ""])
@@ -344,13 +350,14 @@ class Words(Nothing):
             asked = [clean_text(prompt) for prompt in args.prompt or self.prompts]
             negative = clean_text(args.negative_prompt or "")
         asked = asked[:args.n]
-        prompts = list(dict.fromkeys(asked))               # each is encoded once
+        prompts = list(dict.fromkeys(asked))               # without repetitions, so that each is encoded once
         if not self.precomputed:
             for prompt in (*prompts, negative):
                 rest = encode.truncated(prompt)
                 if rest:
                     print("warning: a prompt is longer than the encoder's limit and is truncated; it loses "
                           f"{rest!r}", file=sys.stderr)
+        # A negative prompt takes the place of the null condition, which is the empty prompt.
         every = network_inputs(model, encode, [*prompts, negative], self.device)
 
         turn = torch.tensor([prompts.index(prompt) for prompt in asked])[torch.arange(args.n) % len(asked)]
@@ -362,7 +369,7 @@ class Words(Nothing):
         return Asked(turn, every, prompts, columns, captions)
 
     def sampling_encoder(self, model: nn.Module, place: str | None) -> Encoder:
-        """place: KIND:PATH of a frozen encoder that has moved since the training."""
+        """The encoder to sample with. place: KIND:PATH of a frozen encoder that has moved since training."""
         if self.kind == "bytes":
             return model.text
         if self.precomputed:
@@ -378,8 +385,8 @@ class Words(Nothing):
 
 def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
                    device: torch.device) -> dict[str, Tensor]:
-    """Those of the encoder's outputs that the network takes, on the device. Raises ValueError for outputs of
-    another width than it was built for."""
+    """The outputs of the encoder that the network takes, on the device. Raises ValueError if their width is
+    not the one that the network was built for."""
     cond = encode(prompts)
     wanted = {"context": model.config.context_width, "pooled": getattr(model.config, "pooled_width", None)}
     for name, width in wanted.items():
@@ -392,48 +399,49 @@ def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
     return {name: send(cond[name], device) for name in names}
 
 
-# By the value of --cond. A checkpoint is of the first kind that fits.
+# The value of --cond -> the kind. A checkpoint gets the first kind that fits it.
 KINDS = {"text": Words, "class": Labels, "none": Nothing}
 FLAGS = {name: fields for kind in KINDS.values() for name, fields in kind.flags.items()}     # of sample.py
 
 
 def of_settings(cond: str, text: dict | None, dropout: float, device: torch.device) -> Nothing:
-    """The conditioning of a run that begins; cond is a key of KINDS."""
-    begun = {"data": {"classes": []}, "text": text, "label_dropout": dropout}
-    return KINDS[cond](begun, device)
+    """The conditioning of a new run; cond is a key of KINDS."""
+    incomplete = {"data": {"classes": []}, "text": text, "label_dropout": dropout}
+    return KINDS[cond](incomplete, device)
 
 
 def of_checkpoint(checkpoint: dict, device: torch.device) -> Nothing:
+    """The conditioning of a trained network."""
     for kind in KINDS.values():
         if kind.fits(checkpoint):
             return kind(checkpoint, device)
 
 
-def check_flags(conditioning: Nothing, args: argparse.Namespace) -> None:
+def check_flags(condition: Nothing, args: argparse.Namespace) -> None:
     """Refuse the conditioning flags of sample.py that this run does not take."""
     for flag in FLAGS:
         value = getattr(args, flag.lstrip("-").replace("-", "_"))
-        if value is None or flag in conditioning.accepted():
+        if value is None or flag in condition.accepted():
             continue
         remedy = "leave it out"
-        if conditioning.use and flag in ("--label", "--prompt", "--embedding"):     # these ask for a picture
-            remedy = f"use {conditioning.use}"
+        if condition.use and flag in ("--label", "--prompt", "--embedding"):     # these select what to draw
+            remedy = f"use {condition.use}"
         first = value if isinstance(value, str) else value[0]
-        raise ValueError(f"{flag} {first}: this run {conditioning.described}; {remedy}")
-    if conditioning.use == "--embedding" and not args.embedding:
-        raise ValueError(f"{args.run}: this run {conditioning.described}; give some by --embedding FILE.npz")
+        raise ValueError(f"{flag} {first}: this run {condition.described}; {remedy}")
+    if condition.use == "--embedding" and not args.embedding:
+        raise ValueError(f"{args.run}: this run {condition.described}; give some by --embedding FILE.npz")
 
 
-def guidance_scale(conditioning: Nothing, args: argparse.Namespace) -> float:
-    """The scale asked for, or the run's default. Refuses a scale that the run cannot have, and flags that
-    have no effect at this scale."""
+def guidance_scale(condition: Nothing, args: argparse.Namespace) -> float:
+    """The guidance scale asked for, or the run's default. Refuses a scale that the run does not support and
+    flags that have no effect at this scale."""
     scale = args.cfg
     if scale is None:
-        scale = 2.0 if conditioning.guidable else 1.0
+        scale = 2.0 if condition.guidable else 1.0
     # Every scale but 1 needs the unconditional branch, which label dropout trains.
-    if scale != 1 and not conditioning.guidable:
-        why = conditioning.described
-        if conditioning.use:
+    if scale != 1 and not condition.guidable:
+        why = condition.described
+        if condition.use:
             why += " with label dropout 0, so it has no unconditional branch"
         raise ValueError(f"--cfg {scale:g}: this run {why}; use --cfg 1")
     for flag, value in (("--label", args.label), ("--prompt", args.prompt)):
@@ -441,13 +449,13 @@ def guidance_scale(conditioning: Nothing, args: argparse.Namespace) -> float:
             raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "
                              "drop one of them")
 
-    # At scale 1 there is no guidance, and at 0 nothing but the unconditional branch.
+    # At scale 1 there is no guidance, and at scale 0 only the unconditional branch.
     without_effect = None
     if tuple(args.interval) != (0, 1):
         without_effect = "--interval {:g} {:g}".format(*args.interval)
     elif args.rescale > 0:
         without_effect = f"--rescale {args.rescale:g}"
-    elif args.negative_prompt is not None and scale != 0:  # it is the unconditional branch's prompt
+    elif args.negative_prompt is not None and scale != 0:  # it conditions the unconditional branch
         without_effect = "--negative-prompt"
     if without_effect and scale in (0, 1):
         raise ValueError(f"{without_effect} with guidance {scale:g}: there is none for it to act on")
@@ -455,6 +463,7 @@ def guidance_scale(conditioning: Nothing, args: argparse.Namespace) -> float:
 
 
 def demo() -> None:
+    """Print the network's options and a batch with one dropped condition, for each kind."""
     cpu = torch.device("cpu")
     images = np.zeros((4, 8, 8, 3), np.uint8)
     with_classes = Dataset(images, np.array([0, 1, 2, 0]), ["red", "green", "blue"], "demo")
@@ -464,12 +473,12 @@ def demo() -> None:
     model.config = SimpleNamespace(context_width=16, pooled_width=16)
     text = {"encoder": "bytes", "config": {"width": 16, "depth": 1, "heads": 2}}
     for cond, data in (("none", with_classes), ("class", with_classes), ("text", with_captions)):
-        conditioning = of_settings(cond, text if cond == "text" else None, 0.5, cpu)
-        conditioning.prepare("demo", None)
-        conditioning.attach(data, data, Path("."), resumed=False)
-        batch = conditioning.batch(model, np.arange(4), torch.tensor([False, False, False, True]))
-        print(f"--cond {cond}: this run {conditioning.described}; network options "
-              f"{conditioning.network_options('unet', {})}")
+        condition = of_settings(cond, text if cond == "text" else None, 0.5, cpu)
+        condition.prepare("demo", None)
+        condition.attach(data, data, Path("."), resumed=False)
+        batch = condition.batch(model, np.arange(4), torch.tensor([False, False, False, True]))
+        print(f"--cond {cond}: this run {condition.described}; network options "
+              f"{condition.network_options('unet', {})}")
         for name, part in batch.items():
             print(f"    {name:8s} {tuple(part.shape)}", part.tolist() if part.ndim < 2 else "")
 

@@ -3,7 +3,7 @@
     python data.py                        # lists the sources; turns a folder of pictures into batch.png
 
 Every built-in source is a row of SOURCES, below its loaders; any other name is a folder of pictures. A new
-source is a loader and one row. Files are looked for in --data-dir, then on the system, then downloaded.
+source is a loader and one row. Files are looked for in --data-dir and on the system, else downloaded.
 
 Conventions: pictures are uint8 (N, H, W, C) in a Dataset and float32 (B, C, H, W) in [-1, 1] for a model;
 sizes are (H, W); splits are "train" and "val". Bad input raises ValueError with one line for the user.
@@ -45,7 +45,7 @@ class Dataset:
     classes: list[str]          # names; empty where there are no classes
     fingerprint: str            # changes whenever a pixel or a label may have changed
     captions: list[str] | None = None   # one per picture, or None
-    vary: Callable[[str, np.random.Generator], str] | None = None   # rewords a caption, during training
+    vary: Callable[[str, np.random.Generator], str] | None = None   # rewords a caption at random, in training
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,8 +58,7 @@ class Dataset:
         return digest(self.fingerprint, self.captions)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# batches
+# ---- batches
 
 def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1]."""
@@ -75,14 +74,14 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
     """x on the device."""
     if torch.device(device).type != "cuda":
         return x.to(device)
-    # Only a copy from pinned memory runs beside the computation: neither the CPU nor the GPU waits for it.
+    # A copy from pinned memory is asynchronous: neither the CPU nor the GPU waits for it.
     return x.pin_memory().to(device, non_blocking=True)
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """(batch_size,) indices into n examples for one step: every epoch in a new random order, epochs joined
-    without a gap. This is the only source of order in training, and a pure function of step and seed, so that
-    a resumed run sees exactly the batches that it would have seen."""
+    without a gap. This alone decides the order of the data, and it is a pure function of step and seed, so a
+    resumed run gets exactly the batches that it would have got without the interruption."""
     k = np.arange(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: _order(n, int(epoch), seed) for epoch in np.unique(k // n)}
     return np.array([orders[epoch][i] for epoch, i in zip(k // n, k % n)])
@@ -93,15 +92,14 @@ def _order(n: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# shapes, and scenes where captions are wanted
+# ---- shapes and, with captions, scenes
 
 # Both are cached because a VAE and the network on top of it load the same pictures in one process.
 @functools.lru_cache(maxsize=2)
 def load_shapes(split: str, size: Size, data_dir: Path | None = None, count: int = 20_000) -> Dataset:
     """One shape per picture, with classes. count: pictures for training; validation has 480."""
     first, count = _range_of(split, count)
-    first -= first % len(SHAPE_CLASSES)         # so that labels count up from 0
+    first -= first % len(SHAPE_CLASSES)         # so that the first label is 0
     images = np.stack([draw_shape(first + i, size) for i in range(count)])
     labels = np.arange(count) % len(SHAPE_CLASSES)
     return Dataset(images, labels, SHAPE_CLASSES, digest("shapes", split, images, labels))
@@ -118,17 +116,16 @@ def load_scenes(split: str, size: Size, data_dir: Path | None = None, count: int
 
 
 def _range_of(split: str, count: int) -> tuple[int, int]:
-    """First index and number of pictures. Validation lies far beyond any number of training pictures."""
+    """First index and number of pictures. Validation begins far beyond any number of training pictures."""
     if split == "train":
         return 0, count
     return 10**9, 480
 
 
-# ------------------------------------------------------------------------------------------------------------
-# emoji, drawn from a font of the system
+# ---- emoji, drawn from a font of the system
 
 def load_emoji(split: str, size: Size, data_dir: Path) -> Dataset:
-    """Captions are names, and there are no classes. Every 20th picture is for validation."""
+    """Emoji with their names as captions, and without classes. Every 20th picture is for validation."""
     images, names = render_emoji(find_emoji_font(data_dir), size)
     is_val = np.arange(len(names)) % 20 == 0
     chosen = np.flatnonzero(is_val == (split != "train"))
@@ -136,8 +133,7 @@ def load_emoji(split: str, size: Size, data_dir: Path) -> Dataset:
     return Dataset(images, None, [], digest("emoji", split, images), names, vary=vary_caption)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# published data sets: MNIST, Fashion-MNIST, CIFAR-10
+# ---- published data sets: MNIST, Fashion-MNIST, CIFAR-10
 
 CLASSES = {
     "mnist": [str(digit) for digit in range(10)],
@@ -243,8 +239,7 @@ def _resize(images: np.ndarray, size: Size) -> np.ndarray:
     return np.stack([np.asarray(image).reshape(*size, -1) for image in resized])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# a folder of any pictures
+# ---- a folder of any pictures
 
 class Folder(NamedTuple):
     """A folder's pictures in sorted order: listed, and their captions read, but not yet decoded."""
@@ -256,9 +251,9 @@ class Folder(NamedTuple):
 
 
 def find_folder(source: str, words: str | None) -> Folder | None:
-    """The folder that --data names, or None for a built-in source. words: None, "captions" (then
-    `Folder.words` is None where the names of classes must do) or "embeddings". Raises ValueError where there
-    are no pictures, or pictures without the words asked for."""
+    """The folder that --data names, or None for a built-in source. words: None, "captions" (`Folder.words`
+    stays None where class names must serve as captions) or "embeddings". Raises ValueError where there are no
+    pictures, or pictures without the words asked for."""
     if source in SOURCES:
         if words == "embeddings":
             raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; "
@@ -285,7 +280,7 @@ def _list_pictures(path: Path) -> Folder:
     """A flat folder, or a folder of class folders."""
     if not path.is_dir():
         raise ValueError(f"--data {path}: neither a built-in source ({', '.join(SOURCES)}) nor a folder")
-    endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
     if not pictures:
         raise ValueError(f"--data {path}: no pictures in this folder "
@@ -346,9 +341,9 @@ def _read_metadata(path: Path) -> dict[Path, str]:
 
 
 def open_image(path: Path, size: Size) -> np.ndarray:
-    """Any picture that Pillow opens -> uint8 (H, W, 3): rotated as its EXIF data says, transparency on white,
-    scaled to cover `size` and cropped in the centre. Raises OSError or ValueError for a file that cannot be
-    decoded."""
+    """Any picture that Pillow opens -> uint8 (H, W, 3): rotated according to its EXIF data, transparency on
+    white, scaled to cover `size` and cropped in the centre. Raises OSError or ValueError for a file that
+    cannot be decoded."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         # Pillow's own conversion from 16 or 32 bits would clip at 255.
@@ -365,8 +360,8 @@ def open_image(path: Path, size: Size) -> np.ndarray:
 
 
 def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path) -> Dataset:
-    """Decoded once into cache_dir/images.npy, memory-mapped from then on. Every 20th picture (at most 256) is
-    for validation."""
+    """The pictures of a folder, decoded once into cache_dir/images.npy and memory-mapped from then on. Every
+    20th picture, at most 256 in all, is for validation."""
     files = []
     for picture in folder.pictures:
         stat = picture.stat()
@@ -384,7 +379,7 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path) -> Data
         images = np.load(array_path, mmap_mode="r")[:len(keep)]
     val = np.arange(len(keep))[::20][:256]
     chosen = val
-    if split == "train" and len(keep) > 1:          # a single picture is for both
+    if split == "train" and len(keep) > 1:          # a single picture serves for both
         chosen = np.setdiff1d(np.arange(len(keep)), val)
     if split == "train":
         images = _Rows(images, chosen)      # images[chosen] would copy the whole file into memory
@@ -399,14 +394,14 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path) -> Data
 
 
 def _decode(folder: Folder, size: Size, path: Path) -> list[int]:
-    """Writes the pictures to an array at `path`; returns the indices of those that could be decoded."""
+    """Write the pictures to an array at `path` and return the indices of those that could be decoded."""
     decoded = []
     store = new_array(path, np.uint8, (len(folder.pictures), *size, 3))
     for i, picture in enumerate(tqdm(folder.pictures, desc="decode pictures", unit="img")):
         try:
             store[len(decoded)] = open_image(picture, size)
             decoded.append(i)
-        except Exception as error:          # Pillow raises a dozen kinds; each means: skip this file
+        except Exception as error:          # Pillow raises a dozen types; each means: skip this file
             tqdm.write(f"skipped {picture}: {type(error).__name__}: {error}", file=sys.stderr)
     store.flush()
     del store                               # Windows does not rename a file that is still mapped
@@ -417,7 +412,7 @@ def _decode(folder: Folder, size: Size, path: Path) -> list[int]:
 
 
 class _Rows:
-    """`array[rows]`, read from a memory map only where it is indexed."""
+    """`array[rows]` of a memory map, of which only what is indexed is read."""
 
     def __init__(self, array: np.ndarray, rows: np.ndarray):
         self.array = array
@@ -431,15 +426,14 @@ class _Rows:
         return self.array[self.rows[index]]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the table of sources
+# ---- the table of sources
 
 class Source(NamedTuple):
     """One row: load(split, size, data_dir) -> Dataset, and what sets the source apart."""
     load: Callable[..., Dataset]
-    load_captioned: Callable[..., Dataset] | None = None    # set where captions come with other pictures
+    load_captioned: Callable[..., Dataset] | None = None    # set where captions belong to other pictures
     captions_only: bool = False                             # it has captions and no classes
-    endless: bool = False       # its pictures are drawn: the loaders also take count, how many for training
+    endless: bool = False       # pictures are drawn on demand: the loaders also take count, for training
 
 
 SOURCES = {
@@ -455,9 +449,9 @@ def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_
               words: str | None = None, folder: Folder | None = None, count: int = 20_000) -> Dataset:
     """The part `split` of a source at `size`, by default 32 x 32.
 
-    words: None; "captions", which are the names of the classes where a source has nothing else; or
-    "embeddings", where captions are the names of the .npz files beside a folder's pictures. folder: what
-    `find_folder` returned, if called before. count: pictures that an endless source draws for training."""
+    words: None; "captions", which are class names where a source has no others; or "embeddings", where the
+    captions are the names of the .npz files beside a folder's pictures. folder: what `find_folder` returned,
+    if it was called before. count: how many pictures an endless source draws for training."""
     size = tuple(size or (32, 32))
     if folder is None:
         folder = find_folder(source, words)
@@ -476,7 +470,7 @@ def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_
     return data
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---- many pictures as one
 
 def grid(images: np.ndarray, columns: int | None = None, pad: int = 2,
          captions: list[str] | None = None) -> Image.Image:
@@ -488,7 +482,7 @@ def grid(images: np.ndarray, columns: int | None = None, pad: int = 2,
         if images.shape[3] == 1:
             images = images.repeat(3, 3)
         lines = [textwrap.wrap(caption, images.shape[2] // 6) for caption in captions]
-        strip = 13 * max(map(len, lines)) + 3
+        strip = 13 * max(map(len, lines)) + 3       # 13 pixels per line of text
         images = np.pad(images, ((0, 0), (0, strip), (0, 0), (0, 0)), constant_values=255)
     n, h, w, c = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
@@ -507,6 +501,7 @@ def grid(images: np.ndarray, columns: int | None = None, pad: int = 2,
 
 
 def demo() -> None:
+    """Write a captioned folder, load it as a user's, and put a batch of it into batch.png."""
     print("SOURCES:", ", ".join(SOURCES), "and any folder of pictures")
     with tempfile.TemporaryDirectory() as temporary:
         # a folder as a user would bring it: pictures, and a caption beside each

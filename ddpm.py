@@ -5,9 +5,9 @@
 
     xt = alpha_t * x0 + sigma_t * eps,   alpha_t^2 = prod(1 - beta),   sigma_t^2 = 1 - alpha_t^2
 
-Ho et al. 2020 (arXiv:2006.11239), whose equations are the ones cited without a name, in its own indexing:
-t = n / 1000, n = 0 is data, n = 1..1000 the noisy steps. Salimans & Ho 2022 (arXiv:2202.00512) for v; Hang et
-al. 2023 (arXiv:2303.09556) for min-SNR; Lin et al. 2023 (arXiv:2305.08891) for zero terminal SNR.
+Ho et al. 2020 (arXiv:2006.11239), the source of equations cited without a name and of the indexing: t is
+n / 1000, where n = 0 is data and n = 1..1000 are the noisy steps. v: Salimans & Ho 2022 (arXiv:2202.00512).
+Min-SNR: Hang et al. 2023 (arXiv:2303.09556). Zero terminal SNR: Lin et al. 2023 (arXiv:2305.08891).
 Only this class depends on what the network predicts: samplers use just the pair (x0, eps).
 """
 
@@ -70,7 +70,7 @@ class DDPM:
 
     def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None,
              **cond) -> Tensor:
-        """(B,) weighted mean squared error at random times, eq. 14, and for a learned variance its own loss.
+        """(B,) weighted mean squared error at random times, eq. 14, plus the loss of a learned variance.
         t (B,) and eps may be fixed, as validation does."""
         if t is None:
             t = self.sample_t(len(x0), x0.device)
@@ -99,7 +99,8 @@ class DDPM:
         """(B,) loss weight: 1, or Hang et al.'s min(SNR, gamma), which is meant for an error in x0, converted
         to this prediction: |eps error|^2 = SNR |x0 error|^2 and |v error|^2 = (SNR + 1) |x0 error|^2.
 
-        For v and x0 with zero terminal SNR it vanishes at t = 1, where such a path starts: do not combine."""
+        With zero terminal SNR, the weight for v and x0 vanishes at t = 1, where sampling starts, so do not
+        combine it with min-SNR."""
         if self.min_snr is None:
             return torch.ones_like(t)
         alpha, sigma = self.alpha_sigma(t)
@@ -111,7 +112,7 @@ class DDPM:
             return clipped
         return clipped / (snr + 1)
 
-    # Times: where to train, and where to sample
+    # ---- times: where to train, and where to sample
 
     def sample_t(self, n: int, device: torch.device | str = "cpu",
                  generator: torch.Generator | None = None) -> Tensor:
@@ -143,7 +144,7 @@ class DDPM:
         below, above = grid[left], grid[left + 1]
         return ((left + (sigma2 - below) / (above - below)) / STEPS).clamp(0, 1).to(lam)
 
-    # The reverse step and its learned variance
+    # ---- the reverse step and its learned variance
 
     def posterior(self, x0: Tensor, xt: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, of the shape of x0, and variance, of the shape of t, of q(xs | xt, x0) for s < t: eqs. 6
@@ -158,8 +159,8 @@ class DDPM:
         return mean, step_var * sigma_s**2 / sigma_t**2
 
     def fraction(self, raw: Tensor, xt: Tensor) -> Tensor:
-        """The learned variance in a network's output, of the shape of xt: 0 where it is the smallest, 1 where
-        the largest, on the log scale. Raises ValueError unless raw has twice the channels of xt."""
+        """The learned variance in a network's output, of the shape of xt: 0 for the smallest and 1 for the
+        largest, on the log scale. Raises ValueError unless raw has twice the channels of xt."""
         channels = xt.shape[1]
         if raw.shape[1] != 2 * channels:
             raise ValueError(f"this network was not trained to predict the variance: it returns "
@@ -167,13 +168,13 @@ class DDPM:
         return (raw[:, channels:] + 1) / 2
 
     def variance_loss(self, raw: Tensor, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """(B,) loss of the learned variance, Nichol & Dhariwal eq. 16: the term of the bound at t, times 1,
-        which is their weight 0.001 times the 1000 steps from which t was drawn."""
-        # detached, so that the bound trains the variance alone and the squared error the mean
+        """(B,) loss of the learned variance, Nichol & Dhariwal eq. 16: the term of the bound at t. Its weight
+        is 1: their 0.001, times the 1000 steps from which t was drawn."""
+        # detached, so that the bound trains only the variance, and the squared error only the mean
         x0_hat = self.to_x0_eps(raw, xt, t)[0].detach()
         return self.bound_term(x0, xt, t, x0_hat, self.fraction(raw, xt))
 
-    # The variational bound on -log p(x0)
+    # ---- the variational bound on -log p(x0)
 
     def bound_term(self, x0: Tensor, xt: Tensor, t: Tensor, x0_hat: Tensor, variance: str | Tensor = "small",
                    bins: float | None = None) -> Tensor:
@@ -188,7 +189,7 @@ class DDPM:
         mean, small = self.posterior(x0, xt, s, t)
         mean_hat, _ = self.posterior(x0_hat, xt, s, t)
 
-        # At n = 1 the posterior is a point and its variance 0; p takes the variance of n = 2 there.
+        # At n = 1 the posterior is a point with variance 0, so p takes the variance of n = 2.
         second = torch.full_like(n, 2) / STEPS
         small_of_second = self.posterior(x0, xt, second - 1 / STEPS, second)[1]
         low = like(torch.where(n == 1, small_of_second, small).log(), x0)
@@ -259,7 +260,7 @@ def betas(schedule: str) -> Tensor:
 
 
 def alpha2_sigma2(schedule: str, zero_terminal_snr: bool) -> Tensor:
-    """(2, 1001) float64: alpha^2 and sigma^2 at n = 0..1000. Both are kept, as in float32 the smallest
+    """(2, 1001) float64: alpha^2 and sigma^2 at n = 0..1000. Both are kept, because in float32 the smallest
     sigma^2 would lose its digits in 1 - alpha^2."""
     alpha2 = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(schedule), 0)])
     if zero_terminal_snr:

@@ -148,7 +148,8 @@ class Norm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """proj=False: no output projection; mmdit.py then takes q, k and v alone from this module."""
+    """Multi-head self-attention. proj=False leaves out the output projection, for a stream of mmdit.py that
+    needs only q, k and v."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, proj: bool = True):
         super().__init__()
@@ -188,8 +189,8 @@ class TokenConv(nn.Conv2d):
 
 
 class MLP(nn.Module):
-    """conv: a TokenConv between the two layers; forward then needs the grid (h, w) of the tokens. Raises
-    ValueError for another kind than "swiglu" or "gelu"."""
+    """The feed-forward layers of a block. conv: put a TokenConv between them; forward then needs the grid
+    (h, w) of the tokens. Raises ValueError for another kind than "swiglu" or "gelu"."""
 
     def __init__(self, kind: str, width: int, ratio: float, conv: bool = False):
         super().__init__()
@@ -197,8 +198,8 @@ class MLP(nn.Module):
             raise ValueError(f"mlp {kind!r}: must be 'swiglu' or 'gelu'")
         self.gated = kind == "swiglu"
         if self.gated:
-            # SwiGLU has three matrices where GELU has two: 2/3 of the width makes as many parameters.
-            # Rounded up to a multiple of 16, for the sake of the hardware.
+            # SwiGLU has three matrices where GELU has two, so 2/3 of the width gives as many parameters.
+            # Rounded up to a multiple of 16, which suits the hardware.
             hidden = math.ceil(int(ratio * width * 2 / 3) / 16) * 16
             self.fc1 = nn.Linear(width, 2 * hidden)
         else:
@@ -219,7 +220,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP; the condition modulates the input of each and gates its output (adaLN-Zero)."""
+    """Attention and MLP. The condition modulates the input of each and gates its output (adaLN-Zero)."""
 
     def __init__(self, c: DiTConfig):
         super().__init__()
@@ -229,19 +230,20 @@ class Block(nn.Module):
         self.mlp = MLP(c.mlp, c.width, c.mlp_ratio, c.conv)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 6 * c.width))
 
-    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, grid: tuple[int, int] | None = None) -> Tensor:
-        """x (B, N, D) and the condition c (B, D) -> (B, N, D)."""
-        chunks = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)          # each (B, 1, D)
+    def forward(self, x: Tensor, condition: Tensor, rope: Rope | None,
+                grid: tuple[int, int] | None = None) -> Tensor:
+        """x (B, N, D) and the condition (B, D) -> (B, N, D)."""
+        chunks = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)  # each (B, 1, D)
         attn = Modulation(*chunks[:3])
         mlp = Modulation(*chunks[3:])
         x = x + attn.gate * self.attn(modulate(self.norm1(x), attn.shift, attn.scale), rope)
         return x + mlp.gate * self.mlp(modulate(self.norm2(x), mlp.shift, mlp.scale), grid)
 
 
-# ---- into tokens and out of them
+# ---- from inputs to tokens and back
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) -> (B, D), by way of 256 sinusoids of scale * t + offset."""
+    """t (B,) -> (B, D), from 256 sinusoids of scale * t + offset."""
 
     def __init__(self, width: int, scale: float, offset: float):
         super().__init__()
@@ -250,7 +252,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        # sinusoids in float32, as 1000 t would lose neighbouring times in bf16; rounded only afterwards
+        # sinusoids in float32, as bf16 cannot tell neighbouring values of 1000 t apart; rounded afterwards
         return self.mlp(timestep_embedding(t, 256, self.scale, self.offset).to(self.mlp[0].weight.dtype))
 
 
@@ -293,8 +295,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch[0] * patch[1] * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -310,7 +312,7 @@ def initialize_transformer(model: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    # The patch embedding is a convolution, but acts as a linear layer, and so is initialised as one.
+    # The patch embedding is a convolution but acts as a linear layer, so it is initialised as one.
     nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))
     nn.init.zeros_(model.x_embedder.proj.bias)
     # adaLN-Zero: every gate starts closed, so every block starts as the identity and deep networks train
@@ -324,7 +326,8 @@ def initialize_transformer(model: nn.Module) -> None:
 # ---- the network
 
 class DiT(nn.Module):
-    """Raises ValueError where width / heads is not a multiple of 4, as two axes of pairs rotate in a head."""
+    """The diffusion transformer. Raises ValueError unless width / heads is a multiple of 4: in every head,
+    half of the channel pairs rotate with y and half with x."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -344,7 +347,7 @@ class DiT(nn.Module):
 
     def initialize(self) -> None:
         initialize_transformer(self)
-        # The embedders of the condition start smaller than Xavier would make them, as published.
+        # The embedders of time and label start smaller than Xavier would make them, as published.
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         if self.y_embedder is not None:

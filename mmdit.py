@@ -43,7 +43,7 @@ class MMDiTConfig:
     qk_norm: bool = True
     conv: bool = False                       # a depthwise 3x3 convolution in the MLPs of the image tokens
     dual_attention: int = 0                  # SD 3.5: so many first blocks also attend within the image
-    rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head that rotate with text, y, x
+    rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head per axis of rope_3d: 0, y, x
     rope_theta: float = 100.0
     sincos: tuple[int, int] | None = None    # SD 3: added positions; the `crop` of sincos_positions
     guidance: bool = False                   # FLUX.1-dev: distilled, so the guidance scale is an input
@@ -71,7 +71,7 @@ def rope_3d(length: int, h: int, w: int, axes: tuple[int, int, int], theta: floa
     patches at (0, y, x). axes: the channels that rotate with each coordinate (FLUX)."""
     y, x = grid_coordinates(h, w)
     patches = torch.stack([torch.zeros_like(y), y, x], dim=1)                            # (N, 3)
-    # All text tokens stand at the origin: their order is in the text encoder's output already.
+    # All text tokens are at the origin: the text encoder's output already encodes their order.
     positions = torch.cat([torch.zeros(length, 3, dtype=torch.float64), patches])        # (L + N, 3)
     angles = torch.cat([position_angles(coordinate, channels // 2, theta)
                         for coordinate, channels in zip(positions.T, axes)], dim=1)
@@ -90,13 +90,13 @@ class VectorEmbedder(nn.Module):
 
 
 class StreamModulation(NamedTuple):
-    """How the condition acts on one stream, each (B, 1, D). Of the context stream in the last block only the
-    first two exist: its tokens enter the attention, but nothing is added to them any more."""
-    shift: Tensor                    # of the input of the joint attention
+    """How the condition acts on one stream, each (B, 1, D). The context stream of the last block has only the
+    first two: its tokens enter the attention but are not updated any more."""
+    shift: Tensor                    # for the input of the joint attention
     scale: Tensor
-    gate: Tensor | None = None       # of its output
+    gate: Tensor | None = None       # for its output
     mlp: Modulation | None = None
-    attn2: Modulation | None = None  # of the second attention, within the image (SD 3.5)
+    attn2: Modulation | None = None  # for the second attention, within the image (SD 3.5)
 
 
 class Stream(nn.Module):
@@ -122,9 +122,9 @@ class Stream(nn.Module):
             self.chunks = 9
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, self.chunks * c.width))
 
-    def modulation(self, c: Tensor) -> StreamModulation:
-        """c (B, D), the condition."""
-        chunks = self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)            # each (B, 1, D)
+    def modulation(self, condition: Tensor) -> StreamModulation:
+        """condition (B, D)."""
+        chunks = self.adaLN_modulation(condition)[:, None].chunk(self.chunks, dim=-1)    # each (B, 1, D)
         if self.last:
             return StreamModulation(*chunks)
         attn2 = None
@@ -133,8 +133,8 @@ class Stream(nn.Module):
         return StreamModulation(*chunks[:3], mlp=Modulation(*chunks[3:6]), attn2=attn2)
 
     def qkv(self, x: Tensor, m: StreamModulation) -> QKV:
-        """x (B, n, D) -> its part of the joint attention's input. Normalised here, as text and image have
-        QK-norms of their own; rotated where they are joined."""
+        """x (B, n, D) -> its part of the joint attention's input. It is normalised here, as text and image
+        have QK-norms of their own, and rotated after they are joined."""
         q, k, v = self.attn.split(modulate(self.norm1(x), m.shift, m.scale))
         if self.attn.q_norm is not None:
             q = rms_norm(q, self.attn.q_norm)
@@ -161,13 +161,13 @@ class JointBlock(nn.Module):
         self.context_block = Stream(c, last=last)
         self.x_block = Stream(c, dual=dual, conv=c.conv)
 
-    def forward(self, x: Tensor, context: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None,
+    def forward(self, x: Tensor, context: Tensor, condition: Tensor, rope: Rope | None, mask: Tensor | None,
                 grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """x (B, N, D), context (B, L, D), the condition c (B, D) and mask (B, L + N), bool, True where a
-        token may be attended to -> x and context."""
-        text_modulation = self.context_block.modulation(c)
+        """x (B, N, D), context (B, L, D), the condition (B, D) and mask (B, L + N), bool, True where a token
+        may be attended to -> x and context."""
+        text_modulation = self.context_block.modulation(condition)
         text = self.context_block.qkv(context, text_modulation)
-        image_modulation = self.x_block.modulation(c)
+        image_modulation = self.x_block.modulation(condition)
         image = self.x_block.qkv(x, image_modulation)
 
         q = torch.cat([text.q, image.q], dim=2)                              # (B, heads, L + N, head_dim)
@@ -203,17 +203,17 @@ class SingleBlock(nn.Module):
         self.conv = TokenConv(hidden) if c.conv else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 3 * c.width))
 
-    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, mask: Tensor | None,
+    def forward(self, x: Tensor, condition: Tensor, rope: Rope | None, mask: Tensor | None,
                 grid: tuple[int, int]) -> Tensor:
-        """x (B, L + N, D), the condition c (B, D) and mask (B, L + N) -> (B, L + N, D)."""
-        m = Modulation(*self.adaLN_modulation(c)[:, None].chunk(3, dim=-1))
+        """x (B, L + N, D), the condition (B, D) and mask (B, L + N) -> (B, L + N, D)."""
+        m = Modulation(*self.adaLN_modulation(condition)[:, None].chunk(3, dim=-1))
         projected = self.linear1(modulate(self.norm(x), m.shift, m.scale))
         qkv, hidden = projected.tensor_split([3 * self.width], dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
         attended = attended.transpose(1, 2).flatten(2)                       # (B, L + N, D)
         hidden = F.gelu(hidden, approximate="tanh")
-        if self.conv is not None:            # the image tokens, which come last, are the ones on a grid
+        if self.conv is not None:            # only image tokens, which come last, lie on a grid
             text, image = hidden.tensor_split([-grid[0] * grid[1]], dim=1)
             hidden = torch.cat([text, self.conv(image, grid)], dim=1)
         return x + m.gate * self.linear2(torch.cat([attended, hidden], dim=-1))
@@ -240,7 +240,7 @@ class MMDiT(nn.Module):
         self.guidance_embedder = None
         if c.guidance:                       # embedded exactly as the time is, as in FLUX
             self.guidance_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
-        # Where single blocks follow, they read the text of the last joint block, so it is updated there.
+        # Single blocks, if any, use the text tokens of the last joint block, which must then update them.
         last = c.depth - 1 if c.single_depth == 0 else None
         self.joint_blocks = nn.ModuleList(
             JointBlock(c, last=i == last, dual=i < c.dual_attention) for i in range(c.depth))

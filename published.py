@@ -39,12 +39,12 @@ class Published(NamedTuple):
 
 
 class Family(NamedTuple):
-    time: dict         # how its time embedding counts, from ours: 0 = data, 1 = noise
+    time: dict         # from our time (0 = data, 1 = noise) to that of its embedding
     objective: dict
 
 
 FAMILIES = {
-    # counts its steps 0..999, where ours are 1..1000
+    # numbers its steps 0..999, where ours are 1..1000
     "dit": Family(time={"time_scale": 1000.0, "time_offset": -1.0},
                   objective={"name": "ddpm", "schedule": "linear", "learned_variance": True}),
     # its time runs from noise to data
@@ -61,7 +61,7 @@ def published_model(family: str, size: str, patch: int, side: int) -> Published:
     return Published(config, FAMILIES[family].objective, side)
 
 
-# By name: FAMILY-SIZE-PATCH-SIDE. Few of them have been released; the authors' code trains all.
+# By name: FAMILY-SIZE-PATCH-SIDE. Few of these have been released, but the authors' code can train all.
 MODELS: dict[str, Published] = {
     f"{family}-{size.lower()}-{patch}-{side}": published_model(family, size, patch, side)
     for family, size, patch, side in itertools.product(FAMILIES, ("S", "B", "L", "XL"), (2, 4, 8), (256, 512))
@@ -109,16 +109,16 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(file, map_location="cpu", weights_only=True)
         is_own = "arch" in state and "ema" in state
-        for part in ("ema", "state_dict", "model"):        # where authors keep the weights, the best first
+        for part in ("ema", "state_dict", "model"):        # where authors keep weights, the best ones first
             if isinstance(state.get(part), dict):
                 state = state[part]
         state = {name: weight for name, weight in state.items()
                  if isinstance(name, str) and isinstance(weight, Tensor)}
-    except Exception as error:         # both packages raise a dozen kinds; all mean the same to the user
+    except Exception as error:         # both packages raise a dozen types; all mean the same to the user
         raise ValueError(f"{file}: not a file of weights alone, or damaged ({type(error).__name__}); "
-                         "where it holds other things too, convert it to .safetensors") from None
+                         "if it holds other objects too, convert it to .safetensors") from None
     if is_own:
-        raise ValueError(f"{file}: is a run of train.py, not a published file; give it by itself")
+        raise ValueError(f"{file}: is a run of train.py, not a published file; give it without --published")
     return state
 
 
@@ -132,9 +132,9 @@ def rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def join(state: dict[str, Tensor], q_name: str, parts: tuple[str, ...], whole: str) -> None:
-    """Replace separate layers, of which q_name is the first, by our joint one. Its output is q, then k, then
-    v, so its rows are theirs one below another. Where a part is missing, so is the whole, and check_weights
-    reports it."""
+    """Replace separate layers, of which q_name is the first, by our joint one. Its output is q, k and v in
+    this order, so its rows are those of the parts, stacked. If a part is missing, no joint layer is made, and
+    check_weights reports that."""
     weights = [state.pop(q_name.replace(".q.", f".{part}."), None) for part in parts]
     if all(weight is not None for weight in weights):
         state[q_name.replace(".q.", f".{whole}.")] = torch.cat(weights)
@@ -177,7 +177,7 @@ def dit_weights(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor
     return renamed
 
 
-# diffusers' SD3Transformer2DModel and FluxTransformer2DModel. Each row applies to what the rows above left.
+# diffusers' SD3Transformer2DModel and FluxTransformer2DModel. Each row applies to the result of those above.
 MMDIT_NAMES = (
     (r"^(pos_embed\.proj|x_embedder)\.", "x_embedder.proj."),
     (r"^time_text_embed\.timestep_embedder\.", "t_embedder.mlp."),
@@ -217,7 +217,7 @@ def mmdit_weights(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Te
     for name in list(renamed):
         if not re.search(r"\.q\.(weight|bias)$", name):
             continue
-        if name.startswith("single_"):                     # there the joint layer includes the MLP's first
+        if name.startswith("single_"):                     # its joint layer includes the MLP's first layer
             join(renamed, name, ("q", "k", "v", "mlp"), "linear1")
         else:
             join(renamed, name, ("q", "k", "v"), "qkv")
@@ -233,8 +233,8 @@ def mmdit_weights(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Te
             renamed[f"{layer}.{kind}"] = torch.cat([shift, scale])
 
     # FLUX receives the latent already cut into patches, as vectors in the order (c, p, q). The columns of its
-    # linear embedding are therefore in the order of our convolution's weights, and only need their shape. Our
-    # final layer writes (p, q, c), so there the rows are transposed. Stable Diffusion 3 is as ours in both.
+    # linear embedding are therefore in the order of our convolution's weights and only need their shape. The
+    # rows of its final layer are reordered, as ours writes (p, q, c). Stable Diffusion 3 is as ours in both.
     p, q = config.patch
     embedding = renamed["x_embedder.proj.weight"]
     if embedding.ndim == 2:
@@ -266,9 +266,9 @@ VAE_NAMES = (
 
 
 def vae_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a VAE, without the statistics of its latents, from a published one: by diffusers' names,
-    old or new, or by CompVis' and FLUX's, also within a whole Stable Diffusion file. float32 at least."""
-    for prefix in ("first_stage_model.", "vae."):          # of a whole file, take this part alone
+    """The state of a VAE, without the statistics of its latents, in float32 at least, from a published one
+    with the names of diffusers (old or new), CompVis or FLUX, also from a whole Stable Diffusion file."""
+    for prefix in ("first_stage_model.", "vae."):          # from a whole file, take only this part
         if any(name.startswith(prefix) for name in state):
             state = {name[len(prefix):]: weight for name, weight in state.items() if name.startswith(prefix)}
     is_compvis = any(".up.0.block." in name for name in state)
@@ -289,7 +289,7 @@ def vae_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_levels(state: dict[str, Tensor]) -> int:
-    """The resolutions of a VAE's encoder."""
+    """The number of resolutions of a VAE's encoder."""
     levels = 0
     while f"encoder.down_blocks.{levels}.resnets.0.conv1.weight" in state:
         levels += 1
@@ -343,9 +343,9 @@ def read_network(name: str, file: str | Path) -> dict[str, Tensor]:
 
 
 def load_vae(path: str | Path) -> VAE:
-    """A published VAE: a diffusers folder (config.json beside the weights), or a file of weights alone, which
-    does not hold the scale of its latents: with 4 channels that of Stable Diffusion 1 and 2 is assumed (give
-    XL's as a folder). Raises ValueError where it is neither."""
+    """A published VAE: a diffusers folder (config.json beside the weights) or a file of weights alone. Such a
+    file does not hold the scale of its latents: for 4 channels, that of Stable Diffusion 1 and 2 is assumed
+    (give XL's VAE as a folder). Raises ValueError if it is neither."""
     path = Path(path)
     config = {}
     file = path

@@ -22,7 +22,7 @@ class RectifiedFlow:
     """The path and its loss.
 
     prediction: what the network returns, "velocity", or "v", "x0" or "eps" as on any path.
-    density: where training times are drawn, never a weight of the loss; see `density_quantile`.
+    density: the density of the training times, never a weight of the loss; see `density_quantile`.
     mean, std: parameters of the density "logit_normal".
     mode_scale: parameter of the density "mode", between -1 and 2 / (pi - 2).
     shift: applied once, to training times and to sampling times alike; see `shift_time`.
@@ -37,7 +37,7 @@ class RectifiedFlow:
         self.std = std
         self.mode_scale = mode_scale
         self.shift = shift
-        # Where alpha = 0, eps alone does not determine x0; a path of eps prediction starts short of there.
+        # Where alpha = 0, eps does not determine x0, so with eps prediction the path starts a little later.
         self.t_max = 0.98 if prediction == "eps" else 1.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class RectifiedFlow:
         norm2 = alpha**2 + sigma**2
         return (alpha * xt - sigma * raw) / norm2, (sigma * xt + alpha * raw) / norm2
 
-    # Times: where to train, and where to sample
+    # ---- times: where to train, and where to sample
 
     def sample_t(self, n: int, device: torch.device | str = "cpu",
                  generator: torch.Generator | None = None) -> Tensor:
@@ -97,10 +97,10 @@ class RectifiedFlow:
         or 0.98 for eps prediction. Raises ValueError for steps < 1."""
         if steps < 1:
             raise ValueError(f"steps {steps}: at least 1")
-        # the time that the shift maps to t_max, so that the shifted times start there
+        # the time that the shift maps to t_max, so that the shifted times start at t_max
         start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / self.shift)
         times = shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), self.shift)
-        times[0] = self.t_max              # exactly: rounding could exceed 1, where alpha is negative
+        times[0] = self.t_max              # exactly: rounding could exceed 1, and alpha would be negative
         return times
 
     def t_at(self, lam: Tensor) -> Tensor:
@@ -117,9 +117,9 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def density_quantile(density: str, u: Tensor, mean: float, std: float, mode_scale: float) -> Tensor:
-    """Map u, uniform on (0, 1), to times of the named density (Esser et al. section 3.1), element by element,
-    by its quantile function; for "mode" that of 1 - u, as the paper's map falls from 1 to 0. Raises
-    ValueError for an unknown density."""
+    """Map u, uniform on (0, 1), to times of the named density (Esser et al. section 3.1), elementwise, by its
+    quantile function (for "mode", at 1 - u, because the paper's map falls from 1 to 0). Raises ValueError for
+    an unknown density."""
     if density == "uniform":
         return u
     if density == "logit_normal":                        # eq. 19: logit(t) ~ N(mean, std^2)
@@ -153,7 +153,7 @@ def check_options(prediction: str, density: str, mean: float, std: float, mode_s
     density_quantile(density, torch.full((1,), 0.5), mean, std, mode_scale)     # raises for an unknown name
 
 
-# The demonstration. ddpm.py trains the same network on the same data along its own path.
+# ---- demonstration; ddpm.py trains the same network on the same data along its own path
 
 def moons(n: int) -> Tensor:
     """(n, 2) points on two interleaved half circles, with a little noise."""
@@ -181,7 +181,8 @@ class ToyNet(torch.nn.Module):
 
 def train_toy(path) -> ToyNet:
     """Train on fresh points for 2000 steps, a few seconds on one core."""
-    model, steps = ToyNet(), 2000
+    model = ToyNet()
+    steps = 2000
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
@@ -216,7 +217,7 @@ def show_toy(frames: list[Tensor], samples: Tensor, file: str) -> None:
 
 
 def demo() -> None:
-    """Learn two interleaved moons with a small network, follow its velocity in 20 Euler steps."""
+    """Learn two interleaved moons with a small network, and follow its velocity in 20 Euler steps."""
     torch.manual_seed(0)
     path = RectifiedFlow()
     model = train_toy(path)

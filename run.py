@@ -1,5 +1,5 @@
-"""A run: its folder, its checkpoints and what they hold, and the plan of a training before anything is
-written.
+"""A run: its folder, its checkpoints, the models they hold, and the plan that is checked before training
+writes anything.
 
     python run.py                         # a run that is killed and continued
     python run.py runs/shapes-dit-rf      # what a run's checkpoint holds
@@ -54,7 +54,7 @@ class Run:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep other processes out of the folder."""
+        """Keep other processes from training in the folder."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.folder / "lock"))
@@ -90,7 +90,7 @@ class Run:
             write_atomically(self.settings, lambda file: file.write(text.encode()))
 
     def check_settings(self, args: argparse.Namespace) -> None:
-        """Refuse a folder that holds a run of other settings."""
+        """Refuse a folder that holds a run with other settings."""
         found = self.read_settings()
         if found is None:
             return
@@ -186,7 +186,7 @@ def describe(record: dict) -> str:
 # ---- checkpoints
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a run folder's or a file's checkpoint to the CPU. Raises ValueError with a line for the user."""
+    """A checkpoint, from its run folder or file, on the CPU. Raises ValueError with a line for the user."""
     path = Path(path)
     file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.is_file():
@@ -194,9 +194,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         for part in ("arch", "config", "objective", "data", "label_dropout", "vae", "model", "ema"):
-            checkpoint[part]
-        checkpoint.setdefault("text", None)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file; all mean the same to the user
+            checkpoint[part]                           # raises KeyError if it is missing
+        checkpoint.setdefault("text", None)            # older checkpoints lack it
+    except Exception as error:      # a dozen types for a damaged file; all mean the same to the user
         raise ValueError(f"{file}: not a checkpoint of train.py, or damaged ({type(error).__name__})"
                          ) from None
     return checkpoint
@@ -220,7 +220,7 @@ def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
 
 @dataclass
 class State:
-    """What a training step changes."""
+    """The parts of a run that training steps change."""
     model: torch.nn.Module
     ema: torch.nn.Module                               # the model with averaged weights
     optimizer: torch.optim.Optimizer
@@ -228,13 +228,14 @@ class State:
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
+        # ema = decay * ema + (1 - decay) * model, for all weights in one call
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     def weights(self) -> dict:
         return {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
 
     def training(self) -> dict:
-        """What a resumed run needs besides the weights. The position in the data needs no state, because
+        """What a resumed run needs besides the weights. The position in the data is not among it, because
         data.batch_indices is a function of the step."""
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
@@ -248,7 +249,7 @@ class State:
             torch.cuda.set_rng_state(saved["training"]["cuda_rng"], self.device)
 
 
-# ---- what a checkpoint holds, built
+# ---- building what a checkpoint holds
 
 def build_model(arch: str, config: dict, text: dict | None = None) -> torch.nn.Module:
     """text: the checkpoint's text encoder. The built-in one becomes a part of the model, `model.text`,
@@ -261,6 +262,7 @@ def build_model(arch: str, config: dict, text: dict | None = None) -> torch.nn.M
 
 
 def make_config(name: str, kind: type, values: dict):
+    """The dataclass `kind` with these values. Raises ValueError for a value that it has no field for."""
     surplus = sorted(set(values) - {field.name for field in fields(kind)})
     if surplus:
         raise ValueError(f"{name} has no setting {surplus[0]!r}; this checkpoint is from another version")
@@ -283,12 +285,11 @@ def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
 
 
 def load_vae(path: str | Path) -> VAE:
-    """A VAE with averaged weights, in evaluation mode: that of a finished VAE run, the one inside another
-    run's checkpoint, or a published one (see published.load_vae). Raises ValueError with a line for the
-    user."""
+    """A VAE with averaged weights, in evaluation mode: from a finished VAE run, from inside another run's
+    checkpoint, or a published one (see published.load_vae). Raises ValueError with a line for the user."""
     path = Path(path)
     if (path / "config.json").is_file() and not (path / "checkpoint.pt").is_file():
-        return published.load_vae(path)                # a folder of diffusers
+        return published.load_vae(path)                # a diffusers folder
     try:
         checkpoint = load_checkpoint(path)
     except ValueError:
@@ -305,7 +306,8 @@ def load_vae(path: str | Path) -> VAE:
 
 def compile_blocks(model: torch.nn.Module, **options) -> None:
     """torch.compile each block in place, so that the names of the weights stay as they are. Blocks of one
-    kind share what is compiled; from their second size on it is compiled for any size."""
+    class share the compiled code. It is compiled for the first size and, when a second one appears, once more
+    for all sizes."""
     torch._dynamo.config.cache_size_limit = 64         # a U-Net's blocks have many widths
     for block in model.modules():
         if isinstance(block, BLOCKS):
@@ -316,7 +318,8 @@ def checkpoint_blocks(model: torch.nn.Module) -> None:
     """Gradient checkpointing: keep the input of each block only, and run the block again in the backward pass
     (Chen et al. 2016, arXiv:1604.06174)."""
     def recomputed(forward: Callable) -> Callable:
-        def again(*inputs, **more):                    # a function, because torch.compile skips a partial
+        def again(*inputs, **more):                    # not functools.partial, which torch.compile skips
+            # No block draws random numbers, so the state of the generator need not be restored.
             return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False,
                                                      preserve_rng_state=False, **more)
         return again
@@ -327,8 +330,8 @@ def checkpoint_blocks(model: torch.nn.Module) -> None:
 
 
 def graphed(model: torch.nn.Module) -> Callable[..., Tensor]:
-    """The model compiled for sampling, and on CUDA replayed as a graph. Its first call is not: that one fills
-    the network's tables of positions, whose memory a graph would overwrite."""
+    """The model compiled for sampling and, on CUDA, replayed as a graph. The first call runs without either,
+    because it fills the network's tables of positions, whose memory a graph would overwrite."""
     compiled = None
 
     def call(*inputs: Tensor, **cond: Tensor) -> Tensor:
@@ -340,7 +343,7 @@ def graphed(model: torch.nn.Module) -> Callable[..., Tensor]:
     return call
 
 
-# ---- the plan of a training: all that it needs, and the refusal of all that cannot work
+# ---- the plan: everything that training needs, checked before anything is written
 
 @dataclass
 class Plan:
@@ -349,9 +352,9 @@ class Plan:
     bf16: bool                                   # whether the network runs under bf16 autocast
     conditioning: Nothing
     words: str | None                            # the text of each picture: "captions", "embeddings" or None
-    folder: Folder | None                        # the listing of --data, where that is a folder
-    vae: VAE | None = None                       # None where it is trained first
-    vae_args: argparse.Namespace | None = None   # the settings of that training
+    folder: Folder | None                        # the listing of --data, if that is a folder
+    vae: VAE | None = None                       # None until it has been trained
+    vae_args: argparse.Namespace | None = None   # the settings to train it with
     initial: dict[str, Tensor] | None = None     # weights to start from
 
     @property
@@ -363,8 +366,8 @@ class Plan:
 
 
 def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
-    """Nothing is written yet. folder: the listing of --data, if that has been listed already. Raises
-    ValueError with a line for the user."""
+    """The plan of a run, made without writing anything. folder: the listing of --data, if it was made before.
+    Raises ValueError with a line for the user if something cannot work."""
     run = Run(Path(args.runs_dir) / args.name)
     run.check_settings(args)
     device = settings.pick_device(args.device)
@@ -387,8 +390,8 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
         if args.vae:
             plan.vae = given_vae(args, begun)
         else:
-            there = Run(Path(args.runs_dir) / settings.vae_name(args)).read_settings()
-            vae_args = plan.vae_args = settings.vae_settings(args, there)
+            earlier = Run(Path(args.runs_dir) / settings.vae_name(args)).read_settings()
+            vae_args = plan.vae_args = settings.vae_settings(args, earlier)
         if args.init_from and not begun:
             plan.initial = initial_weights(args)
         condition.prepare(args.data, folder)
@@ -398,7 +401,7 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
 
 
 def given_vae(args: argparse.Namespace, begun: dict | None) -> VAE:
-    """The VAE of --vae. A run that has begun holds it itself and no longer needs the file."""
+    """The VAE of --vae. The checkpoint of a run that has begun holds it, so the file is no longer needed."""
     if begun:
         return unpack_vae(begun["vae"])
     vae = load_vae(args.vae)
@@ -408,7 +411,7 @@ def given_vae(args: argparse.Namespace, begun: dict | None) -> VAE:
 
 
 def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The weights of --init-from by our names: from a published file, or from a run of this project."""
+    """The weights of --init-from, under our names: from a published file or from a run of this project."""
     path = Path(args.init_from)
     try:
         checkpoint = load_checkpoint(path)
@@ -425,8 +428,8 @@ def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """state for this model. It must fit exactly, except that a table of other classes is left out, and the
-    model's own initial values take its place."""
+    """The state to load into this model. It must fit exactly, except that a table of embeddings for other
+    classes is left out: the model keeps its own initial values for it."""
     own = model.state_dict()
     state = dict(state)
     for name in ("y_embedder.embedding_table.weight", "class_embedding.weight"):
@@ -440,8 +443,8 @@ def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> 
 
 def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Nothing,
                  initial: dict[str, Tensor] | None) -> None:
-    """Build the networks on the meta device, which takes no memory, and check both sides of the picture
-    against every halving and patch, so that what cannot work is refused before the VAE takes its minutes."""
+    """Build the networks on the meta device, which takes no memory, and check that the downsampling and the
+    patches divide both sides of the pictures, so that errors appear before minutes are spent on the VAE."""
     factors = {"VAE": (2 ** (len(vae_config.widths) - 1),) * 2}
     with torch.device("meta"):
         build_model("vae", asdict(vae_config))
@@ -502,4 +505,5 @@ if __name__ == "__main__":
         else:
             demo()
     except ValueError as error:
-        sys.exit(print(f"run.py: error: {error}", file=sys.stderr) or 2)
+        print(f"run.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -56,8 +56,8 @@ FLAGS = {
         Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
         *(Flag(name, type=str, **fields) for name, fields in conditioning.FLAGS.items()),
         Flag("--init-image", "begin with this picture instead of noise", path, metavar="FILE"),
-        Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone (default: 0.6, with "
-                           "--mask 1)", number(0, 1)),
+        Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone (default: 0.6; 1 "
+                           "where there is a --mask)", number(0, 1)),
         Flag("--mask", "draw only where this picture is white (needs --init-image)", path, metavar="FILE"),
         Flag("--seed", "picture i is drawn with seed + i (default: 0)", integer(-10**18, 10**18), 0),
         Flag("--out", "NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC; NAME.gif: the steps from noise; "
@@ -68,11 +68,11 @@ FLAGS = {
                       "run was trained for guidance, else 1)", number(-1e6, 1e6)),
         Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm)", one_of(SAMPLERS)),
         Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm)", integer(1, 10**5)),
-        Flag("--times", "spacing of the steps: even (default), log-snr, karras; ddpm: leading, linspace",
+        Flag("--times", "spacing of the steps: even (default), log-snr, karras; ddpm also leading, linspace",
              one_of(TIMES), "even"),
         Flag("--interval", "times between which guidance acts (default: 0 1)", number(0, 1), (0.0, 1.0),
              nargs=2, metavar=("LOW", "HIGH")),
-        Flag("--rescale", "share of the contrast added by guidance that is removed (default: 0)",
+        Flag("--rescale", "how much of the contrast that guidance adds is removed again (default: 0)",
              number(0, 1), 0.0),
         Flag("--eta", "ddim: 0 deterministic (default) to 1 ancestral", number(0, 1)),
         Flag("--variance", "ddpm: variance of each step, small (default), large or learned",
@@ -80,11 +80,11 @@ FLAGS = {
         Flag("--noise", "reverse_sde: how much noise is added (default: 1; 0 is the ODE)", number(0, 100)),
     ],
     "machine": [
-        Flag("--batch-size", "pictures at a time (default: 64); changes speed only", integer(1, 10**6), 64),
+        Flag("--batch-size", "pictures at a time (default: 64); affects only speed", integer(1, 10**6), 64),
         Flag("--compile", "torch.compile the network; on CUDA, as graphs"),
         Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", str, "auto"),
-        Flag("--precision", "of the network: fp32 (default), tf32, bf16; the VAE stays in fp32, or in tf32 "
-                            "on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16")), "fp32"),
+        Flag("--precision", "precision of the network: fp32 (default), tf32, bf16; the VAE runs in fp32, or "
+                            "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16")), "fp32"),
     ],
 }
 
@@ -97,14 +97,14 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
          interval: tuple[float, float] = (0.0, 1.0), times: str = "even", strength: float = 1.0,
          image: Tensor | None = None, mask: Tensor | None = None, on_step: Callable | None = None,
          **options) -> np.ndarray:
-    """One batch of pictures, uint8 (B, H, W, C). shape (C, h, w): of the latent; seeds: one per picture; cond
-    and uncond: see `guided`; options: of the sampler.
+    """One batch of pictures, uint8 (B, H, W, C). shape: that of a latent, (C, h, w). seeds: one per picture.
+    cond, uncond: see `guided`. options: passed to the sampler.
 
     image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
-    2022, arXiv:2108.01073), and skip the steps before that time. mask (1, 1, H, W), bool: draw only there;
+    2022, arXiv:2108.01073), and skip the steps before. mask (1, 1, H, W), bool: draw only where it is True;
     every other pixel keeps its value. on_step(i, uint8 pictures) is called after each step with the decoded
     xt."""
-    # ---- noise, from generators on the CPU, so that it is the same for every device
+    # ---- noise, from generators on the CPU, so that it is the same on every device
     device = next(vae.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
@@ -118,21 +118,21 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     if image is not None:
         with torch.autocast(device.type, enabled=False):   # as in VAE.decode: pixels need more than 8 bits
             x0 = vae.normalize(vae.encode(image.to(device)).mean)
-        # Whole thousandths, the steps of the diffusion path, and no first step shorter than half of one: a
-        # step of a rounding error's length makes multistep solvers divide by nearly nothing.
+        # Round to the diffusion path's steps of 1/1000, and make the first step at least half as long: a step
+        # as short as a rounding error would make multistep solvers divide by almost zero.
         start = round(strength * 1000) / 1000
         if start < t[0]:
             t = torch.cat([t.new_tensor([start]), t[t < start - 5e-4]])
             alpha, sigma = path.alpha_sigma(t[0])
             x = alpha * x0 + sigma * x
     if mask is not None:
-        # One latent position stands for factor x factor pixels: it is drawn where any of them is.
+        # One latent position stands for factor x factor pixels: it is drawn if any of them is.
         repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
         denoise = inpainting(denoise, path, x0, repaint)
 
     def decode(x0: Tensor) -> np.ndarray:
         pictures = vae.decode(vae.denormalize(x0))         # (B, C, H, W), nominally in [-1, 1]
-        if mask is not None:                               # a reconstruction is close, but not the same
+        if mask is not None:                               # the VAE's reconstruction is close, but not exact
             pictures = torch.where(mask.to(device), pictures, image.to(device))
         return to_uint8(pictures)
 
@@ -155,7 +155,7 @@ def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], a
         yield draw(model, vae, path, shape, part, cond, uncond, **how)
 
 
-# ---- from flags to what they mean, refusing what cannot work
+# ---- what the flags mean, and refusals of what cannot work
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("Draw pictures with a run of train.py, or with a published model.", FLAGS)
@@ -163,7 +163,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself, whatever the run."""
+    """Refuse flags that contradict each other, whatever the run."""
     out = Path(args.out)
     kind = out.suffix.lower()                              # "" for a folder
     if kind not in (".png", ".npz", ".gif", ""):
@@ -171,13 +171,14 @@ def check_flags(args: argparse.Namespace) -> None:
     if kind and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     if out.exists() and out.is_dir() == bool(kind):        # a name without an ending means a folder
-        there = "folder" if kind else "file"
-        raise ValueError(f"--out {out}: there is a {there} of that name; choose another")
+        found = "folder" if kind else "file"
+        raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
 
-    # Either a run, which holds all its parts, or a published model with all of its own.
-    published = [part is not None for part in (args.published, args.weights, args.vae)]
-    complete = not any(published) if args.run is not None else all(published)
-    if not complete:
+    # Either a run, whose checkpoint holds everything, or all three parts of a published model.
+    given = [part is not None for part in (args.published, args.weights, args.vae)]
+    mixed = args.run is not None and any(given)
+    incomplete = args.run is None and not all(given)
+    if mixed or incomplete:
         raise ValueError("give a run, or --published NAME with its --weights FILE and --vae PATH")
     if args.raw and args.published:
         raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
@@ -198,13 +199,13 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
         value = getattr(args, name)
         if value is None:
             continue
-        if sampler not in (None, owner):                   # another was asked for, or has another option
+        if sampler not in (None, owner):                   # by --sampler, or by the option of another
             raise ValueError(f"--{name} {value}: belongs to --sampler {owner}, not {sampler}")
         sampler = owner
         options[name] = value
     # The straight path has no thousand steps from which these spacings choose.
     if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
-        raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the straight one")
+        raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the path of rf")
     if args.variance == "learned" and not objective.get("learned_variance"):
         what = args.run or args.weights
         raise ValueError(f"--variance learned: {what} was not trained to predict a variance")
@@ -214,19 +215,19 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
 def read_picture(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:
     try:
         return open_image(Path(file), size).copy()
-    except Exception as error:                             # Pillow raises a dozen kinds
+    except Exception as error:                             # Pillow raises a dozen exception types
         raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
 
 
 def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
                         channels: int) -> tuple[Tensor | None, Tensor | None]:
-    """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool."""
+    """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool; None where not given."""
     image, mask = None, None
     if args.init_image:
         image = to_tensor(read_picture("--init-image", args.init_image, size)[None])     # a batch of one
         if channels == 1:                                  # every file is read as RGB
             image = image.mean(1, keepdim=True)
-    if args.mask:                                          # grey counts as white from the middle on
+    if args.mask:                                          # greys lighter than the middle count as white
         white = read_picture("--mask", args.mask, size).mean(-1) > 127
         if not white.any():
             raise ValueError(f"--mask {args.mask}: has no white pixel, so there is nothing to draw")
@@ -238,8 +239,8 @@ def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
 
 @contextlib.contextmanager
 def npz_writer(file: IO[bytes], shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], object]]:
-    """An .npz with the one array `arr_0`, uint8 of `shape`, written batch by batch, so that 50,000 pictures
-    need not fit into memory: the layout of the ADM evaluation suite."""
+    """Write an .npz in the layout of the ADM evaluation suite, with one uint8 array `arr_0` of this shape,
+    batch by batch, so that 50,000 pictures need not fit into memory."""
     # force_zip64: the size is not known in advance, and may exceed 4 GiB
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(
             "arr_0.npy", "w", force_zip64=True) as out:
@@ -248,7 +249,7 @@ def npz_writer(file: IO[bytes], shape: tuple[int, ...]) -> Iterator[Callable[[np
 
 
 def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: Asked) -> None:
-    """One frame per step, the grid of all pictures so far; the last stands still."""
+    """One frame per step: the grid of all pictures after that step. The last frame is shown longest."""
     frames: dict[int, list[np.ndarray]] = {}               # step -> its pictures, batch by batch
 
     def keep(i: int, images: np.ndarray) -> None:
@@ -256,25 +257,25 @@ def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: As
 
     last = list(batches(on_step=keep))
     pictures = [grid(np.concatenate(frame), asked.columns, captions=asked.captions)
-                for frame in frames.values() or [last]]    # without a step there is one frame
+                for frame in frames.values() or [last]]    # at --strength 0, which takes no step
     write_atomically(out, lambda file: pictures[0].save(
         file, "GIF", save_all=True, append_images=pictures[1:], loop=0,
         duration=[120] * (len(pictures) - 1) + [1500]))    # milliseconds
 
 
 def write_folder(out: Path, batches: Iterator[np.ndarray], asked: Asked, first_seed: int) -> None:
-    """SEED-NAME.png for each picture."""
+    """Write each picture to SEED-NAME.png, or to SEED.png where its condition has no name."""
     out.mkdir(parents=True, exist_ok=True)
     # Prompts become file names: letters, digits and dashes only, and of bounded length.
     endings = [re.sub(r"[^\w-]+", "-", f"-{name}")[:80] for name in asked.names] or [""]
-    number = 0
+    i = 0
     for images in batches:                                 # each is written as soon as it is drawn
         for image in images:
-            if image.shape[-1] == 1:                       # as Pillow wants grey pictures
+            if image.shape[-1] == 1:                       # Pillow expects a grey picture as (H, W)
                 image = image.squeeze(-1)
-            name = f"{first_seed + number:06d}{endings[asked.turn[number]]}.png"
+            name = f"{first_seed + i:06d}{endings[asked.turn[i]]}.png"
             Image.fromarray(image).save(out / name)
-            number += 1
+            i += 1
 
 
 # ---- the program
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         check_compiler(device)
 
-    # ---- the checkpoint, and what the flags mean for it; nothing is built before they are understood
+    # ---- the checkpoint, and what the flags mean for it; nothing is built until they are checked
     if args.published:
         what = args.weights
         checkpoint = load_published(args.published, args.weights, args.vae)
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     path = build_path(checkpoint["objective"])
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
 
-    # ---- the network, the VAE, and what is given to them
+    # ---- the network, the VAE and their inputs
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
     load_weights(model, checkpoint["model" if args.raw else "ema"], what).to(device).eval()
     vae = unpack_vae(checkpoint["vae"]).to(device)         # the one that the network was trained on
@@ -313,17 +314,17 @@ def main(argv: list[str] | None = None) -> None:
     image, mask = read_image_and_mask(args, (height, width), vae.config.image_channels)
     strength = args.strength
     if strength is None:
-        strength = 1.0 if args.mask else 0.6               # what is masked owes nothing to the picture
+        strength = 1.0 if args.mask else 0.6               # within a mask, start from noise alone
     with torch.no_grad():
         asked = condition.ask(args, model)
-    if device.type == "cuda":                              # faster, at the precision that was asked for
+    if device.type == "cuda":                              # faster, at the precision asked for
         torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
         model = model.to(memory_format=torch.channels_last)
         vae = vae.to(memory_format=torch.channels_last)
-    network = graphed(model) if args.compile else model    # `model` still holds the text encoder
+    network = graphed(model) if args.compile else model
 
-    # A generator, so that pictures can be written while others are drawn.
+    # A generator, so that each batch can be written before the next is drawn.
     def batches(on_step: Callable | None = None) -> Iterator[np.ndarray]:
         seeds = range(args.seed, args.seed + args.n)
         with (tqdm(total=args.n, unit="img", desc=f"{sampler} x {steps}, guidance {scale:g}") as bar,
@@ -335,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
                 yield images
                 bar.update(len(images))
 
-    # ---- draw and write; what stands at --out is always the old file or the new one, complete
+    # ---- draw and write; the file at --out is always the complete old one or the complete new one
     out = Path(args.out)
     kind = out.suffix.lower()
     if kind == ".npz":                                     # written while it is drawn
@@ -357,6 +358,8 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"sample.py: error: {error}", file=sys.stderr) or 2)
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("sample.py: interrupted", file=sys.stderr) or 130)
+        print("sample.py: interrupted", file=sys.stderr)
+        sys.exit(130)

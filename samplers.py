@@ -28,7 +28,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None    # one for the
 OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at times[i + 1], x0 it came from)
 
 
-# Denoisers
+# ---- denoisers
 
 def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0, *,
            interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0,
@@ -37,11 +37,11 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
     (Ho & Salimans 2022, arXiv:2207.12598): raw = raw(uncond) + scale * (raw(cond) - raw(uncond)).
 
     cond, uncond: the network's keyword arguments, of the batch's length.
-    scale: 1 is conditional, 0 unconditional, each at the cost of that branch alone.
-    interval: guide only where low < t <= high, and elsewhere take scale 1
+    scale: 1 is conditional, 0 unconditional; each evaluates only that branch.
+    interval: guide only where low < t <= high, and use scale 1 elsewhere
     (Kynkaanniemi et al. 2024, arXiv:2404.07724).
-    rescale: 0 to 1, how far the standard deviation of each image's guided output is moved back to that of the
-    conditional output, against overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
+    rescale: 0 to 1, how far the standard deviation of each image's guided output is moved back to that of its
+    conditional output, to avoid overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
     variance: return the learned variance as the third value, from the conditional output without guidance.
     Raises ValueError for a scale other than 1 without `uncond`."""
     if scale != 1.0 and uncond is None:
@@ -75,12 +75,12 @@ def std_per_image(raw: Tensor) -> Tensor:
 
 
 def inpainting(denoise: Denoiser, path, x0: Tensor, repaint: Tensor) -> Denoiser:
-    """A denoiser to which a part of the picture is known. repaint: bool, broadcast to x0.
+    """A denoiser that keeps the known part of a picture, x0. repaint: bool, broadcast to x0.
 
-    Where `repaint` is False it returns the given x0 and the eps that xt contains with it, so that every
-    sampler, on either path, takes that part back to x0 whatever the network predicts. Where it is True the
-    network predicts, and its input holds the known part at the noise level of t (imputation: Song et al.
-    2021, arXiv:2011.13456, appendix I.2)."""
+    Where `repaint` is False it returns the known x0 and the eps that xt contains with it, so that every
+    sampler, on either path, takes that part back to x0 whatever the network predicts. Where it is True it
+    returns the prediction of the network, whose input holds the known part at the noise level of t
+    (imputation: Song et al. 2021, arXiv:2011.13456, appendix I.2)."""
 
     def denoise_rest(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         guess, eps, *fraction = denoise(xt, t)
@@ -91,7 +91,7 @@ def inpainting(denoise: Denoiser, path, x0: Tensor, repaint: Tensor) -> Denoiser
     return denoise_rest
 
 
-# What the solvers share
+# ---- what the solvers share
 
 def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Unit Gaussian noise of x's shape. With one generator per image, an image does not depend on the others
@@ -117,12 +117,12 @@ def log_snr(path, t: Tensor) -> Tensor:
     return (alpha / sigma).log()
 
 
-# Solvers in alpha and sigma
+# ---- solvers in alpha and sigma
 
 def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
           on_step: OnStep = None) -> Tensor:
     """First order: (x0, eps) held over the step. DDIM at eta = 0; Euler's method on the straight path.
-    1 evaluation a step."""
+    1 evaluation per step."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
@@ -136,8 +136,8 @@ def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
 
 def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
          on_step: OnStep = None) -> Tensor:
-    """Second order: (x0, eps) averaged over both ends of the step. 2 evaluations a step, 2N - 1 in all: the
-    last step is first order, as at s = 0 there is no noise from which to predict eps."""
+    """Second order: (x0, eps) averaged over both ends of the step. 2 evaluations per step, 2N - 1 in all: the
+    last step is of first order, because xt at s = 0 contains no noise from which to predict eps."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
@@ -159,8 +159,8 @@ def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 
 def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
          on_step: OnStep = None, eta: float = 0.0) -> Tensor:
-    """First order, with a share of the noise drawn anew: eta 0 is `euler`, eta 1 draws from the posterior
-    q(xs | xt, x0), on any path. 1 evaluation a step. Song et al. 2020 (arXiv:2010.02502)."""
+    """First order, with a share of fresh noise: eta 0 is `euler`, eta 1 draws from the posterior
+    q(xs | xt, x0), on any path. 1 evaluation per step. Song et al. 2020 (arXiv:2010.02502)."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
@@ -180,7 +180,7 @@ def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 
 def ddpm(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
          on_step: OnStep = None, variance: str = "small") -> Tensor:
-    """Ancestral sampling, between any two times of any path. 1 evaluation a step.
+    """Ancestral sampling, between any two times of any path. 1 evaluation per step.
     Ho et al. 2020 (arXiv:2006.11239), algorithm 2.
 
     variance: "small", that of the posterior q(xs | xt, x0), which is ddim at eta = 1; "large", that of the
@@ -214,7 +214,7 @@ def ddpm(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                 on_step: OnStep = None, noise: float = 1.0) -> Tensor:
     """Euler-Maruyama for dx = x0 dalpha + eps dsigma - w / 2 score dt + sqrt(w) dW, backward in time.
-    1 evaluation a step.
+    1 evaluation per step.
 
     Every w >= 0 leaves the distribution at each t as it is (Song et al. 2021, arXiv:2011.13456; Ma et al.
     2024, arXiv:2401.08740, eq. 5). Here w dt = noise * dsigma^2: with score = -eps / sigma the drift is
@@ -238,13 +238,15 @@ def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator:
     return x
 
 
-# Solvers in log-SNR. Higher orders expand x0 or eps in lam = log(alpha / sigma), of which a step covers h.
-# A step from alpha = 0 or to sigma = 0 has h = inf: nothing can be expanded, and the step is of order one.
-# (UniPC still corrects a step from alpha = 0.) A later step that divides by such an h gets a slope of 0.
+# ---- solvers in log-SNR
+#
+# Higher orders expand x0 or eps in lam = log(alpha / sigma), of which a step covers h. A step from alpha = 0
+# or to sigma = 0 has h = inf, so nothing can be expanded and the step is of first order. (UniPC corrects even
+# a step from alpha = 0.) A later step that divides by such an h gets a slope of 0.
 
 def dpm_solver_2(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                  on_step: OnStep = None) -> Tensor:
-    """Second order, single step: eps from the middle of the step. 2 evaluations a step.
+    """Second order, single step: eps from the middle of the step. 2 evaluations per step.
     Lu et al. 2022 (arXiv:2206.00927), algorithm 1."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -267,7 +269,7 @@ def dpm_solver_2(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
 
 def dpm_solver_3(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                  on_step: OnStep = None) -> Tensor:
-    """Third order, single step: eps from one and two thirds of the step. 3 evaluations a step.
+    """Third order, single step: eps from one and two thirds of the step. 3 evaluations per step.
     Lu et al. 2022 (arXiv:2206.00927), algorithm 2 with r1 = 1/3, r2 = 2/3."""
     check_times(times)
     r1, r2 = 1 / 3, 2 / 3
@@ -294,7 +296,7 @@ def dpm_solver_3(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
 
 def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
              on_step: OnStep = None) -> Tensor:
-    """DPM-Solver++(2M): second order, multistep: the slope of x0 from the step before. 1 evaluation a step.
+    """DPM-Solver++(2M): second order, multistep: the slope of x0 from the step before. 1 evaluation per step.
     Lu et al. 2022 (arXiv:2211.01095), algorithm 2."""
     check_times(times)
     h_last = x0_last = None
@@ -317,7 +319,7 @@ def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
 def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
              on_step: OnStep = None, as_published: bool = False) -> Tensor:
     """DPM-Solver++(3M): third order, multistep: slope and curvature of x0 from the two steps before.
-    1 evaluation a step. Lu et al. 2022 (arXiv:2211.01095), section 4 and appendix A, at k = 3.
+    1 evaluation per step. Lu et al. 2022 (arXiv:2211.01095), section 4 and appendix A, at k = 3.
 
     as_published: the authors' code, and code derived from it, uses the second divided difference, half the
     second derivative, in place of the derivative and so is of second order. True reproduces its pictures."""
@@ -338,7 +340,7 @@ def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
             difference = (slope - slope_last) / (h_last + h_before)
             curvature = difference if as_published else 2 * difference
             phi2 = (-h).expm1() / h + 1
-            slope_t = slope + h_last * difference        # at t, where `slope` is that between the last two
+            slope_t = slope + h_last * difference        # at t; `slope` is that between the last two times
             x = x + alpha_s * phi2 * h * slope_t
             x = x - alpha_s * (phi2 / h - 0.5) * h**2 * curvature
         if on_step:
@@ -351,7 +353,7 @@ def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
 def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                  on_step: OnStep = None) -> Tensor:
     """SDE-DPM-Solver++(2M): the reverse SDE of the path, for which a step of order one is `ddpm`; x0 is
-    extrapolated as in `dpmpp_2m`. 1 evaluation a step.
+    extrapolated as in `dpmpp_2m`. 1 evaluation per step.
     Lu et al. 2022 (arXiv:2211.01095), eq. 19 and appendix A."""
     check_times(times)
     h_last = x0_last = None
@@ -365,7 +367,7 @@ def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
         if i > 0 and h.isfinite():
             x0_mean = x0 + h / h_last * (x0 - x0_last) / 2
         # predict
-        renewed = -(-2 * h).expm1()                      # the share of the noise that is drawn anew
+        renewed = -(-2 * h).expm1()                      # the share of the noise that is replaced
         x = sigma_s / sigma_t * (-h).exp() * x + alpha_s * renewed * x0_mean
         # noise
         if s > 0:
@@ -379,7 +381,7 @@ def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
 def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
           on_step: OnStep = None, order: int = 3) -> Tensor:
     """UniPC: a multistep predictor of the given order and a corrector, one order higher, that uses the
-    evaluation at the predicted point, which the next step starts from. 1 evaluation a step.
+    evaluation at the predicted point; the next step uses that evaluation too. 1 evaluation per step.
     Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 for x0, with B = e^-h - 1."""
     check_times(times)
     past = []                                            # (lam, x0) of earlier times, the latest first
@@ -394,7 +396,7 @@ def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
         past = past[:order - 1]
         if not h.isfinite():
             past = []
-        r = [(lam_k - lam) / h for lam_k, _ in past]     # where they are, in steps from t: negative
+        r = [(lam_k - lam) / h for lam_k, _ in past]     # their distances from t in steps of h: negative
         slopes = [(x0_k - x0) / r_k for r_k, (_, x0_k) in zip(r, past)]
         x = first - alpha_s * sum(w * d for w, d in zip(unipc_weights(r, h), slopes))
         # correct, by the slope from t to s too; the last step, to s = 0, has nothing to evaluate at its end
@@ -407,7 +409,7 @@ def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
             on_step(i, x, x0)
         past = [(lam, x0), *past]
         if not lam.isfinite():
-            past = []                                    # no slope reaches back to alpha = 0
+            past = []                                    # there is no slope from alpha = 0, where lam = -inf
         x0 = x0_s
     return x
 
@@ -435,7 +437,7 @@ SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm,
             "reverse_sde": reverse_sde}
 
 
-# Times other than the path's own
+# ---- times other than the path's own
 
 def log_snr_times(path, steps: int, end: float = 1e-3) -> Tensor:
     """(steps + 1,) times evenly spaced in lam from the path's start to t = end, then 0. A start at alpha = 0,
@@ -464,14 +466,14 @@ def times_at(path, steps: int, end: float, nodes: Callable[[Tensor, Tensor], Ten
     return torch.cat([start[None], inner, start.new_zeros(1)])
 
 
-# How a number of steps becomes times: the path's own spacings, or even in another variable.
+# The value of --times -> a function of path and steps: the path's own spacings, or even in another variable.
 TIMES = {"even": lambda path, steps: path.times(steps),
          "leading": lambda path, steps: path.times(steps, "leading"),
          "linspace": lambda path, steps: path.times(steps, "linspace"),
          "log-snr": log_snr_times, "karras": karras_times}
 
 
-# Measuring a solver
+# ---- measuring a solver
 
 def gaussian_mixture(path, means: Tensor, std: float) -> Denoiser:
     """The exact denoiser of data drawn evenly from Gaussians at `means` (K, D) with one `std`: E[x0 | xt] and

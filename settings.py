@@ -3,10 +3,10 @@ make.
 
     python settings.py --arch dit --objective rf       # prints the settings of this train.py command line
 
-`parse(argv)` is the only entrance. argparse's own `type=` checks each value; `resolve` then checks each flag
-against the flags that it depends on and fills in the defaults that depend on other flags. Everything here
-happens before a file is written. Every refusal is a ValueError of one line that names the flag, its value and
-the remedy. What train.py writes to settings.json are these settings, resolved.
+`parse(argv)` is the entry point. argparse's own `type=` checks each value; `resolve` then checks each flag
+against the flags that it depends on and fills in the defaults that depend on other flags. All of this happens
+before a file is written. Every refusal is a ValueError of one line that names the flag, its value and the
+remedy. train.py writes the resolved settings to settings.json.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from data import SOURCES
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 
-# ---- what a flag accepts: functions for argparse's `type=`
 
+# ---- what a flag accepts: functions for argparse's `type=`
 
 def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
     """A number in [low, high]; NaN is outside every range."""
     noun = "a whole number" if kind is int else "a number"
     limits = f"at least {low:,}" if high == math.inf else f"between {low:,} and {high:,}"
-    limits = limits.replace(".0 ", " ").removesuffix(".0")
+    limits = limits.replace(".0 ", " ").removesuffix(".0")       # "between 0 and 1", not "0.0 and 1.0"
 
-    def check(given: str) -> float:
+    def check(string: str) -> float:
         try:
-            value = kind(given)
+            value = kind(string)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{given}: must be {noun} {limits}") from None
+            raise argparse.ArgumentTypeError(f"{string}: must be {noun} {limits}") from None
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{given}: must be {limits}")
+            raise argparse.ArgumentTypeError(f"{string}: must be {limits}")
         return value
     return check
 
@@ -61,48 +61,49 @@ def integer(low: int, high: int = 10**9) -> Callable[[str], int]:
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
     names = list(names)
 
-    def check(given: str) -> str:
-        if given not in names:
-            raise argparse.ArgumentTypeError(f"{given}: must be one of {', '.join(names)}")
-        return given
+    def check(string: str) -> str:
+        if string not in names:
+            raise argparse.ArgumentTypeError(f"{string}: must be one of {', '.join(names)}")
+        return string
     return check
 
 
-def path(given: str) -> str:
-    if not given:
+def path(string: str) -> str:
+    if not string:
         raise argparse.ArgumentTypeError("is empty; give a path, or leave it out")
-    return given
+    return string
 
 
-def text_encoder(given: str) -> str:
-    kind, _, folder = given.partition(":")
+def text_encoder(string: str) -> str:
+    kind, _, folder = string.partition(":")
     if kind not in ("bytes", "clip", "t5", "none") or bool(folder) != (kind in ("clip", "t5")):
-        raise argparse.ArgumentTypeError(f"{given}: must be bytes, clip:FOLDER, t5:FOLDER or none")
-    return given
+        raise argparse.ArgumentTypeError(f"{string}: must be bytes, clip:FOLDER, t5:FOLDER or none")
+    return string
 
 
-def published_model(given: str) -> str:
-    if given not in published.MODELS:
+def published_model(string: str) -> str:
+    if string not in published.MODELS:
         largest = ", ".join(name for name in published.MODELS if "-xl-2-" in name)
-        raise argparse.ArgumentTypeError(f"{given}: known are {largest}, and the sizes s, b, l, xl at patch "
+        raise argparse.ArgumentTypeError(f"{string}: known are {largest}, and the sizes s, b, l, xl at patch "
                                          "2, 4, 8")
-    return given
+    return string
 
 
-# ---- the rows
+# ---- the tables: flags, architectures, objectives
 
 @dataclass(frozen=True)
 class Flag:
     name: str                                     # as on the command line
     help: str
     type: Callable[[str], object] | None = None   # None: a switch
-    default: object = None                        # None: see `resolve`, or not given
+    default: object = None                        # None: no value, or one that `resolve` fills in
     nargs: str | int | None = None
     metavar: str | tuple[str, ...] | None = None
     most: int | None = None                       # with nargs "+": how many values at most
-    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)   # flag: its values under which this acts
+    # It has an effect only where each flag named here has one of the values beside its name.
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     instead: str = ""                             # the flag to use where `needs` is not met
-    unset: str | None = None                      # the value that dependent flags see where this is not given
+    unset: str | None = None                      # where it is not given, `needs` assumes this value
     option: str | None = None                     # argument of the path's constructor that this flag sets
     settled: bool = False                         # decided by --published where that is given
     resumable: bool = False                       # may change on resume
@@ -119,14 +120,14 @@ class Architecture(NamedTuple):
     presets: dict[str, dict]
     blocks: tuple[type, ...]              # compiled, and recomputed by --grad-checkpoint, one by one
     conditioning: tuple[str, ...]         # what it can be conditioned on, the default first
-    defaults: dict                        # of the optimisation: what two cores can do in ten minutes
-    defaults_with_text: dict = {}         # and with text in thirty, where they multiply bf16
+    defaults: dict                        # optimisation flags: what two cores can do in ten minutes
+    defaults_with_text: dict = {}         # what differs with text: thirty minutes on cores with bf16
 
 
 class Objective(NamedTuple):
     path: type
-    sampler: str                          # default of sample.py and of the previews
-    steps: int
+    sampler: str                          # default for sample.py and for previews
+    steps: int                            # likewise
     flags: tuple[Flag, ...]               # the flags that set its path's options
     prediction_with_text: str | None = None
 
@@ -171,7 +172,7 @@ OBJECTIVES = {
              one_of(("linear", "scaled_linear", "cosine"))),
         Flag("--min-snr", "gamma of the min-SNR loss weight (default: off)", number(0, 1e9)),
         Flag("--zero-terminal-snr", "rescale the schedule so that it ends in pure noise"),
-    ), prediction_with_text="v"),         # text matters most at strong noise, where eps is nearly known
+    ), prediction_with_text="v"),         # text matters most near pure noise, where eps is nearly known
 }
 
 
@@ -200,7 +201,7 @@ FLAGS = {
     ],
     "data": [
         Flag("--data", f"{', '.join(SOURCES)}, or a folder of pictures (default: shapes)", str, "shapes"),
-        Flag("--data-dir", "folder for IDX and CIFAR-10 files, or with an emoji font (default: data)", str,
+        Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", str,
              "data", resumable=True),
         Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
              most=2),
@@ -242,8 +243,8 @@ FLAGS = {
     ],
     "objective": [
         *objective_flags(),
-        Flag("--label-dropout", "share of labels or captions dropped, for guidance (default: 0.1); 0 rules "
-                                "out guidance later", number(0, 1), 0.1),
+        Flag("--label-dropout", "share of labels or captions replaced by the null condition (default: 0.1); "
+                                "with 0, samples cannot be guided", number(0, 1), 0.1),
     ],
     "optimisation (the defaults depend on --arch: ARCHITECTURES in settings.py)": [
         Flag("--steps", "optimizer steps", integer(1)),
@@ -251,10 +252,10 @@ FLAGS = {
         Flag("--accumulate", "pieces that a batch is split into, to save memory (default: 1)", integer(1), 1),
         Flag("--lr", "peak learning rate of AdamW", number(1e-12, 1e3)),
         Flag("--warmup", "steps of linear warm-up", integer(0)),
-        Flag("--cooldown", "last share of the steps, over which the rate falls to 0 (default: 0.5)",
+        Flag("--cooldown", "share of the steps, at the end, over which the rate falls to 0 (default: 0.5)",
              number(0, 1), 0.5),
         Flag("--weight-decay", "weight decay of matrices; norms, biases and gains have none", number(0, 1e9)),
-        Flag("--clip", "largest gradient norm (default: 1)", number(1e-12), 1.0),
+        Flag("--clip", "norm to which larger gradients are clipped (default: 1)", number(1e-12), 1.0),
         Flag("--ema", "decay of the averaged weights, after its warm-up", number(0, 1)),
         Flag("--seed", "seed of weights, order and noise (default: 0)", integer(0, 2**62), 0),
     ],
@@ -384,7 +385,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.cond == "text":
         defaults |= row.defaults_with_text
     if args.init_from:
-        defaults["lr"] = 1e-4             # trained weights are to be refined, not unlearned
+        defaults["lr"] = 1e-4             # a larger rate would undo what the weights have learned
     if args.arch == "vae":
         defaults |= VAE_DEFAULTS
     else:
@@ -409,12 +410,12 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 
 def shows_other_pictures(args: argparse.Namespace) -> bool:
-    """Whether captions were asked of a source that then has other pictures than with classes (shapes)."""
+    """Whether captions are asked for, from a source whose captioned pictures are others (shapes)."""
     return args.cond == "text" and args.data in SOURCES and SOURCES[args.data].load_captioned is not None
 
 
 def data_name(args: argparse.Namespace) -> str:
-    """The part of a run's name that stands for its pictures: networks of the same data_name share a VAE."""
+    """The part of a run's name that stands for its pictures: networks with the same data_name share a VAE."""
     name = Path(args.data).name or "data"
     if shows_other_pictures(args):
         name += "-text"
@@ -429,8 +430,8 @@ def vae_name(args: argparse.Namespace) -> str:
 
 
 def vae_settings(args: argparse.Namespace, begun: dict | None) -> argparse.Namespace:
-    """The settings of the VAE run that precedes a network's. begun: those of the run that is there already;
-    whoever began it chose them, so this command may repeat but not contradict them."""
+    """The settings of the VAE run that precedes a network's. begun: the settings of that run if it exists
+    already. They are kept: this command may repeat but not contradict them."""
     folder = Path(args.runs_dir) / vae_name(args)
     asked = {name: getattr(args, name) for name in VAE_DEFAULTS} | {"steps": args.vae_steps}
     result = make_parser("", FLAGS).parse_args(["--arch", "vae"])
@@ -444,7 +445,7 @@ def vae_settings(args: argparse.Namespace, begun: dict | None) -> argparse.Names
         for name, value in ({"data": args.data, "image_size": args.image_size} | asked).items():
             if value is not None and value != begun.get(name):
                 raise ValueError(f"{folder} holds a VAE with {name.replace('_', '-')} {begun.get(name)}, not "
-                                 f"{value}; train one by --arch vae --name NAME and give it by --vae, "
+                                 f"{value}; train one by --arch vae --name NAME and pass it as --vae, "
                                  "or remove that folder")
         vars(result).update(begun)
     for name in RESUMABLE:
@@ -462,8 +463,8 @@ def objective_config(args: argparse.Namespace) -> dict:
     config = {"name": args.objective}
     for flag in ROWS.values():
         value = getattr(args, flag.key)
-        is_of_this = flag.option and args.objective in flag.needs.get("objective", (args.objective,))
-        if is_of_this and value is not None:
+        belongs = flag.option and args.objective in flag.needs.get("objective", (args.objective,))
+        if belongs and value is not None:
             config[flag.option] = value
     return config
 
@@ -480,12 +481,12 @@ def vae_config(args: argparse.Namespace, image_channels: int) -> dict:
     return config
 
 
-def network_config(args: argparse.Namespace, latent_channels: int, conditioning) -> dict:
-    """conditioning: an object of conditioning.py, which knows its part of the network's configuration."""
+def network_config(args: argparse.Namespace, latent_channels: int, condition) -> dict:
+    """condition: an object of conditioning.py, which adds its part of the network's configuration."""
     preset = ARCHITECTURES[args.arch].presets.get(args.preset)
     if args.published:
         preset = published.MODELS[args.published].config
-    config = preset | {"channels": latent_channels} | conditioning.network_options(args.arch, preset)
+    config = preset | {"channels": latent_channels} | condition.network_options(args.arch, preset)
     if args.patch:
         config["patch"] = (args.patch[0], args.patch[-1])
     if args.block == "published":
@@ -522,12 +523,12 @@ def pick_device(name: str = "auto") -> torch.device:
     if index:
         known = known and kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
     if not known:
-        raise ValueError(f"--device {name}: not available here (there is {', '.join(present)})")
+        raise ValueError(f"--device {name}: not available here; use one of {', '.join(present)}")
     return torch.device(name)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device itself multiplies bfloat16, rather than emulating it."""
+    """Whether the device multiplies bfloat16 in hardware, rather than emulating it."""
     if device.type == "cpu":
         return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -537,17 +538,19 @@ def check_compiler(device: torch.device) -> None:
     """Raises ValueError where torch.compile would find no compiler."""
     compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise ValueError("--compile: found no C++ compiler, which the CPU needs; install g++, or drop it")
+        raise ValueError("--compile: found no C++ compiler, which the CPU needs; install g++, or leave "
+                         "--compile out")
 
 
 if __name__ == "__main__":
     try:
-        settings = parse(sys.argv[1:] or ["--arch", "dit", "--objective", "rf"])
+        args = parse(sys.argv[1:] or ["--arch", "dit", "--objective", "rf"])
     except ValueError as error:
-        sys.exit(print(f"settings.py: error: {error}", file=sys.stderr) or 2)
+        print(f"settings.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
     for title, flags in FLAGS.items():
         print(title)
         for flag in flags:
-            print(f"  {flag.name:20s} {getattr(settings, flag.key)}")
-    if settings.arch != "vae":
-        print(f"objective: {objective_config(settings)}")
+            print(f"  {flag.name:20s} {getattr(args, flag.key)}")
+    if args.arch != "vae":
+        print(f"objective: {objective_config(args)}")

@@ -23,9 +23,9 @@ from torch import Tensor
 from attention import Rope
 from dit import MLP, Norm, SelfAttention, position_angles
 
-# A token is one word with the space before it, as up to 16 bytes. That is enough for nearly all words of
-# European languages and makes a sequence about five times as short as one token for each byte would, at a
-# fraction of the cost of attention. Longer words take several tokens.
+# A token is one word with the space before it, up to 16 bytes, which is enough for nearly all words of
+# European languages; longer words take several tokens. Sequences are about a fifth as long as with one token
+# per byte, at a fraction of the cost of attention.
 WORD = 16
 # Two codes beside the 256 values of a byte:
 START = 256              # the first token of every prompt
@@ -42,7 +42,7 @@ class TextConfig:
     norm: str = "rms"
     mlp: str = "swiglu"
     qk_norm: bool = True
-    limit: int = 64            # tokens of a prompt that are read; the rest is truncated
+    limit: int = 64            # tokens of a prompt, START not included, after which it is truncated
 
 
 # by the name of the network's preset
@@ -61,7 +61,7 @@ def split_words(prompt: str) -> list[bytes]:
 
 def tokenize(prompts: list[str], limit: int) -> tuple[Tensor, Tensor]:
     """START and up to `limit` words of each prompt as codes (B, L, WORD), padded to the longest prompt and to
-    WORD bytes, and the mask (B, L), True at valid positions. An empty prompt, the null condition, is START
+    WORD bytes, and the mask (B, L), True at valid positions. The empty prompt, the null condition, is START
     alone."""
     start = bytes(1)                       # a placeholder, as START is not a byte
     rows = [[start, *split_words(prompt)[:limit]] for prompt in prompts]
@@ -100,8 +100,8 @@ class TextBlock(nn.Module):
 class TextEncoder(nn.Module):
     """A bidirectional transformer over the words of a prompt, trained with the network that it conditions.
 
-    A word enters as the sum of its bytes' embeddings. Each place in a word has a table of its own, as one
-    table for all would make anagrams the same word."""
+    The input for a word is the sum of its bytes' embeddings. Each position within a word has its own table of
+    embeddings: with one table for all, anagrams would be the same word."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -113,12 +113,12 @@ class TextEncoder(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        # The sum over the bytes of a word then has a standard deviation of about 1. The linear layers keep
-        # PyTorch's initial weights.
+        # The sum over the bytes of a word, at most 16, then has a standard deviation of at most 1. The linear
+        # layers keep PyTorch's initial weights.
         nn.init.normal_(self.embedding.weight, std=0.25)
 
     def truncated(self, prompt: str) -> str:
-        """The end of a prompt that exceeds the limit and is not read; empty where it fits."""
+        """The part of a prompt beyond the limit, which is not read; empty if it fits."""
         return b"".join(split_words(prompt)[self.config.limit:]).decode("utf-8", "ignore").strip()
 
     def positions(self, length: int, device: torch.device) -> Rope:
@@ -127,17 +127,17 @@ class TextEncoder(nn.Module):
         if key not in self._rope:
             head_dim = self.config.width // self.config.heads
             place = torch.arange(length, dtype=torch.float64)
-            # prompts are tens of words long, so a small theta, as for the patches of an image
+            # theta is small, as for the patches of an image, because prompts have only tens of words
             angles = position_angles(place, head_dim // 2, theta=100.0)
             self._rope[key] = angles.cos().float().to(device), angles.sin().float().to(device)
         return self._rope[key]
 
     def forward(self, prompts: list[str]) -> dict[str, Tensor]:
         """-> context (B, L, D), 0 where padded; mask (B, L), True at valid positions; and pooled (B, D), the
-        output at START, which is trained to sum up the prompt."""
+        output at START, which learns to summarise the prompt."""
         device = self.embedding.weight.device
         ids, mask = tokenize(prompts, self.config.limit)
-        if device.type == "cuda":          # from pinned memory the copy is asynchronous: neither side waits
+        if device.type == "cuda":          # a copy from pinned memory is asynchronous
             ids = ids.pin_memory().to(device, non_blocking=True)
             mask = mask.pin_memory().to(device, non_blocking=True)
         else:
@@ -145,7 +145,7 @@ class TextEncoder(nn.Module):
             mask = mask.to(device)
         rope = self.positions(ids.shape[1], device)
 
-        tables = CODES * torch.arange(WORD, device=device)         # where the table of each place begins
+        tables = CODES * torch.arange(WORD, device=device)         # where the table of each position begins
         letters = self.embedding(ids + tables)                     # (B, L, WORD, D)
         x = (letters * (ids != PAD)[..., None]).sum(2)             # (B, L, D)
         for block in self.blocks:
@@ -159,8 +159,8 @@ class TextEncoder(nn.Module):
 class FrozenTextEncoder:
     """A pretrained encoder from the package transformers, called like a TextEncoder.
 
-    kind "clip": the last hidden layer but one, and the pooled output (Stable Diffusion 2, XL and 3); "t5":
-    the last hidden layer, and no pooled output (Stable Diffusion 3). path: a folder with the model and its
+    kind "clip": the penultimate hidden layer and the pooled output (Stable Diffusion 2, XL and 3); "t5": the
+    last hidden layer and no pooled output (Stable Diffusion 3). path: a folder with the model and its
     tokenizer, or a pipeline's with text_encoder/ and tokenizer/ (for t5 text_encoder_3/ and tokenizer_3/).
     limit: tokens of a prompt, begin and end marks included. Raises ValueError with a line for the user."""
 
@@ -168,7 +168,7 @@ class FrozenTextEncoder:
         suffix = "_3" if kind == "t5" else ""
         model_folder = subfolder(path, f"text_encoder{suffix}")
         tokenizer_folder = subfolder(path, f"tokenizer{suffix}")
-        # A wrong path is reported before a missing package: installing the package would not mend it.
+        # A wrong path is reported before a missing package, because installing that would not help.
         if not os.path.isfile(f"{model_folder}/config.json"):
             raise ValueError(f"{kind}:{path}: no text encoder there; give a folder with its config.json")
         try:
@@ -180,14 +180,14 @@ class FrozenTextEncoder:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder,
                                                                         local_files_only=True)
             self.model = load_encoder(kind, model_folder).to(device).eval()
-        except Exception as error:         # transformers raises a dozen kinds; all mean the same to the user
+        except Exception as error:         # transformers raises a dozen types; all mean the same to the user
             raise ValueError(f"{kind}:{path}: cannot be loaded as a {kind} encoder with its tokenizer "
                              f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
         self.kind = kind
         self.limit = min(limit, self.tokenizer.model_max_length)
 
     def truncated(self, prompt: str) -> str:
-        """The end of a prompt that exceeds the limit and is not read; empty where it fits."""
+        """The part of a prompt beyond the limit, which is not read; empty if it fits."""
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         room = self.limit - self.tokenizer.num_special_tokens_to_add()
         return self.tokenizer.decode(ids[room:]) if len(ids) > room else ""
@@ -204,14 +204,14 @@ class FrozenTextEncoder:
         mask = attention_mask.bool()
         if self.kind == "t5":
             return {"context": out.last_hidden_state * mask[..., None], "mask": mask}
-        # CLIP trains its last layer for the pooled output alone; the one before describes each token better.
+        # CLIP's last layer is trained only for the pooled output; the one before describes each token better.
         context = out.hidden_states[-2] * mask[..., None]
         pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
         return {"context": context, "mask": mask, "pooled": pooled}
 
 
 def subfolder(path: str, name: str) -> str:
-    """The part of a pipeline's folder, where there is one of that name; else the folder itself."""
+    """The subfolder of that name if the folder is a pipeline's; else the folder itself."""
     return f"{path}/{name}" if os.path.isdir(f"{path}/{name}") else path
 
 

@@ -1,4 +1,4 @@
-"""Procedural pictures with captions: coloured shapes, which are read back from the pixels, and emoji.
+"""Procedural pictures with captions: coloured shapes, which can be read back from the pixels, and emoji.
 
     python toys.py                        # writes shapes.png, and reads 2,400 pictures back
 
@@ -29,8 +29,7 @@ SHAPE_CLASSES = [f"{colour}-{kind}" for colour in COLOURS for kind in KINDS]
 AREA = {"circle": np.pi, "square": 1.7**2, "triangle": 1.15**2 * 27**0.5 / 4, "cross": 4 * 0.7 - 0.7**2}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# shapes: one shape on a grey background
+# ---- shapes: one shape on a grey background
 
 def coverage(kind: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Share of each pixel that the shape covers, from its signed distance; x and y are the pixels' offsets
@@ -103,14 +102,13 @@ def read_shape(image: np.ndarray) -> tuple[str, str]:
     return colour, fit_shape(alpha, max(alpha.sum(), 1.0)).kind
 
 
-# ------------------------------------------------------------------------------------------------------------
-# scenes: one or two shapes of two sizes, with a caption
+# ---- scenes: one or two shapes of two sizes, with a caption
 
 SIZES = {"small": (0.125, 0.14), "large": (0.185, 0.2)}            # radius over the shorter side
 PLACES = [["top left", "top", "top right"], ["left", "centre", "right"],
           ["bottom left", "bottom", "bottom right"]]
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}     # direction (x, y)
-# Training never shows these, alone or as one of two shapes; the test of composition asks for them.
+# Training never contains these, alone or as one of two shapes; benchmarks/scenes.py asks for them.
 UNSEEN_PAIRS = {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square")}
 UNSEEN_RELATIONS = {("circle", "above", "square"), ("square", "below", "circle"),
                     ("triangle", "left of", "cross"), ("cross", "right of", "triangle")}
@@ -139,7 +137,7 @@ class Scene:
 
     @property
     def unseen(self) -> bool:
-        """Whether the scene holds anything that training never shows."""
+        """Whether the scene holds anything that training never contains."""
         if any((thing.colour, thing.kind) in UNSEEN_PAIRS for thing in self.things):
             return True
         if len(self.things) != 2:
@@ -158,8 +156,8 @@ class Scene:
 
 
 def describe_scene(index: int, count: int | None = None, unseen: bool = False) -> Scene:
-    """Scene `index` of `count` shapes (default: one or two), with or without something that training never
-    shows."""
+    """Scene `index` with `count` shapes (default: one or two). unseen: whether it holds something that
+    training never contains."""
     rng = np.random.default_rng([41, index])
     while True:                                      # draws scenes until one is of the kind asked for
         number = count or int(rng.integers(1, 3))
@@ -245,8 +243,8 @@ def _grow(mask: np.ndarray) -> np.ndarray:
 
 
 def omit_details(caption: str, rng: np.random.Generator) -> str:
-    """A scene's caption with each detail omitted one time in seven: a size, a colour, a place; a kind becomes
-    "shape". A model thus learns each word by itself, not only in the combinations that training shows."""
+    """A scene's caption with each detail (size, colour, kind, place) omitted one time in seven; an omitted
+    kind becomes "shape". A model thus learns each word separately, not only in combinations from training."""
     what, *places = re.split(" (?=at the |in the )", caption)
     words = []
     for word in what.split():
@@ -259,8 +257,7 @@ def omit_details(caption: str, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# emoji: every character of a colour font, with its Unicode name as caption
+# ---- emoji: every character of a colour font, with its Unicode name as caption
 
 EMOJI_FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",          # Debian: fonts-noto-color-emoji
                "/usr/share/fonts/noto/NotoColorEmoji.ttf",
@@ -304,8 +301,9 @@ def render_emoji(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[st
     font = open_emoji_font(path)
     tiles = []
     for character in map(chr, range(0xA9, 0x20000)):
-        name, category = unicodedata.name(character, None), unicodedata.category(character)
-        # Letters and marks are text; formats (Cf) and modifiers (Sk) only change the character before them.
+        name = unicodedata.name(character, None)
+        category = unicodedata.category(character)
+        # Letters (L) and marks (M) are text; formats (Cf) and modifiers (Sk) only change other characters.
         if name is None or category[0] in "LM" or category in ("Cf", "Sk"):
             continue
         tile = draw_character(character, font)
@@ -326,7 +324,7 @@ def render_emoji(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[st
 
 
 def vary_caption(caption: str, rng: np.random.Generator) -> str:
-    """The caption itself one time in two; else its words in another order, or some of them, at least one."""
+    """The caption itself half of the time; else its words in another order, or at least one of its words."""
     words = caption.split()
     if rng.random() < 0.5 or len(words) < 2:
         return caption
@@ -337,9 +335,10 @@ def vary_caption(caption: str, rng: np.random.Generator) -> str:
     return " ".join(word for word, kept in zip(words, keep) if kept)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---- demonstration
 
 def demo() -> None:
+    """Draw 2,400 shapes, read them back, and write 96 of them to shapes.png."""
     pictures = np.stack([draw_shape(i) for i in range(2400)])
     right = sum("-".join(read_shape(picture)) == SHAPE_CLASSES[i % 24] for i, picture in enumerate(pictures))
     # four rows with one picture of every class, on white

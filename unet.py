@@ -31,11 +31,11 @@ class UNetConfig:
     layers: int = 2                             # ResNet blocks per level going down; one more going up
     attention: tuple[bool, ...] = (False, True)  # per level: a transformer after each ResNet block?
     heads: int | tuple[int, ...] = 2            # per level, or one number for all
-    groups: int = 16                            # of every GroupNorm
+    groups: int = 16                            # groups in every GroupNorm
     context_width: int | None = None            # None: no cross-attention
     pooled_width: int | None = None             # width of the pooled text vector (SD XL); None: not used
     positions: bool = False                     # add position embeddings before attention (published: no)
-    linear_projection: bool = False             # around the transformers, Linear as in SD 2, not 1 x 1 Conv2d
+    linear_projection: bool = False             # Linear around the transformers (SD 2), not 1x1 Conv2d
     num_classes: int = 0                        # 0: no class labels
     time_offset: float = 0.0                    # added to 1000 t before the time embedding (published: -1)
 
@@ -55,7 +55,7 @@ PRESETS = {
 def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0) -> Tensor:
     """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t + offset at dim / 2 frequencies.
 
-    Returned in float32, as bf16 cannot tell neighbouring steps of 1000 t apart."""
+    Returned in float32, because bf16 cannot tell neighbouring steps of 1000 t apart."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
                             / (dim // 2))
     angles = (scale * t + offset).float()[:, None] * frequencies               # (B, dim / 2)
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])     # a list, as its published name is to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])     # a list, for the published name to_out.0
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, heads, N or L, head_dim)
@@ -154,7 +154,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        # the identity stands where the published network has a dropout, so that the names of weights agree
+        # the identity stands in for the published network's dropout, so that the names of the weights agree
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class SpatialTransformer(nn.Module):
             self.proj_in = nn.Linear(width, width)
             self.proj_out = nn.Linear(width, width)
         else:
-            # published with the weights of a 1 x 1 convolution, but applied as linear layers to the tokens
+            # the published weights are those of 1x1 convolutions, applied here as linear layers to tokens
             self.proj_in = nn.Conv2d(width, width, 1)
             self.proj_out = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c.context_width)])
@@ -202,7 +202,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, H * W, C)
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        if self.positions:                           # attention itself ignores where a token lies
+        if self.positions:                           # attention itself ignores the order of the tokens
             h = h + position_embedding(*x.shape[2:], h.shape[-1], x.device).to(h.dtype)
         for block in self.transformer_blocks:
             h = block(h, context, mask)
@@ -229,8 +229,8 @@ class Resample(nn.Module):
 # `skips` is a stack of feature maps: the down path pushes them, the up path pops them in reverse order.
 
 class DownLevel(nn.Module):
-    """ResNet blocks, each followed by a transformer if the level has attention; then a downsampler, which the
-    last level lacks. The output of every block and of the downsampler is pushed onto skips."""
+    """ResNet blocks, each followed by a transformer if the level has attention; then, except at the last
+    level, a downsampler. The outputs of every block and of the downsampler are pushed onto skips."""
 
     def __init__(self, c: UNetConfig, level: int, heads: int, c_emb: int):
         super().__init__()
@@ -262,14 +262,14 @@ class DownLevel(nn.Module):
 
 class UpLevel(nn.Module):
     """The mirror image of a DownLevel, with one more ResNet block. Each block pops a skip and takes it as
-    additional channels of its input; then follows an upsampler, which level 0 lacks."""
+    additional input channels. Except at level 0, an upsampler follows."""
 
     def __init__(self, c: UNetConfig, level: int, heads: int, c_emb: int):
         super().__init__()
         width = c.widths[level]
         c_in = c.widths[min(level + 1, len(c.widths) - 1)]   # the level below; the middle for the last level
-        # Skips are popped latest first: the outputs of the mirrored level's blocks, then the input of that
-        # level, which the level above has pushed (for level 0, conv_in, of the same width).
+        # Skips are popped latest first: the outputs of the mirrored level's blocks, then that level's input,
+        # which the level above pushed (for level 0, it is the output of conv_in, of the same width).
         skip_widths = [width] * c.layers + [c.widths[max(level - 1, 0)]]
         self.resnets = nn.ModuleList()
         for skip_width in skip_widths:
@@ -325,7 +325,7 @@ class UNet(nn.Module):
             if width % c.groups or width % number or width % 2:
                 raise ValueError(f"U-Net width {width} must be even and a multiple of groups = {c.groups} "
                                  f"and of heads = {number}")
-        self.factor = 2 ** (len(c.widths) - 1)       # by which all levels together downsample
+        self.factor = 2 ** (len(c.widths) - 1)       # the downsampling of all levels together
 
         c_emb = 4 * c.widths[0]
         self.conv_in = nn.Conv2d(c.channels, c.widths[0], 3, padding=1)
@@ -372,7 +372,7 @@ class UNet(nn.Module):
         if (context is None) != (self.config.context_width is None):
             raise ValueError("context must be given exactly where the U-Net has a context_width")
 
-        # everything that applies to the image as a whole reaches the ResNet blocks as one vector
+        # time, label and pooled text apply to the whole image and reach the ResNet blocks as one vector
         emb = self.time_embedding(t)                                           # (B, 4 * widths[0])
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(y)

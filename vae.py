@@ -1,6 +1,6 @@
 """The autoencoder: images <-> latents, with the structure of Stable Diffusion's AutoencoderKL.
 
-    python vae.py                     # trains a tiny one for a few seconds and prints what it can reconstruct
+    python vae.py                     # trains a tiny one in seconds and prints how well it reconstructs
     python train.py --arch vae --data shapes
 
 Diffusion runs on the latents of this network: an image (B, 3, H, W) in [-1, 1] becomes a diagonal Gaussian
@@ -28,7 +28,7 @@ class VAEConfig:
     latent_channels: int = 4
     widths: tuple[int, ...] = (16, 32, 64)   # one per level; every level but the last halves the image
     layers: int = 1                          # ResNet blocks per encoder level; a decoder level has one more
-    groups: int = 4                          # groups of each GroupNorm: few, to keep an image's brightness
+    groups: int = 4                          # groups in every GroupNorm: few, to keep an image's brightness
     attention: bool = True                   # single-head self-attention in the middle
     quant_conv: bool = True                  # 1x1 convolutions around the latent (SD 1, 2, XL; not 3, FLUX)
     shortcut: bool = False                   # a linear map of each patch, added to encoder and decoder
@@ -85,13 +85,13 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention with one head over all pixels, added to its input."""
 
-    def __init__(self, c: int, groups: int):
+    def __init__(self, width: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.to_q = nn.Linear(c, c)
-        self.to_k = nn.Linear(c, c)
-        self.to_v = nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])        # a list, for the published name to_out.0
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])     # a list, for the published name to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                      # (B, HW, C)
@@ -105,12 +105,12 @@ class Attention(nn.Module):
 class Middle(nn.Module):
     """The blocks at the lowest resolution, with attention if the configuration has it."""
 
-    def __init__(self, c: int, groups: int, attention: bool):
+    def __init__(self, width: int, groups: int, attention: bool):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups), ResnetBlock(width, width, groups)])
         self.attentions = nn.ModuleList()
         if attention:
-            self.attentions.append(Attention(c, groups))
+            self.attentions.append(Attention(width, groups))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
@@ -122,9 +122,9 @@ class Middle(nn.Module):
 class Downsample(nn.Module):
     """(B, C, H, W) -> (B, C, H/2, W/2), by a convolution of stride 2."""
 
-    def __init__(self, c: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))   # the published padding: right and bottom only
@@ -133,9 +133,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C, 2H, 2W): each pixel becomes four, which a convolution smooths."""
 
-    def __init__(self, c: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -214,7 +214,7 @@ def cosines(n: int, channels: int, side: int) -> Tensor:
         position = torch.arange(size, dtype=torch.float64) + 0.5
         return F.normalize(torch.cos(torch.pi * frequency * position / size), dim=1)
 
-    # waves of frequency y and x down and across the patch and c over its channels, in the order of `rank`
+    # waves with frequency y down the patch, x across it and c over its channels, in the order of `rank`
     waves = torch.einsum("ci,yj,xk->yxcijk", basis(channels), basis(side), basis(side)).flatten(0, 2)
     rank = [(y + x, c) for y in range(side) for x in range(side) for c in range(channels)]
     order = sorted(range(len(waves)), key=lambda i: rank[i])
@@ -250,12 +250,12 @@ class VAE(nn.Module):
         """Initialise the shortcut; every other layer keeps PyTorch's default.
 
         With a shortcut the model starts as a code of the lowest frequencies of each patch, nearly without
-        noise: the last layers of encoder and decoder start at zero and learn what that code lacks. It takes a
-        tenth of the steps to the same quality."""
+        noise: the last layers of encoder and decoder start at zero and learn what that code lacks. It reaches
+        the same quality in a tenth of the steps."""
         c = self.config
         if not c.shortcut:
             return
-        # orthonormal waves, so that the same weights in the decoder invert the encoder as far as can be
+        # orthonormal waves, so that the same weights in the decoder invert the encoder as far as possible
         waves = cosines(c.latent_channels, c.image_channels, self.factor)
         for layer in (self.patch_encoder, self.patch_decoder):
             layer.weight.data.copy_(waves)
@@ -314,9 +314,9 @@ class VAE(nn.Module):
         """(B,) |error| + 2 error^2 per image value, plus kl_weight times KL per image value; and a dict to
         log: "psnr" in dB, "kl" in nats, "latent_std" (C,).
 
-        With the absolute error alone, training stays for long at a plain background that lacks the small
-        objects. Both terms are divided by the number of image values, which keeps `kl_weight` comparable with
-        the published 1e-6, where both are sums."""
+        With the absolute error alone, training is stuck for long at a plain background without the small
+        objects. Both terms are divided by the number of image values, so that `kl_weight` can be compared
+        with the published 1e-6, which multiplies a sum and is added to a sum."""
         posterior = self.encode(x)
         recon = self.decode(posterior.sample(generator))
         error = (recon - x).flatten(1)

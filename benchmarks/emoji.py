@@ -2,8 +2,8 @@
 
     python benchmarks/emoji.py runs/emoji-64x64-mmdit-rf emoji.png --cfg 3   (from the repository's root)
 
-Below each sample stands its prompt and whether an emoji of that name was trained on, is held out for
-validation, or does not exist (NEW). Further flags go to sample.py.
+Below each sample is its prompt, and whether an emoji of that name was trained on, is held out for validation,
+or does not exist (NEW). Further flags are passed to sample.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     for i in range(0, 32, 8):               # rows of eight: known, new, known, new, ...
         prompts += KNOWN[i:i + 8] + NEW[i:i + 8]
     label = dict.fromkeys(prompts, "NEW")
-    # The font decides which names exist, so that the two lists above need not be trusted.
+    # Look the names up in the font's, so that the labels are right whatever the two lists above contain.
     for split, name in (("val", "held out"), ("train", "trained")):
         names = load_emoji(split, (64, 64), Path("data")).captions
         label |= {prompt: name for prompt in prompts if prompt in names}

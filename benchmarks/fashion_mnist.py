@@ -1,11 +1,11 @@
-"""Score a Fashion-MNIST run: does a classifier recognise the class asked for, and how far are the samples
-from the test images?
+"""Score a Fashion-MNIST run: how many samples does a classifier assign to the class asked for, and how far
+are they from the test images?
 
     python benchmarks/fashion_mnist.py runs/fashion-mnist-dit-rf --cfg 1 1.5 2 3  (from the repository's root)
 
-The classifier is trained here, once (benchmarks/fashion_mnist_classifier.pt, about 2 minutes on two cores,
->= 91 % on the test set), on the training images and labels, independently of any VAE or run. For each
-guidance scale the program prints, over 2,000 samples,
+The classifier is trained here, once, on the training images and labels, independently of any VAE or run
+(about 2 minutes on two cores; at least 91 % on the test set; kept in benchmarks/fashion_mnist_classifier.pt).
+For each guidance scale, the program prints over 2,000 samples:
 
   agreement   share of samples that the classifier assigns to the class asked for (on test images, its
               accuracy)
@@ -87,7 +87,7 @@ def load_classifier(data_dir: Path) -> Classifier:
 
 
 @torch.no_grad()
-def look(model: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def classify(model: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, 64), float64, and predicted classes (N,) of uint8 images (N, 32, 32, 1)."""
     features = torch.cat([model.features(to_tensor(images[i:i + 500])) for i in range(0, len(images), 500)])
     return features.double().numpy(), model.head(features).argmax(1).numpy()
@@ -95,7 +95,8 @@ def look(model: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) for features (N, 64) with covariances A and B."""
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cov_a = np.cov(a, rowvar=False)
+    cov_b = np.cov(b, rowvar=False)
     # The trace of a matrix root is the sum of the roots of the eigenvalues; rounding may make some negative.
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_a @ cov_b).real, 0, None))
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
@@ -126,10 +127,10 @@ def main() -> None:
     p.add_argument("runs", nargs="+", help="run folders; for a VAE run only the floor is measured")
     p.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales")
     p.add_argument("--interval", nargs=2, default=["0", "1"], help="times between which guidance acts")
-    p.add_argument("--sampler", help="as of sample.py")
-    p.add_argument("--steps", type=int, help="as of sample.py")
+    p.add_argument("--sampler", help="see sample.py")
+    p.add_argument("--steps", type=int, help="see sample.py")
     p.add_argument("--n", type=int, default=2000, help="samples per guidance scale (default: 2000)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="as of sample.py")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="see sample.py")
     p.add_argument("--data-dir", default="data", help="folder of the IDX files (default: data)")
     p.add_argument("--json", help="also write the figures to this file")
     args = p.parse_args()
@@ -138,9 +139,9 @@ def main() -> None:
     test = load_mnist("fashion-mnist", "val", (32, 32), Path(args.data_dir))
     train = load_mnist("fashion-mnist", "train", (32, 32), Path(args.data_dir))
     classifier = load_classifier(Path(args.data_dir))
-    reference, predicted = look(classifier, test.images)
+    reference, predicted = classify(classifier, test.images)
     chosen = np.random.default_rng(0).permutation(len(train))[:10_000]
-    ideal, _ = look(classifier, train.images[chosen])
+    ideal, _ = classify(classifier, train.images[chosen])
     rows = [{"what": "classifier on test images", "agreement": float((predicted == test.labels).mean())},
             {"what": "10,000 training images (the ideal)", "frechet": frechet(ideal, reference)},
             {"what": f"{args.n:,} of them", "frechet": frechet(ideal[:args.n], reference)}]
@@ -151,7 +152,7 @@ def main() -> None:
         # The border of 2 pixels is padding, not part of the picture.
         error = recon[:, 2:-2, 2:-2] / 255.0 - test.images[:, 2:-2, 2:-2] / 255.0
         psnr = -10 * np.log10((error ** 2).mean((1, 2, 3))).mean()
-        features, predicted = look(classifier, recon)
+        features, predicted = classify(classifier, recon)
         rows.append({"what": f"{run}: reconstructions of the test images (the floor)",
                      "frechet": frechet(features, reference),
                      "agreement": float((predicted == test.labels).mean()), "psnr": float(psnr)})
@@ -162,7 +163,7 @@ def main() -> None:
         # ---- the samples
         labels = np.arange(args.n) % 10
         for scale in args.cfg:
-            features, predicted = look(classifier, draw_samples(run, scale, args))
+            features, predicted = classify(classifier, draw_samples(run, scale, args))
             how = f"{args.sampler or 'default sampler'}, {args.steps or 'default'} steps, guidance {scale:g}"
             if args.interval != ["0", "1"]:
                 how += f" for t in {'..'.join(args.interval)}"

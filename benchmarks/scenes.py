@@ -1,9 +1,9 @@
-"""Score a run on captioned shapes: how much of each prompt do `read_scene` and the picture agree on?
+"""Score a run on captioned shapes: how much of its prompt does each sample show, as `read_scene` reads it?
 
     python benchmarks/scenes.py runs/shapes-text-mmdit-rf --cfg 3        (from the repository's root)
 
-Prompts describe scenes outside the training set, with one shape and with two; half of them combine colour,
-kind and relation as training does, half in combinations that training never shows. Further flags go to
+Prompts describe scenes outside the training set, with one shape and with two. Half of them combine colour,
+kind and relation as in training, half in ways that training never contains. Further flags are passed to
 sample.py.
 """
 
@@ -34,7 +34,7 @@ def score_scene(scene: Scene, image: np.ndarray) -> dict[str, bool]:
         seen = _ordered_along(scene.relation, seen)
         in_order = _looks(seen) == _looks(asked)
         last_is_right = in_order and _holds(scene.relation, *seen)
-        # The right shapes in the wrong order get the relation wrong, but nothing else.
+        # If the right shapes are in the wrong order, only the relation counts as wrong.
         if not in_order and _looks(seen[::-1]) == _looks(asked):
             seen = seen[::-1]
     else:
@@ -67,7 +67,7 @@ def _holds(relation: str, first: Thing, second: Thing) -> bool:
 
 
 def main() -> None:
-    import sample       # here, so that score_scene needs nothing but toys.py
+    import sample       # here, so that score_scene needs only toys.py
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="a run folder")

@@ -24,8 +24,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="a run folder")
     p.add_argument("--n", type=int, default=240, help="number of samples (default: 240)")
-    p.add_argument("--sampler", default="heun", help="as of sample.py (default: heun)")
-    p.add_argument("--steps", default="10", help="as of sample.py (default: 10)")
+    p.add_argument("--sampler", default="heun", help="see sample.py (default: heun)")
+    p.add_argument("--steps", default="10", help="see sample.py (default: 10)")
     p.add_argument("--cfg", default="2", help="guidance scale (default: 2)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,19 +1,20 @@
-"""How fast: attention, a training step and guided sampling, against PyTorch's own kernels and diffusers.
+"""Measure attention, a training step and guided sampling, against PyTorch's own kernels and diffusers.
 
     python benchmarks/speed.py --out speed.json          (from the repository's root; diffusers is optional)
     python benchmarks/speed.py --only attention          (or train, sample)
 
-Everything that is compared runs in one process, several rounds of it; a figure is the median of the rounds,
-which the candidates take in turn (on a GPU one network after another, as together they would not fit). bf16,
-as train.py takes it, where the hardware has it, else float32. On a GPU: the published DiT presets and Stable
-Diffusion's U-Net; on a CPU sizes that finish in five minutes. diffusers' models have the same shape, run in
-the same loop, and are compiled block by block like ours (its DiT embeds time and class in every block, where
-ours does so once).
+All candidates run in one process and take turns for several rounds; a figure is the median over the rounds
+(on a GPU, one network after another, because together they would not fit). Networks run under bf16 autocast
+if the hardware has bf16, as in train.py, else in float32. On a GPU they are the published DiT presets and
+Stable Diffusion's U-Net; on a CPU, sizes that finish in five minutes. diffusers' models have the same shape,
+run in the same loop, and are compiled block by block like ours (its DiT embeds time and class in every block,
+ours only once).
 
-FLOPs, a multiplication and an addition each: attention forward 4 B heads N^2 head_dim, backward 2.5 times
-that. A network forward: counted by torch's FlopCounterMode with attention written out (for DiT's block of
-width D and N tokens that is 24 N D^2 + 4 N^2 D + 12 D^2: 0.24 TFLOP for XL/2 at N = 256); a training step is
-three of them. "Utilisation" is that over the time, as a share of what a large matrix product reaches here.
+A multiplication and an addition count as two FLOPs. Attention takes 4 B heads N^2 head_dim forward, and 2.5
+times that backward. A network's forward pass is counted by torch's FlopCounterMode with attention written out
+(for a DiT block of width D and N tokens: 24 N D^2 + 4 N^2 D + 12 D^2; 0.24 TFLOP for XL/2 at N = 256); a
+training step is three of them. "Utilisation" is FLOPs over time, as a share of the rate of a large matrix
+product on this machine.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def synchronize() -> None:
 
 
 def seconds(functions: dict[str, Callable], rounds: int = 7, least: float = 0.2) -> dict[str, float]:
-    """Seconds a call of each function: in every round all take their turn, for at least `least` seconds."""
-    repeats, times = {}, {name: [] for name in functions}
+    """Seconds per call of each function. They take turns, each for at least `least` seconds per round."""
+    repeats = {}
+    times = {name: [] for name in functions}
     for name, function in functions.items():
         for _ in range(3):
             function()
@@ -87,14 +89,15 @@ def proc(file: str, name: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "0")
 
 
-def late(deadline: float, what: str) -> bool:
-    if time.monotonic() > deadline:
-        print(f"{what}: left out, for want of time (--minutes)", flush=True)
-    return time.monotonic() > deadline
+def is_late(deadline: float, what: str) -> bool:
+    late = time.monotonic() > deadline
+    if late:
+        print(f"{what}: left out, because the time is up (--minutes)", flush=True)
+    return late
 
 
 def matrix_rate() -> float:
-    """FLOP/s of a large matrix product: what this device can do."""
+    """FLOP/s of a large matrix product, as the peak rate of this device."""
     n = 8192 if CUDA else 2048
     a, b = torch.randn(2, n, n, device=DEVICE, dtype=DTYPE)
     return 2 * n**3 / seconds({"": lambda: a @ b}, least=0.05)[""]
@@ -103,20 +106,21 @@ def matrix_rate() -> float:
 # ---- attention alone
 
 def attempt(make: Callable) -> Callable | None:
-    """None where a backend does not take these inputs."""
+    """The function that `make` returns, or None if it fails, as when a backend does not take these inputs."""
     try:
         function = make()
         function()
         synchronize()
         return function
-    except Exception as error:                           # Triton and each backend have their own kinds
-        torch.cuda.empty_cache() if CUDA else None
+    except Exception as error:                           # Triton and each backend raise their own types
+        if CUDA:
+            torch.cuda.empty_cache()
         print(f"  (left out: {type(error).__name__}: {str(error)[:90]!r})", file=sys.stderr)
         return None
 
 
 def measure(calls: dict[str, Callable], inputs: list[torch.Tensor], flops: float) -> Row:
-    """Forward, and forward with backward, of each call on inputs."""
+    """Seconds and TFLOP/s of each call on these inputs: forward, backward, and both."""
     row = {}
     for way in ("forward", "both"):
         functions = {}
@@ -146,10 +150,10 @@ def sdpa(backend: SDPBackend) -> Callable:
 def attention_alone(deadline: float, flex_everywhere: bool) -> Iterator[Row]:
     for dim in (64, 128) if CUDA else (64,):
         for n in (256, 512, 1024, 4096, 16384) if CUDA else (16, 64, 256, 1024):
-            if late(deadline, f"attention at N {n}, head_dim {dim}"):
+            if is_late(deadline, f"attention at N {n}, head_dim {dim}"):
                 continue
             heads, batch = (16, max(1, 65536 // n)) if CUDA else (4, max(1, 1024 // n))
-            shape = (batch, n, heads, dim)               # as a projection leaves it
+            shape = (batch, n, heads, dim)               # the memory layout of a projection's output
             q, k, v = (torch.randn(shape, device=DEVICE, dtype=DTYPE).transpose(1, 2).requires_grad_()
                        for _ in "qkv")
             calls = {backend.name.split("_")[0].lower(): sdpa(backend) for backend in (
@@ -160,7 +164,8 @@ def attention_alone(deadline: float, flex_everywhere: bool) -> Iterator[Row]:
                 from torch.nn.attention.flex_attention import flex_attention
                 if flex_everywhere or n in (1024, 4096):     # each size takes seconds to compile
                     calls["flex"] = torch.compile(flex_attention, dynamic=False)
-                calls |= {"ours": attention_file.fused_attention} if attention_file.triton else {}
+                if attention_file.triton:
+                    calls["ours"] = attention_file.fused_attention
             else:
                 calls = {"flash": calls["flash"], "math": calls["math"], "ours": attention_file.attention}
             row = {"what": "attention", "N": n, "head_dim": dim, "batch": batch, "heads": heads}
@@ -236,7 +241,7 @@ class Theirs(torch.nn.Module):
         else:
             from diffusers import UNet2DConditionModel
             c = unet.UNetConfig(**case.config)
-            down = ["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in c.attention]
+            down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in c.attention]
             self.net = UNet2DConditionModel(
                 block_out_channels=c.widths, layers_per_block=c.layers, cross_attention_dim=c.context_width,
                 norm_num_groups=c.groups, attention_head_dim=c.heads, down_block_types=down,
@@ -249,7 +254,7 @@ class Theirs(torch.nn.Module):
 
 
 def variants(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
-    """How to make each; the network itself, on the device."""
+    """Functions that make the networks to compare, each on the device, by name."""
     layout = torch.channels_last if CUDA and case.arch == "unet" else torch.contiguous_format
 
     def ours(compiled: bool):
@@ -263,14 +268,15 @@ def variants(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
     def theirs(compiled: bool):
         with DEVICE:
             model = Theirs(case).to(memory_format=layout)
-        for block in model.modules() if compiled else ():        # whole, it takes minutes
-            if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
-                block.compile()
+        if compiled:
+            for block in model.modules():                # compiling the whole network would take minutes
+                if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
+                    block.compile()
         return model
 
     made = {"ours": lambda: ours(False), "ours compiled": lambda: ours(True)}
     if CUDA and case.arch == "dit" and attention_file.triton:
-        made["ours compiled, kernels"] = lambda: ours(True)       # instead of SDPA: `networks` turns them on
+        made["ours compiled, kernels"] = lambda: ours(True)      # `networks` selects them instead of SDPA
     if case.name.startswith("modern") or importlib.util.find_spec("diffusers") is None:
         return made
     return made | {"diffusers": lambda: theirs(False), "diffusers compiled": lambda: theirs(True)}
@@ -294,7 +300,7 @@ def inputs(case: Case, batch: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
 
 
 def training(case: Case, model: torch.nn.Module) -> Callable[[], None]:
-    """One step as train.py does it: autocast, backward, fused AdamW; clipping and averaging left out."""
+    """A training step as in train.py (autocast, backward, fused AdamW), without clipping and averaging."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     xt, t, cond = inputs(case, batch_of(case))
     eps = torch.randn_like(xt)
@@ -309,7 +315,7 @@ def training(case: Case, model: torch.nn.Module) -> Callable[[], None]:
 
 
 def sampling(case: Case, model: torch.nn.Module, batch: int, steps: int, graphs: bool) -> Callable[[], None]:
-    """Guided Euler, both branches in one batch; graphs: as sample.py --compile on a GPU."""
+    """Guided Euler sampling, both branches in one batch. graphs: as sample.py --compile does on a GPU."""
     path = RectifiedFlow()
     xt, _, cond = inputs(case, batch)
     uncond = {"y": torch.full_like(cond["y"], 1000)} if "y" in cond else {"context": 0 * cond["context"]}
@@ -323,7 +329,7 @@ def sampling(case: Case, model: torch.nn.Module, batch: int, steps: int, graphs:
 
 
 def flops_forward(case: Case) -> float:
-    """Of one picture."""
+    """FLOPs of a forward pass for one picture."""
     cls, config = (dit.DiT, dit.DiTConfig) if case.arch == "dit" else (unet.UNet, unet.UNetConfig)
     xt, t, cond = (part if isinstance(part, dict) else part.to("meta") for part in inputs(case, 1))
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -332,8 +338,8 @@ def flops_forward(case: Case) -> float:
 
 
 def peak(index: int, name: str) -> None:
-    """Prints the memory, in MiB, of a process that takes three training steps; run for a CPU's figures. Of
-    this process alone: what getrusage calls the maximum may begin at that of its parent."""
+    """Print the peak memory, in MiB, of this process after three training steps; `networks` runs it in a new
+    process on a CPU. VmHWM is the peak of this process alone; getrusage's may begin at that of its parent."""
     step = training(CASES[index], variants(CASES[index])[name]())
     for _ in range(3):
         step()
@@ -342,15 +348,19 @@ def peak(index: int, name: str) -> None:
 
 def networks(only: str, rate: float, deadline: float) -> Iterator[Row]:
     for index, case in enumerate(CASES):
-        flops, makers = flops_forward(case), variants(case)
-        batch = batch_of(case) if only == "train" else 16 if CUDA else 4
+        flops = flops_forward(case)
+        makers = variants(case)
+        if only == "train":
+            batch = batch_of(case)
+        else:
+            batch = 16 if CUDA else 4
         uses = {name: (make, batch, 20, False) for name, make in makers.items()}
         if CUDA and only == "sample" and case.name == "DiT-XL/2, 256 tokens":
             uses = {"ours, 50 steps": (makers["ours"], 1, 50, False),
                     "ours graphed, 50 steps": (makers["ours"], 1, 50, True)} | uses
         functions, memory, took = {}, {}, {}
         for name, (make, pictures, steps, graphs) in uses.items():
-            if late(deadline, f"{only}, {case.name}, {name}"):
+            if is_late(deadline, f"{only}, {case.name}, {name}"):
                 continue
             attention_file.KERNEL = name.endswith("kernels")
             torch.manual_seed(0)
@@ -368,7 +378,7 @@ def networks(only: str, rate: float, deadline: float) -> Iterator[Row]:
                     took |= seconds({name: functions[name]}, rounds=5)
                     if torch.cuda.memory_allocated() > held:
                         print(f"{case.name}, {name}: holds more memory after more calls", flush=True)
-            except Exception as error:                   # the others go on
+            except Exception as error:                   # leave this one out and go on with the others
                 functions.pop(name, None)
                 print(f"{only}, {case.name}, {name}, batch {pictures}: left out, {type(error).__name__}: "
                       f"{str(error)[:120]!r}", flush=True)
@@ -397,7 +407,7 @@ def main() -> None:
     p.add_argument("--only", nargs="+", choices=("attention", "train", "sample"),
                    default=["attention", "train", "sample"])
     p.add_argument("--out", type=Path, help="write every figure as JSON")
-    p.add_argument("--minutes", type=float, default=8, help="begin nothing new after these (default 8)")
+    p.add_argument("--minutes", type=float, default=8, help="begin nothing new after this time (default: 8)")
     p.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.peak:
@@ -411,15 +421,19 @@ def main() -> None:
     print(f"{device}, torch {torch.__version__}, {DTYPE}: {rate / 1e12:.3g} TFLOP/s in a matrix product",
           flush=True)
     if importlib.util.find_spec("diffusers") is None:
-        print("without diffusers (pip install diffusers): its rows are left out", flush=True)
-    begun, rows = time.monotonic(), []
+        print("diffusers is not installed (pip install diffusers): its rows are left out", flush=True)
+    begun = time.monotonic()
+    rows = []
     torch._dynamo.config.cache_size_limit = 64
     for i, only in enumerate(args.only, 1):
         deadline = begun + 60 * args.minutes * i / len(args.only) - 20
-        for row in (attention_alone(deadline, flex_everywhere=len(args.only) == 1) if only == "attention" else
-                    networks(only, rate, deadline)):
+        if only == "attention":
+            found = attention_alone(deadline, flex_everywhere=len(args.only) == 1)
+        else:
+            found = networks(only, rate, deadline)
+        for row in found:
             rows.append(row)
-            if args.out:                                 # each time: a run cut short leaves what it has
+            if args.out:                                 # after every row, in case the run is cut short
                 args.out.write_text(json.dumps({
                     "device": device, "torch": torch.__version__, "dtype": str(DTYPE),
                     "date": time.strftime("%Y-%m-%d"), "matrix FLOP/s": rate, "rows": rows}, indent=1))

@@ -47,7 +47,7 @@ def seeded():
 # ---- tiny runs
 
 def few_samples(monkeypatch, steps=3):
-    """The tests need no 240 samples of each run, nor good ones."""
+    """The tests need neither 240 samples of each run nor good ones."""
     monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
     for name, row in list(settings.OBJECTIVES.items()):
         monkeypatch.setitem(settings.OBJECTIVES, name, row._replace(steps=steps))

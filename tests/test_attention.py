@@ -1,6 +1,6 @@
 """attention.py: the formula by hand, the path that the CPU takes, and the kernels against the formula.
 
-Without a GPU the kernels run in Triton's interpreter (conftest.py asks for it), and are compiled for one."""
+Without a GPU the kernels run in Triton's interpreter (see conftest.py) and are also compiled for a GPU."""
 
 import math
 import os
@@ -74,7 +74,7 @@ def test_rope_scores_depend_on_the_offset_only():
     rotated = [rotate(z.expand(42, 16), (cos, sin)).view(6, 7, 16) for z in (q, k)]
     score = lambda a, b: rotated[0][a] @ rotated[1][b]
     torch.testing.assert_close(score((0, 0), (2, 1)), score((3, 5), (5, 6)), rtol=1e-5, atol=1e-5)
-    assert abs(score((0, 0), (2, 1)) - score((0, 0), (1, 2))) > 1e-3          # and it knows rows from columns
+    assert abs(score((0, 0), (2, 1)) - score((0, 0), (1, 2))) > 1e-3          # rows and columns differ
 
 
 def test_packed_sequences_attend_to_themselves():
@@ -133,13 +133,13 @@ def test_kernels_equal_the_formula(n, m, dim, norm, rope):
 @pytest.mark.parametrize("n, m, norm", [(9, 70, True), (70, 9, False)])
 def test_kernels_masked(n, m, norm):
     mask = torch.rand(2, m, device=DEVICE) < 0.4
-    mask[0] = torch.arange(m, device=DEVICE) == m - 1           # a whole block of keys that nobody may see
+    mask[0] = torch.arange(m, device=DEVICE) == m - 1    # a whole block of keys that none may attend to
     mask[1, 0] = True
     compare(n, m, 32, norm=norm, mask=mask)
 
 
 @needs_triton
-def test_a_row_that_sees_nothing_is_zero_and_harms_no_other():
+def test_a_fully_masked_row_is_zero_and_affects_no_other():
     """As in SDPA."""
     q, k, v = (torch.randn(2, 1, 9, 32, device=DEVICE, requires_grad=True) for _ in "qkv")
     mask = torch.tensor([[True] * 9, [False] * 9], device=DEVICE)

@@ -374,9 +374,9 @@ def test_captions_too_long_are_counted(capsys):
            "'four five'" in capsys.readouterr().err
     words(captions=["one two three"], resumed=False)
     assert capsys.readouterr().err == ""
-    words(captions=["one two three four five"], resumed=True)                 # it was said when the run began
+    words(captions=["one two three four five"], resumed=True)                 # warned of when the run began
     assert capsys.readouterr().err == ""
-    # of a frozen encoder it is the limit that counts
+    # for a frozen encoder, its own limit counts
     kind = conditioning.of_settings("text", {"encoder": "clip", "path": "x"}, 0.1, CPU)
     kind.encoder, kind.captions = FakeEncoder(), ["short", "exactly as long as this is"]
     kind.warn_of_truncation()

@@ -47,7 +47,7 @@ def attended(q, k, v):
 @pytest.mark.parametrize("dual", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_joint_block_written_out(last, dual, qk_norm):
-    """Of the last block's text only a shift and a scale exist; the dual attention is of the image alone."""
+    """The last block's text has only a shift and a scale; the dual attention is within the image."""
     config = mmdit.MMDiTConfig(**SMALL | dict(mmdit.PUBLISHED_BLOCK, qk_norm=qk_norm))
     block = randomize(mmdit.JointBlock(config, last=last, dual=dual))
     x, text = torch.randn(2, 6, 32, dtype=torch.float64), torch.randn(2, 5, 32, dtype=torch.float64)

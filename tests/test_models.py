@@ -47,7 +47,7 @@ def test_timestep_embedding(module):
 @pytest.mark.parametrize("cls, config", [(DiT, DiTConfig(**SMALL_DIT)), (UNet, UNetConfig(**SMALL_UNET))])
 def test_time_is_not_rounded_in_bf16(cls, config):
     """bf16 has 8 bits: t and 1000 t would collapse neighbouring times.
-    The embedding must see them in float32."""
+    The embedding must take them in float32."""
     model = randomize(cls(config)).bfloat16()
     seen = []
     embed = model.t_embedder.mlp[0] if cls is DiT else model.time_embedding.linear_1

@@ -115,7 +115,7 @@ def test_every_published_preset_takes_the_original_names(family):
 
 
 def test_scale_of_a_published_vae(downloads, tmp_path):
-    """config.json says it; one of another family is refused rather than drawn with."""
+    """config.json holds the scale; a VAE of another family is refused rather than used."""
     (tmp_path / "vae").mkdir()
     config, name = tmp_path / "vae/config.json", "diffusion_pytorch_model.bin"
     (tmp_path / "vae" / name).write_bytes((downloads / "vae" / name).read_bytes())

@@ -276,7 +276,7 @@ def test_steps_are_intervals_and_one_works(name, path):
         y = SAMPLERS[name](counting, path, torch.randn(3, 1), path.times(steps),
                            on_step=lambda i, x, x0: shown.append(i))
         assert torch.isfinite(y).all() and shown == list(range(steps))
-        # one evaluation a step, and more inside a step unless it starts at alpha = 0 or ends at 0
+        # one evaluation per step, and more inside a step unless it starts at alpha = 0 or ends at 0
         inside = {"heun": 1, "dpm_solver_2": 1, "dpm_solver_3": 2}.get(name, 0)
         from_pure_noise = name != "heun" and steps > 1 and path.alpha_sigma(path.times(1)[0])[0] == 0
         assert len(calls) == steps + inside * (steps - 1 - int(from_pure_noise))

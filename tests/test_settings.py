@@ -264,7 +264,7 @@ def test_settings_of_the_vae_that_comes_first():
 
 
 def test_the_vae_that_is_there_already():
-    """Whoever began it chose its settings; this command may repeat them, but not contradict them."""
+    """Its settings are kept; this command may repeat them, but not contradict them."""
     begun = vars(parse(["--arch", "vae", "--lr", "0.5", "--steps", "9", "--vae-widths", "8", "16", "--seed",
                         "4", "--log-every", "3", "--name", "shapes-vae"])) | {"vae_name": "shapes-vae"}
     args = parse(["--arch", "dit", "--vae-steps", "9", "--vae-widths", "8", "16", "--log-every", "7"])
@@ -355,10 +355,10 @@ TEXT = ["--text-encoder", "clip:x"]
     (["--arch", "mmdit", "--preset", "flux-dev", *TEXT], dict(context_width=16, guidance=False)),
     (["--arch", "unet", "--preset", "tiny"],
      dict(channels=8, num_classes=5, context_width=None, pooled_width=None, positions=False)),
-    # text reaches every level of a U-Net of our own, and attention knows where each pixel is
+    # in a U-Net of our own, text reaches every level, and positions are added before attention
     (["--arch", "unet", "--preset", "small", "--cond", "text", *TEXT],
      dict(num_classes=0, context_width=16, pooled_width=12, positions=True, attention=(True, True))),
-    # Stable Diffusion's, which has no pooled vector, stays as published, and takes text only where asked to
+    # Stable Diffusion's, without a pooled vector, stays as published, and takes text only with --cond text
     (["--arch", "unet", "--preset", "sd1", "--cond", "text", *TEXT],
      dict(num_classes=0, context_width=16, pooled_width=None, positions=False,
           attention=unet.UNetConfig(**unet.PRESETS["sd1"]).attention)),

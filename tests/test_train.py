@@ -128,14 +128,14 @@ def test_grey_data(tmp_path, monkeypatch, quick):
 
 
 def test_the_vae_of_a_captioned_folder_is_that_of_its_pictures(cwd, text_runs, capsys):
-    """It was trained ahead of a network with text; by itself, without a look at the captions, it is done."""
+    """It was trained before a network with text. Its own command, without captions, finds it finished."""
     train.main(["--arch", "vae", "--data", "scenes", "--vae-preset", "tiny", "--steps", "60", *QUICK[6:8]])
     assert "runs/scenes-vae is finished: 60 steps" in capsys.readouterr().out
 
 
 # ---- what the loop does
 
-def test_training_sees_normalised_latents(cwd):
+def test_training_uses_normalised_latents(cwd):
     task, model = denoising(), Recorder()
     task.path.sample_t = lambda n: torch.full((n,), 1e-5)
     task.loss(model, np.arange(4000))
