@@ -33,6 +33,7 @@ from unet import UNetConfig
 Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask and perhaps pooled
 VALIDATED = 256        # validation pictures that are used
 PREVIEW_COLUMNS = 8    # columns of a preview that has no classes
+CLASS_COLUMNS = 24    # at most, where each class has a column
 
 
 class Asked(NamedTuple):
@@ -50,8 +51,8 @@ class Asked(NamedTuple):
         return cond, uncond
 
 
-class Nothing:
-    """No conditions, and the base of the other kinds.
+class Conditioning:
+    """What all kinds have in common. Where a kind does not say otherwise, there are no conditions.
 
     The constructor takes a checkpoint. For a new run, `of_settings` passes an incomplete one, with only the
     text encoder and the label dropout, and `attach` adds the rest."""
@@ -78,7 +79,7 @@ class Nothing:
 
     # ---- training
 
-    def prepare(self, source: str, folder: Folder | None) -> None:
+    def load_encoder(self, source: str, folder: Folder | None) -> None:
         """Load what it takes to build the network, before anything is written. source: --data; folder: its
         listing."""
 
@@ -129,7 +130,11 @@ class Nothing:
         return ""
 
 
-class Labels(Nothing):
+class Nothing(Conditioning):
+    """No conditions: the network is called with the latent and the time alone."""
+
+
+class Labels(Conditioning):
     """Class labels. Data without classes (a flat folder) makes an unconditional network."""
 
     flags = {"--label": dict(help="class, by number or name (default: all in turn)")}
@@ -166,7 +171,7 @@ class Labels(Nothing):
     def preview(self, model: nn.Module, rows: int) -> Asked:
         if not self.classes:
             return super().preview(model, rows)
-        columns = min(len(self.classes), 24)                       # a column per class
+        columns = min(len(self.classes), CLASS_COLUMNS)                       # a column per class
         turn = torch.arange(rows * columns) % len(self.classes)
         return Asked(turn, self.every(), self.classes, columns)
 
@@ -183,7 +188,7 @@ class Labels(Nothing):
         columns = None
         if args.label is not None:
             turn = torch.full((args.n,), self.index(args.label))
-        elif 1 < len(self.classes) <= min(24, args.n):
+        elif 1 < len(self.classes) <= min(CLASS_COLUMNS, args.n):
             columns = len(self.classes)
         return Asked(turn, self.every(), self.classes, columns)
 
@@ -203,7 +208,7 @@ class Labels(Nothing):
         return f" --label {shlex.quote(self.classes[0])}" if self.classes else ""
 
 
-class Words(Nothing):
+class Words(Conditioning):
     """Text, through an encoder. text["encoder"] is one of
     "bytes": built in, a part of the network (`model.text`) that is trained and saved with it;
     "clip" or "t5": frozen, from the folder text["path"];
@@ -241,7 +246,7 @@ class Words(Nothing):
 
     # ---- training
 
-    def prepare(self, source: str, folder: Folder | None) -> None:
+    def load_encoder(self, source: str, folder: Folder | None) -> None:
         if self.kind == "bytes":
             width = self.text["config"]["width"]
             self.widths = TextWidths(width, width)
@@ -404,20 +409,20 @@ KINDS = {"text": Words, "class": Labels, "none": Nothing}
 FLAGS = {name: fields for kind in KINDS.values() for name, fields in kind.flags.items()}     # of sample.py
 
 
-def of_settings(cond: str, text: dict | None, dropout: float, device: torch.device) -> Nothing:
+def of_settings(cond: str, text: dict | None, dropout: float, device: torch.device) -> Conditioning:
     """The conditioning of a new run; cond is a key of KINDS."""
     incomplete = {"data": {"classes": []}, "text": text, "label_dropout": dropout}
     return KINDS[cond](incomplete, device)
 
 
-def of_checkpoint(checkpoint: dict, device: torch.device) -> Nothing:
+def of_checkpoint(checkpoint: dict, device: torch.device) -> Conditioning:
     """The conditioning of a trained network."""
     for kind in KINDS.values():
         if kind.fits(checkpoint):
             return kind(checkpoint, device)
 
 
-def check_flags(condition: Nothing, args: argparse.Namespace) -> None:
+def check_flags(condition: Conditioning, args: argparse.Namespace) -> None:
     """Refuse the conditioning flags of sample.py that this run does not take."""
     for flag in FLAGS:
         value = getattr(args, flag.lstrip("-").replace("-", "_"))
@@ -432,7 +437,7 @@ def check_flags(condition: Nothing, args: argparse.Namespace) -> None:
         raise ValueError(f"{args.run}: this run {condition.described}; give some by --embedding FILE.npz")
 
 
-def guidance_scale(condition: Nothing, args: argparse.Namespace) -> float:
+def guidance_scale(condition: Conditioning, args: argparse.Namespace) -> float:
     """The guidance scale asked for, or the run's default. Refuses a scale that the run does not support and
     flags that have no effect at this scale."""
     scale = args.cfg
@@ -474,7 +479,7 @@ def demo() -> None:
     text = {"encoder": "bytes", "config": {"width": 16, "depth": 1, "heads": 2}}
     for cond, data in (("none", with_classes), ("class", with_classes), ("text", with_captions)):
         condition = of_settings(cond, text if cond == "text" else None, 0.5, cpu)
-        condition.prepare("demo", None)
+        condition.load_encoder("demo", None)
         condition.attach(data, data, Path("."), resumed=False)
         batch = condition.batch(model, np.arange(4), torch.tensor([False, False, False, True]))
         print(f"--cond {cond}: this run {condition.described}; network options "

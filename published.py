@@ -53,7 +53,7 @@ FAMILIES = {
 }
 
 
-def published_model(family: str, size: str, patch: int, side: int) -> Published:
+def published_row(family: str, size: str, patch: int, side: int) -> Published:
     config = dit.PRESETS[f"{size}/{patch}"] | dit.PUBLISHED_BLOCK | FAMILIES[family].time
     config |= {"learn_sigma": True, "num_classes": 1000}           # SiT has the extra channels too, unused
     if size == "XL":
@@ -63,7 +63,7 @@ def published_model(family: str, size: str, patch: int, side: int) -> Published:
 
 # By name: FAMILY-SIZE-PATCH-SIDE. Few of these have been released, but the authors' code can train all.
 MODELS: dict[str, Published] = {
-    f"{family}-{size.lower()}-{patch}-{side}": published_model(family, size, patch, side)
+    f"{family}-{size.lower()}-{patch}-{side}": published_row(family, size, patch, side)
     for family, size, patch, side in itertools.product(FAMILIES, ("S", "B", "L", "XL"), (2, 4, 8), (256, 512))
 }
 

@@ -32,7 +32,7 @@ import conditioning
 import published
 import settings
 from cache import locked, write_atomically
-from conditioning import Nothing
+from conditioning import Conditioning
 from data import Folder, find_folder
 from published import check_weights, load_weights
 from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
@@ -350,7 +350,7 @@ class Plan:
     run: Run
     device: torch.device
     bf16: bool                                   # whether the network runs under bf16 autocast
-    conditioning: Nothing
+    conditioning: Conditioning
     words: str | None                            # the text of each picture: "captions", "embeddings" or None
     folder: Folder | None                        # the listing of --data, if that is a folder
     vae: VAE | None = None                       # None until it has been trained
@@ -394,7 +394,7 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
             vae_args = plan.vae_args = settings.vae_settings(args, earlier)
         if args.init_from and not begun:
             plan.initial = initial_weights(args)
-        condition.prepare(args.data, folder)
+        condition.load_encoder(args.data, folder)
     vae_config = plan.vae.config if plan.vae else VAEConfig(**settings.vae_config(vae_args, image_channels=3))
     check_shapes(args, vae_config, condition, plan.initial)
     return plan
@@ -441,7 +441,7 @@ def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> 
     return state
 
 
-def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Nothing,
+def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Conditioning,
                  initial: dict[str, Tensor] | None) -> None:
     """Build the networks on the meta device, which takes no memory, and check that the downsampling and the
     patches divide both sides of the pictures, so that errors appear before minutes are spent on the VAE."""

@@ -36,7 +36,7 @@ from data import grid, open_image, to_tensor, to_uint8
 from published import load_weights
 from run import build_model, build_path, graphed, load_checkpoint, load_published, unpack_vae
 from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like
-from settings import (OBJECTIVES, Flag, check_compiler, integer, make_parser, number, one_of, path,
+from settings import (OBJECTIVES, Flag, check_compiler, file_path, integer, make_parser, number, one_of,
                       pick_device, published_model)
 from vae import VAE
 
@@ -55,10 +55,11 @@ FLAGS = {
     "what to draw": [
         Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
         *(Flag(name, type=str, **fields) for name, fields in conditioning.FLAGS.items()),
-        Flag("--init-image", "begin with this picture instead of noise", path, metavar="FILE"),
+        Flag("--init-image", "begin with this picture instead of noise", file_path, metavar="FILE"),
         Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone (default: 0.6; 1 "
                            "where there is a --mask)", number(0, 1)),
-        Flag("--mask", "draw only where this picture is white (needs --init-image)", path, metavar="FILE"),
+        Flag("--mask", "draw only where this picture is white (needs --init-image)", file_path,
+             metavar="FILE"),
         Flag("--seed", "picture i is drawn with seed + i (default: 0)", integer(-10**18, 10**18), 0),
         Flag("--out", "NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC; NAME.gif: the steps from noise; "
                       "a folder: single PNGs (default: samples.png)", str, "samples.png"),

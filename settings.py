@@ -68,7 +68,7 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
-def path(string: str) -> str:
+def file_path(string: str) -> str:
     if not string:
         raise argparse.ArgumentTypeError("is empty; give a path, or leave it out")
     return string
@@ -226,9 +226,9 @@ FLAGS = {
         Flag("--conv", "dit, mmdit: a depthwise 3x3 convolution between the tokens in every MLP",
              needs=TRANSFORMER, settled=True),
         Flag("--vae", "a trained VAE: run, checkpoint, published file or diffusers folder (default: train "
-                      "one on this data)", path, needs=NETWORK),
-        Flag("--init-from", "start from the weights of this run or published file (default lr: 1e-4)", path,
-             metavar="PATH", needs=NETWORK),
+                      "one on this data)", file_path, needs=NETWORK),
+        Flag("--init-from", "start from the weights of this run or published file (default lr: 1e-4)",
+             file_path, metavar="PATH", needs=NETWORK),
         Flag("--published", "the published model in the --init-from file, like dit-xl-2-256; it settles "
                             "network and objective", published_model, metavar="NAME", needs=NETWORK),
     ],

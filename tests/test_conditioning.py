@@ -48,7 +48,7 @@ def words(text=SMALL, captions=("a red square", "green", "blue", "red"), resumed
     images = np.zeros((len(captions), 8, 8, 3), np.uint8)
     part = Dataset(images, None, [], "demo", captions=list(captions), **fields)
     kind = conditioning.of_settings("text", text, 0.1, CPU)
-    kind.prepare("demo", None)
+    kind.load_encoder("demo", None)
     kind.attach(part, part, Path("."), resumed=resumed)
     return kind
 

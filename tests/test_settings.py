@@ -19,7 +19,7 @@ import settings
 import text
 import unet
 import vae
-from settings import integer, number, one_of, parse, path, published_model, text_encoder
+from settings import file_path, integer, number, one_of, parse, published_model, text_encoder
 
 # ---- what a flag accepts
 
@@ -31,7 +31,7 @@ from settings import integer, number, one_of, parse, path, published_model, text
     (integer(1), "1", 1), (integer(1), "1000000000", 10**9), (integer(0, 2**62), "0", 0),
     (integer(0, 2**62), str(2**62), 2**62), (integer(-5, 5), "-5", -5),
     (one_of(("a", "b")), "b", "b"),
-    (path, "a b/c", "a b/c"),
+    (file_path, "a b/c", "a b/c"),
     (text_encoder, "bytes", "bytes"), (text_encoder, "none", "none"), (text_encoder, "clip:a", "clip:a"),
     (text_encoder, "t5:/a:b", "t5:/a:b"),
     (published_model, "dit-xl-2-256", "dit-xl-2-256"),
@@ -61,7 +61,7 @@ def test_accepted(accept, given, expected):
     (integer(0, 5), "-1", "-1: must be between 0 and 5"),
     (one_of(("a", "b")), "c", "c: must be one of a, b"),
     (one_of(("a", "b")), "", ": must be one of a, b"),
-    (path, "", "is empty; give a path, or leave it out"),
+    (file_path, "", "is empty; give a path, or leave it out"),
     (text_encoder, "", "must be bytes, clip:FOLDER, t5:FOLDER or none"),
     (text_encoder, "bert", "bert: must be bytes"),
     (text_encoder, "clip", "clip: must be"), (text_encoder, "t5:", "t5:: must be"),
