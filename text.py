@@ -12,6 +12,7 @@ except from T5, pooled (B, P).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ class FrozenTextEncoder:
     kind "clip": the penultimate hidden layer and the pooled output (Stable Diffusion 2, XL and 3); "t5": the
     last hidden layer and no pooled output (Stable Diffusion 3). path: a folder with the model and its
     tokenizer, or a pipeline's with text_encoder/ and tokenizer/ (for t5 text_encoder_3/ and tokenizer_3/).
-    limit: tokens of a prompt, begin and end marks included. Raises ValueError with a line for the user."""
+    limit: tokens of a prompt, begin and end marks included. The files may be in any precision; the encoder
+    runs in float32. No code that lies in the folder is run. Raises ValueError with a line for the user."""
 
     def __init__(self, kind: str, path: str, device: torch.device | str = "cpu", limit: int = 77):
         suffix = "_3" if kind == "t5" else ""
@@ -177,12 +179,14 @@ class FrozenTextEncoder:
             raise ValueError(f"{kind}:{path}: needs the package transformers "
                              "(pip install transformers)") from None
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder,
-                                                                        local_files_only=True)
-            self.model = load_encoder(kind, model_folder).to(device).eval()
+            self.tokenizer = load_tokenizer(kind, tokenizer_folder)
+            # float32: in half precision T5 overflows, and a CPU is slower
+            self.model = load_encoder(kind, model_folder).float().to(device).eval()
+            check_tokenizer(kind, self.tokenizer, self.model)
         except Exception as error:         # transformers raises a dozen types; all mean the same to the user
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{kind}:{path}: cannot be loaded as a {kind} encoder with its tokenizer "
-                             f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+                             f"({what})") from None
         self.kind = kind
         self.limit = min(limit, self.tokenizer.model_max_length)
 
@@ -215,17 +219,62 @@ def subfolder(path: str, name: str) -> str:
     return f"{path}/{name}" if os.path.isdir(f"{path}/{name}") else path
 
 
-def load_encoder(kind: str, folder: str) -> nn.Module:
-    """The model of the package transformers that the weights in a folder belong to."""
+# What config.json calls an encoder of each kind. A whole CLIP contains its text encoder; mT5 is a T5.
+MODEL_TYPES = {"clip": ("clip_text_model", "clip"), "t5": ("t5", "mt5")}
+# Files of which one group must be there: without them, transformers makes up an empty vocabulary.
+TOKENIZER_FILES = {"clip": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+                   "t5": (("tokenizer.json",), ("spiece.model",))}
+# Begin and end marks of a prompt, which tell the two kinds of tokenizers apart.
+SPECIAL_TOKENS = {"clip": 2, "t5": 1}
+
+
+def load_tokenizer(kind: str, folder: str):
+    """The tokenizer in a folder. Raises ValueError if its files are not all there."""
     import transformers
 
+    groups = TOKENIZER_FILES[kind]
+    if not any(all(os.path.isfile(f"{folder}/{name}") for name in names) for names in groups):
+        needed = " or ".join(" with ".join(names) for names in groups)
+        raise ValueError(f"no tokenizer in {folder}, which needs {needed}")
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def check_tokenizer(kind: str, tokenizer, model: nn.Module) -> None:
+    """Raise ValueError where the tokenizer is another model's: its tokens would mean something else."""
+    marks = tokenizer.num_special_tokens_to_add()
+    known = model.get_input_embeddings().num_embeddings
+    if marks != SPECIAL_TOKENS[kind] or len(tokenizer) > known:
+        raise ValueError(f"its tokenizer, of {len(tokenizer):,} tokens and {marks} marks, belongs to another "
+                         f"model than this one of {known:,} tokens and {SPECIAL_TOKENS[kind]} marks")
+
+
+def load_encoder(kind: str, folder: str) -> nn.Module:
+    """The model of the package transformers that the weights in a folder belong to. Raises ValueError for a
+    folder of another kind of model, or without some of the weights."""
+    import transformers
+
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    if config.get("model_type") not in MODEL_TYPES[kind]:
+        raise ValueError(f"config.json names a model of type {config.get('model_type')!r}, not "
+                         f"{' or '.join(MODEL_TYPES[kind])}")
+    # transformers would fetch an implementation of attention that is named like OWNER/NAME, and run it.
+    attention = str([config.get("attn_implementation"), config.get("_attn_implementation")])
+    if "/" in attention or "auto_map" in config:
+        raise ValueError("config.json asks for code from elsewhere, which is not run (auto_map or "
+                         "attn_implementation)")
     if kind == "t5":                       # without the decoder, which text-to-image does not use
-        return transformers.T5EncoderModel.from_pretrained(folder, local_files_only=True)
-    # CLIP comes with a projection of its pooled output (XL, 3) or without one (Stable Diffusion 1, 2).
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.architectures == ["CLIPTextModel"]:
-        return transformers.CLIPTextModel.from_pretrained(folder, local_files_only=True)
-    return transformers.CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True)
+        model_class = transformers.T5EncoderModel
+    elif config.get("architectures") == ["CLIPTextModel"]:      # no projection (Stable Diffusion 1, 2)
+        model_class = transformers.CLIPTextModel
+    else:                                  # with a projection of the pooled output (XL, 3)
+        model_class = transformers.CLIPTextModelWithProjection
+    model, found = model_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
+                                               output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:                            # transformers warns only, and leaves them random
+        raise ValueError(f"{len(missing)} of its weights are missing, like {missing[0]}")
+    return model
 
 
 def demo() -> None:

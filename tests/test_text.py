@@ -1,5 +1,7 @@
 """text.py: bytes to vectors, frozen encoders, and the networks that are conditioned on them."""
 
+import json
+import shutil
 import sys
 
 import numpy as np
@@ -161,6 +163,113 @@ def test_a_damaged_encoder_is_refused(published, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded as a t5 encoder"):
         text.FrozenTextEncoder("t5", str(tmp_path))
+
+
+def change_json(file, **changes):
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(content))
+
+
+def without_weight(folder, name):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    del state[name]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_code(folder, file, kind):
+    """The folder brings a Python file of its own, which leaves a trace when it is run."""
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own:\n    pass\n")
+    change_json(folder / file, auto_map={kind: "own.Own"})
+
+
+PROJECTION, SHARED = "text_projection.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"
+ODD_FOLDERS = [
+    ("t5", "clip", None, "config.json names a model of type 'clip_text_model', not t5 or mt5"),
+    ("clip", "t5", None, "config.json names a model of type 't5', not clip_text_model or clip"),
+    ("clip", "clip", lambda f: change_json(f / "config.json", model_type="bert"), "of type 'bert', not clip"),
+    ("clip", "clip", lambda f: without_weight(f, PROJECTION), "1 of its weights are missing, like text_proj"),
+    ("t5", "t5", lambda f: without_weight(f, SHARED), "1 of its weights are missing, like encoder.block.0"),
+    ("clip", "clip", lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded as a clip"),
+    ("clip", "clip", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded as a clip encoder"),
+    ("clip", "clip", lambda f: [path.unlink() for path in (f / "tokenizer.json", f / "merges.txt")
+                                if path.exists()], "no tokenizer in .* tokenizer.json or vocab.json with"),
+    ("t5", "t5", lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in .* tokenizer.json or spiece"),
+    ("clip", "clip", lambda f: with_code(f, "config.json", "AutoModel"), "code from elsewhere"),
+    ("clip", "clip", lambda f: change_json(f / "config.json", attn_implementation="someone/attention"),
+     "code from elsewhere"),
+    ("t5", "t5", lambda f: with_code(f, "config.json", "AutoConfig"), "code from elsewhere"),
+]
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize("kind, source, change, message", ODD_FOLDERS)
+def test_a_folder_that_is_not_this_encoder_is_refused(published, tmp_path, kind, source, change, message):
+    folder = tmp_path / "encoder"
+    shutil.copytree(published / source, folder)
+    if change:
+        change(folder)
+    with pytest.raises(ValueError, match=message) as refused:
+        text.FrozenTextEncoder(kind, str(folder))
+    assert str(refused.value).startswith(f"{kind}:{folder}: cannot be loaded as a {kind} encoder")
+    assert "\n" not in str(refused.value) and not (folder / "ran").exists()
+
+
+@pytest.mark.optional
+def test_another_models_tokenizer_is_refused(published, tmp_path):
+    for kind, other in (("clip", "t5"), ("t5", "clip")):
+        folder = tmp_path / kind
+        shutil.copytree(published / kind, folder)
+        for file in published.joinpath(kind).iterdir():
+            if file.name not in ("config.json", "model.safetensors"):
+                (folder / file.name).unlink()
+        for file in published.joinpath(other).iterdir():
+            if file.name not in ("config.json", "model.safetensors"):
+                shutil.copy(file, folder)
+        with pytest.raises(ValueError, match="its tokenizer, of .* belongs to another model"):
+            text.FrozenTextEncoder(kind, str(folder))
+
+
+@pytest.mark.optional
+def test_no_code_of_a_tokenizers_folder_is_run(published, tmp_path, monkeypatch):
+    """Whether the tokenizer loads without that code or is refused, nobody is asked and nothing is run."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder = tmp_path / "encoder"
+    shutil.copytree(published / "clip", folder)
+    with_code(folder, "tokenizer_config.json", "AutoTokenizer")
+    change_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
+    try:
+        text.FrozenTextEncoder("clip", str(folder))
+    except ValueError as error:
+        assert "\n" not in str(error)
+    assert not (folder / "ran").exists()
+
+
+def in_precision(source, folder, dtype):
+    """A copy of an encoder's folder, its weights saved in another precision, as they are published."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    state = {name: weight.to(dtype) for name, weight in load_file(source / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    change_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+    return folder
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_encoders_in_half_precision(published, tmp_path, kind, dtype):
+    """float32 comes out, close to what the encoder in float32 returns."""
+    want = text.FrozenTextEncoder(kind, str(published / kind))(["a red circle", ""])
+    half = text.FrozenTextEncoder(kind, str(in_precision(published / kind, tmp_path / "half", dtype)))
+    found = half(["a red circle", ""])
+    assert half.model.get_input_embeddings().weight.dtype == torch.float32
+    for name in want.keys() - {"mask"}:
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], want[name], atol=0.05, rtol=0.05)
+        assert (found[name] != want[name]).any()                   # the weights were rounded
 
 
 @pytest.mark.optional
