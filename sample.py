@@ -44,6 +44,7 @@ from vae import VAE
 SAMPLER_OPTIONS = {"eta": "ddim", "variance": "ddpm", "noise": "reverse_sde"}
 
 FLAGS = {
+    # Either a run, or all three parts of a published model: see `check_flags`.
     "what to draw with": [
         Flag("run", "run folder, or a checkpoint file", str, nargs="?"),
         Flag("--published", "instead of a run: a published model, like dit-xl-2-256 or sit-xl-2-256",
@@ -54,6 +55,7 @@ FLAGS = {
     ],
     "what to draw": [
         Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
+        # What a run is conditioned on decides which of these it takes.
         *(Flag(name, type=str, **fields) for name, fields in conditioning.FLAGS.items()),
         Flag("--init-image", "begin with this picture instead of noise", file_path, metavar="FILE"),
         Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone (default: 0.6; 1 "
@@ -123,9 +125,9 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
         # as short as a rounding error would make multistep solvers divide by almost zero.
         start = round(strength * 1000) / 1000
         if start < t[0]:
-            t = torch.cat([t.new_tensor([start]), t[t < start - 5e-4]])
+            t = torch.cat([t.new_tensor([start]), t[t < start - 5e-4]])      # the steps that are left
             alpha, sigma = path.alpha_sigma(t[0])
-            x = alpha * x0 + sigma * x
+            x = alpha * x0 + sigma * x                     # xt of this picture at that time
     if mask is not None:
         # One latent position stands for factor x factor pixels: it is drawn if any of them is.
         repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
@@ -137,6 +139,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
             pictures = torch.where(mask.to(device), pictures, image.to(device))
         return to_uint8(pictures)
 
+    # Samplers report latents; whoever watches wants pictures, of xt and not of the guess x0.
     def show(i: int, xt: Tensor, x0: Tensor) -> None:
         on_step(i, decode(xt))
 
@@ -165,6 +168,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, whatever the run."""
+    # Where the output goes is checked first, so that nothing is drawn that cannot be written.
     out = Path(args.out)
     kind = out.suffix.lower()                              # "" for a folder
     if kind not in (".png", ".npz", ".gif", ""):
@@ -202,7 +206,7 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
             continue
         if sampler not in (None, owner):                   # by --sampler, or by the option of another
             raise ValueError(f"--{name} {value}: belongs to --sampler {owner}, not {sampler}")
-        sampler = owner
+        sampler = owner                                    # the option implies its sampler
         options[name] = value
     # The straight path has no thousand steps from which these spacings choose.
     if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
@@ -215,7 +219,7 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
 
 def read_picture(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:
     try:
-        return open_image(Path(file), size).copy()
+        return open_image(Path(file), size).copy()         # scaled to cover `size`, and cropped
     except Exception as error:                             # Pillow raises a dozen exception types
         raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
 
@@ -245,6 +249,7 @@ def npz_writer(file: IO[bytes], shape: tuple[int, ...]) -> Iterator[Callable[[np
     # force_zip64: the size is not known in advance, and may exceed 4 GiB
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(
             "arr_0.npy", "w", force_zip64=True) as out:
+        # the header of a .npy file, then the pictures as they come
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
         yield lambda images: out.write(np.ascontiguousarray(images).tobytes())
 
