@@ -64,7 +64,7 @@ FLAGS = {
              metavar="FILE"),
         Flag("--seed", "picture i is drawn with seed + i (default: 0)", integer(-10**18, 10**18), 0),
         Flag("--out", "NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC; NAME.gif: the steps from noise; "
-                      "a folder: single PNGs (default: samples.png)", str, "samples.png"),
+                      "a folder: single PNGs (default: samples.png)", file_path, "samples.png"),
     ],
     "how": [
         Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided (default: 2 where the "

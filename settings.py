@@ -196,12 +196,13 @@ FLAGS = {
                              "for ddpm, v for ddpm with text)",
              one_of(("velocity", "eps", "v", "x0")), needs=NETWORK, option="prediction", settled=True),
         Flag("--name", "run folder within --runs-dir (default: DATA-ARCH-OBJECTIVE, with the size unless "
-                       "32x32)", str, resumable=True),
-        Flag("--runs-dir", "folder that holds the runs (default: runs)", str, "runs", resumable=True),
+                       "32x32)", file_path, resumable=True),
+        Flag("--runs-dir", "folder that holds the runs (default: runs)", file_path, "runs", resumable=True),
     ],
     "data": [
-        Flag("--data", f"{', '.join(SOURCES)}, or a folder of pictures (default: shapes)", str, "shapes"),
-        Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", str,
+        Flag("--data", f"{', '.join(SOURCES)}, or a folder of pictures (default: shapes)", file_path,
+             "shapes"),
+        Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", file_path,
              "data", resumable=True),
         Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
              most=2),
@@ -213,7 +214,7 @@ FLAGS = {
                                "t5:FOLDER: frozen, loaded by transformers; none: precomputed vectors, "
                                "NAME.npz beside each picture of a folder",
              text_encoder, metavar="KIND", needs=NETWORK | {"cond": ("text",)}, settled=True),
-        Flag("--cache-dir", "folder for decoded pictures and latents (default: the VAE's run)", str,
+        Flag("--cache-dir", "folder for decoded pictures and latents (default: the VAE's run)", file_path,
              resumable=True),
     ],
     "network": [

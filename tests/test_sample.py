@@ -146,6 +146,7 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--interval", "0.1", "0.5", "--cfg", "1"], "--interval 0.1 0.5 with guidance 1"),
     (["runs/done", "--cfg", "0", "--label", "1"], "unconditional"),
     (["runs/done", "--out", "x.jpg"], "must end in"),
+    (["runs/done", "--out", ""], "--out is empty"),
     (["runs/done", "--out", "no/such/x.png"], "does not exist"),
     (["runs/done", "--out", "folder.png"], "there is a folder of that name"),
     (["runs/done", "--out", "file"], "there is a file of that name"),
