@@ -72,7 +72,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
     """x on the device."""
-    if torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda" or x.device.type != "cpu":     # only CPU memory can be pinned
         return x.to(device)
     # A copy from pinned memory is asynchronous: neither the CPU nor the GPU waits for it.
     return x.pin_memory().to(device, non_blocking=True)

@@ -393,9 +393,11 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args = settings.parse(argv)
     plan = prepare(args)
-    # The VAE comes first: a run of its own, on the same pictures without their captions.
+    # The VAE comes first: a run of its own, as a rule on the same pictures without their captions.
     if plan.vae_args is not None:
-        pictures = plan.folder._replace(words=None) if plan.folder else None
+        pictures = None                            # a VAE begun with --cond text lists them with captions
+        if plan.folder and plan.vae_args.cond != "text":
+            pictures = plan.folder._replace(words=None)
         if not execute(plan.vae_args, prepare(plan.vae_args, pictures)):
             return
         plan.vae = load_vae(Path(plan.vae_args.runs_dir) / plan.vae_args.name)
