@@ -177,6 +177,15 @@ def test_batch_indices():
     assert len(batch_indices(3, 8, 0, seed=0)) == 8                  # a batch larger than the data
 
 
+def test_only_cpu_memory_is_pinned():
+    """The outputs of an encoder on the GPU are there already; the meta device stands in for it."""
+    x = torch.ones(2, device="meta")
+    assert data.send(x, "meta") is x
+    with pytest.raises((RuntimeError, AssertionError)) as error:
+        data.send(x, "cuda")               # without a GPU the copy fails, but nothing is pinned before it
+    assert "pin" not in str(error.value)
+
+
 def test_uint8_round_trip():
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
     assert (to_uint8(to_tensor(images)) == images).all()
