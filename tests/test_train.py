@@ -112,6 +112,22 @@ def test_own_pictures_of_any_size(tmp_path, monkeypatch, quick, arch, options, c
                     "--vae-preset", "tiny", "--vae-steps", "2"])
 
 
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_vae_trained_with_captions_serves_its_networks(tmp_path, monkeypatch, quick, classes):
+    """--cond text is a setting of the VAE's own run; networks on its data take it as it is."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "pictures", classes)
+    for picture in list((tmp_path / "pictures").rglob("*.png")):
+        picture.with_suffix(".txt").write_text(f"picture {picture.stem}")
+    shared = ["--data", "pictures", "--image-size", "16", "24", *QUICK[:4], *QUICK[6:]]
+    train.main(["--arch", "vae", *shared, "--cond", "text", "--vae-preset", "tiny"])
+    before = Path("runs/pictures-16x24-vae/checkpoint.pt").read_bytes()
+    for arch in ("mmdit", "dit"):
+        train.main(["--arch", arch, *shared, "--preset", "tiny"])
+        assert run.load_checkpoint(f"runs/pictures-16x24-{arch}-rf")["training"]["finished"]
+    assert Path("runs/pictures-16x24-vae/checkpoint.pt").read_bytes() == before
+
+
 def test_grey_data(tmp_path, monkeypatch, quick):
     from test_data import write_idx
     monkeypatch.chdir(tmp_path)
