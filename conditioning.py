@@ -4,7 +4,8 @@
 
 Each kind is a class. It provides its part of the network's configuration, the conditions of training batches
 (with dropout), of validation and of previews, the null condition that guidance needs, its part of the
-checkpoint, and its flags of sample.py. A new kind is a class, a row in KINDS, and a network that takes it.
+checkpoint, and its flags of sample.py. A new kind is a class, a row in KINDS, and a network that takes it and
+names it in its row of settings.ARCHITECTURES.
 
 `cond` is the dict of keyword arguments of the network: {} or y (B,) labels, with `num_classes` standing for
 "no class"; or context (B, L, D) with mask (B, L), True at valid positions, and pooled (B, P).
@@ -71,7 +72,7 @@ class Conditioning:
     @classmethod
     def fits(cls, checkpoint: dict) -> bool:
         """Whether the network of this checkpoint has this kind of conditioning."""
-        return True
+        return False
 
     def stored(self) -> dict:
         """This kind's entries of the checkpoint."""
@@ -404,7 +405,7 @@ def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
     return {name: send(cond[name], device) for name in names}
 
 
-# The value of --cond -> the kind. A checkpoint gets the first kind that fits it.
+# The value of --cond -> the kind.
 KINDS = {"text": Words, "class": Labels, "none": Nothing}
 FLAGS = {name: fields for kind in KINDS.values() for name, fields in kind.flags.items()}     # of sample.py
 
@@ -416,10 +417,11 @@ def of_settings(cond: str, text: dict | None, dropout: float, device: torch.devi
 
 
 def of_checkpoint(checkpoint: dict, device: torch.device) -> Conditioning:
-    """The conditioning of a trained network."""
+    """The conditioning of a trained network: the kind that fits its checkpoint, or none."""
     for kind in KINDS.values():
         if kind.fits(checkpoint):
             return kind(checkpoint, device)
+    return Nothing(checkpoint, device)
 
 
 def check_flags(condition: Conditioning, args: argparse.Namespace) -> None:

@@ -208,7 +208,7 @@ FLAGS = {
              most=2),
         Flag("--flip", "mirror pictures at random"),
         Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "
-                       "mmdit, and for unet on data without classes; else class)",
+                       "mmdit, and for unet on emoji; else class)",
              one_of(CONDITIONS)),
         Flag("--text-encoder", "bytes (default): built in, trained with the network; clip:FOLDER or "
                                "t5:FOLDER: frozen, loaded by transformers; none: precomputed vectors, "
@@ -222,7 +222,7 @@ FLAGS = {
              needs=NETWORK, instead="--vae-preset", settled=True),
         Flag("--patch", "dit, mmdit: side of a patch, or height and width", integer(1), nargs="+",
              metavar="N", most=2, needs=TRANSFORMER, settled=True),
-        Flag("--block", "dit: the modern block, or the one published in 2022",
+        Flag("--block", "dit: the block, modern (default), or published as in 2022",
              one_of(("modern", "published")), needs={"arch": ("dit",)}, settled=True),
         Flag("--conv", "dit, mmdit: a depthwise 3x3 convolution between the tokens in every MLP",
              needs=TRANSFORMER, settled=True),
@@ -234,7 +234,8 @@ FLAGS = {
                             "network and objective", published_model, metavar="NAME", needs=NETWORK),
     ],
     "VAE, where one is trained": [
-        Flag("--vae-preset", "row of PRESETS in vae.py (default: small)", one_of(vae.PRESETS)),
+        Flag("--vae-preset", f"row of PRESETS in vae.py: {', '.join(vae.PRESETS)} (default: small)",
+             one_of(vae.PRESETS)),
         Flag("--vae-widths", "channels per level; every level but the last halves the image", integer(1),
              nargs="+", metavar="N"),
         Flag("--latent-channels", "channels of the latent (default: 4)", integer(1), metavar="C"),
