@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # ATTENTION=triton in the environment selects the kernels below. They are not the default: they have been
 # checked in Triton's interpreter and compiled for a GPU, but not yet timed on one.
 KERNEL = triton is not None and os.environ.get("ATTENTION") == "triton"
+# Whether the kernels can run here or were asked for. Otherwise they do not become operators, which would
+# import PyTorch's compiler: seconds in which every program on a CPU would wait.
+RUNNABLE = KERNEL or (triton is not None and (INTERPRETED or torch.cuda.is_available()))
 
 
 # ---- the formula
@@ -517,7 +519,7 @@ def aligned(x: Tensor) -> Tensor:
 
 # Makes a kernel visible to torch.compile. Its cache searches the source of the operators below for the text
 # wrap_triton(NAME OF A KERNEL) to find the kernels that they launch, so do not wrap kernels in advance.
-wrap_triton = torch.library.wrap_triton if triton and not INTERPRETED else lambda kernel: kernel
+wrap_triton = torch.library.wrap_triton if RUNNABLE and not INTERPRETED else lambda kernel: kernel
 
 
 class LaunchSettings(NamedTuple):
@@ -571,7 +573,11 @@ def normed_and_rotated(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin
 #
 # PyTorch derives the operators' schemas from their type hints, so they return plain tuples.
 
-define_operator = partial(torch.library.triton_op if triton else torch.library.custom_op, mutates_args=())
+def define_operator(name: str) -> Callable:
+    """torch.library.triton_op where the kernels can run; elsewhere the function stays as it is."""
+    if not RUNNABLE:
+        return lambda function: function
+    return torch.library.triton_op(name, mutates_args=())
 
 
 @define_operator("latents::attention")
@@ -656,7 +662,8 @@ def attention_gradients(ctx, do: Tensor, _dlse: Tensor | None) -> tuple:
     return dq, dk, dv, dq_norm, dk_norm, None, None, None, None, None
 
 
-attention_operator.register_autograd(attention_gradients, setup_context=save_for_backward)
+if RUNNABLE:
+    attention_operator.register_autograd(attention_gradients, setup_context=save_for_backward)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None,
@@ -698,7 +705,7 @@ def demo() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     implementations = {"attention": attention}
-    if triton and (device == "cuda" or INTERPRETED):
+    if RUNNABLE and (device == "cuda" or INTERPRETED):
         implementations["kernel"] = fused_attention
 
     for n, m, dim in ((16, 16, 64), (7, 77, 32), (1, 1, 128), (300, 200, 64)):

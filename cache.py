@@ -3,28 +3,28 @@
     python cache.py                       # caches the outputs of a toy encoder and opens the cache again
 
 A cache is an array beside its stamp, a small JSON file that names what the array was computed from; with any
-other stamp it is rebuilt, never used. Encoders are callbacks and pictures are plain arrays, so that this file
-imports no other of the project. Its second half (fingerprints, locks, atomic writes) serves other files too.
+other stamp it is rebuilt, never used. Encoders are callbacks and pictures are plain arrays.
 
 Shapes: N pictures, B batch, C channels, h w latent size, L tokens, D and P widths of context and pooled.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from files import (amount, digest, locked, new_array, open_array, read_stamp, replacing, shortened,
+                   write_atomically, write_stamp)
 
 
 # ---- latents
@@ -37,34 +37,41 @@ class LatentCache:
 
     images: array-like (N, H, W, channels) uint8, indexed by arrays of ints. encode(images, mirrored), called
     without gradients, returns mean and standard deviation, each (B, *latent_shape); it mirrors the pictures
-    itself. stamp: the fingerprints {"vae": ..., "data": ...}."""
+    itself. stamp: the fingerprints {"vae": ..., "data": ...}. former: other fingerprints of the same
+    data, under which an earlier version may have stored its latents."""
 
     def __init__(self, path: Path, images: np.ndarray,
                  encode: Callable[[np.ndarray, bool], tuple[Tensor, Tensor]],
-                 latent_shape: tuple[int, int, int], stamp: dict[str, str], flip: bool = False):
+                 latent_shape: tuple[int, int, int], stamp: dict[str, str], flip: bool = False,
+                 former: tuple[str, ...] = ()):
         flips = 2 if flip else 1
         shape = (len(images), flips, 2, *latent_shape)
         stamp = stamp | {"shape": list(shape)}
         stamp_path = path.with_suffix(".json")
         # A second process that needs the same latents waits here, then finds them complete.
-        with locked(path.with_suffix(".lock"), wait=True):
+        with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
             found = read_stamp(stamp_path)
-            # The size is checked because an interrupted copy of a run leaves a file that is too short.
-            complete = path.is_file() and path.stat().st_size >= _bytes_of(np.float16, shape)
-            if found != stamp or not complete:
-                if found:
+            fits = found == stamp or any(found == stamp | {"data": name} for name in former)
+            # The array is checked because an interrupted copy of a run leaves a file that is too short.
+            latents = open_array(path, np.float16, shape) if fits else None
+            if latents is None:
+                if found and not fits:
                     print(f"{path} was made from another VAE or other data: rebuilding it")
+                elif found:
+                    print(f"{path} is {'damaged' if path.exists() else 'missing'}: rebuilding it")
                 # First, so that an interruption cannot leave the old stamp beside a new array.
                 stamp_path.unlink(missing_ok=True)
                 self._build(path, images, encode, shape)
+                latents = np.load(path, mmap_mode="r")
+            if read_stamp(stamp_path) != stamp:
                 write_stamp(stamp_path, stamp)
-            self.latents = np.load(path, mmap_mode="r")
+            self.latents = latents
 
     @staticmethod
     @torch.no_grad()
     def _build(path: Path, images: np.ndarray, encode: Callable, shape: tuple[int, ...]) -> None:
-        partial = path.with_suffix(".part")
-        store = new_array(partial, np.float16, shape)
+        store = new_array(path, np.float16, shape)
+        partial = Path(store.filename)
         try:
             for piece in tqdm(pieces(images.shape), desc="encode latents", unit="batch"):
                 pictures = images[np.array(piece)]
@@ -117,10 +124,17 @@ def pieces(shape: tuple[int, ...]) -> list[range]:
 
 # ---- text
 
+LARGEST = 65504.0           # the limit of float16
+LARGEST_PART = 2**28        # bytes of an array that is read from a file of another program
+
+
 class TextWidths(NamedTuple):
     """Widths of a text encoder's output: D of context, and P of pooled or None."""
     context: int
     pooled: int | None
+
+    def __str__(self) -> str:
+        return f"context {self.context} wide, {f'pooled {self.pooled}' if self.pooled else 'no pooled'}"
 
 
 class TextCache:
@@ -136,18 +150,34 @@ class TextCache:
         prompts = sorted({"", *prompts})
         stamp = {"encoder": encoder_fingerprint, "prompts": digest(prompts)}
         stamp_path, index_path = path.with_suffix(".json"), path.with_suffix(".npz")
-        with locked(path.with_suffix(".lock"), wait=True):
+        with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path, index_path)):
             # How many rows there are is known only after encoding, so the stamp keeps the size of the file.
             size = path.stat().st_size if path.is_file() else None
-            if read_stamp(stamp_path) != stamp | {"bytes": size} or not index_path.is_file():
+            found = read_stamp(stamp_path)
+            fits = found == stamp | {"bytes": size}
+            if not (fits and self._open(path, index_path, len(prompts))):
+                if found == stamp | {"bytes": found.get("bytes")}:
+                    whole = path.exists() and index_path.exists()
+                    print(f"{path} is {'damaged' if whole else 'missing'}: rebuilding it")
                 stamp_path.unlink(missing_ok=True)
                 self._build(path, index_path, prompts, encode)
                 write_stamp(stamp_path, stamp | {"bytes": path.stat().st_size})
+                self._open(path, index_path, len(prompts))
+        self.index = {prompt: i for i, prompt in enumerate(prompts)}
+
+    def _open(self, path: Path, index_path: Path, prompts: int) -> bool:
+        """Whether the files are readable and fit each other."""
+        try:
             with np.load(index_path) as arrays:
                 self.ends = arrays["ends"]                              # (prompts + 1,), the first is 0
                 self.pooled = arrays["pooled"] if "pooled" in arrays else None
             self.rows = np.memmap(path, np.float16, "r").reshape(self.ends[-1], -1)
-        self.index = {prompt: i for i, prompt in enumerate(prompts)}
+            ordered = self.ends[0] == 0 and (np.diff(self.ends) >= 0).all()
+        except Exception:               # NumPy and zipfile raise a dozen types for a damaged file
+            return False
+        pooled = self.pooled
+        fits = pooled is None or (pooled.dtype == np.float32 and pooled.ndim == 2 and len(pooled) == prompts)
+        return ordered and self.ends.shape == (prompts + 1,) and fits
 
     @staticmethod
     def _build(path: Path, index_path: Path, prompts: list[str], encode: Callable) -> None:
@@ -157,14 +187,12 @@ class TextCache:
         with replacing(path) as out:
             for i in tqdm(range(0, len(prompts), 64), desc="encode prompts", unit="batch"):
                 cond = encode(prompts[i:i + 64])
+                _check_numbers(prompts[i:i + 64], cond)
                 found = [cond[name].shape[-1] for name in ("context", "pooled") if name in cond]
                 widths = widths or found
                 if found != widths:
-                    raise ValueError(f"{prompts[i]} or one of the next: text vectors of widths {found}, "
-                                     f"not {widths} as for the prompts before")
-                if not (cond["context"].abs() < 65504).all():           # NaN fails this as well
-                    raise ValueError(f"{prompts[i]} or one of the next: text vectors that are not finite "
-                                     "numbers below 65504, the limit of float16")
+                    raise ValueError(f"{shortened(prompts[i])}: text vectors of widths {found}, not {widths} "
+                                     "as for the prompts before")
                 # Padding, which can be most of a context, is not stored.
                 for row, mask in zip(cond["context"], cond["mask"]):
                     out.write(row[mask].half().cpu().numpy().tobytes())
@@ -190,6 +218,17 @@ class TextCache:
         return pad_context(rows, pooled)
 
 
+def _check_numbers(prompts: list[str], cond: dict[str, Tensor]) -> None:
+    """Raises ValueError that names the prompt whose vectors float16, or pooled float32, cannot hold."""
+    for name, limit in (("context", LARGEST), ("pooled", torch.finfo(torch.float32).max)):
+        if name in cond:
+            good = (cond[name].float().abs() < limit).flatten(1).all(1)         # NaN fails this as well
+            if not good.all():
+                prompt = prompts[good.tolist().index(False)]
+                raise ValueError(f"{shortened(prompt) or 'the empty prompt'}: text vectors ({name}) that are "
+                                 f"not finite numbers below {limit:.5g}")
+
+
 def pad_context(rows: list[Tensor], pooled: Tensor | None) -> dict[str, Tensor]:
     """B tensors (length, D) -> context (B, L, D) with zeros at padded positions, mask (B, L) that is True at
     valid positions, and pooled (B, P) if given."""
@@ -206,6 +245,10 @@ class TextVectors(NamedTuple):
     context: Tensor
     pooled: Tensor | None
 
+    @property
+    def widths(self) -> TextWidths:
+        return TextWidths(self.context.shape[1], None if self.pooled is None else self.pooled.shape[0])
+
 
 def read_embeddings(files: list[str]) -> dict[str, Tensor]:
     """Encoder outputs that another program computed, one .npz file per prompt: context (L, D), mask (L,) if
@@ -220,152 +263,93 @@ def read_embeddings(files: list[str]) -> dict[str, Tensor]:
     null_pooled = None if first.pooled is None else torch.zeros_like(first.pooled)
     found[""] = TextVectors(torch.zeros_like(first.context[:1]), null_pooled)
 
+    for file, vectors in found.items():
+        _check_widths(file, vectors.widths, next(iter(found)), first.widths)
     vectors = [found[file] for file in files]
-    widths = {(v.context.shape[1], None if v.pooled is None else v.pooled.shape) for v in vectors}
-    if len(widths) > 1:
-        raise ValueError(f"{files[-1]} and others: their vectors differ in width, or only some have pooled")
     pooled = None
     if first.pooled is not None:
         pooled = torch.stack([v.pooled for v in vectors])
     return pad_context([v.context for v in vectors], pooled)
 
 
+def check_embeddings(files: list[str]) -> TextWidths:
+    """The widths that the vectors of all these files share. Every file is read, because a bad one should be
+    refused before hours of training, not in them. Raises ValueError as read_embeddings."""
+    widths = None
+    for file in tqdm(dict.fromkeys(files), desc="check vectors", unit="file", delay=2):
+        found = _read_vectors(file).widths
+        widths = widths or found
+        _check_widths(file, found, files[0], widths)
+    return widths
+
+
+def _check_widths(file: str, found: TextWidths, first: str, wanted: TextWidths) -> None:
+    if found != wanted:
+        raise ValueError(f"{file}: {found}; in {first}: {wanted}; all files need the same widths")
+
+
 def _read_vectors(file: str) -> TextVectors:
     try:
-        with np.load(file) as arrays:
-            context = torch.from_numpy(arrays["context"].astype(np.float32))
-            if "mask" in arrays:
-                context = context[torch.from_numpy(arrays["mask"].astype(bool))]
-            pooled = None
-            if "pooled" in arrays:
-                pooled = torch.from_numpy(arrays["pooled"].astype(np.float32))
-        if context.ndim != 2 or len(context) == 0:
-            raise ValueError("context must be of shape (L, D)")
+        if not os.path.isfile(file):        # opening a pipe would wait for ever
+            raise FileNotFoundError
+        with zipfile.ZipFile(file) as archive:
+            names = [name for name in ("mask", "pooled") if f"{name}.npy" in archive.namelist()]
+            names.append("context")
+            wrong = "; ".join(filter(None, (_fault_of_header(archive, name) for name in names)))
+            if not wrong:
+                found = {name: _read_part(archive, name) for name in names}
+                wrong = _fault_of_values(**found)
     except Exception as error:      # NumPy and zipfile raise a dozen types for a damaged file
         raise ValueError(f"{file}: not an .npz with context (L, D), and optionally mask (L,) and pooled (P,) "
                          f"({type(error).__name__})") from None
+    if wrong:
+        raise ValueError(f"{file}: {wrong}")
+    context = torch.from_numpy(found["context"].astype(np.float32))
+    if "mask" in found:
+        context = context[torch.from_numpy(found["mask"].astype(bool))]
+    pooled = None
+    if "pooled" in found:
+        pooled = torch.from_numpy(found["pooled"].astype(np.float32))
     return TextVectors(context, pooled)
 
 
-# ---- fingerprints: short names that change with the content
-
-def digest(*parts) -> str:
-    """32 hexadecimal digits of SHA-256 over arrays (their bytes) and any other values (their repr)."""
-    sha256 = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            sha256.update(np.ascontiguousarray(part))
-        else:
-            sha256.update(repr(part).encode())
-    return sha256.hexdigest()[:32]
-
-
-def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
-    """The digest of these weights and their names."""
-    parts = []
-    for name in sorted(tensors):
-        parts += [name, tensors[name].detach().cpu().numpy()]
-    return digest(*parts)
+def _fault_of_header(archive: zipfile.ZipFile, name: str) -> str:
+    """What is wrong with an array, by its shape and type alone, before memory is taken for it."""
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
+            np.lib.format.read_array_header_2_0)
+        shape, _, dtype = read(file)
+    wanted = "(L, D)" if name == "context" else "(N,)"
+    if dtype.kind not in ("biuf" if name == "mask" else "iuf"):
+        return f"its {name} is of type {dtype}, not of real numbers"
+    if len(shape) != (2 if name == "context" else 1):
+        return f"its {name} is of shape {shape}, not {wanted}"
+    if 0 in shape:
+        return f"its {name} is empty, of shape {shape}"
+    if math.prod(shape) * dtype.itemsize > LARGEST_PART:
+        return f"its {name} takes {amount(math.prod(shape) * dtype.itemsize)}; at most {amount(LARGEST_PART)}"
+    return ""
 
 
-def fingerprint_files(folder: Path, pattern: str) -> str:
-    """The digest of the matching files' names, sizes and last 4 KiB, wherever the folder lies. The end of an
-    archive holds its checksums, so that gigabytes of weights need not be read."""
-    parts = []
-    for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
-        with open(file, "rb") as content:
-            size = content.seek(0, os.SEEK_END)
-            content.seek(max(0, size - 4096))
-            end = hashlib.sha256(content.read()).hexdigest()
-        parts.append((str(file.relative_to(folder)), size, end))
-    return digest(parts)
+def _read_part(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
-# ---- files: locks, atomic writes, stamps, memory-mapped arrays
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on this file. If another process holds it, wait or raise BlockingIOError. The operating
-    system releases the lock when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        if os.name == "nt":
-            import msvcrt
-            mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK
-            try:
-                msvcrt.locking(file.fileno(), mode, 1)
-            except OSError as error:
-                raise BlockingIOError(str(error)) from None
-        else:
-            import fcntl
-            mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-            fcntl.flock(file, mode)
-        yield
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces `path` when the block ends. `path` is thus always either the
-    complete old file or the complete new one. Raises OSError with one line that names the file and the space
-    left."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            # On disk before the rename: otherwise a power cut could leave the new name without content.
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        message = f"cannot write {path}"
-        if path.parent.is_dir():
-            message += f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB left on the device)"
-        raise OSError(f"{message}: {error}".splitlines()[0]) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call write(file) on a file that replaces `path` once it is complete. Raises OSError as `replacing`."""
-    with replacing(path) as file:
-        try:
-            write(file)
-        except RuntimeError as error:            # this is how torch.save reports a full disk
-            raise OSError(str(error)) from None
-
-
-def read_stamp(path: Path) -> dict:
-    """The stamp, or an empty one where there is none or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def write_stamp(path: Path, stamp: dict) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(stamp).encode()))
-
-
-def new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped array in a new .npy file. Its space is allocated at once, because a memory map that
-    later runs into a full disk kills the process. Raises OSError with one line where there is no room."""
-    size = _bytes_of(dtype, shape)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < size:
-            raise OSError(28, "No space left on device")
-        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} of {size / 2**20:.0f} MiB: {error.strerror}") from None
-    return array
-
-
-def _bytes_of(dtype, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape)) * np.dtype(dtype).itemsize
+def _fault_of_values(context: np.ndarray, mask: np.ndarray | None = None,
+                     pooled: np.ndarray | None = None) -> str:
+    if mask is not None:
+        if len(mask) != len(context):
+            return f"its mask has {len(mask)} entries for {len(context)} rows"
+        context = context[mask.astype(bool)]        # padding may hold anything
+        if len(context) == 0:
+            return "its mask leaves no row of its context"
+    if not (np.abs(context.astype(np.float64)) < LARGEST).all():
+        return f"its context has values that are not finite numbers below {LARGEST:g}"
+    if pooled is not None and not (np.abs(pooled.astype(np.float64)) < np.finfo(np.float32).max).all():
+        return "its pooled has values that are not finite numbers of float32"
+    return ""
 
 
 # ---- demonstration

@@ -14,7 +14,10 @@ names it in its row of settings.ARCHITECTURES.
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shlex
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +29,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cache import TextCache, TextWidths, fingerprint_files, read_embeddings
-from data import Dataset, Folder, clean_text, send
+from cache import TextCache, TextWidths, check_embeddings, read_embeddings
+from data import Dataset, send
+from files import UNPRINTABLE, amount, fingerprint_files, shortened
+from folder import Folder, clean_text
 from text import FrozenTextEncoder, TextConfig, TextEncoder
 from unet import UNetConfig
 
@@ -35,6 +40,10 @@ Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask 
 VALIDATED = 256        # validation pictures that are used
 PREVIEW_COLUMNS = 8    # columns of a preview that has no classes
 CLASS_COLUMNS = 24    # at most, where each class has a column
+ENCODED_AT_ONCE = 256  # distinct prompts; of more, each is encoded with the batch that needs it
+CAPTION = 300          # characters of a prompt that a grid shows below a picture
+LONGEST_FILE = 2**26   # bytes of a file of prompts
+O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)      # Windows has none
 
 
 class Asked(NamedTuple):
@@ -44,11 +53,18 @@ class Asked(NamedTuple):
     names: list[str]                      # names of the distinct conditions, without the null condition
     columns: int | None = None            # width of a grid of these pictures; None: about square
     captions: list[str] | None = None     # what to print below each picture
+    # Where there are too many conditions for `every`, which is then empty: names -> their conditions, the
+    # null condition last.
+    encode: Callable[[list[str]], dict[str, Tensor]] | None = None
 
     def batch(self, start: int, size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(cond, uncond) for `size` pictures from `start` on."""
-        cond = {name: part[self.turn[start:start + size]] for name, part in self.every.items()}
-        uncond = {name: part[[-1] * size] for name, part in self.every.items()}
+        turn, every = self.turn[start:start + size], self.every
+        if self.encode is not None:
+            chosen, turn = turn.unique(return_inverse=True)
+            every = self.encode([self.names[i] for i in chosen])
+        cond = {name: part[turn] for name, part in every.items()}
+        uncond = {name: part[[-1] * size] for name, part in every.items()}
         return cond, uncond
 
 
@@ -60,6 +76,9 @@ class Conditioning:
 
     flags: dict[str, dict] = {}           # flags of sample.py: name -> fields of settings.Flag
     use = ""                              # the flag that selects what to draw
+    selecting: tuple[str, ...] = ()       # all flags that do
+    guiding: tuple[str, ...] = ()         # flags that act on guidance alone
+    required = ""                         # the flag without which there is nothing to draw
     fingerprint: str | None = None        # identifies encoder outputs, which must not change on resume
 
     def __init__(self, checkpoint: dict, device: torch.device):
@@ -68,6 +87,7 @@ class Conditioning:
         self.text: dict | None = checkpoint["text"]                         # the text encoder
         self.dropout: float = checkpoint["label_dropout"]
         self.device = device
+        self.preview_prompts: list[str] = []               # what previews show, if the user has a wish
 
     @classmethod
     def fits(cls, checkpoint: dict) -> bool:
@@ -98,8 +118,8 @@ class Conditioning:
         """The conditions of training pictures; where `dropped` (B,) is True, the null condition."""
         return {}
 
-    def validation(self, model: nn.Module) -> dict[str, Tensor]:
-        """The conditions of the first VALIDATED validation pictures."""
+    def validation(self, model: nn.Module, part: slice = slice(None)) -> dict[str, Tensor]:
+        """The conditions of the first VALIDATED validation pictures, or of a part of these."""
         return {}
 
     def preview(self, model: nn.Module, rows: int) -> Asked:
@@ -138,8 +158,10 @@ class Nothing(Conditioning):
 class Labels(Conditioning):
     """Class labels. Data without classes (a flat folder) makes an unconditional network."""
 
-    flags = {"--label": dict(help="class, by number or name (default: all in turn)")}
+    flags = {"--label": dict(help="class, by its name or, where no class is named like a number, by its "
+                                  "index from 0 (default: all in turn)")}
     use = "--label"
+    selecting = ("--label",)
 
     @classmethod
     def fits(cls, checkpoint: dict) -> bool:
@@ -162,8 +184,8 @@ class Labels(Conditioning):
         y = torch.where(dropped, null, self.labels[torch.from_numpy(indices)])
         return {"y": send(y, self.device)}
 
-    def validation(self, model: nn.Module) -> dict[str, Tensor]:
-        return {"y": send(self.val_labels, self.device)} if self.classes else {}
+    def validation(self, model: nn.Module, part: slice = slice(None)) -> dict[str, Tensor]:
+        return {"y": send(self.val_labels[part], self.device)} if self.classes else {}
 
     def every(self) -> dict[str, Tensor]:
         """Every label once, the null class last."""
@@ -194,19 +216,29 @@ class Labels(Conditioning):
         return Asked(turn, self.every(), self.classes, columns)
 
     def index(self, label: str) -> int:
-        """The index of a class, given by name or by number."""
+        """The index of a class. A name wins; an index counts where no class is named like a number, as its
+        meaning would be a guess there, and the class that it means is said."""
         if label in self.classes:
             return self.classes.index(label)
-        if label.isdecimal() and int(label) < len(self.classes):
+        if not label:
+            raise ValueError("--label is empty; give the name of a class")
+        numbers = [name for name in self.classes if re.fullmatch(r"[+-]?\d+([.,]\d+)?", name.strip())]
+        if label.isdecimal() and int(label) < len(self.classes) and not numbers:
+            print(f"--label {label}: draws {shortened(self.classes[int(label)])}", file=sys.stderr)
             return int(label)
-        known = ", ".join(self.classes[:12])
+        known = ", ".join(map(shortened, self.classes[:12]))
         if len(self.classes) > 12:
             known += ", ..."
-        raise ValueError(f"--label {label}: not a class of this run; it has 0 to {len(self.classes) - 1}: "
-                         f"{known}")
+        if numbers and len(numbers) == len(self.classes):
+            known = f"its classes are named like numbers, so give a name: {known}"
+        elif numbers:
+            known = f"as {shortened(numbers[0])} is the name of one, give a name: {known}"
+        else:
+            known = f"it has 0 to {len(self.classes) - 1}: {known}"
+        raise ValueError(f"--label {shortened(label)}: not a class of this run; {known}")
 
     def hint(self) -> str:
-        return f" --label {shlex.quote(self.classes[0])}" if self.classes else ""
+        return flag_and_value("--label", self.classes)
 
 
 class Words(Conditioning):
@@ -219,12 +251,15 @@ class Words(Conditioning):
     flags = {
         "--prompt": dict(help="what to draw; several prompts are drawn in turn (default: captions of the "
                               "validation data)", nargs="+", metavar="TEXT"),
+        "--prompts": dict(help="the same from a text file in UTF-8: one prompt per line", metavar="FILE"),
         "--negative-prompt": dict(help="what guidance steers away from (default: empty)", metavar="TEXT"),
         "--text-encoder": dict(help="where the run's frozen encoder is now (default: where it was when "
                                     "training)", metavar="KIND:PATH"),
         "--embedding": dict(help="instead of prompts, for a run trained on precomputed vectors: .npz with "
                                  "context, mask, pooled", nargs="+", metavar="FILE"),
     }
+    selecting = ("--prompts", "--prompt", "--embedding")
+    guiding = ("--negative-prompt",)
 
     def __init__(self, checkpoint: dict, device: torch.device):
         super().__init__(checkpoint, device)
@@ -232,6 +267,7 @@ class Words(Conditioning):
         self.precomputed = self.kind == "none"
         self.encoder: FrozenTextEncoder | None = None      # frozen, held only until its outputs are cached
         self.table: TextCache | None = None                # those outputs, in training
+        self.preview_table: TextCache | None = None        # and those for previews
 
     @classmethod
     def fits(cls, checkpoint: dict) -> bool:
@@ -245,6 +281,10 @@ class Words(Conditioning):
     def use(self) -> str:
         return "--embedding" if self.precomputed else "--prompt"
 
+    @property
+    def required(self) -> str:
+        return "--embedding" if self.precomputed else ""         # the captions of the data are not vectors
+
     # ---- training
 
     def load_encoder(self, source: str, folder: Folder | None) -> None:
@@ -253,12 +293,12 @@ class Words(Conditioning):
             self.widths = TextWidths(width, width)
             return
         if self.precomputed:
-            cond = read_embeddings(folder.words[:1])
+            self.widths = check_embeddings(folder.words)
             self.fingerprint = fingerprint_files(Path(source), "*.npz")
-        else:
-            self.encoder = FrozenTextEncoder(self.kind, self.text["path"], self.device)
-            cond = self.encoder([""])
-            self.fingerprint = fingerprint_files(Path(self.text["path"]), "*.*")
+            return
+        self.encoder = FrozenTextEncoder(self.kind, self.text["path"], self.device)
+        cond = self.encoder([""])
+        self.fingerprint = fingerprint_files(Path(self.text["path"]), "*.*")
         pooled = cond["pooled"].shape[-1] if "pooled" in cond else None
         self.widths = TextWidths(cond["context"].shape[-1], pooled)
 
@@ -274,8 +314,14 @@ class Words(Conditioning):
         if self.kind != "bytes":
             # The outputs of a frozen encoder never change, so each caption is encoded once. Captions are then
             # not reworded, because only their original wording is in the cache.
+            encode = self.encoder or read_embeddings
             self.table = TextCache(cache_dir / f"text-{self.kind}.bin", [*self.captions, *self.val_captions],
-                                   self.encoder or read_embeddings, self.fingerprint)
+                                   encode, self.fingerprint)
+            # In a cache of their own, because they may change on resume.
+            self.preview_table = self.table
+            if self.preview_prompts:
+                self.preview_table = TextCache(cache_dir / f"preview-{self.kind}.bin", self.preview_prompts,
+                                               encode, self.fingerprint)
             self.encoder = None                            # frees memory: it may take several GB
 
     def warn_of_truncation(self) -> None:
@@ -286,7 +332,8 @@ class Words(Conditioning):
         truncated = [rest for rest in map(encoder.truncated, self.captions) if rest]
         if truncated:
             print(f"warning: {len(truncated):,} of {len(self.captions):,} captions are longer than the "
-                  f"encoder's limit and are truncated; the first of them loses {truncated[0]!r}",
+                  f"encoder's limit and are truncated; the first of them loses "
+                  f"{shortened(truncated[0])!r}",
                   file=sys.stderr)
 
     def network_options(self, arch: str, preset: dict) -> dict:
@@ -320,16 +367,21 @@ class Words(Conditioning):
             caption = self.vary(caption, np.random.default_rng(torch.randint(2**31, ()).item()))
         return caption
 
-    def validation(self, model: nn.Module) -> dict[str, Tensor]:
-        return self.encode(model, self.val_captions)
+    def validation(self, model: nn.Module, part: slice = slice(None)) -> dict[str, Tensor]:
+        return self.encode(model, self.val_captions[part])
 
     def preview(self, model: nn.Module, rows: int) -> Asked:
-        """One sample for each of the first validation captions."""
-        n = rows * PREVIEW_COLUMNS
-        turn = torch.arange(n) % len(self.val_captions)
-        every = self.encode(model, [*self.val_captions[:n], ""])
-        captions = [self.val_captions[i] for i in turn]
-        return Asked(turn, every, self.val_captions, PREVIEW_COLUMNS, captions)
+        """Samples for the prompts of --preview-prompts in turn, or one for each of the first validation
+        captions."""
+        prompts = self.preview_prompts or self.val_captions
+        columns = PREVIEW_COLUMNS
+        if self.preview_prompts:
+            columns = min(columns, len(prompts))
+        n = rows * columns
+        turn = torch.arange(n) % len(prompts)
+        every = network_inputs(model, self.preview_table or model.text, [*prompts[:n], ""], self.device)
+        captions = [cut(prompts[i]) for i in turn]
+        return Asked(turn, every, prompts, columns, captions)
 
     # ---- sampling
 
@@ -345,8 +397,8 @@ class Words(Conditioning):
         if self.precomputed:
             return {"--embedding"}
         if self.kind == "bytes":
-            return {"--prompt", "--negative-prompt"}
-        return {"--prompt", "--negative-prompt", "--text-encoder"}
+            return {"--prompt", "--prompts", "--negative-prompt"}
+        return {"--prompt", "--prompts", "--negative-prompt", "--text-encoder"}
 
     def ask(self, args: argparse.Namespace, model: nn.Module) -> Asked:
         encode = self.sampling_encoder(model, args.text_encoder)
@@ -354,25 +406,39 @@ class Words(Conditioning):
         negative = ""
         if not self.precomputed:
             asked = [clean_text(prompt) for prompt in args.prompt or self.prompts]
+            if not asked:
+                raise ValueError(f"{args.run}: holds no captions to draw as examples; give --prompt TEXT")
             negative = clean_text(args.negative_prompt or "")
+        if args.prompts is not None and len(asked) > args.n:
+            print(f"--prompts {args.prompts}: the first {args.n:,} of {len(asked):,} prompts are drawn; "
+                  f"--n {len(asked)} draws each of them", file=sys.stderr)
         asked = asked[:args.n]
         prompts = list(dict.fromkeys(asked))               # without repetitions, so that each is encoded once
         if not self.precomputed:
-            for prompt in (*prompts, negative):
-                rest = encode.truncated(prompt)
-                if rest:
-                    print("warning: a prompt is longer than the encoder's limit and is truncated; it loses "
-                          f"{rest!r}", file=sys.stderr)
-        # A negative prompt takes the place of the null condition, which is the empty prompt.
-        every = network_inputs(model, encode, [*prompts, negative], self.device)
+            warn_of_truncated_prompts(encode, [*prompts, negative])
 
-        turn = torch.tensor([prompts.index(prompt) for prompt in asked])[torch.arange(args.n) % len(asked)]
+        def encoded(chosen: list[str]) -> dict[str, Tensor]:
+            # A negative prompt takes the place of the null condition, which is the empty prompt.
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return network_inputs(model, encode, [*chosen, negative], self.device)
+
+        every, later = {}, None
+        if len(prompts) <= ENCODED_AT_ONCE:
+            every = encoded(prompts)
+        else:
+            later = encoded
+            if self.precomputed:                           # refuse a file that does not fit before drawing
+                for start in range(0, len(prompts), ENCODED_AT_ONCE):
+                    encoded(prompts[start:start + ENCODED_AT_ONCE])
+
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        turn = torch.tensor([place[prompt] for prompt in asked])[torch.arange(args.n) % len(asked)]
         columns, captions = None, None
         if len(prompts) > 1:
-            captions = [prompts[i] for i in turn]
+            captions = [cut(prompts[i]) for i in turn]
             if len(prompts) <= min(PREVIEW_COLUMNS, args.n):
                 columns = len(prompts)
-        return Asked(turn, every, prompts, columns, captions)
+        return Asked(turn, every, prompts, columns, captions, later)
 
     def sampling_encoder(self, model: nn.Module, place: str | None) -> Encoder:
         """The encoder to sample with. place: KIND:PATH of a frozen encoder that has moved since training."""
@@ -386,23 +452,74 @@ class Words(Conditioning):
         return FrozenTextEncoder(kind, path, self.device)
 
     def hint(self) -> str:
-        return f" {self.use} {shlex.quote(self.prompts[0])}"
+        return flag_and_value(self.use, sorted(self.prompts, key=len))
+
+
+def flag_and_value(flag: str, values: list[str]) -> str:
+    """For a shell's command line: the flag with the first of these values that can be shown there, or nothing
+    where none can. A value that begins with a dash would be read as a flag by itself."""
+    value = next((value for value in values if value and not UNPRINTABLE.search(value)), None)
+    if value is None:
+        return ""
+    joined = "=" if value.startswith("-") else " "
+    return f" {flag}{joined}{shlex.quote(value)}"
+
+
+def cut(prompt: str) -> str:
+    """For a grid. What it cannot draw is a box there."""
+    return prompt if len(prompt) <= CAPTION else f"{prompt[:CAPTION]}..."
+
+
+def warn_of_truncated_prompts(encoder: TextEncoder | FrozenTextEncoder, prompts: list[str]) -> None:
+    truncated = [rest for rest in map(encoder.truncated, prompts) if rest]
+    for rest in truncated[:3]:
+        print("warning: a prompt is longer than the encoder's limit and is truncated; it loses "
+              f"{shortened(rest)!r}", file=sys.stderr)
+    if len(truncated) > 3:
+        print(f"warning: so are {len(truncated) - 3:,} more prompts", file=sys.stderr)
+
+
+def read_prompts(flag: str, file: str) -> list[str]:
+    """The lines of a text file or of a pipe, blank ones left out. Raises ValueError with a line for the
+    user."""
+    try:
+        mode = os.stat(file).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):         # /dev/zero would never end
+            what = "folder" if stat.S_ISDIR(mode) else "device"
+            raise ValueError(f"{flag} {file}: is a {what}, not a text file")
+        # Without O_NONBLOCK, a pipe that nobody writes to would be waited for, for ever.
+        with open(file, "rb", opener=lambda name, flags: os.open(name, flags | O_NONBLOCK)) as source:
+            if O_NONBLOCK:
+                os.set_blocking(source.fileno(), True)
+            raw = source.read(LONGEST_FILE + 1)
+        if len(raw) > LONGEST_FILE:
+            raise ValueError(f"{flag} {file}: is too long; at most {amount(LONGEST_FILE)} are read")
+        lines = raw.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ValueError(f"{flag} {file}: {reason}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{flag} {file}: not in UTF-8; save it in that encoding") from None
+    prompts = [prompt for prompt in map(clean_text, lines) if prompt]
+    if not prompts:
+        raise ValueError(f"{flag} {file}: is empty; give one prompt per line")
+    return prompts
 
 
 def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
                    device: torch.device) -> dict[str, Tensor]:
-    """The outputs of the encoder that the network takes, on the device. Raises ValueError if their width is
-    not the one that the network was built for."""
+    """The outputs of the encoder that the network takes, on the device, in float32 whatever the encoder
+    computes in. Raises ValueError if their width is not the one that the network was built for."""
     cond = encode(prompts)
     wanted = {"context": model.config.context_width, "pooled": getattr(model.config, "pooled_width", None)}
     for name, width in wanted.items():
         found = cond[name].shape[-1] if name in cond else None
         if width and found != width:
             raise ValueError(f"text vectors ({name}) of width {found}: this network takes {width}")
-    names = ["context", "mask"]
+    inputs = {"context": cond["context"].float(), "mask": cond["mask"]}
     if wanted["pooled"]:
-        names.append("pooled")
-    return {name: send(cond[name], device) for name in names}
+        inputs["pooled"] = cond["pooled"].float()
+    return {name: send(part, device) for name, part in inputs.items()}
 
 
 # The value of --cond -> the kind.
@@ -425,18 +542,27 @@ def of_checkpoint(checkpoint: dict, device: torch.device) -> Conditioning:
 
 
 def check_flags(condition: Conditioning, args: argparse.Namespace) -> None:
-    """Refuse the conditioning flags of sample.py that this run does not take."""
+    """Refuse the conditioning flags of sample.py that this run does not take. The lines of --prompts become
+    the values of --prompt."""
     for flag in FLAGS:
-        value = getattr(args, flag.lstrip("-").replace("-", "_"))
+        value = value_of(flag, args)
         if value is None or flag in condition.accepted():
             continue
         remedy = "leave it out"
-        if condition.use and flag in ("--label", "--prompt", "--embedding"):     # these select what to draw
+        if condition.use and any(flag in kind.selecting for kind in KINDS.values()):
             remedy = f"use {condition.use}"
-        first = value if isinstance(value, str) else value[0]
-        raise ValueError(f"{flag} {first}: this run {condition.described}; {remedy}")
-    if condition.use == "--embedding" and not args.embedding:
-        raise ValueError(f"{args.run}: this run {condition.described}; give some by --embedding FILE.npz")
+        first = value[0] if isinstance(value, list) else str(value)
+        raise ValueError(f"{flag} {shortened(first)}: this run {condition.described}; {remedy}")
+    if condition.required and value_of(condition.required, args) is None:
+        raise ValueError(f"{args.run}: this run {condition.described}; give some by {condition.required}")
+    if args.prompts is not None:
+        if args.prompt is not None:
+            raise ValueError(f"--prompts {args.prompts} with --prompt: give one of them")
+        args.prompt = read_prompts("--prompts", args.prompts)
+
+
+def value_of(flag: str, args: argparse.Namespace) -> object:
+    return getattr(args, flag.lstrip("-").replace("-", "_"))
 
 
 def guidance_scale(condition: Conditioning, args: argparse.Namespace) -> float:
@@ -451,8 +577,8 @@ def guidance_scale(condition: Conditioning, args: argparse.Namespace) -> float:
         if condition.use:
             why += " with label dropout 0, so it has no unconditional branch"
         raise ValueError(f"--cfg {scale:g}: this run {why}; use --cfg 1")
-    for flag, value in (("--label", args.label), ("--prompt", args.prompt)):
-        if value is not None and scale == 0:
+    for flag in condition.selecting:
+        if scale == 0 and flag != condition.required and value_of(flag, args) is not None:
             raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "
                              "drop one of them")
 
@@ -462,8 +588,10 @@ def guidance_scale(condition: Conditioning, args: argparse.Namespace) -> float:
         without_effect = "--interval {:g} {:g}".format(*args.interval)
     elif args.rescale > 0:
         without_effect = f"--rescale {args.rescale:g}"
-    elif args.negative_prompt is not None and scale != 0:  # it conditions the unconditional branch
-        without_effect = "--negative-prompt"
+    else:
+        for flag in condition.guiding:                     # they condition the unconditional branch
+            if value_of(flag, args) is not None and scale != 0:
+                without_effect = flag
     if without_effect and scale in (0, 1):
         raise ValueError(f"{without_effect} with guidance {scale:g}: there is none for it to act on")
     return scale

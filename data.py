@@ -14,28 +14,29 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-import json
-import sys
+import math
+import os
 import tarfile
 import tempfile
-import textwrap
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from cache import digest, locked, new_array, read_stamp, write_stamp
+from files import amount, digest, replacing
+from folder import RANDOM_CROPS, Folder, Rows, clean_text, list_folder, open_pictures, split_rows
+from pictures import Size, grid, to_tensor, to_uint8
 from toys import (SHAPE_CLASSES, describe_scene, draw_scene, draw_shape, find_emoji_font, omit_details,
                   render_emoji, vary_caption)
-
-Size = tuple[int, int]      # height and width
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Dataset:
     fingerprint: str            # changes whenever a pixel or a label may have changed
     captions: list[str] | None = None   # one per picture, or None
     vary: Callable[[str, np.random.Generator], str] | None = None   # rewords a caption at random, in training
+    root: str = ""              # where captions are names of files: the folder they lie in
+    former_fingerprints: tuple[str, ...] = ()       # under which an earlier version knew the same data
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,20 +58,20 @@ class Dataset:
         """Changes with the fingerprint and with any caption. Cached latents need only the fingerprint."""
         if self.captions is None:
             return self.fingerprint
-        return digest(self.fingerprint, self.captions)
+        # A folder is the same by whatever path it is reached.
+        names = [os.path.relpath(file, self.root) for file in self.captions] if self.root else self.captions
+        return digest(self.fingerprint, names)
+
+    @property
+    def former_identities(self) -> tuple[str, ...]:
+        """Identities of the same data in an earlier version: a run that began under one of them goes on."""
+        if self.captions is None:
+            return self.former_fingerprints
+        former = [digest(fingerprint, self.captions) for fingerprint in self.former_fingerprints]
+        return tuple(former)
 
 
 # ---- batches
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) nominally in [-1, 1] -> uint8 (B, H, W, C)."""
-    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
     """x on the device."""
@@ -157,55 +160,85 @@ MD5 = {
     "fashion-mnist/t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
     "cifar10/cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
 }
+LARGEST = 2**30     # bytes that are unpacked: more is not one of these files, and may fill the memory
 
 
 def find_file(source: str, name: str, data_dir: Path) -> Path:
     """The file, compressed or not: in data_dir, in data_dir/source, where Debian puts it, or downloaded into
     data_dir/source and checked."""
+    if os.path.exists(data_dir) and not os.path.isdir(data_dir):
+        raise ValueError(f"--data-dir {data_dir}: is no folder; name the one that has the files")
     for folder in (data_dir, data_dir / source, Path("/usr/share/datasets") / source):
         for candidate in (folder / name, folder / name.removesuffix(".gz")):
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate
     target = data_dir / source / name
-    partial = data_dir / source / (name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    md5 = hashlib.md5()
+    expected = MD5[f"{source}/{name}"]
     try:
-        with urllib.request.urlopen(MIRRORS[source] + name, timeout=30) as reply, open(partial, "wb") as out:
-            total = int(reply.headers.get("Content-Length", 0)) or None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(MIRRORS[source] + name, timeout=30) as reply, replacing(target) as out:
+            length = reply.headers.get("Content-Length") or ""
+            total = int(length) if length.isdecimal() else None
             with tqdm(desc=f"download {name}", total=total, unit="B", unit_scale=True) as bar:
                 while chunk := reply.read(1 << 16):
+                    md5.update(chunk)
                     bar.update(out.write(chunk))
-    except OSError as error:
-        partial.unlink(missing_ok=True)
+            if md5.hexdigest() != expected:             # within `replacing`, which then keeps nothing
+                raise ValueError(f"{MIRRORS[source]}{name}: MD5 {md5.hexdigest()} is not {expected}; the "
+                                 "download was deleted")
+    except (OSError, HTTPException) as error:
+        reason = str(error)
+        if isinstance(error, URLError) and isinstance(error.reason, OSError):
+            reason = f"no connection: {error.reason.strerror or error.reason}"
         raise ValueError(f"{name} of {source} is not in {data_dir} and cannot be downloaded from "
-                         f"{MIRRORS[source]} ({error}); put the file there or name its folder with --data-dir"
-                         ) from None
-    found, expected = hashlib.md5(partial.read_bytes()).hexdigest(), MD5[f"{source}/{name}"]
-    if found != expected:
-        partial.unlink()
-        raise ValueError(f"{MIRRORS[source]}{name}: MD5 {found} is not {expected}; the download was deleted")
-    partial.replace(target)
+                         f"{MIRRORS[source]} ({reason}); put the file there or name its folder with "
+                         "--data-dir") from None
     return target
 
 
 def read_idx(path: Path) -> np.ndarray:
     """The array of an IDX file (LeCun's format: two zero bytes, 8 = uint8, rank, big-endian sizes, data)."""
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("not an IDX file of bytes")
-        shape = np.frombuffer(raw, ">u4", raw[3], 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except (ValueError, IndexError, EOFError, OSError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            start = file.read(4)
+            if start[:3] != b"\0\0\x08":
+                raise ValueError("not an IDX file of bytes")
+            shape = np.frombuffer(file.read(4 * start[3]), ">u4", start[3]).tolist()
+            need = math.prod(shape)
+            if need > LARGEST:
+                raise ValueError(f"by its header it holds {amount(need)}, of at most {amount(LARGEST)}")
+            raw = file.read(need + 1)               # beyond the end as well, where gzip has its checksum
+        return np.frombuffer(raw, np.uint8).reshape(shape)
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read") from None
+    except Exception as error:              # gzip, zlib and NumPy raise half a dozen types
         raise ValueError(f"{path}: damaged or not an IDX file ({error}); "
                          "delete it to have it downloaded again") from None
+
+
+def check_labels(path: Path, images_path: Path, images: np.ndarray, labels: np.ndarray,
+                 classes: list[str]) -> None:
+    """Raises ValueError unless there are pictures, each with a label of a class. path: the labels' file."""
+    if len(images) == 0 or 0 in images.shape:
+        raise ValueError(f"{images_path}: holds no picture (shape {images.shape})")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{path}: labels of shape {labels.shape} for {len(images):,} pictures; each needs "
+                         "one")
+    if labels.max() >= len(classes):
+        raise ValueError(f"{path}: label {labels.max()} of picture {labels.argmax()} is none of the "
+                         f"{len(classes)} classes, which are numbered from 0")
 
 
 def load_mnist(source: str, split: str, size: Size, data_dir: Path) -> Dataset:
     """source: "mnist" or "fashion-mnist", of the same format."""
     part = "train" if split == "train" else "t10k"
-    images = read_idx(find_file(source, f"{part}-images-idx3-ubyte.gz", data_dir))
-    labels = read_idx(find_file(source, f"{part}-labels-idx1-ubyte.gz", data_dir)).astype(np.int64)
+    images_path = find_file(source, f"{part}-images-idx3-ubyte.gz", data_dir)
+    labels_path = find_file(source, f"{part}-labels-idx1-ubyte.gz", data_dir)
+    images, labels = read_idx(images_path), read_idx(labels_path).astype(np.int64)
+    if images.ndim != 3:
+        raise ValueError(f"{images_path}: an array of shape {images.shape}, not pictures (N, H, W)")
+    check_labels(labels_path, images_path, images, labels, CLASSES[source])
     images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]   # 28 -> 32, so that powers of two divide it
     fingerprint = digest(source, split, size, images, labels)
     return Dataset(_resize(images, size), labels, CLASSES[source], fingerprint)
@@ -218,13 +251,19 @@ def load_cifar10(split: str, size: Size, data_dir: Path) -> Dataset:
         names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     try:
         with tarfile.open(path) as tar:
-            raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
+            parts = [tar.getmember(f"cifar-10-batches-bin/{name}") for name in names]
+            if sum(part.size for part in parts) > LARGEST:
+                raise ValueError(f"it holds more than {amount(LARGEST)}")
+            raw = b"".join(tar.extractfile(part).read() for part in parts)
         rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)      # a label, then 3 planes of 32 x 32
-    except (KeyError, ValueError, EOFError, OSError, tarfile.TarError) as error:
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read") from None
+    except Exception as error:              # tarfile, zlib and NumPy raise a dozen types
         raise ValueError(f"{path}: damaged or not CIFAR-10's binary version ({error}); "
                          "delete it to have it downloaded again") from None
     images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = rows[:, 0].astype(np.int64)
+    check_labels(path, path, images, labels, CLASSES["cifar10"])
     fingerprint = digest("cifar10", split, size, images, labels)
     return Dataset(_resize(images, size), labels, CLASSES["cifar10"], fingerprint)
 
@@ -241,189 +280,47 @@ def _resize(images: np.ndarray, size: Size) -> np.ndarray:
 
 # ---- a folder of any pictures
 
-class Folder(NamedTuple):
-    """A folder's pictures in sorted order: listed, and their captions read, but not yet decoded."""
-    path: Path
-    pictures: list[Path]
-    labels: list[int] | None        # indices into classes; None for a flat folder
-    classes: list[str]
-    words: list[str] | None = None  # one per picture: captions, or names of .npz files; None if not asked for
-
-
 def find_folder(source: str, words: str | None) -> Folder | None:
-    """The folder that --data names, or None for a built-in source. words: None, "captions" (`Folder.words`
-    stays None where class names must serve as captions) or "embeddings". Raises ValueError where there are no
-    pictures, or pictures without the words asked for."""
+    """The listing of the folder that --data names, or None for a built-in source. words: as in list_folder.
+    Raises ValueError with one line if --data names neither, or the folder has no such words."""
     if source in SOURCES:
         if words == "embeddings":
             raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; "
                              "give a folder that has")
         return None
-    folder = _list_pictures(Path(source))
-    if words == "captions":
-        captions = _read_captions(folder)
-        if captions is None and folder.labels is None:
-            raise ValueError(f"--data {source}: pictures without words; put NAME.txt beside each, or "
-                             "metadata.jsonl with file_name and text")
-        return folder._replace(words=captions)
-    if words == "embeddings":
-        files = [path.with_suffix(".npz") for path in folder.pictures]
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"--data {source}: no {file} beside its picture, "
-                                 "as --text-encoder none needs")
-        return folder._replace(words=[str(file) for file in files])
-    return folder
+    if not os.path.isdir(source):
+        raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}) nor a folder")
+    return list_folder(Path(source), words)
 
 
-def _list_pictures(path: Path) -> Folder:
-    """A flat folder, or a folder of class folders."""
-    if not path.is_dir():
-        raise ValueError(f"--data {path}: neither a built-in source ({', '.join(SOURCES)}) nor a folder")
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
-    if not pictures:
-        raise ValueError(f"--data {path}: no pictures in this folder "
-                         "(looked for files that Pillow opens, such as .png, .jpg)")
-    flat = [p for p in pictures if p.parent == path]
-    if flat and len(flat) < len(pictures):
-        raise ValueError(f"--data {path}: {flat[0].name} lies beside class folders; "
-                         "use a flat folder or class folders, not both")
-    if flat:
-        return Folder(path, flat, labels=None, classes=[])
-    names = [p.relative_to(path).parts[0] for p in pictures]
-    classes = sorted(set(names))
-    index = {name: i for i, name in enumerate(classes)}
-    return Folder(path, pictures, [index[name] for name in names], classes)
-
-
-def clean_text(text: str) -> str:
-    """One line of valid Unicode with single spaces. Every caption and prompt passes through here, so that the
-    same words are the same string."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
-
-
-def _read_captions(folder: Folder) -> list[str] | None:
-    """One caption per picture, from metadata.jsonl or else from NAME.txt beside it. None where no picture has
-    one; raises ValueError where only some have."""
-    table = _read_metadata(folder.path)
-    all_must_have_one = bool(table)
-    for path in folder.pictures:
-        beside = path.with_suffix(".txt")
-        if path not in table and beside.is_file():
-            try:
-                table[path] = clean_text(beside.read_text("utf-8-sig"))
-            except UnicodeDecodeError:
-                raise ValueError(f"{beside}: not in UTF-8; save it in that encoding") from None
-    missing = [path for path in folder.pictures if path not in table]
-    if not missing:
-        return [table[path] for path in folder.pictures]
-    if all_must_have_one or len(missing) < len(folder.pictures):
-        raise ValueError(f"--data {folder.path}: {len(missing)} of {len(folder.pictures)} pictures have no "
-                         f"caption, such as {missing[0]}; write one into "
-                         f"{missing[0].with_suffix('.txt').name} beside it, or into metadata.jsonl")
-    return None
-
-
-def _read_metadata(path: Path) -> dict[Path, str]:
-    """Captions by picture, from every metadata.jsonl in the folder: lines {"file_name": ..., "text": ...}."""
-    table = {}
-    for metadata in sorted(path.rglob("metadata.jsonl")):
-        for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-                if row:
-                    table[metadata.parent / row["file_name"]] = clean_text(row["text"])
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{metadata}, line {number}: not an object with file_name and text"
-                                 ) from None
-    return table
-
-
-def open_image(path: Path, size: Size) -> np.ndarray:
-    """Any picture that Pillow opens -> uint8 (H, W, 3): rotated according to its EXIF data, transparency on
-    white, scaled to cover `size` and cropped in the centre. Raises OSError or ValueError for a file that
-    cannot be decoded."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        # Pillow's own conversion from 16 or 32 bits would clip at 255.
-        if image.mode.startswith("I") or image.mode == "F":
-            values = np.asarray(image, dtype=np.float64)
-            white = max(values.max(), 1e-9)
-            if image.mode.startswith("I") and values.max() <= 65535:
-                white = 65535.0
-            image = Image.fromarray(np.round(np.clip(values / white, 0, 1) * 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
-
-
-def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path) -> Dataset:
-    """The pictures of a folder, decoded once into cache_dir/images.npy and memory-mapped from then on. Every
-    20th picture, at most 256 in all, is for validation."""
-    files = []
-    for picture in folder.pictures:
-        stat = picture.stat()
-        files.append((str(picture.relative_to(folder.path)), stat.st_size, stat.st_mtime_ns))
-    fingerprint = digest("folder", size, files)
-    stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
-    with locked(cache_dir / "images.lock", wait=True):
-        if read_stamp(stamp_path).get("fingerprint") != fingerprint or not array_path.is_file():
-            partial = cache_dir / "images.npy.part"
-            decoded = _decode(folder, size, partial)
-            stamp_path.unlink(missing_ok=True)      # never an old stamp beside a new array
-            partial.replace(array_path)
-            write_stamp(stamp_path, {"fingerprint": fingerprint, "keep": decoded})
-        keep = np.array(read_stamp(stamp_path)["keep"])     # row of the array -> index into folder.pictures
-        images = np.load(array_path, mmap_mode="r")[:len(keep)]
-    val = np.arange(len(keep))[::20][:256]
-    chosen = val
-    if split == "train" and len(keep) > 1:          # a single picture serves for both
-        chosen = np.setdiff1d(np.arange(len(keep)), val)
-    if split == "train":
-        images = _Rows(images, chosen)      # images[chosen] would copy the whole file into memory
-    else:
-        images = images[chosen]
-    labels = captions = None
+def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: str = "centre") -> Dataset:
+    """The pictures of a folder, decoded once into cache_dir/images.npy and memory-mapped from then on. With
+    crop "random", the training part holds several crops of each picture."""
+    crops = RANDOM_CROPS if crop == "random" else 1
+    images, keep, fingerprint, former = open_pictures(folder, size, cache_dir, crops)
+    classes, labels = folder.classes, None
     if folder.labels is not None:
-        labels = np.array(folder.labels)[keep][chosen]
+        present, labels = np.unique(np.array(folder.labels)[keep], return_inverse=True)
+        classes = [folder.classes[i] for i in present]      # none whose pictures are all broken
+    train, val = split_rows(len(keep), labels)
+    # The former version split every folder as a flat one, and listed all classes.
+    as_formerly = zip((train, val), split_rows(len(keep), None))
+    same = all(np.array_equal(*rows) for rows in as_formerly) and len(classes) == len(folder.classes)
+    formers = (digest(former, split),) if former and same else ()
+    if split == "train":
+        chosen = train.repeat(crops)
+        rows = crops * chosen + np.tile(np.arange(crops), len(train))
+        images = Rows(images, rows)         # images[rows] would copy the whole file into memory
+    else:
+        chosen = val
+        images = images[crops * chosen]     # the first crop is that in the centre
+    captions = None
     if folder.words is not None:
         captions = [folder.words[keep[i]] for i in chosen]
-    return Dataset(images, labels, folder.classes, digest(fingerprint, split), captions)
-
-
-def _decode(folder: Folder, size: Size, path: Path) -> list[int]:
-    """Write the pictures to an array at `path` and return the indices of those that could be decoded."""
-    decoded = []
-    store = new_array(path, np.uint8, (len(folder.pictures), *size, 3))
-    for i, picture in enumerate(tqdm(folder.pictures, desc="decode pictures", unit="img")):
-        try:
-            store[len(decoded)] = open_image(picture, size)
-            decoded.append(i)
-        except Exception as error:          # Pillow raises a dozen types; each means: skip this file
-            tqdm.write(f"skipped {picture}: {type(error).__name__}: {error}", file=sys.stderr)
-    store.flush()
-    del store                               # Windows does not rename a file that is still mapped
-    if not decoded:
-        path.unlink()
-        raise ValueError(f"--data {folder.path}: none of its {len(folder.pictures)} pictures can be decoded")
-    return decoded
-
-
-class _Rows:
-    """`array[rows]` of a memory map, of which only what is indexed is read."""
-
-    def __init__(self, array: np.ndarray, rows: np.ndarray):
-        self.array = array
-        self.rows = rows
-        self.shape = (len(rows), *array.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index) -> np.ndarray:
-        return self.array[self.rows[index]]
+    if labels is not None:
+        labels = labels[chosen].astype(np.int64)
+    return Dataset(images, labels, classes, digest(fingerprint, split), captions, root=folder.root,
+                   former_fingerprints=formers)
 
 
 # ---- the table of sources
@@ -446,17 +343,19 @@ SOURCES = {
 
 
 def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_dir: Path,
-              words: str | None = None, folder: Folder | None = None, count: int = 20_000) -> Dataset:
+              words: str | None = None, folder: Folder | None = None, count: int = 20_000,
+              crop: str = "centre") -> Dataset:
     """The part `split` of a source at `size`, by default 32 x 32.
 
     words: None; "captions", which are class names where a source has no others; or "embeddings", where the
     captions are the names of the .npz files beside a folder's pictures. folder: what `find_folder` returned,
-    if it was called before. count: how many pictures an endless source draws for training."""
+    if it was called before. count: how many pictures an endless source draws for training. crop: "centre" or,
+    for a folder, "random"."""
     size = tuple(size or (32, 32))
     if folder is None:
         folder = find_folder(source, words)
     if folder is not None:
-        data = load_folder(folder, split, size, cache_dir)
+        data = load_folder(folder, split, size, cache_dir, crop)
     else:
         row = SOURCES[source]
         load = row.load
@@ -466,38 +365,9 @@ def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_
             load = functools.partial(load, count=count)
         data = load(split, size, data_dir)
     if words == "captions" and data.captions is None:
-        data = replace(data, captions=[data.classes[label].replace("-", " ") for label in data.labels])
+        names = [clean_text(name.replace("-", " ")) for name in data.classes]
+        data = replace(data, captions=[names[label] for label in data.labels])
     return data
-
-
-# ---- many pictures as one
-
-def grid(images: np.ndarray, columns: int | None = None, pad: int = 2,
-         captions: list[str] | None = None) -> Image.Image:
-    """uint8 (N, H, W, C) -> one picture, row by row, on white. Captions stand below the pictures, which are
-    enlarged to at least 112 pixels so that there is room for words."""
-    if captions:
-        zoom = -(-112 // images.shape[2])           # rounded up
-        images = images.repeat(zoom, 1).repeat(zoom, 2)
-        if images.shape[3] == 1:
-            images = images.repeat(3, 3)
-        lines = [textwrap.wrap(caption, images.shape[2] // 6) for caption in captions]
-        strip = 13 * max(map(len, lines)) + 3       # 13 pixels per line of text
-        images = np.pad(images, ((0, 0), (0, strip), (0, 0), (0, 0)), constant_values=255)
-    n, h, w, c = images.shape
-    columns = columns or int(np.ceil(np.sqrt(n)))
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 255, np.uint8)
-    corners = [(pad + i // columns * (h + pad), pad + i % columns * (w + pad)) for i in range(n)]
-    for image, (top, left) in zip(images, corners):
-        canvas[top:top + h, left:left + w] = image
-    picture = Image.fromarray(canvas[..., 0] if c == 1 else canvas)
-    if captions:
-        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-        for text, (top, left) in zip(lines, corners):
-            for i, line in enumerate(text):
-                pen.text((left, top + h - strip + 13 * i), line, "black", font)
-    return picture
 
 
 def demo() -> None:

@@ -1,12 +1,14 @@
-"""Weights published elsewhere: the table of models, and how to read their files into our networks.
+"""Weights published elsewhere: the table of models, how to read their files into our networks, and how to
+give ours the names and layouts of diffusers.
 
     python published.py                  # prints the table of models and their parameter counts
     python sample.py --published dit-xl-2-256 --weights DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/ --n 1
 
 DiT: Peebles & Xie 2022 (arXiv:2212.09748); SiT: Ma et al. 2024 (arXiv:2401.08740); Stable Diffusion 3: Esser
 et al. 2024 (arXiv:2403.03206); the VAE: Rombach et al. 2022 (arXiv:2112.10752), appendix G. Files come from
-the authors' repositories or from diffusers, which names and arranges some weights differently. Nothing is
-downloaded here. A state is a dict of tensors by name; every error is one line for the user (ValueError).
+the authors' repositories or from diffusers, which names and arranges some weights differently; export.py uses
+the way back. Nothing is downloaded here. A state is a dict of tensors by name; every error is one line for
+the user (ValueError).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +27,7 @@ from torch import Tensor
 import dit
 from dit import DiT, DiTConfig
 from mmdit import MMDiTConfig
+from unet import UNetConfig
 from vae import VAE, VAEConfig
 
 SCALE = 0.18215      # brings the latents of Stable Diffusion 1 and 2 to a standard deviation of about 1
@@ -119,7 +123,61 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
                          "if it holds other objects too, convert it to .safetensors") from None
     if is_own:
         raise ValueError(f"{file}: is a run of train.py, not a published file; give it without --published")
+    check_finite(state, str(file))
     return state
+
+
+def check_finite(state: dict[str, Tensor], what: str) -> None:
+    """Raise ValueError, one line that begins with `what`, for weights with NaN or infinity: they draw nothing
+    and no training recovers them."""
+    for name, weight in state.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{what}: damaged: {name} has values that are not finite (NaN or infinity); use "
+                             "an earlier copy of the file, or train again under another --name")
+
+
+# ---- files of export.py
+
+def read_metadata(file: str | Path) -> dict | None:
+    """What export.py has written beside the weights: arch, config, objective, step, data, text, label_dropout
+    and vae (the VAE's configuration). None for any other file. Only the head of the file is read."""
+    file = Path(file)
+    try:
+        if file.suffix == ".safetensors":
+            with open(file, "rb") as content:      # its header is JSON, whose length stands before it
+                size = int.from_bytes(content.read(8), "little")
+                strings = json.loads(content.read(min(size, 2**27)))["__metadata__"]
+        else:
+            strings = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["metadata"]
+        metadata = {name: json.loads(value) for name, value in strings.items() if name != "format"}
+        metadata["data"]["size"]                   # of another program, which also writes metadata?
+        return metadata
+    except Exception:                              # a dozen types, for files of every other kind
+        return None
+
+
+def read_export(file: str | Path) -> dict:
+    """A file of export.py in the form of a checkpoint that cannot be continued. It holds one set of weights,
+    which stands in both places. Raises ValueError for any other file."""
+    metadata = read_metadata(file)
+    if metadata is None:
+        raise ValueError(f"{file}: not a file of export.py, or damaged")
+    state = read_weights(file)
+    prefix = "vae."
+    autoencoder = None
+    if metadata["vae"] is not None:
+        autoencoder = {"config": tuples(metadata["vae"]),
+                       "state": {name.removeprefix(prefix): weight for name, weight in state.items()
+                                 if name.startswith(prefix)}}
+        state = {name: weight for name, weight in state.items() if not name.startswith(prefix)}
+    data = {"source": str(file), "prompts": []} | metadata["data"]
+    return metadata | {"config": tuples(metadata["config"]), "data": data, "vae": autoencoder, "model": state,
+                       "ema": state, "training": {"finished": True}}
+
+
+def tuples(config: dict) -> dict:
+    """A configuration as it was before JSON, which has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
 # ---- names and layouts
@@ -140,6 +198,26 @@ def join(state: dict[str, Tensor], q_name: str, parts: tuple[str, ...], whole: s
         state[q_name.replace(".q.", f".{whole}.")] = torch.cat(weights)
 
 
+def separate(state: dict[str, Tensor], name: str, whole: str, parts: tuple[str, ...],
+             sizes: int | list[int]) -> None:
+    """The inverse of `join`: replace a joint layer by the layers that it consists of, in the order of its
+    rows. sizes: rows of each part, or of all."""
+    for part, rows in zip(parts, state.pop(name).split(sizes), strict=True):
+        state[name.replace(f".{whole}.", f".{part}.")] = rows
+
+
+def delay_time(weight: Tensor, by: float) -> Tensor:
+    """The first layer of a time embedding, (D, F), for a program that gives it the sinusoids of time - by.
+
+    cos((u + by) f) and sin((u + by) f) are a rotation of cos(u f) and sin(u f), so the rotation becomes a
+    part of the weights, and the network is the same one, exactly."""
+    cosines, sines = weight.double().chunk(2, dim=1)                       # the embedding begins with cosines
+    half = cosines.shape[1]
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = (by * frequencies).cos(), (by * frequencies).sin()
+    return torch.cat([cosines * cos + sines * sin, sines * cos - cosines * sin], dim=1).to(weight.dtype)
+
+
 # diffusers' DiTTransformer2DModel. Our names are those of the original DiT and SiT.
 DIT_NAMES = (
     (r"^pos_embed\.proj\.", "x_embedder.proj."),
@@ -154,6 +232,20 @@ DIT_NAMES = (
     (r"^proj_out_1\.", "final_layer.adaLN_modulation.1."),
     (r"^proj_out_2\.", "final_layer.linear."),
 )
+DIT_NAMES_BACK = (
+    (r"^x_embedder\.proj\.", "pos_embed.proj."),
+    (r"^t_embedder\.mlp\.0\.", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1."),
+    (r"^t_embedder\.mlp\.2\.", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2."),
+    (r"^y_embedder\.", "transformer_blocks.0.norm1.emb.class_embedder."),
+    (r"^blocks\.(\d+)\.adaLN_modulation\.1\.", r"transformer_blocks.\1.norm1.linear."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"transformer_blocks.\1.attn1.to_out.0."),
+    (r"^blocks\.(\d+)\.attn\.(q|k|v)\.", r"transformer_blocks.\1.attn1.to_\2."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"transformer_blocks.\1.ff.net.0.proj."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"transformer_blocks.\1.ff.net.2."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "proj_out_1."),
+    (r"^final_layer\.linear\.", "proj_out_2."),
+)
+DIT_CLASSES = 1000       # diffusers' DiTPipeline takes class 1000 as the null class, whatever the network
 
 
 def dit_weights(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
@@ -174,6 +266,29 @@ def dit_weights(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             if name in renamed:
                 renamed[name] = -renamed[name]
+    return renamed
+
+
+def dit_to_diffusers(state: dict[str, Tensor], config: DiTConfig, delay: float = 0.0) -> dict[str, Tensor]:
+    """The state of diffusers' DiTTransformer2DModel from that of a published DiT block, with DIT_CLASSES
+    classes. Rows of the table beyond our classes repeat the null class; without classes, all rows are zero.
+    delay: by how much our time embedding's input exceeds diffusers' timestep; see `delay_time`."""
+    state = dict(state)
+    for name in list(state):
+        if ".attn.qkv." in name:
+            separate(state, name, "qkv", ("q", "k", "v"), config.width)
+    time = "t_embedder.mlp.0.weight"
+    state[time] = delay_time(state[time], delay)
+    labels = "y_embedder.embedding_table.weight"
+    table = state.get(labels, state[time].new_zeros(1, config.width))
+    null = table[-1:].expand(DIT_CLASSES + 2 - len(table), -1)
+    state[labels] = torch.cat([table[:-1], null])                          # (DIT_CLASSES + 1, D)
+
+    renamed = {rename(name, DIT_NAMES_BACK): weight for name, weight in state.items()}
+    first = "transformer_blocks.0."
+    for name in [name for name in renamed if name.startswith(f"{first}norm1.emb.")]:
+        for i in range(1, config.depth):   # diffusers keeps a copy of the embedders in every block
+            renamed[name.replace(first, f"transformer_blocks.{i}.")] = renamed[name]
     return renamed
 
 
@@ -206,6 +321,43 @@ MMDIT_NAMES = (
     (r"\.ff_context\.net\.0\.proj\.", ".context_block.mlp.fc1."),
     (r"\.ff_context\.net\.2\.", ".context_block.mlp.fc2."),
 )
+MMDIT_NAMES_BACK = (     # FLUX's x_embedder is a linear layer: see mmdit_to_diffusers
+    (r"^x_embedder\.proj\.", "pos_embed.proj."),
+    (r"^t_embedder\.mlp\.", "time_text_embed.timestep_embedder."),
+    (r"^guidance_embedder\.mlp\.", "time_text_embed.guidance_embedder."),
+    (r"^y_embedder\.mlp\.", "time_text_embed.text_embedder."),
+    (r"_embedder\.0\.", "_embedder.linear_1."),
+    (r"_embedder\.2\.", "_embedder.linear_2."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
+    (r"^final_layer\.linear\.", "proj_out."),
+    (r"^single_(blocks\.\d+)\.adaLN_modulation\.1\.", r"single_transformer_\1.norm.linear."),
+    (r"^single_(blocks\.\d+)\.(q|k|v)\.", r"single_transformer_\1.attn.to_\2."),
+    (r"^single_(blocks\.\d+)\.mlp\.", r"single_transformer_\1.proj_mlp."),
+    (r"^single_(blocks\.\d+)\.linear2\.", r"single_transformer_\1.proj_out."),
+    (r"^single_(blocks\.\d+)\.(q|k)_norm$", r"single_transformer_\1.attn.norm_\2.weight"),
+    (r"^joint_", "transformer_"),
+    (r"\.x_block\.adaLN_modulation\.1\.", ".norm1.linear."),
+    (r"\.context_block\.adaLN_modulation\.1\.", ".norm1_context.linear."),
+    (r"\.x_block\.attn(2?)\.(q|k|v)\.", r".attn\1.to_\2."),
+    (r"\.context_block\.attn\.(q|k|v)\.", r".attn.add_\1_proj."),
+    (r"\.x_block\.attn(2?)\.proj\.", r".attn\1.to_out.0."),
+    (r"\.context_block\.attn\.proj\.", ".attn.to_add_out."),
+    (r"\.x_block\.attn(2?)\.(q|k)_norm$", r".attn\1.norm_\2.weight"),
+    (r"\.context_block\.attn\.(q|k)_norm$", r".attn.norm_added_\1.weight"),
+    (r"\.x_block\.mlp\.fc1\.", ".ff.net.0.proj."),
+    (r"\.x_block\.mlp\.fc2\.", ".ff.net.2."),
+    (r"\.context_block\.mlp\.fc1\.", ".ff_context.net.0.proj."),
+    (r"\.context_block\.mlp\.fc2\.", ".ff_context.net.2."),
+)
+
+
+def mmdit_layers_without_gate(config: MMDiTConfig) -> list[str]:
+    """Our modulations without a gate. There, diffusers has (scale, shift) and we have (shift, scale): in the
+    final layer and, unless single blocks follow, in the context stream of the last joint block."""
+    layers = ["final_layer.adaLN_modulation.1"]
+    if config.single_depth == 0:
+        layers.append(f"joint_blocks.{config.depth - 1}.context_block.adaLN_modulation.1")
+    return layers
 
 
 def mmdit_weights(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
@@ -222,12 +374,7 @@ def mmdit_weights(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Te
         else:
             join(renamed, name, ("q", "k", "v"), "qkv")
 
-    # Where a modulation has no gate, diffusers has (scale, shift) and we have (shift, scale): in the final
-    # layer and, unless single blocks follow, in the context stream of the last joint block.
-    without_gate = ["final_layer.adaLN_modulation.1"]
-    if config.single_depth == 0:
-        without_gate.append(f"joint_blocks.{config.depth - 1}.context_block.adaLN_modulation.1")
-    for layer in without_gate:
+    for layer in mmdit_layers_without_gate(config):
         for kind in ("weight", "bias"):
             scale, shift = renamed[f"{layer}.{kind}"].chunk(2)
             renamed[f"{layer}.{kind}"] = torch.cat([shift, scale])
@@ -244,6 +391,71 @@ def mmdit_weights(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Te
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             rows = renamed[name].unflatten(0, (channels, p * q))               # (c, p * q, ...)
             renamed[name] = rows.transpose(0, 1).flatten(0, 1)                 # (p * q * c, ...)
+    return renamed
+
+
+def mmdit_to_diffusers(state: dict[str, Tensor], config: MMDiTConfig,
+                       delay: float = 0.0) -> dict[str, Tensor]:
+    """The inverse of `mmdit_weights`: the state of SD3Transformer2DModel or, with single blocks, of
+    FluxTransformer2DModel. delay: by how much our time embedding's input exceeds diffusers' timestep; see
+    `delay_time`."""
+    state = dict(state)
+    for name in list(state):
+        if ".linear1." in name:
+            hidden = len(state[name]) - 3 * config.width
+            separate(state, name, "linear1", ("q", "k", "v", "mlp"), [config.width] * 3 + [hidden])
+        elif ".qkv." in name:
+            separate(state, name, "qkv", ("q", "k", "v"), config.width)
+    state["t_embedder.mlp.0.weight"] = delay_time(state["t_embedder.mlp.0.weight"], delay)
+    if config.guidance:                    # the scale itself is embedded, which has no steps to count
+        name = "guidance_embedder.mlp.0.weight"
+        state[name] = delay_time(state[name], config.time_offset)
+    for layer in mmdit_layers_without_gate(config):
+        for kind in ("weight", "bias"):
+            shift, scale = state[f"{layer}.{kind}"].chunk(2)
+            state[f"{layer}.{kind}"] = torch.cat([scale, shift])
+
+    if config.single_depth == 0:           # Stable Diffusion 3 keeps its table of positions in the file
+        base, largest = config.sincos
+        device = state["x_embedder.proj.weight"].device
+        table = dit.sincos_positions(largest, largest, config.width, device, crop=(base, largest))
+        renamed = {rename(name, MMDIT_NAMES_BACK): weight for name, weight in state.items()}
+        return renamed | {"pos_embed.pos_embed": table[None]}
+    # FLUX embeds vectors (c, p, q), and writes (c, p, q) where we write (p, q, c): see `mmdit_weights`.
+    p, q = config.patch
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = state[name].unflatten(0, (p * q, -1))                           # (p * q, c, ...)
+        state[name] = rows.transpose(0, 1).flatten(0, 1)                       # (c * p * q, ...)
+    renamed = {rename(name, MMDIT_NAMES_BACK): weight for name, weight in state.items()}
+    renamed["x_embedder.weight"] = renamed.pop("pos_embed.proj.weight").flatten(1)
+    renamed["x_embedder.bias"] = renamed.pop("pos_embed.proj.bias")
+    return renamed
+
+
+# UNet2DConditionModel. Our names are those of diffusers, except for the embedding of the pooled text vector,
+# which diffusers calls a class embedding of the type "projection".
+UNET_NAMES = ((r"^class_embedding\.(linear_[12])\.", r"add_embedding.\1."),)
+UNET_NAMES_BACK = ((r"^add_embedding\.(linear_[12])\.", r"class_embedding.\1."),)
+
+
+def unet_to_diffusers(state: dict[str, Tensor], config: UNetConfig, delay: float = 0.0) -> dict[str, Tensor]:
+    """The state of diffusers' UNet2DConditionModel from that of a U-Net. delay: by how much our time
+    embedding's input exceeds diffusers' timestep; see `delay_time`."""
+    renamed = {rename(name, UNET_NAMES_BACK): weight for name, weight in state.items()}
+    time = "time_embedding.linear_1.weight"
+    renamed[time] = delay_time(renamed[time], delay)
+    if config.context_width is None:
+        # diffusers has no transformer without cross-attention. One whose weights are zero adds exactly zero;
+        # of this shape, it attends to the picture itself when it is given no context.
+        for name in [name for name in renamed if name.endswith(".attn1.to_out.0.weight")]:
+            block = name.removesuffix("attn1.to_out.0.weight")
+            square = torch.zeros_like(renamed[name])
+            row = square.new_zeros(len(square))
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                renamed[f"{block}attn2.{part}.weight"] = square
+            renamed[f"{block}attn2.to_out.0.bias"] = row
+            renamed[f"{block}norm2.weight"] = torch.ones_like(row)
+            renamed[f"{block}norm2.bias"] = row
     return renamed
 
 
@@ -286,6 +498,36 @@ def vae_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed = {re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(last - int(level[0])), name): weight
                    for name, weight in renamed.items()}
     return renamed
+
+
+def vae_to_diffusers(autoencoder: VAE) -> dict[str, Tensor]:
+    """The state of diffusers' AutoencoderKL from a VAE without a shortcut, with the normalisation of its
+    latents in quant_conv and post_quant_conv (the identity where the VAE has none). diffusers' latents are
+    then our normalised ones at scaling_factor 1:
+
+        mean' = (mean - m) / s,   logvar' = logvar - 2 log s,   decode'(z') = decode(s z' + m)
+
+    Both implementations clamp the log-variance to [-30, 20], we before this map and diffusers after it. They
+    differ where it is beyond either range: below, where the noise is under e^-15 of the latent's scale (or of
+    1), less than a rounding error; above, where the noise is e^10 times as large, as in no trained VAE."""
+    channels = autoencoder.config.latent_channels
+    mean, std = autoencoder.latent_mean.double(), autoencoder.latent_std.double()
+    state = {name: weight for name, weight in autoencoder.state_dict().items()
+             if not name.startswith("latent_")}
+    like = state["decoder.conv_in.weight"]                                 # for its dtype and device
+    for layer, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        if f"{layer}.weight" not in state:
+            state[f"{layer}.weight"] = torch.eye(size).to(like)[:, :, None, None]
+            state[f"{layer}.bias"] = like.new_zeros(size)
+
+    weight, bias = state["quant_conv.weight"].double(), state["quant_conv.bias"].double()
+    scale = torch.cat([1 / std, torch.ones_like(std)])                     # of means and log-variances
+    state["quant_conv.weight"] = weight * scale[:, None, None, None]
+    state["quant_conv.bias"] = bias * scale - torch.cat([mean / std, 2 * std.log()])
+    weight, bias = state["post_quant_conv.weight"].double(), state["post_quant_conv.bias"].double()
+    state["post_quant_conv.weight"] = weight * std[:, None, None]          # (C out, C in, 1, 1): its input
+    state["post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ mean
+    return {name: part.to(like.dtype) for name, part in state.items()}
 
 
 def count_levels(state: dict[str, Tensor]) -> int:
@@ -347,6 +589,8 @@ def load_vae(path: str | Path) -> VAE:
     file does not hold the scale of its latents: for 4 channels, that of Stable Diffusion 1 and 2 is assumed
     (give XL's VAE as a folder). Raises ValueError if it is neither."""
     path = Path(path)
+    if read_metadata(path) is not None:                    # of export.py: it holds its scale
+        return load_exported_vae(path)
     config = {}
     file = path
     if (path / "config.json").is_file():
@@ -371,6 +615,17 @@ def load_vae(path: str | Path) -> VAE:
         return vae_from_weights(state, scale, shift, groups)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def load_exported_vae(file: Path) -> VAE:
+    """The VAE in a file of export.py, in evaluation mode. Raises ValueError for one of another version."""
+    exported = read_export(file)
+    packed = exported["vae"] or {"config": exported["config"], "state": exported["ema"]}
+    try:
+        autoencoder = VAE(VAEConfig(**packed["config"]))
+    except TypeError as error:
+        raise ValueError(f"{file}: {error}; this file is from another version") from None
+    return load_weights(autoencoder, packed["state"], str(file)).eval().requires_grad_(False)
 
 
 def read_config(file: Path) -> dict:

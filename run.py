@@ -1,5 +1,4 @@
-"""A run: its folder, its checkpoints, the models they hold, and the plan that is checked before training
-writes anything.
+"""A run: its folder, its checkpoints, and the models that they hold.
 
     python run.py                         # a run that is killed and continued
     python run.py runs/shapes-dit-rf      # what a run's checkpoint holds
@@ -16,8 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -28,16 +30,14 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-import conditioning
 import published
 import settings
-from cache import locked, write_atomically
-from conditioning import Conditioning
-from data import Folder, find_folder
-from published import check_weights, load_weights
+from cli import Flag, file_path, make_parser, program
+from files import fingerprint_tensors, fresh_file, locked, write_atomically
+from published import check_finite, check_weights, load_weights
 from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
 from text import TextConfig, TextEncoder
-from vae import VAE, VAEConfig
+from vae import VAE
 
 
 # ---- the folder
@@ -51,24 +51,72 @@ class Run:
         self.settings = folder / "settings.json"
         self.metrics = folder / "metrics.jsonl"
         self.records: list[dict] = []                  # the lines of metrics.jsonl
+        self.warned = False                            # that they cannot be written
 
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Keep other processes from training in the folder."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.folder / "lock"))
+                written = (self.checkpoint, self.settings, self.metrics, self.folder / "loss.png",
+                           self.folder / "samples.png", self.folder / "kept.pt")
+                stack.enter_context(locked(self.folder / "lock", clean=written))
             except BlockingIOError:
                 raise ValueError(f"{self.folder}: another process is training in this folder; wait for it, "
                                  "or use another --name") from None
             yield
 
     def load(self) -> dict | None:
-        """The checkpoint, if the run has begun."""
-        return load_checkpoint(self.checkpoint) if self.checkpoint.is_file() else None
+        """The checkpoint, if the run has begun. Raises ValueError if it cannot be continued."""
+        if not os.path.lexists(self.checkpoint):       # a link to nothing is refused, not replaced
+            return None
+        checkpoint = load_checkpoint(self.checkpoint)
+        training = checkpoint.get("training") or {}
+        for part in TRAINING:
+            if part not in training:
+                raise ValueError(f"{self.checkpoint}: of another version, or not of train.py: it lacks "
+                                 f"training.{part}, so it cannot be continued; use another --name")
+        for part in ("steps", "rise"):
+            if not is_count(training.get(part, 0)):
+                raise damaged(self.checkpoint, f"training.{part}", training[part])
+        return checkpoint
 
     def save(self, checkpoint: dict) -> None:
         write_atomically(self.checkpoint, lambda file: torch.save(checkpoint, file))
+
+    def keep(self, name: str) -> None:
+        """Keep the present checkpoint under this name too. A second name of the same file takes no space
+        until the checkpoint is replaced."""
+        target = self.folder / name
+        fresh = fresh_file(self.folder / "kept.pt")
+        try:
+            fresh.unlink()
+            os.link(self.checkpoint, fresh)
+            os.replace(fresh, target)
+        except OSError:                                # a file system without such links: copy it
+            with open(self.checkpoint, "rb") as file:
+                write_atomically(target, lambda out: shutil.copyfileobj(file, out))
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    def best_step(self) -> int | None:
+        """Whose checkpoint best.pt should be: the latest validated step, or that of best.pt if its loss was
+        no higher. The checkpoints of other steps are gone."""
+        losses = {record["step"]: record["val_loss"] for record in self.records
+                  if math.isfinite(record.get("val_loss", math.nan))}
+        try:
+            kept = torch.load(self.folder / "best.pt", "cpu", weights_only=True, mmap=True)["step"]
+        except Exception:                              # none, or of something else
+            kept = None
+        steps = [step for step in losses if step == kept or step == max(losses)]
+        return min(steps, key=lambda step: (losses[step], step), default=None)
+
+    def keep_latest(self, step: int, count: int) -> None:
+        """Keep the present checkpoint as checkpoint-STEP.pt, and of those so named the latest `count`."""
+        self.keep(f"checkpoint-{step:06d}.pt")
+        kept = [path for path in self.folder.glob("checkpoint-*.pt") if path.stem[11:].isdecimal()]
+        for path in sorted(kept, key=lambda path: int(path.stem[11:]))[:-count]:
+            path.unlink()
 
     def save_picture(self, name: str, picture: Image.Image) -> None:
         write_atomically(self.folder / name, lambda file: picture.save(file, "PNG"))
@@ -76,54 +124,79 @@ class Run:
     # ---- settings
 
     def read_settings(self) -> dict | None:
-        if not self.settings.is_file():
-            return None
         try:
-            return dict(json.loads(self.settings.read_text()))
-        except (ValueError, TypeError):
+            if not self.settings.is_file():
+                if os.path.lexists(self.checkpoint):   # of which other settings? They would go on with it
+                    raise ValueError(f"{self.folder} has a checkpoint.pt but no settings.json; restore it, "
+                                     "or remove the folder")
+                return None
+            text = self.settings.read_text()
+        except OSError as error:
+            raise ValueError(f"{self.settings}: cannot be read ({error.strerror}); make it readable, or use "
+                             "another --name") from None
+        except UnicodeDecodeError:
+            text = ""
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f"{self.settings}: damaged; restore it, or use another --name") from None
 
     def write_settings(self, args: argparse.Namespace) -> None:
-        """Only once: a resumed run keeps the settings that it began with."""
-        if not self.settings.is_file():
-            text = json.dumps(vars(args), indent=1)
-            write_atomically(self.settings, lambda file: file.write(text.encode()))
+        text = json.dumps({name: getattr(args, name) for name in settings.ROWS}, indent=1)
+        write_atomically(self.settings, lambda file: file.write(text.encode()))
 
     def check_settings(self, args: argparse.Namespace) -> None:
         """Refuse a folder that holds a run with other settings."""
         found = self.read_settings()
         if found is None:
             return
-        for name in sorted(set(vars(args)) - RESUMABLE):
-            begun, now = found.get(name), getattr(args, name)
-            if name == "text_encoder" and begun and now:
-                # A frozen encoder may move to another folder; its files are compared later.
-                begun, now = begun.partition(":")[0], now.partition(":")[0]
-            if begun != now:
-                raise ValueError(f"{self.folder} holds a run with --{name.replace('_', '-')} "
-                                 f"{found.get(name)}, not {getattr(args, name)}; repeat its settings to "
-                                 "continue it, or use another --name")
+        found = settings.complete(found, str(self.settings))
+        for name in sorted(set(settings.ROWS) - RESUMABLE):
+            now = getattr(args, name)
+            if settings.same_value(name, found[name], now):
+                continue
+            changed = name in args.asked
+            if name == "steps" and changed:
+                changed = now > found[name]
+            if not changed:
+                remedy = "repeat its settings to continue it, or use another --name"
+                if name == "steps":
+                    remedy = "repeat its settings, or raise --steps, to continue it, or use another --name"
+                if name == "steps" and "steps" not in args.asked:
+                    now = f"the default {now}"
+                    remedy = f"give --steps {found[name]} to continue it, or more to train on"
+                raise ValueError(f"{self.folder} holds a run with --{name.replace('_', '-')} {found[name]}, "
+                                 f"not {now}; {remedy}")
 
     # ---- metrics
 
     def rewind_metrics(self, step: int) -> None:
         """Read the records up to this step and drop later ones, which the resumed run will write again."""
         self.records = []
-        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:                         # a line truncated by a kill
-                continue
-            if record["step"] <= step:
-                self.records.append(record)
+                loss = record["loss"] if "loss" in record else record["val_loss"]
+                if record["step"] <= step and is_count(record["step"]) and type(loss) in (int, float):
+                    float(loss)                        # OverflowError for hundreds of digits
+                    self.records.append(record)
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                continue                               # truncated by a kill, or not a line of ours
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
     def record(self, entry: dict) -> None:
         self.records.append(entry)
-        with open(self.metrics, "a") as out:
-            out.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.metrics, "a") as out:
+                out.write(json.dumps(entry) + "\n")
+        except OSError as error:                       # a full disk, say: it may not end hours of training
+            if not self.warned:
+                from tqdm import tqdm                  # which prints above its bars
+                tqdm.write(f"warning: {self.metrics}: cannot be written ({error.strerror}); the training "
+                           "goes on without", file=sys.stderr)
+            self.warned = True
 
     def plot_loss(self) -> None:
         picture = loss_curve(self.records)
@@ -137,11 +210,14 @@ def loss_curve(records: list[dict]) -> Image.Image | None:
     validation: list[tuple[int, float]] = []
     smooth = None
     for record in records:
+        value = record.get("loss", record.get("val_loss"))
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            continue                                   # a damaged line, or a loss in bf16 that overflowed
         if "loss" in record:
-            smooth = record["loss"] if smooth is None else 0.7 * smooth + 0.3 * record["loss"]
+            smooth = value if smooth is None else 0.7 * smooth + 0.3 * value
             train.append((record["step"], smooth))
-        elif "val_loss" in record:
-            validation.append((record["step"], record["val_loss"]))
+        else:
+            validation.append((record["step"], value))
     points = [(step, max(value, 1e-9)) for step, value in train + validation]
     if not points:
         return None
@@ -185,21 +261,163 @@ def describe(record: dict) -> str:
 
 # ---- checkpoints
 
+def is_count(value: object) -> bool:
+    return type(value) is int and value >= 0           # a bool is no count
+
+
+def is_state(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and isinstance(weight, Tensor)
+                                           for name, weight in value.items())
+
+
+def is_config(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def is_size(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(
+        is_count(side) and 0 < side < 10**9 for side in value)
+
+
+def is_text(value: object) -> bool:
+    """None, or a text encoder, each kind with what it needs."""
+    needs = {"bytes": ("config", dict), "clip": ("path", str), "t5": ("path", str), "none": ("encoder", str)}
+    if not isinstance(value, dict) or value.get("encoder") not in tuple(needs):
+        return value is None
+    name, kind = needs[value["encoder"]]
+    return isinstance(value.get(name), kind)
+
+
+PARTS = {                                              # of every checkpoint: what each must be
+    "arch": lambda value: isinstance(value, str), "config": is_config,
+    "objective": lambda value: value is None or is_config(value), "step": is_count,
+    "data": is_config, "data.size": is_size,
+    "data.classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "label_dropout": lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    "vae": lambda value: value is None or (is_config(value) and is_config(value.get("config"))
+                                           and is_state(value.get("state"))),
+    "model": is_state, "ema": is_state}
+OPTIONAL = {                                           # and of some
+    "text": is_text, "training": lambda value: value is None or is_config(value),
+    "data.prompts": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)}
+TRAINING = ("optimizer", "rng", "data", "finished")    # under "training", to continue it
+DEPTHS = ("depth", "single_depth", "layers")           # fields of configurations that count layers
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint, from its run folder or file, on the CPU. Raises ValueError with a line for the user."""
     path = Path(path)
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path}: no checkpoint there ({file} does not exist); train one with train.py")
     try:
+        file = path / "checkpoint.pt" if path.is_dir() else path
+        if file.is_symlink() and not file.exists():
+            raise ValueError(f"{file}: a link to a file that does not exist; restore that file, or remove "
+                             "the link")
+        if not file.exists():
+            raise ValueError(f"{path}: no checkpoint there ({file} does not exist); train one with train.py")
+        if not file.is_file():
+            raise ValueError(f"{path}: no checkpoint there ({file} is a folder, a pipe or a device, not a "
+                             "file); train one with train.py")
+        open(file, "rb").close()
+    except OSError as error:
+        raise ValueError(f"{str(path)[:200]}: cannot be read ({error.strerror}); make it readable, or give "
+                         "another") from None
+    if published.read_metadata(file) is not None:      # weights alone, by export.py
+        try:
+            checkpoint = published.read_export(file)
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file}: not a file of export.py, or damaged") from None
+    else:
+        checkpoint = read_checkpoint(file)
+    check_parts(checkpoint, file)
+    check_networks(checkpoint, file)
+    return checkpoint
+
+
+def read_checkpoint(file: Path) -> dict:
+    """What torch.save has written, with all of its parts."""
+    try:
+        # torch.load does not compare the checksums that torch.save writes
+        with zipfile.ZipFile(file) as archive:
+            corrupt = archive.testzip()
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        for part in ("arch", "config", "objective", "data", "label_dropout", "vae", "model", "ema"):
-            checkpoint[part]                           # raises KeyError if it is missing
-        checkpoint.setdefault("text", None)            # older checkpoints lack it
+        parts = set(checkpoint) | {f"data.{part}" for part in checkpoint.get("data", ())}
     except Exception as error:      # a dozen types for a damaged file; all mean the same to the user
         raise ValueError(f"{file}: not a checkpoint of train.py, or damaged ({type(error).__name__})"
                          ) from None
+    if corrupt:
+        raise ValueError(f"{file}: damaged: the checksum of {corrupt} in it does not fit; use another copy")
+    for part in PARTS:
+        if part not in parts:
+            raise ValueError(f"{file}: not a checkpoint of train.py, or of another version: it lacks {part}")
+    checkpoint.setdefault("text", None)                # older checkpoints lack it
     return checkpoint
+
+
+def damaged(file: Path, part: str, value: object) -> ValueError:
+    """The error to raise for a value that train.py has not written."""
+    what = " ".join(repr(value)[:80].split())
+    return ValueError(f"{file}: damaged, or changed by another program: its {part} is {what}; use another "
+                      "copy")
+
+
+def check_parts(checkpoint: dict, file: Path) -> None:
+    """Raise ValueError for a part that is of the wrong type or out of range."""
+    for part, is_right in (PARTS | OPTIONAL).items():
+        holder = checkpoint["data"] if part.startswith("data.") else checkpoint
+        name = part.removeprefix("data.")
+        if (name in holder or part in PARTS) and not is_right(holder.get(name)):
+            raise damaged(file, part, holder.get(name))
+    arch = checkpoint["arch"]
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"{file}: arch {arch} does not exist in this version")
+    if arch != "vae":
+        for part in ("objective", "vae"):
+            if checkpoint[part] is None:
+                raise damaged(file, part, None)
+        try:
+            build_path(checkpoint["objective"])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        except Exception:                              # of any type, for values that are no numbers
+            raise damaged(file, "objective", checkpoint["objective"]) from None
+
+
+def check_networks(checkpoint: dict, file: Path) -> None:
+    """Raise ValueError where the weights do not fit the networks of their configurations, or have values that
+    are not numbers. The networks are built without memory for their weights."""
+    parts = [(checkpoint["arch"], checkpoint["config"], checkpoint["text"],
+              [checkpoint["model"], checkpoint["ema"]])]
+    if checkpoint["vae"]:
+        parts.append(("vae", checkpoint["vae"]["config"], None, [checkpoint["vae"]["state"]]))
+    for arch, config, text, states in parts:
+        words = (text or {}).get("config") or {}
+        for name in DEPTHS:                            # every layer has weights; a million would take minutes
+            for value in (config.get(name), words.get(name)):
+                if isinstance(value, int) and value > len(states[0]):
+                    raise damaged(file, name, value)
+        try:
+            with torch.device("meta"):
+                model = build_model(arch, config, text)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        except Exception as error:                     # of any type, for values that are no sizes
+            reason = " ".join(str(error).split())[:80]
+            raise ValueError(f"{file}: damaged, or changed by another program: no {arch} can be built from "
+                             f"its configuration ({type(error).__name__}: {reason}); use another copy"
+                             ) from None
+        for state in states:
+            check_weights(model, state, str(file))
+            for name, weight in state.items():
+                whole = weight.layout == torch.strided and weight.device.type == "cpu"
+                if not (whole and weight.is_floating_point()
+                        and weight.untyped_storage().nbytes() >= weight.numel() * weight.itemsize):
+                    raise ValueError(f"{file}: damaged, or changed by another program: {name} is no tensor "
+                                     "of plain numbers; use another copy")
+            check_finite(state, str(file))
+        names, rows = len(checkpoint["data"]["classes"]), getattr(model.config, "num_classes", 0)
+        if arch != "vae" and names != rows:
+            raise ValueError(f"{file}: damaged, or changed by another program: it names {names} classes, "
+                             f"where its network has {rows}; use another copy")
 
 
 def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
@@ -241,12 +459,28 @@ class State:
         return {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
     def restore(self, saved: dict, what: str) -> None:
+        theirs = make_config(saved["arch"], type(self.model.config), saved["config"])
+        for name, value in asdict(self.model.config).items():     # shapes alone do not show every difference
+            if getattr(theirs, name) != value:
+                raise ValueError(f"{what}: its network has {name} {getattr(theirs, name)}, where these "
+                                 f"settings make it {value}; give the settings that it began with")
         load_weights(self.model, saved["model"], what)
         load_weights(self.ema, saved["ema"], what)
-        self.optimizer.load_state_dict(saved["training"]["optimizer"])
-        torch.set_rng_state(saved["training"]["rng"])
-        if self.device.type == "cuda" and saved["training"]["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["training"]["cuda_rng"], self.device)
+        training = saved["training"]
+        try:
+            self.optimizer.load_state_dict(training["optimizer"])
+            torch.set_rng_state(training["rng"])
+            if self.device.type == "cuda" and training.get("cuda_rng") is not None:
+                torch.cuda.set_rng_state(training["cuda_rng"], self.device)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{what}: damaged, or of another version: its optimizer or generator does not "
+                             f"fit ({type(error).__name__}); use another --name") from None
+        for values in self.optimizer.state.values():
+            check_finite({f"the optimizer's {name}": value for name, value in values.items()
+                          if isinstance(value, Tensor)}, what)
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters())
 
 
 # ---- building what a checkpoint holds
@@ -266,13 +500,22 @@ def make_config(name: str, kind: type, values: dict):
     surplus = sorted(set(values) - {field.name for field in fields(kind)})
     if surplus:
         raise ValueError(f"{name} has no setting {surplus[0]!r}; this checkpoint is from another version")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}; this checkpoint is from another version") from None
 
 
 def build_path(objective: dict):
     """The path of an objective as the checkpoint stores it: its name in OBJECTIVES and its options."""
     options = dict(objective)
-    return OBJECTIVES[options.pop("name")].path(**options)
+    name = options.pop("name", None)
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective {name}: not in this version, which has {', '.join(OBJECTIVES)}")
+    try:
+        return OBJECTIVES[name].path(**options)
+    except TypeError as error:                         # an option that its path does not have
+        raise ValueError(f"objective {name}: {error}; this checkpoint is from another version") from None
 
 
 def pack_vae(vae: VAE) -> dict:
@@ -298,7 +541,8 @@ def load_vae(path: str | Path) -> VAE:
         raise
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])
-    if not checkpoint["training"]["finished"]:         # the scale of its latents is measured at the end
+    # The scale of its latents is measured at the end.
+    if not (checkpoint.get("training") or {}).get("finished"):
         raise ValueError(f"{path}: this VAE is not finished (step {checkpoint['step']:,}); "
                          "run its command again")
     return unpack_vae({"config": checkpoint["config"], "state": checkpoint["ema"]}, str(path))
@@ -337,128 +581,17 @@ def graphed(model: torch.nn.Module) -> Callable[..., Tensor]:
     def call(*inputs: Tensor, **cond: Tensor) -> Tensor:
         nonlocal compiled
         if compiled is None:
+            print("--compile: the next step compiles the network, which can take minutes", file=sys.stderr)
             compiled = torch.compile(model, mode="reduce-overhead")
             return model(*inputs, **cond)
         return compiled(*inputs, **cond).clone()       # a graph overwrites its output in the next call
     return call
 
 
-# ---- the plan: everything that training needs, checked before anything is written
-
-@dataclass
-class Plan:
-    run: Run
-    device: torch.device
-    bf16: bool                                   # whether the network runs under bf16 autocast
-    conditioning: Conditioning
-    words: str | None                            # the text of each picture: "captions", "embeddings" or None
-    folder: Folder | None                        # the listing of --data, if that is a folder
-    vae: VAE | None = None                       # None until it has been trained
-    vae_args: argparse.Namespace | None = None   # the settings to train it with
-    initial: dict[str, Tensor] | None = None     # weights to start from
-
-    @property
-    def number_format(self) -> str:
-        return "bf16 autocast" if self.bf16 else "fp32"
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
-    """The plan of a run, made without writing anything. folder: the listing of --data, if it was made before.
-    Raises ValueError with a line for the user if something cannot work."""
-    run = Run(Path(args.runs_dir) / args.name)
-    run.check_settings(args)
-    device = settings.pick_device(args.device)
-    if args.compile:
-        settings.check_compiler(device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and settings.has_bf16(device))
-    words = None
-    if args.cond == "text":
-        words = "embeddings" if args.text_encoder == "none" else "captions"
-    if folder is None:
-        folder = find_folder(args.data, words)
-    cond = "none" if args.arch == "vae" else args.cond
-    condition = conditioning.of_settings(cond, settings.text_config(args), args.label_dropout, device)
-    plan = Plan(run, device, bf16, condition, words, folder)
-
-    vae_args = args
-    if args.arch != "vae":
-        build_path(settings.objective_config(args))        # refuses options that contradict each other
-        begun = run.load()
-        if args.vae:
-            plan.vae = given_vae(args, begun)
-        else:
-            earlier = Run(Path(args.runs_dir) / settings.vae_name(args)).read_settings()
-            vae_args = plan.vae_args = settings.vae_settings(args, earlier)
-        if args.init_from and not begun:
-            plan.initial = initial_weights(args)
-        condition.load_encoder(args.data, folder)
-    vae_config = plan.vae.config if plan.vae else VAEConfig(**settings.vae_config(vae_args, image_channels=3))
-    check_shapes(args, vae_config, condition, plan.initial)
-    return plan
-
-
-def given_vae(args: argparse.Namespace, begun: dict | None) -> VAE:
-    """The VAE of --vae. The checkpoint of a run that has begun holds it, so the file is no longer needed."""
-    if begun:
-        return unpack_vae(begun["vae"])
-    vae = load_vae(args.vae)
-    if args.published:
-        published.check_vae(args.published, vae, args.vae)
-    return vae
-
-
-def initial_weights(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The weights of --init-from, under our names: from a published file or from a run of this project."""
-    path = Path(args.init_from)
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError:
-        if not args.published or path.is_dir():
-            raise
-        return published.read_network(args.published, args.init_from)
-    if checkpoint["arch"] != args.arch:
-        raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
-    if args.published and checkpoint["objective"] != published.MODELS[args.published].objective:
-        raise ValueError(f"--init-from {args.init_from}: was trained with {checkpoint['objective']}, not as "
-                         f"--published {args.published}")
-    return checkpoint["ema"]
-
-
-def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The state to load into this model. It must fit exactly, except that a table of embeddings for other
-    classes is left out: the model keeps its own initial values for it."""
-    own = model.state_dict()
-    state = dict(state)
-    for name in ("y_embedder.embedding_table.weight", "class_embedding.weight"):
-        if name not in own:
-            state.pop(name, None)
-        elif name not in state or state[name].shape != own[name].shape:
-            state[name] = own[name]
-    check_weights(model, state, what)
-    return state
-
-
-def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Conditioning,
-                 initial: dict[str, Tensor] | None) -> None:
-    """Build the networks on the meta device, which takes no memory, and check that the downsampling and the
-    patches divide both sides of the pictures, so that errors appear before minutes are spent on the VAE."""
-    factors = {"VAE": (2 ** (len(vae_config.widths) - 1),) * 2}
-    with torch.device("meta"):
-        build_model("vae", asdict(vae_config))
-        if args.arch != "vae":
-            config = settings.network_config(args, vae_config.latent_channels, condition)
-            network = build_model(args.arch, config, condition.text)
-            if initial is not None:
-                fit_weights(network, initial, args.init_from)
-            factors[args.arch] = (network.factor,) * 2 if args.arch == "unet" else network.config.patch
-    need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
-    if any(side % multiple for side, multiple in zip(args.image_size, need)):
-        why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
-        raise ValueError("--image-size {} {}: height must be a multiple of {} and width of {} ({})".format(
-            *args.image_size, *need, why))
+def encoder_fingerprint(vae: VAE) -> str:
+    """Latents depend on the encoder alone: a change of the decoder leaves a cache of them valid."""
+    return fingerprint_tensors({name: weight for name, weight in vae.state_dict().items()
+                                if name.startswith(("encoder.", "quant_conv.", "patch_encoder."))})
 
 
 def show(path: str) -> None:
@@ -484,13 +617,15 @@ def demo() -> None:
             except ValueError as error:
                 print(f"a second process: {str(error).replace(folder, '...')}")
             model = build_model("dit", {"width": 64, "depth": 2, "heads": 2})
+            autoencoder = build_model("vae", {"widths": (8, 16)})
             for step in (1, 2, 3):
                 run.record({"step": step, "loss": 1 / step})
                 if step == 2:
                     state = model.state_dict()
                     run.save({"arch": "dit", "config": asdict(model.config), "objective": {"name": "rf"},
                               "step": step, "data": {"size": [32, 32], "classes": []}, "label_dropout": 0.0,
-                              "vae": None, "model": state, "ema": state})
+                              "vae": pack_vae(autoencoder), "model": state, "ema": state,
+                              "training": dict.fromkeys(TRAINING)})
         again = Run(run.folder)
         step = again.load()["step"]
         again.rewind_metrics(step)
@@ -498,12 +633,15 @@ def demo() -> None:
         show(str(again.folder))
 
 
+def main(argv: list[str] | None = None) -> None:
+    flags = {"what to show": [Flag("run", "run folder, or a checkpoint file (default: a demonstration)",
+                                   file_path, nargs="?")]}
+    args = make_parser("Show what a run's checkpoint holds.", flags).parse_args(argv)
+    if args.run is None:
+        demo()
+    else:
+        show(args.run)
+
+
 if __name__ == "__main__":
-    try:
-        if len(sys.argv) > 1:
-            show(sys.argv[1])
-        else:
-            demo()
-    except ValueError as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(program("run.py", main))

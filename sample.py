@@ -13,14 +13,17 @@ size or on how many are drawn.
 
 from __future__ import annotations
 
+import cli
+
+cli.quiet_imports(__name__)             # before those that take seconds
+
 import argparse
-import contextlib
+import math
 import re
+import signal
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -30,14 +33,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import conditioning
-from cache import replacing, write_atomically
+from cli import Flag, file_path, integer, make_parser, number, one_of, program
 from conditioning import Asked
-from data import grid, open_image, to_tensor, to_uint8
+from files import (Unfinished, check_space, check_writable, digest, fingerprint_tensors, unfinished_file,
+                   write_atomically, write_npz)
+from pictures import PICTURES, check_grid, grid, open_image, to_tensor, to_uint8, write_picture
 from published import load_weights
 from run import build_model, build_path, graphed, load_checkpoint, load_published, unpack_vae
-from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like
-from settings import (OBJECTIVES, Flag, check_compiler, file_path, integer, make_parser, number, one_of,
-                      pick_device, published_model)
+from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
+from settings import OBJECTIVES, check_compiler, check_room, memory, pick_device, published_model
 from vae import VAE
 
 # Flags that are options of one sampler, and that sampler.
@@ -46,25 +50,30 @@ SAMPLER_OPTIONS = {"eta": "ddim", "variance": "ddpm", "noise": "reverse_sde"}
 FLAGS = {
     # Either a run, or all three parts of a published model: see `check_flags`.
     "what to draw with": [
-        Flag("run", "run folder, or a checkpoint file", str, nargs="?"),
+        Flag("run", "run folder, or a checkpoint file", file_path, nargs="?"),
         Flag("--published", "instead of a run: a published model, like dit-xl-2-256 or sit-xl-2-256",
              published_model, metavar="NAME"),
-        Flag("--weights", "the published model's weights: .pt, .ckpt or .safetensors", str, metavar="FILE"),
-        Flag("--vae", "the published model's VAE: a file, or a diffusers folder", str, metavar="PATH"),
+        Flag("--weights", "the published model's weights: .pt, .ckpt or .safetensors", file_path,
+             metavar="FILE"),
+        Flag("--vae", "the published model's VAE: a file, or a diffusers folder", file_path,
+             metavar="PATH"),
         Flag("--raw", "the run's raw weights, not their average"),
     ],
     "what to draw": [
         Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
         # What a run is conditioned on decides which of these it takes.
-        *(Flag(name, type=str, **fields) for name, fields in conditioning.FLAGS.items()),
-        Flag("--init-image", "begin with this picture instead of noise", file_path, metavar="FILE"),
-        Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone (default: 0.6; 1 "
-                           "where there is a --mask)", number(0, 1)),
+        *(Flag(name, **{"type": str} | fields) for name, fields in conditioning.FLAGS.items()),
+        Flag("--init-image", "begin with this picture instead of noise; the run of a VAE reconstructs all "
+                             "pictures given here", file_path, nargs="+", metavar="FILE"),
+        Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone. At 0.6 a fifth of "
+                           "the pictures may not yet show what was asked for; at 0.9 little of the picture "
+                           "is left (default: 0.8; 1 where there is a --mask)", number(0, 1)),
         Flag("--mask", "draw only where this picture is white (needs --init-image)", file_path,
              metavar="FILE"),
         Flag("--seed", "picture i is drawn with seed + i (default: 0)", integer(-10**18, 10**18), 0),
-        Flag("--out", "NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC; NAME.gif: the steps from noise; "
-                      "a folder: single PNGs (default: samples.png)", file_path, "samples.png"),
+        Flag("--out", "NAME.png, .jpg or .webp: one grid; NAME.gif: the steps from noise; NAME.npz: arr_0, "
+                      "uint8 NHWC; a folder: single PNGs (default: samples.png). After an interruption, the "
+                      "same command continues an .npz or a folder", file_path, "samples.png"),
     ],
     "how": [
         Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided (default: 2 where the "
@@ -85,7 +94,7 @@ FLAGS = {
     "machine": [
         Flag("--batch-size", "pictures at a time (default: 64); affects only speed", integer(1, 10**6), 64),
         Flag("--compile", "torch.compile the network; on CUDA, as graphs"),
-        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", str, "auto"),
+        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", file_path, "auto"),
         Flag("--precision", "precision of the network: fp32 (default), tf32, bf16; the VAE runs in fp32, or "
                             "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16")), "fp32"),
     ],
@@ -99,14 +108,15 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
          uncond: dict | None = None, *, sampler: str, steps: int, scale: float = 1.0, rescale: float = 0.0,
          interval: tuple[float, float] = (0.0, 1.0), times: str = "even", strength: float = 1.0,
          image: Tensor | None = None, mask: Tensor | None = None, on_step: Callable | None = None,
-         **options) -> np.ndarray:
+         progress: Callable[[float], None] | None = None, **options) -> np.ndarray:
     """One batch of pictures, uint8 (B, H, W, C). shape: that of a latent, (C, h, w). seeds: one per picture.
     cond, uncond: see `guided`. options: passed to the sampler.
 
     image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
     2022, arXiv:2108.01073), and skip the steps before. mask (1, 1, H, W), bool: draw only where it is True;
-    every other pixel keeps its value. on_step(i, uint8 pictures) is called after each step with the decoded
-    xt."""
+    every other pixel keeps its value, and the drawn side of the border is blended. on_step(i, uint8 pictures)
+    is called after each step with the decoded xt; progress(share) with how much of the batch is done: from 0
+    to 1, where decoding counts as one more step."""
     # ---- noise, from generators on the CPU, so that it is the same on every device
     device = next(vae.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -132,31 +142,45 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
         # One latent position stands for factor x factor pixels: it is drawn if any of them is.
         repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
         denoise = inpainting(denoise, path, x0, repaint)
+        blend = soft_border(mask, vae.factor // 2).to(device)
 
     def decode(x0: Tensor) -> np.ndarray:
         pictures = vae.decode(vae.denormalize(x0))         # (B, C, H, W), nominally in [-1, 1]
         if mask is not None:                               # the VAE's reconstruction is close, but not exact
-            pictures = torch.where(mask.to(device), pictures, image.to(device))
+            known = image.to(device)
+            pictures = torch.where(mask.to(device), torch.lerp(known, pictures, blend), known)
         return to_uint8(pictures)
 
     # Samplers report latents; whoever watches wants pictures, of xt and not of the guess x0.
-    def show(i: int, xt: Tensor, x0: Tensor) -> None:
-        on_step(i, decode(xt))
+    def report(i: int, xt: Tensor, x0: Tensor) -> None:
+        if on_step:
+            on_step(i, decode(xt))
+        if progress:
+            progress((i + 1) / len(t))
 
     # ---- from noise to data
     if len(t) > 1:                                         # at strength 0 no step is left
-        x = SAMPLERS[sampler](denoise, path, x, t, generator=generators, on_step=show if on_step else None,
-                              **options)
+        x = SAMPLERS[sampler](denoise, path, x, t, generator=generators, on_step=report, **options)
     return decode(x)
 
 
 def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], asked: Asked, seeds: range,
-                 batch_size: int, **how) -> Iterator[np.ndarray]:
-    """All pictures that were asked for, batch by batch; `how` is passed to `draw`."""
-    for start in range(0, len(seeds), batch_size):
+                 batch_size: int, first: int = 0, progress: Callable[[float], None] = lambda done: None,
+                 **how) -> Iterator[np.ndarray]:
+    """The pictures that were asked for, from the first on, batch by batch; `how` is passed to `draw`.
+    progress(done) is called after each step with how many are done; of the present batch, a share."""
+    for start in range(first, len(seeds), batch_size):
         part = seeds[start:start + batch_size]
         cond, uncond = asked.batch(start, len(part))       # uncond: the null condition, once per picture
-        yield draw(model, vae, path, shape, part, cond, uncond, **how)
+        yield draw(model, vae, path, shape, part, cond, uncond,
+                   progress=lambda share: progress(start + share * len(part)), **how)
+        progress(start + len(part))
+
+
+def picture_bar(total: int, first: int = 0, **options) -> tqdm:
+    """A bar that counts pictures, whole ones although it also moves within a batch."""
+    return tqdm(total=total, initial=first, unit="img", **options,
+                bar_format="{l_bar}{bar}| {n:,.0f}/{total:,} [{elapsed}<{remaining}, {rate_fmt}]")
 
 
 # ---- what the flags mean, and refusals of what cannot work
@@ -171,10 +195,11 @@ def check_flags(args: argparse.Namespace) -> None:
     # Where the output goes is checked first, so that nothing is drawn that cannot be written.
     out = Path(args.out)
     kind = out.suffix.lower()                              # "" for a folder
-    if kind not in (".png", ".npz", ".gif", ""):
-        raise ValueError(f"--out {out}: must end in .png, .npz or .gif, or name a folder")
+    if kind not in (*PICTURES, ".npz", ".gif", ""):
+        raise ValueError(f"--out {out}: must end in {', '.join(PICTURES)}, .npz or .gif, or name a folder")
     if kind and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    check_writable(out)
     if out.exists() and out.is_dir() == bool(kind):        # a name without an ending means a folder
         found = "folder" if kind else "file"
         raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
@@ -184,10 +209,14 @@ def check_flags(args: argparse.Namespace) -> None:
     mixed = args.run is not None and any(given)
     incomplete = args.run is None and not all(given)
     if mixed or incomplete:
-        raise ValueError("give a run, or --published NAME with its --weights FILE and --vae PATH")
+        behind = ""
+        if args.init_image and len(args.init_image) > 1:
+            behind = "; --init-image takes all names behind it, so name a run before it"
+        raise ValueError(f"give a run, or --published NAME with its --weights FILE and --vae PATH{behind}")
     if args.raw and args.published:
         raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
 
+    sampler_options(args)
     low, high = args.interval                              # each in [0, 1], by its type
     if not low < high:
         raise ValueError(f"--interval {low:g} {high:g}: two times between 0 and 1, the lower one first")
@@ -196,8 +225,28 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with")
 
 
-def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict]:
-    """The sampler asked for, the one whose option was given, or the objective's default; and its options."""
+def check_size(args: argparse.Namespace, size: tuple[int, int], channels: int, frames: int,
+               columns: int | None = None, zoom: int = 1) -> None:
+    """Refuse an output that its format, the memory or the disk cannot hold, before anything is drawn. frames:
+    how many grids a GIF has. columns, zoom: of the grid, where they are known."""
+    out = Path(args.out)
+    kind = out.suffix.lower()
+    try:
+        if kind == ".npz":
+            check_space(out, 2 * args.n * math.prod(size) * channels, unfinished_file(out))
+        elif kind == "":
+            check_space(out, 4096 * args.n)                # a file takes at least a block of the disk
+        else:
+            check_grid(kind, args.n, size, columns, zoom, frames if kind == ".gif" else 1)
+    except ValueError as error:
+        if kind == ".gif":
+            raise ValueError(f"--n {args.n} --steps {frames} --out {out}: {frames:,} frames, each {error}, "
+                             "or give fewer --steps") from None
+        raise ValueError(f"--n {args.n} --out {out}: {error}") from None
+
+
+def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
+    """The sampler asked for, or the one whose option was given, or None; and its options."""
     sampler = args.sampler
     options = {}
     for name, owner in SAMPLER_OPTIONS.items():
@@ -208,6 +257,13 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
             raise ValueError(f"--{name} {value}: belongs to --sampler {owner}, not {sampler}")
         sampler = owner                                    # the option implies its sampler
         options[name] = value
+    return sampler, options
+
+
+def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict]:
+    """The sampler asked for or implied, or the objective's default; and its options. Refuses what does not go
+    with the objective."""
+    sampler, options = sampler_options(args)
     # The straight path has no thousand steps from which these spacings choose.
     if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
         raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the path of rf")
@@ -217,9 +273,10 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
     return sampler or OBJECTIVES[objective["name"]].sampler, options
 
 
-def read_picture(flag: str, file: str, size: tuple[int, int]) -> np.ndarray:
+def read_picture(flag: str, file: str, size: tuple[int, int], behind: str = "white") -> np.ndarray:
+    """uint8 (H, W, 3)."""
     try:
-        return open_image(Path(file), size).copy()         # scaled to cover `size`, and cropped
+        return open_image(Path(file), size, behind).copy()
     except Exception as error:                             # Pillow raises a dozen exception types
         raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
 
@@ -229,30 +286,24 @@ def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
     """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool; None where not given."""
     image, mask = None, None
     if args.init_image:
-        image = to_tensor(read_picture("--init-image", args.init_image, size)[None])     # a batch of one
-        if channels == 1:                                  # every file is read as RGB
-            image = image.mean(1, keepdim=True)
-    if args.mask:                                          # greys lighter than the middle count as white
-        white = read_picture("--mask", args.mask, size).mean(-1) > 127
-        if not white.any():
-            raise ValueError(f"--mask {args.mask}: has no white pixel, so there is nothing to draw")
-        mask = torch.from_numpy(white)[None, None]
+        image = read_image(args.init_image[0], size, channels)
+    if args.mask:
+        # Greys lighter than the middle count as white; what is transparent is kept, whatever its colour.
+        grey = read_picture("--mask", args.mask, size, behind="black").mean(-1)
+        if not (grey > 127).any():
+            raise ValueError(f"--mask {args.mask}: is nowhere lighter than middle grey (its brightest pixel "
+                             f"is {grey.max():.0f} of 255), so there is nothing to draw")
+        mask = torch.from_numpy(grey > 127)[None, None]
     return image, mask
 
 
+def read_image(file: str, size: tuple[int, int], channels: int) -> Tensor:
+    """One --init-image, (1, C, H, W) in [-1, 1]."""
+    image = to_tensor(read_picture("--init-image", file, size)[None])
+    return image.mean(1, keepdim=True) if channels == 1 else image       # every file is read as RGB
+
+
 # ---- writing
-
-@contextlib.contextmanager
-def npz_writer(file: IO[bytes], shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], object]]:
-    """Write an .npz in the layout of the ADM evaluation suite, with one uint8 array `arr_0` of this shape,
-    batch by batch, so that 50,000 pictures need not fit into memory."""
-    # force_zip64: the size is not known in advance, and may exceed 4 GiB
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(
-            "arr_0.npy", "w", force_zip64=True) as out:
-        # the header of a .npy file, then the pictures as they come
-        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        yield lambda images: out.write(np.ascontiguousarray(images).tobytes())
-
 
 def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: Asked) -> None:
     """One frame per step: the grid of all pictures after that step. The last frame is shown longest."""
@@ -269,19 +320,88 @@ def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: As
         duration=[120] * (len(pictures) - 1) + [1500]))    # milliseconds
 
 
-def write_folder(out: Path, batches: Iterator[np.ndarray], asked: Asked, first_seed: int) -> None:
+def write_folder(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: Asked, first_seed: int,
+                 batch_size: int, settings: dict) -> None:
     """Write each picture to SEED-NAME.png, or to SEED.png where its condition has no name."""
     out.mkdir(parents=True, exist_ok=True)
     # Prompts become file names: letters, digits and dashes only, and of bounded length.
     endings = [re.sub(r"[^\w-]+", "-", f"-{name}")[:80] for name in asked.names] or [""]
-    i = 0
-    for images in batches:                                 # each is written as soon as it is drawn
-        for image in images:
+
+    def file(i: int) -> Path:
+        return out / f"{first_seed + i:06d}{endings[asked.turn[i]]}.png"
+
+    unfinished = Unfinished(out / "unfinished.json", settings)
+    there = 0
+    while there < unfinished.done and file(there).is_file():
+        there += 1
+    if there < unfinished.done:                            # one has been removed since: go back to its batch
+        unfinished.done = there // batch_size * batch_size
+    for images in batches(unfinished.done):                # each is written as soon as it is drawn
+        for i, image in enumerate(images, unfinished.done):
             if image.shape[-1] == 1:                       # Pillow expects a grey picture as (H, W)
                 image = image.squeeze(-1)
-            name = f"{first_seed + i:06d}{endings[asked.turn[i]]}.png"
-            Image.fromarray(image).save(out / name)
-            i += 1
+            write_picture(file(i), Image.fromarray(image))
+        unfinished.advance(unfinished.done + len(images))
+    unfinished.finish()
+
+
+def write(args: argparse.Namespace, batches: Callable[..., Iterator[np.ndarray]], asked: Asked,
+          shape: tuple[int, int, int], settings: Callable[[], dict], written: list[int]) -> None:
+    """Draw and write; the file at --out is always the complete old one or the complete new one. shape: of a
+    picture, (H, W, C). written: ends with how many are written, for the line after an interruption."""
+    out = Path(args.out)
+    kind = out.suffix.lower()
+    try:
+        if kind == ".npz":
+            write_npz(out, batches, (args.n, *shape), settings())
+        elif kind == ".gif":
+            write_gif(out, batches, asked)
+        elif kind in PICTURES:                             # one grid
+            write_picture(out, grid(np.concatenate(list(batches())), asked.columns, captions=asked.captions))
+        else:
+            write_folder(out, batches, asked, args.seed, args.batch_size, settings())
+    except KeyboardInterrupt:
+        # Said here and not in `program`, whose line holds for every program and says less.
+        how_far = ": nothing was written"
+        if kind in (".npz", ""):
+            if not written:                                # before it was known how many are there
+                raise
+            how_far = f" after {written[-1]:,} of {args.n:,} pictures; the same command continues"
+        print(f"sample.py: interrupted{how_far}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
+    """What sample.py does with the run of a VAE: every --init-image, and its reconstruction beside it."""
+    taken = ("run", "raw", "init_image", "out", "device")
+    for flag in (flag for group in FLAGS.values() for flag in group):
+        if flag.key not in taken and getattr(args, flag.key) not in (flag.default, False):
+            raise ValueError(f"{flag.name}: this run is a VAE, which reconstructs but does not draw; leave "
+                             "it out")
+    if not args.init_image:
+        raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; give it "
+                         "pictures by --init-image FILE, or give a run that draws")
+    kind = Path(args.out).suffix.lower()
+    if kind not in PICTURES:
+        raise ValueError(f"--out {args.out}: a VAE's reconstruction is a .png, .jpg or .webp")
+    size = tuple(checkpoint["data"]["size"])
+    zoom = -(-112 // size[1])                              # as `grid` enlarges pictures with captions
+    count = len(args.init_image)
+    try:
+        check_grid(kind, 2 * count, size, 2, zoom, 1)
+    except ValueError:
+        raise ValueError(f"--out {args.out}: {count:,} pictures and their reconstructions are more than "
+                         f"{kind} or the memory holds; give fewer by --init-image") from None
+    vae = unpack_vae({"config": checkpoint["config"], "state": checkpoint["model" if args.raw else "ema"]})
+    vae = vae.to(device)
+    images = [read_image(file, size, vae.config.image_channels) for file in args.init_image]
+    pairs = []
+    with torch.no_grad():
+        for image in tqdm(images, desc="reconstruct", unit="img", delay=2, leave=False):
+            pairs += [image, vae.decode(vae.encode(image.to(device)).mean).cpu()]
+    pictures = to_uint8(torch.cat(pairs)).repeat(zoom, 1).repeat(zoom, 2)
+    write_picture(Path(args.out), grid(pictures, columns=2))
+    print(args.out)
 
 
 # ---- the program
@@ -301,8 +421,11 @@ def main(argv: list[str] | None = None) -> None:
         what = args.run
         checkpoint = load_checkpoint(args.run)
     if checkpoint["arch"] == "vae":
-        raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; give a dit, "
-                         "mmdit or unet run")
+        reconstruct(args, checkpoint, device)
+        return
+    if args.init_image and len(args.init_image) > 1:
+        raise ValueError(f"--init-image {' '.join(args.init_image)}: a network begins with one picture; give "
+                         "only one")
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
     scale = conditioning.guidance_scale(condition, args)
@@ -310,19 +433,28 @@ def main(argv: list[str] | None = None) -> None:
     steps = args.steps or OBJECTIVES[checkpoint["objective"]["name"]].steps
     path = build_path(checkpoint["objective"])
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
+    size = tuple(checkpoint["data"]["size"])
+    vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
+    check_size(args, size, vae.config.image_channels, steps)
+    # Input and output, in fp32, of a convolution of the decoder's last level: the very least.
+    at_once = min(args.batch_size, args.n)
+    need = {f"decoding {at_once:,} pictures": at_once * math.prod(size) * vae.config.widths[0] * 2 * 4}
+    check_room(f"--batch-size {args.batch_size}", need, memory(device), f"memory ({device.type})",
+               "give a smaller one")
 
     # ---- the network, the VAE and their inputs
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
     load_weights(model, checkpoint["model" if args.raw else "ema"], what).to(device).eval()
-    vae = unpack_vae(checkpoint["vae"]).to(device)         # the one that the network was trained on
-    height, width = checkpoint["data"]["size"]
-    shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
-    image, mask = read_image_and_mask(args, (height, width), vae.config.image_channels)
+    vae = vae.to(device)
+    shape = (vae.config.latent_channels, size[0] // vae.factor, size[1] // vae.factor)
+    image, mask = read_image_and_mask(args, size, vae.config.image_channels)
     strength = args.strength
     if strength is None:
-        strength = 1.0 if args.mask else 0.6               # within a mask, start from noise alone
+        strength = 1.0 if args.mask else 0.8               # within a mask, start from noise alone
     with torch.no_grad():
         asked = condition.ask(args, model)
+    zoom = -(-112 // size[1]) if asked.captions else 1     # as `grid` enlarges pictures with captions
+    check_size(args, size, vae.config.image_channels, steps, asked.columns, zoom)
     if device.type == "cuda":                              # faster, at the precision asked for
         torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
@@ -330,42 +462,37 @@ def main(argv: list[str] | None = None) -> None:
         vae = vae.to(memory_format=torch.channels_last)
     network = graphed(model) if args.compile else model
 
-    # A generator, so that each batch can be written before the next is drawn.
-    def batches(on_step: Callable | None = None) -> Iterator[np.ndarray]:
-        seeds = range(args.seed, args.seed + args.n)
-        with (tqdm(total=args.n, unit="img", desc=f"{sampler} x {steps}, guidance {scale:g}") as bar,
-              torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")):
-            for images in draw_batches(
-                    network, vae, path, shape, asked, seeds, args.batch_size, sampler=sampler, steps=steps,
-                    scale=scale, rescale=args.rescale, interval=tuple(args.interval), times=args.times,
-                    strength=strength, image=image, mask=mask, on_step=on_step, **options):
-                yield images
-                bar.update(len(images))
+    how = dict(sampler=sampler, steps=steps, scale=scale, rescale=args.rescale, interval=tuple(args.interval),
+               times=args.times, strength=strength, **options)
 
-    # ---- draw and write; the file at --out is always the complete old one or the complete new one
-    out = Path(args.out)
-    kind = out.suffix.lower()
-    if kind == ".npz":                                     # written while it is drawn
-        all_pictures = (args.n, height, width, vae.config.image_channels)
-        with replacing(out) as file, npz_writer(file, all_pictures) as write:
-            for images in batches():
-                write(images)
-    elif kind == ".gif":
-        write_gif(out, batches, asked)
-    elif kind == ".png":                                   # one grid
-        picture = grid(np.concatenate(list(batches())), asked.columns, captions=asked.captions)
-        write_atomically(out, lambda file: picture.save(file, "PNG"))
-    else:
-        write_folder(out, batches(), asked, args.seed)
-    print(out)
+    written: list[int] = []                                # how many pictures, after each batch
+
+    # A generator, so that each batch can be written before the next is drawn.
+    def batches(first: int = 0, on_step: Callable | None = None) -> Iterator[np.ndarray]:
+        written.append(first)
+        seeds = range(args.seed, args.seed + args.n)
+        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {scale:g}") as bar,
+              torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")):
+            for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
+                                       progress=lambda done: bar.update(done - bar.n),
+                                       image=image, mask=mask, on_step=on_step, **how):
+                yield images
+                written.append(written[-1] + len(images))
+
+    def settings() -> dict:
+        """All that decides the pictures: only with the same settings may they be continued."""
+        flags = ("n", "seed", "batch_size", "precision", "compile", "negative_prompt")
+        parts = {"weights": fingerprint_tensors(model.state_dict()),
+                 "VAE": fingerprint_tensors(vae.state_dict()), "objective": checkpoint["objective"],
+                 "conditions": digest(asked.names, asked.turn.numpy(),
+                                      *(part.cpu().numpy() for part in asked.every.values())),
+                 "pictures": digest(*(part.numpy() for part in (image, mask) if part is not None))}
+        return {flag: getattr(args, flag) for flag in flags} | how | parts | {"device": device.type}
+
+    # ---- draw and write
+    write(args, batches, asked, (*size, vae.config.image_channels), settings, written)
+    print(args.out)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("sample.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(program("sample.py", main))

@@ -18,6 +18,7 @@ from functools import partial
 from math import factorial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A denoiser returns (x0, eps). If it was built for a learned variance, and only then, it returns a third
@@ -89,6 +90,18 @@ def inpainting(denoise: Denoiser, path, x0: Tensor, repaint: Tensor) -> Denoiser
         return torch.where(repaint, guess, x0), torch.where(repaint, eps, known_eps), *fraction
 
     return denoise_rest
+
+
+def soft_border(mask: Tensor, width: int) -> Tensor:
+    """Weights to blend a drawn patch into its picture without a visible seam. mask (B, 1, H, W), bool: True
+    where the patch is -> (B, 1, H, W) float32: 0 outside the mask, rising to 1 within `width` pixels inside
+    it, or up to the middle of what is narrower than that."""
+    kept = 1 - mask.float()
+    weight = torch.zeros_like(kept)
+    for reach in range(width + 1):         # in each round: is every pixel within `reach` drawn?
+        weight += (1 - F.max_pool2d(kept, 2 * reach + 1, 1, reach)) / (width + 1)
+    highest = F.max_pool2d(weight, 2 * width + 1, 1, width)
+    return weight / highest.clamp(min=1e-6)
 
 
 # ---- what the solvers share

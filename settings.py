@@ -12,13 +12,12 @@ remedy. train.py writes the resolved settings to settings.json.
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import os
-import re
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,88 +29,28 @@ import published
 import text
 import unet
 import vae
+from cli import (Flag, file_path, folder_name, given, integer, make_parser, number, one_of, program, shown)
 from data import SOURCES
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 
 
-# ---- what a flag accepts: functions for argparse's `type=`
-
-def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
-    """A number in [low, high]; NaN is outside every range."""
-    noun = "a whole number" if kind is int else "a number"
-    limits = f"at least {low:,}" if high == math.inf else f"between {low:,} and {high:,}"
-    limits = limits.replace(".0 ", " ").removesuffix(".0")       # "between 0 and 1", not "0.0 and 1.0"
-
-    def check(string: str) -> float:
-        try:
-            value = kind(string)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{string}: must be {noun} {limits}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{string}: must be {limits}")
-        return value
-    return check
-
-
-def integer(low: int, high: int = 10**9) -> Callable[[str], int]:
-    return number(low, high, int)
-
-
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    names = list(names)
-
-    def check(string: str) -> str:
-        if string not in names:
-            raise argparse.ArgumentTypeError(f"{string}: must be one of {', '.join(names)}")
-        return string
-    return check
-
-
-def file_path(string: str) -> str:
-    if not string:
-        raise argparse.ArgumentTypeError("is empty; give a path, or leave it out")
-    return string
-
-
 def text_encoder(string: str) -> str:
-    kind, _, folder = string.partition(":")
+    kind, _, folder = file_path(string).partition(":")
     if kind not in ("bytes", "clip", "t5", "none") or bool(folder) != (kind in ("clip", "t5")):
         raise argparse.ArgumentTypeError(f"{string}: must be bytes, clip:FOLDER, t5:FOLDER or none")
     return string
 
 
 def published_model(string: str) -> str:
-    if string not in published.MODELS:
+    if file_path(string) not in published.MODELS:
         largest = ", ".join(name for name in published.MODELS if "-xl-2-" in name)
         raise argparse.ArgumentTypeError(f"{string}: known are {largest}, and the sizes s, b, l, xl at patch "
                                          "2, 4, 8")
     return string
 
 
-# ---- the tables: flags, architectures, objectives
-
-@dataclass(frozen=True)
-class Flag:
-    name: str                                     # as on the command line
-    help: str
-    type: Callable[[str], object] | None = None   # None: a switch
-    default: object = None                        # None: no value, or one that `resolve` fills in
-    nargs: str | int | None = None
-    metavar: str | tuple[str, ...] | None = None
-    most: int | None = None                       # with nargs "+": how many values at most
-    # It has an effect only where each flag named here has one of the values beside its name.
-    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    instead: str = ""                             # the flag to use where `needs` is not met
-    unset: str | None = None                      # where it is not given, `needs` assumes this value
-    option: str | None = None                     # argument of the path's constructor that this flag sets
-    settled: bool = False                         # decided by --published where that is given
-    resumable: bool = False                       # may change on resume
-
-    @property
-    def key(self) -> str:
-        """Its name in the parsed settings."""
-        return self.name.lstrip("-").replace("-", "_")
+SIZE = 65_536      # of a side or a width: sizes beyond overflow before they can be refused with an estimate
 
 
 class Architecture(NamedTuple):
@@ -161,16 +100,17 @@ OBJECTIVES = {
              one_of(("uniform", "logit_normal", "mode", "cosmap")), unset="logit_normal"),
         Flag("--density-mean", "logit_normal density: m (default: 0)", number(-100, 100),
              needs={"density": ("logit_normal",)}, option="mean"),
-        Flag("--density-std", "logit_normal density: s (default: 1)", number(0, 1e9),
+        Flag("--density-std", "logit_normal density: s (default: 1)", number(0, 1e9, above=True),
              needs={"density": ("logit_normal",)}, option="std"),
         Flag("--mode-scale", "mode density: s (default: 1.29)", number(-1, 2),
              needs={"density": ("mode",)}),
-        Flag("--shift", "shift of the times toward noise, for larger pictures (default: 1)", number(0, 1e9)),
+        Flag("--shift", "shift of the times toward noise, for larger pictures (default: 1)",
+             number(0, 1e9, above=True)),
     )),
     "ddpm": Objective(DDPM, sampler="ddim", steps=50, flags=(
         Flag("--schedule", "noise schedule: linear, scaled_linear (default), cosine",
              one_of(("linear", "scaled_linear", "cosine"))),
-        Flag("--min-snr", "gamma of the min-SNR loss weight (default: off)", number(0, 1e9)),
+        Flag("--min-snr", "gamma of the min-SNR loss weight (default: off)", number(0, 1e9, above=True)),
         Flag("--zero-terminal-snr", "rescale the schedule so that it ends in pure noise"),
     ), prediction_with_text="v"),         # text matters most near pure noise, where eps is nearly known
 }
@@ -196,7 +136,7 @@ FLAGS = {
                              "for ddpm, v for ddpm with text)",
              one_of(("velocity", "eps", "v", "x0")), needs=NETWORK, option="prediction", settled=True),
         Flag("--name", "run folder within --runs-dir (default: DATA-ARCH-OBJECTIVE, with the size unless "
-                       "32x32)", file_path, resumable=True),
+                       "32x32)", folder_name, resumable=True),
         Flag("--runs-dir", "folder that holds the runs (default: runs)", file_path, "runs", resumable=True),
     ],
     "data": [
@@ -206,6 +146,8 @@ FLAGS = {
              "data", resumable=True),
         Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
              most=2),
+        Flag("--crop", "where to crop a folder's pictures that have another shape: centre (default), or "
+                       "random, at several places of each", one_of(("centre", "random")), "centre"),
         Flag("--flip", "mirror pictures at random"),
         Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "
                        "mmdit, and for unet on emoji; else class)",
@@ -218,9 +160,9 @@ FLAGS = {
              resumable=True),
     ],
     "network": [
-        Flag("--preset", "a row of PRESETS in the network's file, like S/2 or sd1 (default: small)", str,
-             needs=NETWORK, instead="--vae-preset", settled=True),
-        Flag("--patch", "dit, mmdit: side of a patch, or height and width", integer(1), nargs="+",
+        Flag("--preset", "a row of PRESETS in the network's file, like S/2 or sd1 (default: small)",
+             file_path, needs=NETWORK, instead="--vae-preset", settled=True),
+        Flag("--patch", "dit, mmdit: side of a patch, or height and width", integer(1, SIZE), nargs="+",
              metavar="N", most=2, needs=TRANSFORMER, settled=True),
         Flag("--block", "dit: the block, modern (default), or published as in 2022",
              one_of(("modern", "published")), needs={"arch": ("dit",)}, settled=True),
@@ -236,9 +178,9 @@ FLAGS = {
     "VAE, where one is trained": [
         Flag("--vae-preset", f"row of PRESETS in vae.py: {', '.join(vae.PRESETS)} (default: small)",
              one_of(vae.PRESETS)),
-        Flag("--vae-widths", "channels per level; every level but the last halves the image", integer(1),
-             nargs="+", metavar="N"),
-        Flag("--latent-channels", "channels of the latent (default: 4)", integer(1), metavar="C"),
+        Flag("--vae-widths", "channels per level; every level but the last halves the image",
+             integer(1, SIZE), nargs="+", metavar="N"),
+        Flag("--latent-channels", "channels of the latent (default: 4)", integer(1, SIZE), metavar="C"),
         Flag("--kl-weight", "weight of the KL term (default: 1e-5)", number(0, 1e9)),
         Flag("--vae-steps", "optimizer steps of the VAE, when it is trained before another network",
              integer(1), needs=NETWORK, instead="--steps"),
@@ -249,10 +191,10 @@ FLAGS = {
                                 "with 0, samples cannot be guided", number(0, 1), 0.1),
     ],
     "optimisation (the defaults depend on --arch: ARCHITECTURES in settings.py)": [
-        Flag("--steps", "optimizer steps", integer(1)),
-        Flag("--batch-size", "examples per optimizer step", integer(1)),
+        Flag("--steps", "optimizer steps; a run goes on where they are raised", integer(1), changeable=True),
+        Flag("--batch-size", "examples per optimizer step", integer(1), changeable=True),
         Flag("--accumulate", "pieces that a batch is split into, to save memory (default: 1)", integer(1), 1),
-        Flag("--lr", "peak learning rate of AdamW", number(1e-12, 1e3)),
+        Flag("--lr", "peak learning rate of AdamW", number(1e-12, 1e3), changeable=True),
         Flag("--warmup", "steps of linear warm-up", integer(0)),
         Flag("--cooldown", "share of the steps, at the end, over which the rate falls to 0 (default: 0.5)",
              number(0, 1), 0.5),
@@ -262,7 +204,7 @@ FLAGS = {
         Flag("--seed", "seed of weights, order and noise (default: 0)", integer(0, 2**62), 0),
     ],
     "machine and output": [
-        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", str, "auto", resumable=True),
+        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", file_path, "auto", resumable=True),
         Flag("--precision", "auto (default: bf16 where the hardware multiplies it), bf16, fp32",
              one_of(("auto", "bf16", "fp32")), "auto"),
         Flag("--compile", "torch.compile the network, block by block", resumable=True),
@@ -271,51 +213,27 @@ FLAGS = {
         Flag("--log-every", "steps per line of metrics.jsonl (default: 20)", integer(1), 20, resumable=True),
         Flag("--val-every", "steps between validations (default: 500)", integer(1), 500, resumable=True),
         Flag("--preview-every", "steps between previews (default: 1000)", integer(1), 1000, resumable=True),
+        Flag("--preview-prompts", "text file of what to draw in previews and samples.png, one prompt per "
+                                  "line (default: captions of the validation data)", file_path,
+             metavar="FILE", needs=NETWORK | {"cond": ("text",)}, resumable=True),
         Flag("--save-every", "steps between checkpoints (default: 500)", integer(1), 500, resumable=True),
+        Flag("--keep", "how many of these checkpoints to keep, as checkpoint-STEP.pt (default: 0, only the "
+                       "latest)", integer(0), 0, resumable=True),
+        Flag("--keep-best", "keep the checkpoint with the lowest validation loss so far, as best.pt",
+             resumable=True),
     ],
 }
 ROWS = {flag.key: flag for group in FLAGS.values() for flag in group}
-# Settings that may change on resume: paths and intervals, never anything that affects training.
+# Settings that may change on resume: paths and intervals, never anything that affects training; and those
+# that then take effect from the next step on.
 RESUMABLE = {flag.key for flag in ROWS.values() if flag.resumable}
+CHANGEABLE = [flag.key for flag in ROWS.values() if flag.changeable]
+# What makes two VAEs different: not the seed, the precision or mirrored pictures.
+SAME_VAE = ("data", "image_size", "crop", "vae_preset", "vae_widths", "latent_channels", "kl_weight", "steps",
+            "batch_size", "lr", "warmup", "cooldown", "weight_decay", "clip", "ema")
+# What `resolve` fills in, so that it is never None.
+ALWAYS = ("arch", "image_size", "cond", "steps", "batch_size", "lr", "warmup", "weight_decay", "ema")
 VAE_DEFAULTS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5}
-
-
-# ---- from the command line to settings
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with every error raised as a ValueError of one line."""
-
-    def error(self, message: str) -> None:
-        # argparse's "argument --steps: 0: must be ..." becomes "--steps 0: must be ..."
-        raise ValueError(re.sub(r"^argument ([^ :]+): ", r"\1 ", message))
-
-
-def make_parser(description: str, groups: dict[str, list[Flag]]) -> Parser:
-    parser = Parser(description=description)
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            if flag.type is None:
-                group.add_argument(flag.name, action="store_true", help=flag.help)
-            else:
-                group.add_argument(flag.name, type=flag.type, default=flag.default, nargs=flag.nargs,
-                                   metavar=flag.metavar, help=flag.help)
-    return parser
-
-
-def shown(flag: Flag, args: argparse.Namespace) -> str:
-    """A flag and its value as they were given, for messages."""
-    if flag.type is None:
-        return flag.name
-    value = getattr(args, flag.key)
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return f"{flag.name} {value}"
-
-
-def given(flag: Flag, args: argparse.Namespace) -> bool:
-    value = getattr(args, flag.key)
-    return value is not None and value is not False      # not `in (None, False)`: 0 equals False
 
 
 def check_needs(flag: Flag, args: argparse.Namespace) -> None:
@@ -344,6 +262,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             check_needs(flag, args)
             if flag.most and len(getattr(args, flag.key)) > flag.most:
                 raise ValueError(f"{shown(flag, args)}: give one side, or height and width")
+    if args.crop == "random" and args.data in SOURCES:
+        raise ValueError(f"--crop random: is for a folder of pictures, not --data {args.data}")
+    if args.preview_prompts and args.text_encoder == "none":
+        raise ValueError(f"--preview-prompts {args.preview_prompts}: --text-encoder none has no encoder for "
+                         "them; leave it out")
     if args.published:
         check_published(args)
     if args.vae:
@@ -351,6 +274,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             if given(ROWS[name], args):
                 raise ValueError(f"{shown(ROWS[name], args)}: --vae {args.vae} is trained already; give one "
                                  "or the other")
+    # A run that goes on changes only what its command names; a default changes nothing.
+    args.asked = [name for name in CHANGEABLE if given(ROWS[name], args)]
     fill_defaults(args)
     if args.batch_size % args.accumulate:
         raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
@@ -364,9 +289,11 @@ def resolve_conditioning(args: argparse.Namespace) -> None:
         args.cond = "text" if args.arch == "unet" and captions_only else row.conditioning[0]
     if args.cond not in row.conditioning:
         others = [name for name in NETWORKS if args.cond in ARCHITECTURES[name].conditioning]
+        where = f"--cond {args.cond} goes with --arch {' or '.join(others)}"
+        if args.cond == "class":
+            where += "; with --cond text, class names serve as captions where there are no others"
         raise ValueError(f"--cond {args.cond}: --arch {args.arch} takes --cond "
-                         f"{' or '.join(row.conditioning)}; --cond {args.cond} goes with --arch "
-                         f"{' or '.join(others)}")
+                         f"{' or '.join(row.conditioning)}; {where}")
 
 
 def check_published(args: argparse.Namespace) -> None:
@@ -384,7 +311,8 @@ def check_published(args: argparse.Namespace) -> None:
 def fill_defaults(args: argparse.Namespace) -> None:
     row = ARCHITECTURES[args.arch]
     defaults = dict(row.defaults)
-    if args.cond == "text":
+    # A VAE needs more only where there are other pictures; captions alone change nothing for it.
+    if args.cond == "text" and (args.arch != "vae" or shows_other_pictures(args)):
         defaults |= row.defaults_with_text
     if args.init_from:
         defaults["lr"] = 1e-4             # a larger rate would undo what the weights have learned
@@ -431,25 +359,114 @@ def vae_name(args: argparse.Namespace) -> str:
     return f"{data_name(args)}-vae"
 
 
-def vae_settings(args: argparse.Namespace, begun: dict | None) -> argparse.Namespace:
+def accepted(flag: Flag, value: object) -> bool:
+    """Whether a command line could have set this value, read from a settings.json."""
+    if flag.type is None:
+        return isinstance(value, bool)
+    if value is None:
+        return flag.default is None and flag.key not in ALWAYS
+    values = [value]
+    if flag.nargs:
+        values = value if isinstance(value, list) else []
+    try:
+        return 0 < len(values) <= (flag.most or len(values)) and all(
+            type(part) in (str, int, float) and flag.type(str(part)) == part for part in values)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
+def complete(found: dict, file: str) -> dict:
+    """The settings of a settings.json as this version would have written them: a flag that did not exist then
+    has its default. Raises ValueError where it has a setting that does not exist now, or a value that its
+    flag does not accept."""
+    for name, value in found.items():
+        known = name in ROWS or name == "vae_name"         # derived from others; stored until 2026-11
+        if not known and value is not None and value is not False:
+            raise ValueError(f"{file}: its setting {name} {value} does not exist in this version; continue "
+                             "it with the version that it began with, or use another --name")
+        if name in ROWS and name not in RESUMABLE and not accepted(ROWS[name], value):
+            raise ValueError(f"{file}: damaged, or of another version: its setting {name} is "
+                             f"{json.dumps(value)[:80]}; restore it, or use another --name")
+    if set(ROWS) <= set(found):
+        return found
+    args = make_parser("", FLAGS).parse_args([])
+    vars(args).update({name: value for name, value in found.items() if name in ROWS})
+    try:
+        args.data = found["data"]          # its default is not what the run began with
+        resolve(args)
+        return {name: getattr(args, name) for name in ROWS} | found
+    except (ValueError, KeyError, TypeError, AttributeError):
+        missing = next(name for name in ("arch", "data", *ROWS) if name not in found)
+        raise ValueError(f"{file}: damaged, or of another version: it lacks {missing}; restore it, or use "
+                         "another --name") from None
+
+
+def place(path: str) -> str:
+    """One spelling of what is given as --vae: p, p/, ./p, /full/p and p/checkpoint.pt are the same run."""
+    path = os.path.realpath(path)
+    return os.path.dirname(path) if os.path.basename(path) == "checkpoint.pt" else path
+
+
+def same_value(name: str, begun: object, now: object) -> bool:
+    """Whether two values of a setting mean the same."""
+    if begun == now or not (isinstance(begun, str) and isinstance(now, str)):
+        return begun == now
+    if name == "text_encoder":            # a frozen encoder may have moved; its files are compared later
+        return begun.partition(":")[0] == now.partition(":")[0]
+    if name == "data" and not {begun, now} & set(SOURCES) and not Path(begun).exists():
+        return True                       # a folder that has moved; its pictures are compared later
+    is_path = name in ("vae", "init_from") or (name == "data" and not {begun, now} & set(SOURCES))
+    return is_path and place(begun) == place(now)
+
+
+def command(values: dict) -> str:
+    """The command of train.py that trains with these settings."""
+    words = ["--arch", values["arch"], "--data", values["data"], "--cond", values["cond"]]
+    plain = parse(words)                  # what they are without further flags
+    if getattr(parse(words[:4]), "cond") == values["cond"]:
+        words = words[:4]
+    for name, flag in ROWS.items():
+        value = values[name]
+        if name in ("arch", "data", "cond") or value in (getattr(plain, name), None, False):
+            continue
+        words.append(flag.name)
+        if flag.type is not None:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(["python", "train.py", *words])
+
+
+def vae_settings(args: argparse.Namespace, begun: dict | None, finished: bool = True) -> argparse.Namespace:
     """The settings of the VAE run that precedes a network's. begun: the settings of that run if it exists
-    already. They are kept: this command may repeat but not contradict them."""
+    already. They are kept, whoever began it, provided that this command would train the same VAE, or train it
+    for longer. finished: whether that run is."""
     folder = Path(args.runs_dir) / vae_name(args)
-    asked = {name: getattr(args, name) for name in VAE_DEFAULTS} | {"steps": args.vae_steps}
     result = make_parser("", FLAGS).parse_args(["--arch", "vae"])
-    if begun is None:
-        for name in ("data", "image_size", "flip", "precision", "seed"):
-            setattr(result, name, getattr(args, name))
-        vars(result).update(asked)
-        result.cond = "text" if shows_other_pictures(args) else "class"
-        resolve(result)
-    else:
-        for name, value in ({"data": args.data, "image_size": args.image_size} | asked).items():
-            if value is not None and value != begun.get(name):
-                raise ValueError(f"{folder} holds a VAE with {name.replace('_', '-')} {begun.get(name)}, not "
-                                 f"{value}; train one by --arch vae --name NAME and pass it as --vae, "
-                                 "or remove that folder")
-        vars(result).update(begun)
+    for name in ("data", "image_size", "crop", "flip", "precision", "seed", *VAE_DEFAULTS):
+        setattr(result, name, getattr(args, name))
+    result.steps = args.vae_steps
+    result.cond = "text" if shows_other_pictures(args) else "class"
+    resolve(result)
+    if begun is not None:
+        if begun["arch"] != "vae":
+            raise ValueError(f"{folder} holds a {begun['arch']}, where the VAE of this command belongs; it "
+                             f"goes on by: {command(begun)}; give another --runs-dir, or --vae PATH")
+        remedy = f"give --vae {shlex.quote(str(folder))} to take it as it is"
+        if not finished:
+            remedy = f"that VAE is not finished, and goes on by: {command(begun)}"
+        for name in SAME_VAE:
+            before, now = begun[name], getattr(result, name)
+            if name == "steps" and args.vae_steps and now > before:
+                continue                  # it goes on
+            if not same_value(name, before, now):
+                theirs, ours = f"with {name} {before}", f"with {now}"
+                if name == "steps":
+                    theirs, ours = f"of {before} steps", f"of {now} (--vae-steps)"
+                elif name in ("data", "image_size", "crop", *VAE_DEFAULTS):     # flags of this command too
+                    theirs = f"with --{name.replace('_', '-')} {before}"
+                raise ValueError(f"{folder} holds a VAE {theirs}, where this command would train one {ours}; "
+                                 f"{remedy}, or remove that folder to have it trained")
+        steps = max(begun["steps"], result.steps if args.vae_steps else 0)
+        vars(result).update(begun | {"steps": steps})
     for name in RESUMABLE:
         setattr(result, name, getattr(args, name))
     result.name = folder.name
@@ -480,6 +497,10 @@ def vae_config(args: argparse.Namespace, image_channels: int) -> dict:
                                                   "latent_channels": chosen["latent_channels"]}
     if chosen["vae_widths"]:
         config["widths"] = tuple(chosen["vae_widths"])
+        groups = vae.VAEConfig(**config).groups
+        if any(width % groups for width in config["widths"]):
+            widths = " ".join(map(str, config["widths"]))
+            raise ValueError(f"--vae-widths {widths}: each must be a multiple of {groups}")
     return config
 
 
@@ -511,6 +532,10 @@ def text_config(args: argparse.Namespace) -> dict | None:
 
 # ---- the machine
 
+# Where Linux says how much memory a container may use, in versions 2 and 1 of its control groups.
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """"auto" takes CUDA, then MPS, then the CPU. Raises ValueError for a device that is not available."""
     present = ["cpu"]
@@ -536,6 +561,51 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def memory(device: torch.device) -> int | None:
+    """Bytes of memory in all, used or not: what the machine has, or what a container may use of it. None
+    where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits = []
+    try:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):          # Windows has no sysconf
+        pass
+    for file in CGROUPS:
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):                      # ValueError: "max", no limit
+            pass
+    return min(limits, default=None)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes of memory that this process has used at most so far; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                                    # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def check_room(what: str, need: dict[str, int], have: int | None, where: str, remedy: str) -> None:
+    """Raise ValueError if the parts of `need`, in bytes, exceed what there is (None: not known). A CPU that
+    runs out of memory kills the process without a word."""
+    total = sum(need.values())
+    if have is not None and total > have:
+        parts = ", ".join(f"{name} {in_words(size)}" for name, size in need.items())
+        raise ValueError(f"{what} needs at least {in_words(total)} of {where} ({parts}), where "
+                         f"{in_words(have)} are there; {remedy}")
+
+
+def in_words(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
 def check_compiler(device: torch.device) -> None:
     """Raises ValueError where torch.compile would find no compiler."""
     compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
@@ -544,15 +614,16 @@ def check_compiler(device: torch.device) -> None:
                          "--compile out")
 
 
-if __name__ == "__main__":
-    try:
-        args = parse(sys.argv[1:] or ["--arch", "dit", "--objective", "rf"])
-    except ValueError as error:
-        print(f"settings.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+def demo() -> None:
+    """Print the settings of a command line of train.py."""
+    args = parse(sys.argv[1:] or ["--arch", "dit", "--objective", "rf"])
     for title, flags in FLAGS.items():
         print(title)
         for flag in flags:
             print(f"  {flag.name:20s} {getattr(args, flag.key)}")
     if args.arch != "vae":
         print(f"objective: {objective_config(args)}")
+
+
+if __name__ == "__main__":
+    sys.exit(program("settings.py", demo))

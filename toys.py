@@ -11,7 +11,10 @@ sequence is a pure function of its index, and every sequence is infinite.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -267,7 +270,7 @@ EMOJI_FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",          # D
 
 def find_emoji_font(data_dir: Path) -> Path:
     for path in [*sorted(data_dir.glob("*[eE]moji*.tt[fc]")), *map(Path, EMOJI_FONTS)]:
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     raise ValueError(f"--data emoji: no colour font in {data_dir} or the usual places; install one (Debian: "
                      "apt install fonts-noto-color-emoji), or name by --data-dir a folder that has "
@@ -275,11 +278,14 @@ def find_emoji_font(data_dir: Path) -> Path:
 
 
 def open_emoji_font(path: Path) -> ImageFont.FreeTypeFont:
-    for pixels in (109, 160, 137, 136, 128, 96, 64):       # a bitmap font has a few sizes only
-        try:
-            return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
-        except OSError:
-            continue
+    try:
+        # Not by its name: Pillow would look for a font of that name in the system if this one is damaged.
+        content = path.read_bytes()
+        for pixels in (109, 160, 137, 136, 128, 96, 64):       # a bitmap font has a few sizes only
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(io.BytesIO(content), pixels, layout_engine=ImageFont.Layout.BASIC)
+    except Exception as error:              # FreeType raises other types for some damaged files
+        raise ValueError(f"{path}: cannot be read as a font ({error})") from None
     raise ValueError(f"{path}: not a font that Pillow can open at any usual size of emoji")
 
 
@@ -306,7 +312,10 @@ def render_emoji(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[st
         # Letters (L) and marks (M) are text; formats (Cf) and modifiers (Sk) only change other characters.
         if name is None or category[0] in "LM" or category in ("Cf", "Sk"):
             continue
-        tile = draw_character(character, font)
+        try:
+            tile = draw_character(character, font)
+        except Exception as error:              # FreeType reads a glyph only when it is drawn
+            raise ValueError(f"{path}: damaged at the glyph of {name} ({error})") from None
         if tile is not None:
             tiles.append((name.lower(), tile))
     side = max((max(tile.size) for _, tile in tiles), default=0)    # one scale for all

@@ -6,203 +6,101 @@
     python train.py --arch vae --data FOLDER --image-size 128 192   # only the autoencoder
 
 From a picture to the loss: data.py decodes it, the VAE encodes it once into cache.py's latents,
-`Denoising.loss` draws a latent and a time and collects the conditions, and the path (rectified_flow.py or
-ddpm.py) mixes in noise and compares the network's prediction with its target. A run lives in runs/NAME
-(run.py). Without --vae, a VAE is trained first, as a run of its own that all networks on this data share.
+`Denoising.loss` (tasks.py) draws a latent and a time and collects the conditions, and the path
+(rectified_flow.py or ddpm.py) mixes in noise and compares the network's prediction with its target. A run
+lives in runs/NAME (run.py). Without --vae, a VAE is trained first, as a run of its own that all networks on
+this data share.
 """
 
 from __future__ import annotations
 
+import cli
+
+cli.quiet_imports(__name__)             # before those that take seconds
+
 import argparse
 import copy
 import math
-import signal
+import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import conditioning
 import settings
-from cache import LatentCache, fingerprint_tensors, pieces
-from conditioning import VALIDATED
-from data import Dataset, batch_indices, grid, load_data, send, to_tensor, to_uint8
+from cli import program, signals
+from data import Dataset, batch_indices, load_data
+from plan import Plan, data_changed, fit_weights, prepare
 from published import load_weights
-from run import (Plan, State, build_model, build_path, checkpoint_blocks, compile_blocks, describe,
-                 fit_weights, load_checkpoint, load_vae, pack_vae, prepare, unpack_vae)
-from sample import draw_batches
-from settings import OBJECTIVES
-from vae import VAE
+from run import (Run, State, checkpoint_blocks, compile_blocks, describe, load_checkpoint, load_vae, pack_vae,
+                 unpack_vae)
+from settings import CHANGEABLE, OBJECTIVES
+from tasks import Autoencoding, Denoising, Interrupted, Task
 
 SAMPLE_ROWS = 10       # rows of samples.png
-PREVIEW_BATCH = 64     # pictures drawn at a time, for samples.png and previews
 
 
-# ---- tasks: what is trained. A task provides the model, the loss of a batch, validation and previews
-
-class Autoencoding:
-    """The task of the VAE: reconstruct pictures through a Gaussian latent."""
-
-    objective = None      # a VAE's checkpoint has no objective and no other VAE
-    vae = None
-
-    def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
-        self.args = args
-        self.data = data
-        self.cache_dir = cache_dir
-        self.device = plan.device
-        self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
-
-    def build(self) -> VAE:
-        return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
-
-    def loss(self, model: VAE, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B,) loss, and (B,) zeros in place of times, which a VAE does not have."""
-        x = to_tensor(self.data.images[indices])                       # (B, C, H, W) in [-1, 1]
-        if self.args.flip:                                             # each picture independently
-            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
-        loss, _ = model.loss(send(x, self.device), self.args.kl_weight)
-        return loss, loss.new_zeros(len(x))
-
-    def validate(self, model: VAE) -> dict:
-        generator = torch.Generator(self.device).manual_seed(0)        # the same noise each time
-        # In pieces, because all pictures at once may not fit into memory; each is weighted by its size.
-        totals: dict[str, Tensor] = {}
-        for piece in pieces((len(self.val), *self.val.shape[2:], 1)):
-            loss, logs = model.loss(self.val[piece.start:piece.stop], self.args.kl_weight, generator)
-            for name, value in ({"val_loss": loss.mean()} | logs).items():
-                totals[name] = totals.get(name, 0) + len(piece) * value
-        return {name: (total / len(self.val)).tolist() for name, total in totals.items()}
-
-    def preview(self, model: VAE, rows: int = 0) -> Image.Image:
-        """Pictures, each with its reconstruction below."""
-        x = self.val[:32]                                              # 16 pictures per row
-        pairs = [torch.cat([part, model.decode(model.encode(part).mean)]) for part in x.split(16)]
-        return grid(to_uint8(torch.cat(pairs)), columns=min(16, len(x)))
-
-    def finish(self, model: VAE, ema: VAE) -> None:
-        """Measure the scale of the latents, once, with the averaged weights, which later runs use."""
-        mean, var = encode_latents(ema, self.data, self.args.flip, self.cache_dir).statistics()
-        ema.set_latent_statistics(mean, var)
-        model.set_latent_statistics(mean, var)
-
-
-class Denoising:
-    """The task of a network in latent space: predict the path's target from a noisy latent."""
-
-    def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
-        self.args = args
-        self.device = plan.device
-        self.vae = plan.vae.to(plan.device)
-        self.conditioning = plan.conditioning
-        self.objective = settings.objective_config(args)
-        self.path = build_path(self.objective)
-        self.cache = encode_latents(self.vae, data, args.flip, cache_dir)
-        # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
-        # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.
-        with torch.no_grad():
-            parts = to_tensor(val.images[:VALIDATED]).split(32)        # the VAE needs much memory per picture
-            self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean) for x in parts])
-        n = len(self.x0)
-        generator = torch.Generator().manual_seed(0)
-        self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
-        self.eps = torch.randn(self.x0.shape, generator=generator).to(self.device)
-
-    def build(self) -> torch.nn.Module:
-        config = settings.network_config(self.args, self.vae.config.latent_channels, self.conditioning)
-        return build_model(self.args.arch, config, self.conditioning.text)
-
-    def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B,) loss and the (B,) times at which it was taken."""
-        # Keep the order of the random draws (latent, dropout, rewording, time, noise): otherwise a seed would
-        # mean another run, and runs that began before the change would not resume bit for bit.
-        z = self.cache.batch(indices)                                  # a fresh draw from the posterior
-        x0 = self.vae.normalize(send(z, self.device))                  # (B, C, h, w), mean 0 and std 1
-        dropped = torch.rand(len(z)) < self.args.label_dropout         # each example independently
-        cond = self.conditioning.batch(model, indices, dropped)        # y, or context, mask, pooled
-        t = send(self.path.sample_t(len(x0)), self.device)
-        return self.path.loss(model, x0, t=t, **cond), t
-
-    def validate(self, model: torch.nn.Module) -> dict:
-        cond = self.conditioning.validation(model)
-        loss = self.path.loss(model, self.x0, t=self.t, eps=self.eps, **cond)
-        # A mean over all times hides where a network fails: near noise, near data or in between.
-        quarter = (self.t * 4).long()
-        by_time = {}
-        for i in quarter.unique().tolist():
-            by_time[f"{i / 4}-{(i + 1) / 4}"] = loss[quarter == i].mean().item()
-        return {"val_loss": loss.mean().item(), "val_by_time": by_time}
-
-    def preview(self, model: torch.nn.Module, rows: int = 3) -> Image.Image:
-        """Samples, with guidance 2 where the network is trained for it."""
-        asked = self.conditioning.preview(model, rows)
-        defaults = OBJECTIVES[self.objective["name"]]
-        # Picture i is drawn with seed i in every preview, so that previews of two steps can be compared.
-        images = draw_batches(model, self.vae, self.path, self.x0.shape[1:], asked, range(len(asked.turn)),
-                              PREVIEW_BATCH, sampler=defaults.sampler, steps=defaults.steps,
-                              scale=2.0 if self.conditioning.guidable else 1.0)
-        return grid(np.concatenate(list(images)), asked.columns, captions=asked.captions)
-
-    def finish(self, model: torch.nn.Module, ema: torch.nn.Module) -> None:
-        pass                                                           # nothing is left to measure
-
-
-Task = Autoencoding | Denoising
-
-
-def encode_latents(vae: VAE, data: Dataset, flip: bool, cache_dir: Path) -> LatentCache:
-    device = next(vae.parameters()).device
-
-    def encode(images: np.ndarray, mirrored: bool) -> tuple[Tensor, Tensor]:
-        # The picture is mirrored, not the latent: an encoder does not commute with mirroring.
-        x = to_tensor(images).to(device)
-        posterior = vae.encode(x.flip(-1) if mirrored else x)
-        return posterior.mean, posterior.std
-
-    # Latents depend on the encoder alone: a change of the decoder leaves the cache valid.
-    encoder = {name: weight for name, weight in vae.state_dict().items()
-               if name.startswith(("encoder.", "quant_conv.", "patch_encoder."))}
-    height, width = data.images.shape[1:3]
-    shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
-    stamp = {"vae": fingerprint_tensors(encoder), "data": data.fingerprint}
-    return LatentCache(cache_dir / "latents.npy", data.images, encode, shape, stamp, flip)
-
-
-# ---- the run
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, a plateau, and a linear decay to zero over the last `cooldown` share of the steps."""
+def learning_rate(step: int, args: argparse.Namespace, rise: int = 0) -> float:
+    """Linear warm-up from step `rise`, a plateau, and a linear decay to zero over the last `cooldown` share
+    of the steps."""
     left = (args.steps - step) / max(1.0, args.cooldown * args.steps)      # 1 where the decay begins
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup), left)
+    return args.lr * min(1.0, (step + 1 - rise) / max(1, args.warmup), left)
 
 
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of stopping, so that the loop can finish its step."""
-    received: list[int] = []
-    handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def changes(args: argparse.Namespace, run: Run, saved: dict) -> tuple[list[str], int]:
+    """What a run that goes on does otherwise than before, in words, and the step from which its learning rate
+    warms up."""
+    begun = run.read_settings()
+    begun["steps"] = saved["training"].get("steps", begun["steps"])
+    step, rise = saved["step"], saved["training"].get("rise", 0)
+    words = []
+    for name in CHANGEABLE:
+        if getattr(args, name) != begun[name]:
+            words.append(f"--{name.replace('_', '-')} {getattr(args, name)} from step {step:,} on, before "
+                         f"{begun[name]}")
+    if args.steps != begun["steps"]:
+        shorter = argparse.Namespace(**vars(args) | {"steps": begun["steps"]})
+        if learning_rate(step - 1, shorter, rise) == learning_rate(step - 1, args, rise):
+            exactly = "exactly"
+            if rise > 0 or len(words) > 1:             # it rose anew before, or more than --steps changes
+                exactly = "not exactly"
+            words.append(f"the learning rate had not begun to fall; this is {exactly} a run of that length")
+        else:
+            rise = step
+            words.append(f"the learning rate had begun to fall; it rises again{how_far(args, rise)}; this is "
+                         "not exactly a run of that length")
+    return words, rise
+
+
+def how_far(args: argparse.Namespace, rise: int) -> str:
+    """How soon and how far the learning rate rises from step `rise` on."""
+    # After the warm-up it can only fall.
+    rates = [learning_rate(step, args, rise) for step in range(rise, min(args.steps, rise + args.warmup + 1))]
+    highest = max(rates) / args.lr
+    if highest == 1:
+        return f" within {args.warmup:,} steps"
+    words = (f" to at most {min(highest, 0.99):.2g} of --lr, as it falls over the last {args.cooldown:g} of "
+             "all steps")
+    if args.cooldown < 1:
+        # the fewest steps with which the fall does not begin before the warm-up ends
+        full = math.ceil((rise + max(1, args.warmup) - 1) / (1 - args.cooldown))
+        words += f"; for the full rate give --steps {full}"
+    return words
 
 
 def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     torch.manual_seed(args.seed)                       # after the caches, which are not built every time
     model = task.build().to(plan.device)
     if plan.initial is not None:
-        load_weights(model, fit_weights(model, plan.initial, args.init_from), args.init_from)
+        load_weights(model, fit_weights(model, plan.initial, args.init_from, plan.initial_classes,
+                                         plan.conditioning.classes), args.init_from)
         plan.initial = None                            # frees memory: these may be several GB
     # Convolutions are faster with the channels last, except in a bf16 U-Net on the CPU.
     if args.arch == "vae" or (args.arch == "unet" and plan.device.type == "cuda"):
@@ -221,39 +119,37 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
         checkpoint_blocks(model)
     if args.compile:
         compile_blocks(model)
+        print("--compile: the first step compiles the network, which can take minutes", flush=True)
     return State(model, ema, optimizer, plan.device)
 
 
-def execute(args: argparse.Namespace, plan: Plan) -> bool:
-    """One run, or the rest of it, from data to samples. False when a signal interrupted it."""
+def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False) -> int:
+    """One run, or the rest of it, from data to samples. Returns an exit status: 0, or 128 + N after signal
+    N. network_follows: whether it is the VAE of a network that the same command trains next."""
     # ---- on CUDA, products that autocast leaves in fp32 may use TF32, unless --precision is fp32
     torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
 
     # ---- data, in memory or memory-mapped; its caches lie beside the VAE, for all networks on this VAE
-    run = plan.run
-    home = run.folder
-    if plan.vae_args is not None:
-        home = Path(plan.vae_args.runs_dir) / plan.vae_args.name
-    cache_dir = Path(args.cache_dir) if args.cache_dir else home
+    run, cache_dir = plan.run, plan.cache_dir
     data, val = [load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,
-                           plan.words, plan.folder) for split in ("train", "val")]
+                           plan.words, plan.folder, crop=args.crop) for split in ("train", "val")]
     if plan.vae and plan.vae.config.image_channels != data.images.shape[-1]:
         raise ValueError(f"--vae {args.vae}: for pictures with {plan.vae.config.image_channels} channels; "
                          f"those of --data {args.data} have {data.images.shape[-1]}")
 
     with run.hold():                                   # from here on, no other process trains in this folder
         # ---- what the folder holds must be this run
-        run.write_settings(args)
+        if not run.settings.is_file():
+            run.write_settings(args)
         saved = run.load()
         if saved:
             training = saved["training"]
-            if training["data"] != data.identity:      # the same step would get another batch
-                raise ValueError(f"--data {args.data}: changed since {run.folder} began; use another --name "
-                                 "to train on the data as it is now")
-            if training["finished"]:
+            if training["data"] not in (data.identity, *data.former_identities):
+                raise ValueError(data_changed(args, run, training["finished"]))   # other batches would follow
+            if training["finished"] and saved["step"] >= args.steps:
                 print(f"{run.folder} is finished: {saved['step']:,} steps")
-                return True
+                return 0
             fingerprint = plan.conditioning.fingerprint
             if training.get("encoder", fingerprint) != fingerprint:
                 raise ValueError(f"--text-encoder {args.text_encoder}: not the files that {run.folder} began "
@@ -267,106 +163,175 @@ def execute(args: argparse.Namespace, plan: Plan) -> bool:
                 plan.vae = unpack_vae(saved["vae"])        # the one that the run began with
             plan.conditioning.attach(data, val, cache_dir, resumed=saved is not None)
             task = Denoising(args, data, val, plan, cache_dir)
-        return train(args, plan, task, data, saved)
+        rest = "and then the samples" if args.arch != "vae" else "and then the scale of its latents"
+        if network_follows:
+            rest += "; the network follows"
+        return train(args, plan, task, data, saved, rest)
 
 
-def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved: dict | None) -> bool:
-    """The loop, from the first or the saved step to samples.png. False when a signal interrupted it."""
+def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved: dict | None,
+          rest: str) -> int:
+    """The loop, from the first or the saved step to samples.png. rest: what follows the last step, in words.
+    Returns the exit status, as execute."""
     # ---- setup
     run = plan.run
     state = new_state(args, task, plan)
-    model, ema, optimizer = state.model, state.ema, state.optimizer
-
-    def save(step: int, finished: bool = False) -> None:
-        run.save(checkpoint_of(args, plan, task, state, data, step, finished))
+    model, ema = state.model, state.ema
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
-    start = 0
+    start, rise, changed = 0, 0, []
     if saved:
         start = saved["step"]
         state.restore(saved, str(run.checkpoint))
+        changed, rise = changes(args, run, saved)
     run.rewind_metrics(start)     # a killed run has logged steps that it never saved
-    if not saved:
-        save(0)                   # from now on --vae and --init-from are no longer needed
+
+    def save(step: int, finished: bool = False) -> None:
+        run.save(checkpoint_of(args, plan, task, state, data, step, rise, finished))
+        keep(args, run, step)
+
+    if changed or not saved:
+        save(start)               # from now on --vae and --init-from are no longer needed
+        run.write_settings(args)
+    keep(args, run, start)        # a killed run may have saved and not kept it
+    for line in changed:
+        print(f"{run.folder}: {line}")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(data):,} pictures; "
-          f"{plan.device.type}, {plan.number_format}; step {start:,} of {args.steps:,}", flush=True)
+          f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory for "
+          f"weights, optimizer and a batch; step {start:,} of {args.steps:,}", flush=True)
 
     # ---- the loop
     unread: list[Tensor] = []     # (4,) per step: loss, gradient norm, min and max time; see read_losses
-    with signals() as stop:       # a list that is empty until SIGINT or SIGTERM
+    with signals() as stop:       # a list that is empty until a signal comes
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step",
                    mininterval=0.5)
         for step in bar:
-            # -- the gradient of one batch, in `accumulate` pieces, each of which needs a share of the memory
-            rate = learning_rate(step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            model.train()
-            losses, times = [], []
+            # -- one step; then the weights are averaged, at first over few steps
+            rate = learning_rate(step, args, rise)
             batch = batch_indices(len(data), args.batch_size, step, args.seed)   # a pure function of the step
-            for indices in np.split(batch, args.accumulate):
-                with plan.autocast():
-                    loss, t = task.loss(model, indices)
-                (loss.mean() / args.accumulate).backward()      # outside autocast, as PyTorch recommends
-                losses.append(loss.detach().mean())             # stays on the device: nothing waits for it
-                times.append(t)
-
-            # -- one optimizer step; weights change fast at first, so they are then averaged over few steps
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)   # the norm before clipping
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            unread.append(update(args, plan, task, state, batch, rate))
             state.average(decay=min(args.ema, (step + 1) / (step + 10)))
-            times = torch.cat(times)
-            unread.append(torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()]))
+
+            # -- say how long it will take, once the first steps, which are slower, are over
+            done = step + 1
+            if done == start + 5:
+                began = time.monotonic()
+            if done == start + 25:
+                seconds = (time.monotonic() - began) / 20
+                if seconds * (args.steps - done) >= 5:
+                    bar.write(forecast(seconds, args.steps - done, plan.device, rest))
 
             # -- log, also before each checkpoint, so that weights that are not finite are never saved
-            done = step + 1
-            last = done == args.steps or bool(stop)             # validate, preview and save now
-            validates = last or done % args.val_every == 0
+            last = done == args.steps or bool(stop)             # an interrupted run saves, and only that
+            validates = (last or done % args.val_every == 0) and not stop
             previews = last or done % args.preview_every == 0
-            saves = last or done % args.save_every == 0
+            saves = last or done % args.save_every == 0 or (validates and args.keep_best)
             if done % args.log_every == 0 or validates or previews or saves:
                 entry = {"step": done, **read_losses(unread, done, plan), "lr": rate}
-                bar.set_postfix(loss=f"{entry['loss']:.4f}")
                 run.record(entry)
+                bar.set_postfix(loss=f"{entry['loss']:.4f}")
 
-            # -- validate and preview: the averaged weights and, to compare by eye, the raw ones
-            model.eval()
-            with torch.no_grad(), plan.autocast():
-                if validates:
-                    run.record({"step": done, **task.validate(ema)})
-                    bar.write(describe(run.records[-1]))
-                if previews and not stop:              # an interrupted run should end soon
-                    for name, network in (("ema", ema), ("raw", model)):
-                        run.save_picture(f"preview-{done:06d}-{name}.png", task.preview(network))
-                    run.plot_loss()
-
-            # -- save
+            # -- validate, save, and only then preview; a signal ends the first and the last of these, and the
+            # next step is then the last one
+            if validates:
+                validate(plan, task, state, done, stop, bar)
             if saves:
                 save(done)
-            if stop:
+            if previews and not stop:
+                preview(plan, task, state, done, stop)
+            if last and stop:
                 bar.close()
-                print(f"stopped at step {done:,} of {args.steps:,}, saved; the same command continues",
-                      flush=True)
-                return False
+                print(stopped(done, args.steps), flush=True)
+                return 128 + stop[0]
 
     # ---- finish: samples from the averaged weights, in fp32, which any machine reproduces
     task.finish(model, ema)
     with torch.no_grad():
-        run.save_picture("samples.png", task.preview(ema, rows=SAMPLE_ROWS))
-    run.plot_loss()
+        attempt("samples.png", lambda: run.save_picture("samples.png", task.preview(ema, [], SAMPLE_ROWS)))
+    attempt("loss.png", run.plot_loss)
     save(args.steps, finished=True)
-    return True
+    return 0
+
+
+def validate(plan: Plan, task: Task, state: State, step: int, stop: list[int], bar: tqdm) -> None:
+    """Validate the averaged weights; without a record if a signal comes meanwhile."""
+    with torch.no_grad(), plan.autocast():
+        try:
+            plan.run.record({"step": step, **task.validate(state.ema, stop)})
+        except Interrupted:
+            return
+    bar.write(describe(plan.run.records[-1]))
+
+
+def preview(plan: Plan, task: Task, state: State, step: int, stop: list[int]) -> None:
+    """Previews of the averaged weights and, to compare by eye, of the raw ones; and the losses as a curve."""
+    state.model.eval()
+    with torch.no_grad(), plan.autocast():
+        for kind, network in (("ema", state.ema), ("raw", state.model)):
+            name = f"preview-{step:06d}-{kind}.png"
+            attempt(name, lambda: plan.run.save_picture(name, task.preview(network, stop)))
+    attempt("loss.png", plan.run.plot_loss)
+
+
+def attempt(name: str, draw: Callable[[], None]) -> None:
+    """Draw and write a picture. A training goes on without it: what fails is a warning, and where a signal
+    interrupts it, nothing is written."""
+    try:
+        draw()
+    except Interrupted:
+        pass
+    except (RuntimeError, OSError, ValueError) as error:
+        message = " ".join(str(error).split("\n"))
+        tqdm.write(f"warning: {name} could not be made ({message})", file=sys.stderr)
+
+
+def stopped(step: int, steps: int) -> str:
+    """The last line of a run that a signal has ended."""
+    if step == steps:
+        return f"all {steps:,} steps are done and saved; the same command draws the samples"
+    return f"stopped at step {step:,} of {steps:,}, saved; the same command continues"
+
+
+def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch: np.ndarray,
+           rate: float) -> Tensor:
+    """One step of the optimizer, on the batch with these indices. Returns (4,): the loss, the norm of its
+    gradient before clipping, and the lowest and highest time."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.model.train()
+    losses, times = [], []
+    for indices in np.split(batch, args.accumulate):    # in pieces, each of which needs a share of the memory
+        with plan.autocast():
+            loss, t = task.loss(state.model, indices)
+        (loss.mean() / args.accumulate).backward()      # outside autocast, as PyTorch recommends
+        losses.append(loss.detach().mean())             # stays on the device: nothing waits for it
+        times.append(t)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    times = torch.cat(times)
+    return torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()])
+
+
+def keep(args: argparse.Namespace, run: Run, step: int) -> None:
+    """Keep the checkpoint of this step under the names that --keep and --keep-best ask for."""
+    if args.keep:
+        run.keep_latest(step, args.keep)
+    if args.keep_best and run.best_step() == step:
+        run.keep("best.pt")
 
 
 def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State, data: Dataset, step: int,
-                  finished: bool) -> dict:
+                  rise: int, finished: bool) -> dict:
     """Everything that sample.py needs and, under "training", what a resumed run needs in addition."""
+    if not state.is_finite():          # the last update may have overflowed, after a loss that was finite
+        raise diverged("weights that are not finite", f"after step {step}", plan)
     conditions = plan.conditioning.stored()
     data_entry = {"source": args.data, "size": args.image_size} | conditions.pop("data")
     # the identities of the data and of a frozen encoder's outputs: neither may change on resume
-    training = {"data": data.identity, "encoder": plan.conditioning.fingerprint, "finished": finished}
+    training = {"data": data.identity, "encoder": plan.conditioning.fingerprint, "steps": args.steps,
+                "rise": rise, "finished": finished}
     return {"arch": args.arch, "config": asdict(state.model.config), "objective": task.objective,
             "step": step, "data": data_entry, **conditions, "vae": pack_vae(task.vae) if task.vae else None,
             **state.weights(), "training": training | state.training()}
@@ -380,48 +345,68 @@ def read_losses(unread: list[Tensor], done: int, plan: Plan) -> dict[str, float]
     unread.clear()
     for step, (loss, norm, low, high) in enumerate(values, done + 1 - len(values)):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            remedy = "a lower --lr or --precision fp32" if plan.bf16 else "a lower --lr"
-            raise FloatingPointError(
-                f"loss {loss} with gradient norm {norm} at step {step}, times {low:.3f} to {high:.3f}, "
-                f"{plan.number_format}: stopped. {plan.run.checkpoint} holds the last good weights; begin "
-                f"another --name with {remedy}")
+            raise diverged(f"loss {loss} with gradient norm {norm}",
+                           f"at step {step}, times {low:.3f} to {high:.3f}", plan)
     return {"loss": sum(row[0] for row in values) / len(values),
             "grad_norm": sum(row[1] for row in values) / len(values)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    started = time.time()
+def forecast(seconds: float, steps: int, device: torch.device, rest: str) -> str:
+    """seconds: for one step; steps: how many are left; rest: what follows them, in words."""
+    left = seconds * steps
+    duration = f"{left:.0f} seconds"
+    if left > 90:
+        duration = f"{left / 60:.0f} minutes"
+    if left > 2 * 3600:
+        duration = f"{left / 3600:.1f} hours"
+    peak = settings.peak_memory(device)
+    memory = f", {peak / 2**20:,.0f} MiB of memory" if peak else ""
+    return f"{seconds:.2g} s a step{memory}: about {duration} are left, {rest}"
+
+
+def diverged(what: str, where: str, plan: Plan) -> FloatingPointError:
+    """The error to raise. Every save checks the weights, so those of the checkpoint are good."""
+    saved = plan.run.load() or {"step": 0}
+    remedy = f"repeat the command with a lower --lr: it continues from step {saved['step']:,}"
+    if plan.bf16:
+        remedy += ", or begin another --name with --precision fp32"
+    return FloatingPointError(f"{what} {where}, {plan.number_format}: stopped. {plan.run.checkpoint} holds "
+                              f"the last good weights; {remedy}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 128 + N where signal N interrupted the training."""
+    started = time.monotonic()         # unlike the time of day, it never jumps
     args = settings.parse(argv)
     plan = prepare(args)
+    if plan.finished:
+        print(f"{plan.run.folder} is finished: {args.steps:,} steps")
     # The VAE comes first: a run of its own, as a rule on the same pictures without their captions.
     if plan.vae_args is not None:
         pictures = None                            # a VAE begun with --cond text lists them with captions
         if plan.folder and plan.vae_args.cond != "text":
             pictures = plan.folder._replace(words=None)
-        if not execute(plan.vae_args, prepare(plan.vae_args, pictures)):
-            return
+        status = execute(plan.vae_args, prepare(plan.vae_args, pictures), network_follows=True)
+        if status:
+            return status
         plan.vae = load_vae(Path(plan.vae_args.runs_dir) / plan.vae_args.name)
-    if not execute(args, plan):
-        return
+    status = 0 if plan.finished else execute(args, plan)
+    if status:
+        return status
 
     # Print where the results are, and a command that draws more samples.
     folder = plan.run.folder
-    minutes = (time.time() - started) / 60
-    print(f"{folder / 'samples.png'}, {folder / 'loss.png'} after {minutes:.1f} minutes")
+    minutes = (time.monotonic() - started) / 60
+    made = [str(folder / name) for name in ("samples.png", "loss.png") if (folder / name).is_file()]
+    print(f"{', '.join(made) or folder} after {minutes:.1f} minutes")
     if args.arch != "vae":                       # a VAE draws nothing by itself
         defaults = OBJECTIVES[args.objective]
         finished = conditioning.of_checkpoint(load_checkpoint(folder), plan.device)
         guidance = " --cfg 2" if finished.guidable else ""
-        print(f"more: python sample.py {folder}{finished.hint()} --n 64 --sampler {defaults.sampler} "
-              f"--steps {defaults.steps}{guidance} --seed 0 --out grid.png")
+        print(f"more: python sample.py {shlex.quote(str(folder))}{finished.hint()} --n 64 "
+              f"--sampler {defaults.sampler} --steps {defaults.steps}{guidance} --seed 0 --out grid.png")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                    # outside the loop; inside it, the step is finished and saved
-        print("train.py: interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(program("train.py", main))

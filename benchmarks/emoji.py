@@ -18,7 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
-from data import grid, load_emoji
+from data import load_emoji
+from pictures import grid
 
 KNOWN = [
     "pineapple", "cat face", "red apple", "octopus", "blue heart", "rocket", "hamburger", "sun with face",

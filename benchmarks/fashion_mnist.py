@@ -35,7 +35,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
-from data import batch_indices, load_mnist, to_tensor, to_uint8
+from data import batch_indices, load_mnist
+from pictures import to_tensor, to_uint8
 from run import load_checkpoint, load_vae
 from vae import VAE
 

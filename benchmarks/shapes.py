@@ -1,23 +1,58 @@
 """Score a run on the built-in shapes: how many samples have the colour and kind of their class?
 
     python benchmarks/shapes.py runs/shapes-dit-rf                       (from the repository's root)
+    python benchmarks/shapes.py runs/shapes-dit-rf --strength 0.6 0.7 0.8 0.9     # beginning with pictures
 
-`toys.read_shape` reads both back from the pixels.
+`toys.read_shape` reads both back from the pixels. With --strength, ten pictures of the validation part are
+turned into every class.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
+from data import load_shapes
 from toys import COLOURS, KINDS, SHAPE_CLASSES, read_shape
+
+ASKED = [tuple(name.split("-")) for name in SHAPE_CLASSES]
+
+
+def draw(args: argparse.Namespace, out: str, *more: str) -> np.ndarray:
+    """The pictures that sample.py draws with these flags, (N, H, W, 3) uint8; what it prints is dropped."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        sample.main([args.run, "--sampler", args.sampler, "--steps", args.steps, "--cfg", args.cfg,
+                     "--out", out, *more])
+    return np.load(out)["arr_0"]
+
+
+def from_pictures(args: argparse.Namespace, strength: str) -> None:
+    """Count the samples that show the class asked for, and those that still show the picture's."""
+    pictures = load_shapes("val", (32, 32))
+    right = kept = total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(0, 230, 23):             # of ten different classes
+            source = ASKED[pictures.labels[i]]
+            Image.fromarray(pictures.images[i]).save(f"{folder}/in.png")
+            drawn = draw(args, f"{folder}/{i}.npz", "--n", str(len(ASKED)), "--init-image",
+                         f"{folder}/in.png", "--strength", strength, "--seed", str(i))
+            seen = [read_shape(image) for image in drawn]
+            others = [(s, a) for s, a in zip(seen, ASKED) if a != source]
+            total += len(others)
+            right += sum(s == a for s, a in others)
+            kept += sum(s == source for s, _ in others)
+    print(f"{args.run}, --strength {strength}: {right} of {total} ({right / total:.1%}) show the class asked "
+          f"for, {kept} ({kept / total:.1%}) the one before")
 
 
 def main() -> None:
@@ -27,13 +62,16 @@ def main() -> None:
     p.add_argument("--sampler", default="heun", help="see sample.py (default: heun)")
     p.add_argument("--steps", default="10", help="see sample.py (default: 10)")
     p.add_argument("--cfg", default="2", help="guidance scale (default: 2)")
+    p.add_argument("--strength", nargs="+", default=[], help="begin with pictures at these times")
     args = p.parse_args()
+    for strength in args.strength:
+        from_pictures(args, strength)
+    if args.strength:
+        return
     with tempfile.TemporaryDirectory() as folder:
-        sample.main([args.run, "--n", str(args.n), "--sampler", args.sampler, "--steps", args.steps,
-                     "--cfg", args.cfg, "--out", f"{folder}/samples.npz"])
-        images = np.load(f"{folder}/samples.npz")["arr_0"]
+        images = draw(args, f"{folder}/samples.npz", "--n", str(args.n))
     seen = [read_shape(image) for image in images]
-    asked = [tuple(SHAPE_CLASSES[i % len(SHAPE_CLASSES)].split("-")) for i in range(args.n)]
+    asked = [ASKED[i % len(ASKED)] for i in range(args.n)]
     right = sum(a == b for a, b in zip(seen, asked))
     print(f"{args.run}: {right} of {args.n} ({right / args.n:.1%}) have the colour and kind asked for; "
           f"{args.sampler} x {args.steps}, guidance {args.cfg}")

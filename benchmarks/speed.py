@@ -35,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,11 +50,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention as attention_file
 import dit
 import unet
-from cache import write_atomically
+from cli import Parser, number, one_of
+from files import write_atomically
 from rectified_flow import RectifiedFlow
 from run import compile_blocks, graphed
 from samplers import SAMPLERS, guided
-from settings import Parser, has_bf16, number, one_of
+from settings import has_bf16
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -1,7 +1,11 @@
-"""What the test modules share: one thread, tiny trained runs, and a few short helpers."""
+"""What the test modules share: one thread, tiny trained runs, and files of every kind that a test needs."""
 
+import functools
+import gzip
 import json
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +17,7 @@ os.environ.setdefault("TQDM_MININTERVAL", "10")
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")     # read when attention.py is imported
 
+import folder as folder_file
+import plan
 import run
 import sample
 import settings
@@ -28,11 +34,15 @@ import toys
 import train
 from data import load_data
 
-# Flags of a training that takes seconds.
-QUICK = ["--batch-size", "8", "--steps", "3", "--preset", "tiny", "--precision", "fp32",
-         "--preview-every", "1000"]
-DONE = ["--arch", "dit", "--steps", "60", *QUICK[:2], *QUICK[4:], "--name", "done", "--log-every", "5",
-        "--val-every", "20", "--warmup", "5"]
+# Flags of trainings that take seconds; of a flag given twice, the last value counts.
+QUICK_VAE = ["--steps", "3", "--precision", "fp32", "--preview-every", "1000"]
+QUICK = [*QUICK_VAE, "--preset", "tiny", "--batch-size", "32"]
+# The VAE of `home`, which a network's command trains or finds, and a training on it.
+VAE = ["--vae-preset", "tiny", "--vae-steps", "40"]
+ON_VAE = [*QUICK, *VAE]
+DONE = ["--arch", "dit", *ON_VAE, "--steps", "60", "--name", "done", "--log-every", "5", "--val-every", "20",
+        "--warmup", "5"]
+SHAPES = 4800           # how many shapes there are to train on
 
 
 def pytest_configure(config):
@@ -44,10 +54,17 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell starts its background jobs with SIGINT ignored, which the programs respect."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # ---- tiny runs
 
 def few_samples(monkeypatch, steps=3):
-    """The tests need neither 240 samples of each run nor good ones."""
+    """The tests need neither 20,000 shapes nor 240 samples of each run, nor good ones."""
+    monkeypatch.setattr(train, "load_data", functools.partial(load_data, count=SHAPES))
     monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
     for name, row in list(settings.OBJECTIVES.items()):
         monkeypatch.setitem(settings.OBJECTIVES, name, row._replace(steps=steps))
@@ -65,8 +82,8 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         few_samples(patch)
         patch.chdir(folder)
-        train.main(["--arch", "vae", "--vae-preset", "tiny", "--steps", "40", "--batch-size", "16",
-                    "--precision", "fp32", "--preview-every", "40"])
+        train.main(["--arch", "vae", *QUICK_VAE, "--vae-preset", "tiny", "--steps", "40", "--preview-every",
+                    "40"])
         train.main(DONE)
     return folder
 
@@ -86,19 +103,20 @@ def text_runs(home):
         scene = toys.describe_scene(i)
         Image.fromarray(toys.draw_scene(scene, i)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(scene.caption)
-    shared = ["--data", "scenes", "--cond", "text", *QUICK[:2], *QUICK[4:], "--steps", "40", "--warmup", "5"]
+    shared = ["--data", "scenes", "--cond", "text", *ON_VAE, "--batch-size", "8", "--steps", "40", "--warmup",
+              "5"]
     with pytest.MonkeyPatch.context() as patch:
         few_samples(patch)
         patch.chdir(home)
-        train.main(["--arch", "mmdit", *shared, "--vae-preset", "tiny", "--vae-steps", "60", "--name",
-                    "mmdit"])
+        train.main(["--arch", "mmdit", *shared, "--name", "mmdit"])
         train.main(["--arch", "unet", "--objective", "ddpm", *shared, "--name", "unet-text"])
     return ["runs/mmdit", "runs/unet-text"]
 
 
-# ---- helpers
+# ---- runs, read and drawn from
 
-def files(folder: Path) -> set[str]:
+def contents(folder: Path) -> set[str]:
+    """The names of everything in a folder, at any depth."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
@@ -110,7 +128,15 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def pictures(folder, *flags, out="pictures.npz"):
+def altered(tmp_path, change):
+    """The finished run of `home`, with a changed checkpoint."""
+    checkpoint = torch.load("runs/done/checkpoint.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    return run.Run(tmp_path)
+
+
+def draw_two(folder, *flags, out="pictures.npz"):
     """Two pictures of a run, as integers that can be subtracted."""
     sample.main([folder, "--steps", "3", "--n", "2", "--out", out, *flags])
     return np.load(out)["arr_0"].astype(int)
@@ -119,18 +145,18 @@ def pictures(folder, *flags, out="pictures.npz"):
 def datasets(args, words=None):
     """Training and validation part of args.data, their cache beside the VAE of that data."""
     cache_dir = Path("runs") / settings.vae_name(args)
-    return [load_data(args.data, split, (32, 32), Path("data"), cache_dir, words)
+    return [load_data(args.data, split, (32, 32), Path("data"), cache_dir, words, count=SHAPES)
             for split in ("train", "val")]
 
 
 def denoising(*flags):
     """The task of a DiT on shapes, and the VAE of `home`."""
-    args = settings.parse(["--arch", "dit", *QUICK, *flags])
-    plan = run.prepare(args)
-    plan.vae = run.load_vae("runs/shapes-vae")
+    args = settings.parse(["--arch", "dit", *ON_VAE, *flags])
+    planned = plan.prepare(args)
+    planned.vae = run.load_vae("runs/shapes-vae")
     data, val = datasets(args)
-    plan.conditioning.attach(data, val, Path("runs/shapes-vae"), resumed=False)
-    return train.Denoising(args, data, val, plan, Path("runs/shapes-vae"))
+    planned.conditioning.attach(data, val, Path("runs/shapes-vae"), resumed=False)
+    return train.Denoising(args, data, val, planned, Path("runs/shapes-vae"))
 
 
 class Recorder(torch.nn.Module):
@@ -145,7 +171,96 @@ class Recorder(torch.nn.Module):
         return torch.zeros_like(xt)
 
 
+# ---- pictures and captions as people have them
+
+RED = (250, 10, 20)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n{} loop\n"
+
+
+def picture(path, colour=RED, size=(8, 8), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+def captioned(folder, captions):
+    """Picture i is 40 i everywhere. A caption that is None is not written."""
+    for i, caption in enumerate(captions):
+        picture(folder / f"{i}.png", (40 * i,) * 3)
+        if caption is not None:
+            (folder / f"{i}.txt").write_text(caption, "utf-8")
+
+
+def colours(images):
+    """The colour in the middle of every picture of 8 x 8."""
+    return [tuple(int(value) for value in image[4, 4]) for image in images[:]]
+
+
+def count_reads(monkeypatch):
+    """A list that grows with every file of a folder that is hashed and every picture that is decoded."""
+    calls = []
+    for name in ("_hash_content", "read_image"):
+        plain = getattr(folder_file, name)
+        monkeypatch.setattr(folder_file, name, lambda path, *more, plain=plain, **options:
+                            calls.append(path) or plain(path, *more, **options))
+    return calls
+
+
+def other_profile(gamma=1.0):
+    """sRGB with its curves replaced by a gamma: a matrix profile, of version 2."""
+    raw = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(raw[128:132], "big")
+    for i in range(count):
+        tag = 132 + 12 * i
+        if raw[tag:tag + 4] in (b"rTRC", b"gTRC", b"bTRC"):
+            start = int.from_bytes(raw[tag + 4:tag + 8], "big")
+            raw[start:start + 4] = b"curv"
+            raw[start + 8:start + 12] = (1).to_bytes(4, "big")
+            raw[start + 12:start + 14] = int(gamma * 256).to_bytes(2, "big")
+            raw[tag + 8:tag + 12] = (14).to_bytes(4, "big")
+    return bytes(raw)
+
+
+def write_idx(path, array):
+    """MNIST's format, compressed where the name says so."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    raw = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+# ---- damaged files
+
+DAMAGE = ("cut", "cut in the header", "empty", "zeros", "text", "missing")
+
+
+def damage(path, how):
+    """Damage a file in one of the ways above."""
+    whole = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": whole[:len(whole) // 2], "cut in the header": whole[:20], "empty": b"",
+                          "zeros": bytes(len(whole)), "text": b"x" * len(whole)}[how])
+
+
 # ---- text encoders as they are published
+
+def change_json(file, **changes):
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(content))
+
+
+def in_precision(source, folder, dtype):
+    """A copy of an encoder's folder, its weights saved in another precision, as they are published."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    state = {name: weight.to(dtype) for name, weight in load_file(source / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    change_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+    return folder
+
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):

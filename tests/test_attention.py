@@ -266,7 +266,8 @@ for kernel in (attention.norm_and_rope_kernel, attention.forward_kernel, attenti
 def run_for_real(program):
     """In a process whose Triton compiles instead of interpreting."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "TRITON_INTERPRET": "0", "ATTENTION": "triton",
+                               "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -285,6 +286,15 @@ def test_compile_traces_the_kernels_in_one_graph():
     """fullgraph, both ways through, with the kernels visible to the compiler; and one graph for all sizes."""
     lines = run_for_real(SHOW_GRAPH)
     assert lines == ["2 ['triton_kernel_wrapper_functional'] ['triton_kernel_wrapper_functional']"] * 3
+
+
+@needs_triton
+def test_where_no_kernel_can_run_the_compiler_is_not_imported():
+    """It takes seconds. Attention itself works as ever."""
+    program = ("import os, sys, torch\nos.environ.pop('ATTENTION')\ntorch.cuda.is_available = lambda: False\n"
+               "from attention import attention\nprint(attention(*torch.ones(3, 1, 1, 4, 8)).sum().item(), "
+               "'torch._inductor' in sys.modules, 'torch._dynamo' in sys.modules)")
+    assert run_for_real(program) == ["32.0 False False"]
 
 
 @needs_gpu

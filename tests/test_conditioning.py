@@ -1,6 +1,7 @@
 """conditioning.py: labels and text in training and in sampling, dropout, and the null condition."""
 
 import argparse
+import os
 import json
 import shlex
 import shutil
@@ -11,10 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, Recorder, datasets, denoising, pictures
+from conftest import ON_VAE, QUICK, Recorder, datasets, denoising, draw_two, in_precision
 from PIL import Image
 
 import conditioning
+import plan
 import run
 import sample
 import settings
@@ -122,10 +124,40 @@ def test_labels_that_are_asked_for(label, n, turn, columns):
     assert asked.every["y"].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("label", ["purple", "3", "-1", "1.0", "", "²"])
+@pytest.mark.parametrize("label", ["purple", "3", "-1", "1.0", " ", "²"])
 def test_labels_that_there_are_not(label):
     with pytest.raises(ValueError, match="not a class of this run; it has 0 to 2: red, light green, blue"):
         labels().ask(argparse.Namespace(label=label, n=1), None)
+    with pytest.raises(ValueError, match="--label is empty; give the name of a class"):
+        labels().ask(argparse.Namespace(label="", n=1), None)
+
+
+@pytest.mark.parametrize("names, label, expected, said", [
+    (("1", "2", "10", "11"), "10", 2, ""), (("1", "2", "10", "11"), "2", 1, ""),     # a name wins
+    (("red", "blue", "green"), "2", 2, "--label 2: draws green"),
+    (("red", "blue", "green"), "blue", 1, ""),
+    (("red", "v2", "3d"), "2", 2, "--label 2: draws 3d"),                 # no number, though digits are in it
+    (("a", "b", "c" * 500), "2", 2, f"--label 2: draws {'c' * 80}..."),
+    (tuple(str(i) for i in range(1000)), "207", 207, ""),                 # the published models' classes
+])
+def test_a_label_is_a_name_or_an_unambiguous_index(names, label, expected, said, capsys):
+    kind = conditioning.of_checkpoint(checkpoint(names), CPU)
+    assert kind.index(label) == expected and capsys.readouterr().err.strip() == said
+    # what is offered is drawn, also after going through argparse
+    args = sample.parse_args(["runs/x", *shlex.split(kind.hint())])
+    assert kind.index(args.label) == 0
+
+
+@pytest.mark.parametrize("names, label", [
+    (("1", "2", "10", "11"), "3"), (("1", "2", "10", "11"), "0"), (("007", "bond"), "1"),
+    (("-1", "b"), "1"), (("1.5", "b"), "0"), (("cat", "3,5"), "1"), (("7", "red", "blue"), "2"),
+])
+def test_an_index_beside_classes_named_like_numbers_is_refused(names, label):
+    why = "its classes are named like numbers, so give a name: "
+    if not all(name.isdecimal() for name in names):
+        why = "as .* is the name of one, give a name: "
+    with pytest.raises(ValueError, match=f"--label {label}: not a class of this run; {why}{names[0]}, "):
+        conditioning.of_checkpoint(checkpoint(names), CPU).index(label)
 
 
 # ---- what is asked for, batch by batch
@@ -154,10 +186,12 @@ def test_conditioning_of_a_checkpoint():
     assert not conditioning.of_checkpoint(checkpoint(classes=["red"], dropout=0.0), CPU).guidable
     kind = conditioning.of_checkpoint(checkpoint(text=SMALL, prompts=["a red circle"]), CPU)
     assert type(kind) is Words and kind.guidable and kind.text == SMALL and kind.use == "--prompt"
-    assert kind.prompts == ["a red circle"] and kind.accepted() == {"--prompt", "--negative-prompt"}
+    assert kind.prompts == ["a red circle"] and kind.accepted() == {"--prompt", "--prompts",
+                                                                                   "--negative-prompt"}
     assert not conditioning.of_checkpoint(checkpoint(text=SMALL, dropout=0.0), CPU).guidable
     kind = conditioning.of_checkpoint(checkpoint(text={"encoder": "clip", "path": "x"}), CPU)
-    assert kind.use == "--prompt" and kind.accepted() == {"--prompt", "--negative-prompt", "--text-encoder"}
+    assert kind.use == "--prompt" and kind.accepted() == {"--prompt", "--prompts", "--negative-prompt",
+                                                          "--text-encoder"}
     kind = conditioning.of_checkpoint(checkpoint(text={"encoder": "none"}), CPU)
     assert kind.use == "--embedding" and kind.accepted() == {"--embedding"}
     # checkpoints written before there was text hold no prompts
@@ -178,14 +212,24 @@ def test_the_hint_quotes_what_a_shell_would_split():
     for stored, expected in (
             (checkpoint(classes=["light green", "b"]), ["--label", "light green"]),
             (checkpoint(classes=["red-circle"]), ["--label", "red-circle"]),
-            (checkpoint(text=SMALL, prompts=["a cat's $HOME", "b"]), ["--prompt", "a cat's $HOME"]),
+            (checkpoint(text=SMALL, prompts=["a cat's $HOME " * 1000, "a cat's $HOME"]),
+             ["--prompt", "a cat's $HOME"]),                      # the shortest
+            (checkpoint(text=SMALL, prompts=["", "\x1b[31m", "a long one"]), ["--prompt", "a long one"]),
+            (checkpoint(classes=["\udce9", "b"]), ["--label", "b"]),
+            (checkpoint(text=SMALL, prompts=["-5 degrees"]), ["--prompt=-5 degrees"]),
+            (checkpoint(classes=["-1", "b"]), ["--label=-1"]),
+            (checkpoint(classes=["2", "10"]), ["--label", "2"]),
             (checkpoint(text={"encoder": "none"}, prompts=["a b/1.npz"]), ["--embedding", "a b/1.npz"])):
         hint = conditioning.of_checkpoint(stored, CPU).hint()
         assert hint.startswith(" ") and shlex.split(hint) == expected
     assert labels(names=["red", "b", "c"]).hint() == " --label red"
+    assert conditioning.of_checkpoint(checkpoint(text=SMALL, prompts=["", "\x1b"]), CPU).hint() == ""
+    with pytest.raises(ValueError, match=r"\\x1b\[2J: not a class .* has 0 to 1: \\x1b\[31m, b$"):
+        conditioning.of_checkpoint(checkpoint(classes=["\x1b[31m", "b"]), CPU).index("\x1b[2J")
 
 
-FLAGS = dict(run="runs/x", label=None, prompt=None, negative_prompt=None, text_encoder=None, embedding=None)
+FLAGS = dict(run="runs/x", label=None, prompt=None, prompts=None, negative_prompt=None, text_encoder=None,
+             embedding=None)
 
 
 @pytest.mark.parametrize("stored, given, message", [
@@ -251,7 +295,7 @@ def test_guidance_that_a_run_cannot_have(stored, given, message):
 
 def test_precomputed_vectors_must_be_given():
     kind = conditioning.of_checkpoint(checkpoint(text={"encoder": "none"}), CPU)
-    with pytest.raises(ValueError, match="precomputed text vectors; give some by --embedding FILE.npz"):
+    with pytest.raises(ValueError, match="precomputed text vectors; give some by --embedding"):
         conditioning.check_flags(kind, argparse.Namespace(**FLAGS))
 
 
@@ -300,12 +344,12 @@ def test_a_batch_has_each_pictures_own_caption(monkeypatch):
 
 
 def test_prompt_dropout_is_per_example_and_once(cwd, text_runs, monkeypatch, tmp_path):
-    args = settings.parse(["--arch", "mmdit", "--data", "scenes", *QUICK, "--label-dropout", "0.3"])
-    plan = run.prepare(args)
-    plan.vae = run.load_vae("runs/scenes-vae")
+    args = settings.parse(["--arch", "mmdit", "--data", "scenes", *ON_VAE, "--label-dropout", "0.3"])
+    planned = plan.prepare(args)
+    planned.vae = run.load_vae("runs/scenes-vae")
     parts = datasets(args, words="captions")
-    plan.conditioning.attach(*parts, tmp_path, resumed=True)
-    task = train.Denoising(args, *parts, plan, Path("runs/scenes-vae"))
+    planned.conditioning.attach(*parts, tmp_path, resumed=True)
+    task = train.Denoising(args, *parts, planned, Path("runs/scenes-vae"))
 
     def model(xt, t):
         return torch.zeros_like(xt)
@@ -319,8 +363,8 @@ def test_prompt_dropout_is_per_example_and_once(cwd, text_runs, monkeypatch, tmp
     assert all(prompt in ("", parts[0].captions[i]) for prompt, i in zip(seen, indices, strict=True))
     # a frozen encoder has encoded the captions as they are
     varied = replace(parts[0], vary=toys.omit_details)
-    plan.conditioning.attach(varied, parts[1], tmp_path, resumed=True)
-    assert plan.conditioning.vary is toys.omit_details
+    planned.conditioning.attach(varied, parts[1], tmp_path, resumed=True)
+    assert planned.conditioning.vary is toys.omit_details
     frozen = conditioning.of_settings("text", {"encoder": "clip", "path": "x"}, 0.3, CPU)
     frozen.encoder, frozen.fingerprint = FakeEncoder(), "fake"
     encoder = frozen.encoder
@@ -383,6 +427,29 @@ def test_captions_too_long_are_counted(capsys):
     assert "1 of 2 captions" in capsys.readouterr().err
 
 
+def test_previews_of_prompts_of_ones_own(tmp_path):
+    """In turn, a row or several; a frozen encoder encodes them once, and again where they have changed."""
+    model = SimpleNamespace(config=SimpleNamespace(context_width=4, pooled_width=3))
+    part = Dataset(np.zeros((2, 8, 8, 3), np.uint8), None, [], "demo", captions=["red", "green"])
+    for prompts, encoded in ((["one", "three", "x" * 400], 4), (["three"], 2), (["three"], 0)):
+        kind = conditioning.of_settings("text", {"encoder": "clip", "path": "x"}, 0.1, CPU)
+        kind.encoder, kind.fingerprint, kind.preview_prompts = FakeEncoder(), "fake", prompts
+        encoder = kind.encoder
+        kind.attach(part, part, tmp_path, resumed=True)
+        assert len(set(encoder.encoded) - {"red", "green"}) == encoded
+        asked = kind.preview(model, rows=2)
+        assert asked.columns == len(prompts) and asked.turn.tolist() == 2 * list(range(len(prompts)))
+        assert asked.every["pooled"][:, 0].tolist() == [*map(len, prompts), 0]
+        assert asked.names == prompts and max(map(len, asked.captions)) < 310
+        assert kind.batch(model, np.array([1, 0]), none_dropped(2))["pooled"][:, 0].tolist() == [5, 3]
+    many = words()
+    many.preview_prompts = [f"{i} words" for i in range(20)]
+    model = SimpleNamespace(config=SimpleNamespace(context_width=32, pooled_width=32),
+                            text=TextEncoder(TextConfig(**SMALL["config"])).eval())
+    asked = many.preview(model, rows=2)
+    assert asked.columns == 8 and asked.turn.tolist() == list(range(16)) and len(asked.every["pooled"]) == 17
+
+
 # ---- text in sampling
 
 def test_prompts_that_are_asked_for(capsys):
@@ -410,6 +477,124 @@ def test_prompts_that_are_asked_for(capsys):
     assert len(err) == 2 and "loses 'four'" in err[0] and "loses 'eight nine'" in err[1]
 
 
+def test_what_is_printed_is_short(capsys):
+    """Whatever the length of a caption, a prompt or a name."""
+    long = "one two three " + "four " * 5000
+    words(captions=[long, "red"], resumed=False)
+    kind = conditioning.of_checkpoint(checkpoint(text=SMALL, prompts=["one"]), CPU)
+    model = SimpleNamespace(config=SimpleNamespace(context_width=32, pooled_width=32),
+                            text=TextEncoder(TextConfig(**SMALL["config"])).eval())
+    prompts = [f"{i} {long}" for i in range(9)]
+    asked = kind.ask(argparse.Namespace(n=9, **FLAGS | {"prompt": prompts}), model)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 5 and max(map(len, err)) < 250 and "so are 6 more prompts" in err[-1]
+    assert max(map(len, asked.captions)) < 310 and [name.strip() for name in asked.names] == [
+        prompt.strip() for prompt in prompts]
+    preview = words(captions=[long, "red"]).preview(model, rows=1)
+    assert max(map(len, preview.captions)) < 310
+    for given in ({"label": "x" * 9999}, {"prompt": ["y" * 9999]}):
+        stored = {"classes": ["red"]}
+        kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)
+        with pytest.raises(ValueError) as refused:
+            args = argparse.Namespace(n=1, **FLAGS | given)
+            conditioning.check_flags(kind, args)
+            kind.ask(args, None)
+        assert len(str(refused.value)) < 250
+
+
+@pytest.mark.parametrize("content, prompts", [
+    (b"a red circle\nblue\n", ["a red circle", "blue"]),
+    (b"\xef\xbb\xbfa\r\n\r\n  \r\nb\r\n", ["a", "b"]),                   # as Windows saves it
+    ("緑の円\nun café\u2028au  lait".encode(), ["緑の円", "un café au lait"]),
+    (b"\n".join(b"%d" % i for i in range(1000)), [str(i) for i in range(1000)]),
+    (b"", None), (b" \n\n", None), (b"caf\xe9", None), (b"\xff\xfea\0", None),
+])
+def test_prompts_from_a_file(tmp_path, content, prompts):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    kind = conditioning.of_checkpoint(checkpoint(text=SMALL), CPU)
+    args = argparse.Namespace(**FLAGS | {"prompts": str(file)})
+    if prompts:
+        conditioning.check_flags(kind, args)
+        assert args.prompt == prompts
+    else:
+        with pytest.raises(ValueError, match=f"--prompts {file}: ") as refused:
+            conditioning.check_flags(kind, args)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="give one of them"):
+        conditioning.check_flags(kind, argparse.Namespace(**FLAGS | {"prompts": str(file), "prompt": ["a"]}))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_prompts_from_a_pipe(tmp_path):
+    """A shell's <(...) is one. One that nobody writes to is not waited for."""
+    reader, writer = os.pipe()
+    os.write(writer, b"red\nblue")
+    os.close(writer)
+    assert conditioning.read_prompts("--prompts", f"/dev/fd/{reader}") == ["red", "blue"]
+    os.close(reader)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="--prompts .*pipe: is empty"):
+        conditioning.read_prompts("--prompts", str(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize("name, message", [
+    (".", "is a folder, not a text file"), ("none.txt", "no such file"), ("/dev/zero", "is a device, not a"),
+    ("latin.txt", "not in UTF-8; save it in that encoding"), ("long.txt", "is too long; at most 10 KiB are")])
+def test_what_is_no_file_of_prompts(tmp_path, monkeypatch, name, message):
+    monkeypatch.setattr(conditioning, "LONGEST_FILE", 10 * 2**10)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "long.txt").write_bytes(b"x" * (10 * 2**10 + 1))
+    with pytest.raises(ValueError, match=f"--prompts .*: {message}"):
+        conditioning.read_prompts("--prompts", str(tmp_path / name))
+
+
+def test_many_prompts_are_encoded_batch_by_batch(monkeypatch, capsys):
+    """Each batch has the conditions that it would have if all were encoded at once."""
+    kind = conditioning.of_checkpoint(checkpoint(text=SMALL), CPU)
+    model = SimpleNamespace(config=SimpleNamespace(context_width=32, pooled_width=32),
+                            text=TextEncoder(TextConfig(**SMALL["config"])).eval())
+    prompts = [f"{i % 40} words" for i in range(60)]
+    args = argparse.Namespace(n=50, **FLAGS | {"prompt": prompts, "prompts": "x", "negative_prompt": "no"})
+    at_once = kind.ask(args, model)
+    assert "--prompts x: the first 50 of 60 prompts are drawn; --n 60" in capsys.readouterr().err
+    monkeypatch.setattr(conditioning, "ENCODED_AT_ONCE", 8)
+    later = kind.ask(args, model)
+    assert later.every == {} and later.names == at_once.names and later.turn.equal(at_once.turn)
+    for start, size in ((0, 7), (35, 15), (49, 1)):
+        for found, wanted in zip(later.batch(start, size), at_once.batch(start, size)):
+            assert found["pooled"].shape == (size, 32) and found["pooled"].requires_grad is False
+            torch.testing.assert_close(found["pooled"], wanted["pooled"], rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_of_differing_widths_are_refused_at_the_start(tmp_path, monkeypatch):
+    """In training before the VAE is trained; in sampling before the first picture."""
+    def write(name, width, pooled):
+        arrays = {"context": np.ones((2, width), np.float32)}
+        if pooled:
+            arrays["pooled"] = np.ones(pooled, np.float32)
+        np.savez(tmp_path / name, **arrays)
+        return str(tmp_path / name)
+
+    same = [write(f"{i}.npz", 5, 3) for i in range(4)]
+    folder = SimpleNamespace(words=same)
+    kind = conditioning.of_settings("text", {"encoder": "none"}, 0.1, CPU)
+    kind.load_encoder(str(tmp_path), folder)
+    assert kind.widths == (5, 3)
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    model = SimpleNamespace(config=SimpleNamespace(context_width=5, pooled_width=3))
+    monkeypatch.setattr(conditioning, "ENCODED_AT_ONCE", 2)
+    for other, message in ((write("wide.npz", 6, 3), "wide.npz: context 6 wide"),
+                           (write("pooled.npz", 5, 4), "pooled.npz: context 5 wide, pooled 4"),
+                           (write("lacking.npz", 5, None), "lacking.npz: context 5 wide, no pooled"),
+                           (str(tmp_path / "broken.npz"), "broken.npz: not an .npz with context")):
+        folder.words = [*same, other]
+        with pytest.raises(ValueError, match=message):
+            kind.load_encoder(str(tmp_path), folder)
+        with pytest.raises(ValueError, match="of width|need the same widths|not an .npz"):
+            kind.ask(argparse.Namespace(n=5, **FLAGS | {"embedding": [*same, other]}), model)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_prompts(cwd, text_runs, which, capsys):
     folder = text_runs[which]
@@ -418,30 +603,30 @@ def test_prompts(cwd, text_runs, which, capsys):
     assert stored["label_dropout"] == 0.1 and any(name.startswith("text.") for name in stored["ema"])
     losses = [line["loss"] for line in map(json.loads, open(f"{folder}/metrics.jsonl")) if "loss" in line]
     assert losses[-1] < 0.97 * losses[0]                                                       # it learns
-    red, blue = (pictures(folder, "--prompt", prompt, "--cfg", "3") for prompt in ("a red circle", "blue"))
+    red, blue = (draw_two(folder, "--prompt", prompt, "--cfg", "3") for prompt in ("a red circle", "blue"))
     assert np.abs(red - blue).max() > 2                                                 # the prompt matters
     # several in turn; neither the batch nor the length of a neighbour's prompt changes a picture
-    both = pictures(folder, "--prompt", "a red circle", "blue and of many more words", "--cfg", "3")
+    both = draw_two(folder, "--prompt", "a red circle", "blue and of many more words", "--cfg", "3")
     assert np.abs(both[0] - red[0]).max() <= 1 and np.abs(both[1] - red[1]).max() > 2
-    thrice = pictures(folder, "--prompt", "blue", "blue", "a red circle", "--n", "5", "--cfg", "3")
+    thrice = draw_two(folder, "--prompt", "blue", "blue", "a red circle", "--n", "5", "--cfg", "3")
     assert np.abs(thrice[:2] - blue).max() <= 1
-    again = pictures(folder, "--prompt", "blue", "blue", "a red circle", "blue", "blue", "--n", "5",
+    again = draw_two(folder, "--prompt", "blue", "blue", "a red circle", "blue", "blue", "--n", "5",
                      "--cfg", "3")
     assert (thrice == again).all()
     # an empty prompt is the unconditional branch, whatever the scale
-    empty = [pictures(folder, "--prompt", "", "--cfg", scale) for scale in ("1", "4")]
+    empty = [draw_two(folder, "--prompt", "", "--cfg", scale) for scale in ("1", "4")]
     assert np.abs(empty[0] - empty[1]).max() <= 1
-    assert np.abs(pictures(folder, "--cfg", "0") - empty[0]).max() <= 1
+    assert np.abs(draw_two(folder, "--cfg", "0") - empty[0]).max() <= 1
     # a negative prompt takes its place: guidance from a prompt to itself is no guidance
-    same_twice = pictures(folder, "--prompt", "a red circle", "--negative-prompt", "a red circle",
+    same_twice = draw_two(folder, "--prompt", "a red circle", "--negative-prompt", "a red circle",
                           "--cfg", "5")
-    assert np.abs(same_twice - pictures(folder, "--prompt", "a red circle", "--cfg", "1")).max() <= 1
-    assert np.abs(red - pictures(folder, "--prompt", "a red circle", "--cfg", "3", "--negative-prompt",
+    assert np.abs(same_twice - draw_two(folder, "--prompt", "a red circle", "--cfg", "1")).max() <= 1
+    assert np.abs(red - draw_two(folder, "--prompt", "a red circle", "--cfg", "3", "--negative-prompt",
                                  "blue")).max() > 0
-    assert np.abs(red - pictures(folder, "--prompt", "a red circle", "--cfg", "3", "--rescale",
+    assert np.abs(red - draw_two(folder, "--prompt", "a red circle", "--cfg", "3", "--rescale",
                                  "1")).max() > 0
     capsys.readouterr()
-    pictures(folder, "--prompt", "緑の円 🟢 " + "very " * 80 + "long")
+    draw_two(folder, "--prompt", "緑の円 🟢 " + "very " * 80 + "long")
     assert "loses 'very very" in capsys.readouterr().err
     sample.main([folder, "--steps", "3", "--n", "3", "--out", "named", "--prompt", "a/b: c"])
     assert {path.name for path in Path("named").iterdir()} >= {"000000-a-b-c.png"}
@@ -453,12 +638,13 @@ def test_precomputed_vectors_train_and_draw(cwd, text_runs):
         folder.mkdir(exist_ok=True)
         Image.fromarray(toys.draw_shape(i)).save(folder / f"{i}.png")
         np.savez(folder / f"{i}.npz", context=np.full((2 + i % 3, 5), i / 24), pooled=np.full(3, i / 24))
+    flags = ["--data", "vectors", "--cond", "text", "--text-encoder", "none", *QUICK, "--batch-size", "8",
+             "--vae", "runs/shapes-vae"]
     for arch in ("mmdit", "unet"):
-        train.main(["--arch", arch, "--data", "vectors", "--cond", "text", "--text-encoder", "none", *QUICK,
-                    "--vae", "runs/shapes-vae", "--name", f"vectors-{arch}"])
+        train.main(["--arch", arch, *flags, "--name", f"vectors-{arch}"])
         config = run.load_checkpoint(f"runs/vectors-{arch}")["config"]
         assert config["context_width"] == 5 and config.get("pooled_width", 3) == 3
-        a = pictures(f"runs/vectors-{arch}", "--embedding", "vectors/1.npz")
+        a = draw_two(f"runs/vectors-{arch}", "--embedding", "vectors/1.npz")
         assert a.shape == (2, 32, 32, 3)
         with pytest.raises(ValueError, match="give some by --embedding"):
             sample.main([f"runs/vectors-{arch}"])
@@ -467,13 +653,42 @@ def test_precomputed_vectors_train_and_draw(cwd, text_runs):
             sample.main([f"runs/vectors-{arch}", "--embedding", "lacking.npz"])
         with pytest.raises(ValueError, match="--prompt hello: .* use --embedding"):
             sample.main([f"runs/vectors-{arch}", "--prompt", "hello"])
-    train.main(["--arch", "unet", "--data", "vectors", "--cond", "text", "--text-encoder", "none", *QUICK,
-                "--vae", "runs/shapes-vae", "--init-from", "runs/vectors-unet", "--name", "vectors-further"])
+    train.main(["--arch", "mmdit", *flags, "--init-from", "runs/vectors-mmdit", "--name", "vectors-further"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_network_inputs_are_float32(dtype):
+    """Whatever an encoder returns: networks have float32 weights, in training and in sampling."""
+    model = SimpleNamespace(config=SimpleNamespace(context_width=4, pooled_width=3))
+
+    def encode(prompts):
+        return {"context": torch.ones(1, 2, 4, dtype=dtype), "mask": torch.ones(1, 2).bool(),
+                "pooled": torch.ones(1, 3, dtype=dtype)}
+
+    inputs = conditioning.network_inputs(model, encode, ["a"], CPU)
+    assert inputs["context"].dtype == inputs["pooled"].dtype == torch.float32
+    assert inputs["mask"].dtype == torch.bool
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize("kind, arch, dtype, precision", [
+    ("clip", "mmdit", torch.float16, "fp32"), ("clip", "unet", torch.bfloat16, "fp32"),
+    ("t5", "mmdit", torch.bfloat16, "bf16"), ("t5", "unet", torch.float16, "bf16"),
+])
+def test_encoders_in_half_precision_train_and_draw(cwd, text_runs, published, tmp_path, kind, arch, dtype,
+                                                   precision):
+    encoder = in_precision(published / kind, tmp_path / "half", dtype)
+    name = f"half-{kind}-{arch}"
+    flags = [*ON_VAE, "--batch-size", "8", "--precision", precision]
+    train.main(["--arch", arch, "--data", "scenes", "--cond", "text", *flags, "--text-encoder",
+                f"{kind}:{encoder}", "--name", name, "--cache-dir", str(tmp_path / "cache")])
+    red = draw_two(f"runs/{name}", "--prompt", "a red circle", "--precision", precision)
+    assert red.shape == (2, 32, 32, 3)
 
 
 @pytest.mark.optional
 def test_frozen_encoder_trains_and_draws(cwd, text_runs, published, capsys):
-    flags = ["--data", "scenes", "--cond", "text", *QUICK]
+    flags = ["--data", "scenes", "--cond", "text", *ON_VAE, "--batch-size", "8"]
     for kind, arch, pooled in (("clip", "mmdit", 12), ("t5", "mmdit", None), ("clip", "unet", 12)):
         name = f"{kind}-{arch}"
         train.main(["--arch", arch, *flags, "--text-encoder", f"{kind}:{published / kind}", "--name", name])
@@ -482,11 +697,11 @@ def test_frozen_encoder_trains_and_draws(cwd, text_runs, published, capsys):
         config = stored["config"]
         assert config["context_width"] == 16 and config.get("pooled_width", pooled) == pooled
         assert not any(weight.startswith("text.") for weight in stored["ema"])     # it stays where it was
-        red, blue = (pictures(f"runs/{name}", "--prompt", prompt) for prompt in ("a red circle", "blue"))
+        red, blue = (draw_two(f"runs/{name}", "--prompt", prompt) for prompt in ("a red circle", "blue"))
         assert red.shape == (2, 32, 32, 3)
     moved = published / "elsewhere"
     moved.symlink_to(published / "clip")
-    again = pictures("runs/clip-unet", "--prompt", "blue", "--text-encoder", f"clip:{moved}")
+    again = draw_two("runs/clip-unet", "--prompt", "blue", "--text-encoder", f"clip:{moved}")
     assert (again == blue).all()
     # it may move, but its outputs must be the same when a run goes on
     train.main(["--arch", "unet", *flags, "--text-encoder", f"clip:{moved}", "--name", "clip-unet"])

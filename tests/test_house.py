@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -24,27 +25,38 @@ ROOMS = {
     "attention": set(),
     "vae": set(),
     "toys": set(),
-    "cache": set(),
+    "files": set(),
+    "cli": set(),
+    "pictures": {"files"},
+    "folder": {"files", "pictures"},
+    "cache": {"files"},
     "dit": {"attention"},
     "mmdit": {"attention", "dit"},
     "unet": {"attention"},
     "text": {"attention", "dit"},
-    "published": {"dit", "mmdit", "vae"},
-    "data": {"cache", "toys"},
-    "conditioning": {"cache", "data", "text", "unet"},
-    "settings": {"data", "ddpm", "dit", "mmdit", "published", "rectified_flow", "text", "unet", "vae"},
-    "run": {"cache", "conditioning", "data", "published", "settings", "text", "vae"},
-    "sample": {"cache", "conditioning", "data", "published", "run", "samplers", "settings", "vae"},
-    "train": {"cache", "conditioning", "data", "published", "run", "sample", "settings", "vae"},
+    "published": {"dit", "mmdit", "unet", "vae"},
+    "data": {"files", "folder", "pictures", "toys"},
+    "conditioning": {"cache", "data", "files", "folder", "text", "unet"},
+    "settings": {"cli", "data", "ddpm", "dit", "mmdit", "published", "rectified_flow", "text", "unet", "vae"},
+    "run": {"cli", "files", "published", "settings", "text", "vae"},
+    "export": {"cli", "ddpm", "dit", "files", "mmdit", "published", "run", "unet", "vae"},
+    "plan": {"cli", "conditioning", "data", "files", "folder", "published", "run", "settings", "vae"},
+    "sample": {"cli", "conditioning", "files", "pictures", "published", "run", "samplers", "settings", "vae"},
+    "tasks": {"cache", "cli", "conditioning", "data", "pictures", "plan", "run", "sample", "settings", "vae"},
+    "train": {"cli", "conditioning", "data", "plan", "published", "run", "settings", "tasks"},
 }
 PACKAGES = {name: {"torch"} for name in ROOMS} | {
     "toys": {"numpy", "PIL"},
+    "files": {"torch", "numpy"},
+    "pictures": {"torch", "numpy", "PIL"},
+    "folder": {"numpy", "PIL", "tqdm"},
     "cache": {"torch", "numpy", "tqdm"},
     "data": {"torch", "numpy", "PIL", "tqdm"},
     "conditioning": {"torch", "numpy"},
     "run": {"torch", "PIL"},
     "sample": {"torch", "numpy", "PIL", "tqdm"},
-    "train": {"torch", "numpy", "PIL", "tqdm"},
+    "tasks": {"torch", "numpy", "PIL", "tqdm"},
+    "train": {"torch", "numpy", "tqdm"},
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}      # on a busy machine, threads wait for each other
 
@@ -102,17 +114,35 @@ def test_copied_out_pieces_import(tmp_path):
     subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, env=ENVIRONMENT)
 
 
+@pytest.fixture(scope="module")
+def demonstrations(request, tmp_path_factory):
+    """The demonstrations that were selected, in processes of their own, as many at a time as there are cores:
+    future results by name, each with the folder in which it ran."""
+    def run(name, folder):
+        result = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True,
+                                cwd=folder, env=ENVIRONMENT)
+        return result, folder
+
+    names = [item.callspec.params["name"] for item in request.session.items
+             if getattr(item, "originalname", "") == "test_demonstrations"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, name, tmp_path_factory.mktemp(name)) for name in names}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("name, expected", [
     ("vae", "PSNR"), ("unet", "859.5 M"), ("dit", "674.8 M"), ("mmdit", "2028.3 M"),
     ("attention", "relative error"), ("ddpm", "ddpm.png"), ("rectified_flow", "rectified_flow.png"),
     ("samplers", "order"), ("toys", "2400 of 2400"), ("data", "batch.png written"),
     ("cache", "second: 0 pictures encoded"), ("text", "antidisestablis"), ("published", "dit-xl-2-256"),
     ("conditioning", "conditioned on text"), ("run", "continues from step 2"),
-    ("settings", "--lr                 0.004"),
+    ("settings", "--lr                 0.004"), ("plan", "first, the VAE of runs/shapes-vae: 2,000 steps"),
+    ("export", "read back, its latents differ by 0"), ("cli", "--steps 0: refused, --steps 0: must be"),
+    ("tasks", "validation {'val_loss'"), ("files", "new, ['file']"), ("folder", "24 decoded"),
+    ("pictures", "of which 0 differ when read back"),
 ])
-def test_demonstrations(tmp_path, name, expected):
-    result = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True,
-                            cwd=tmp_path, env=ENVIRONMENT)
+def test_demonstrations(demonstrations, name, expected):
+    result, folder = demonstrations[name].result()
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
     if name == "samplers":
@@ -122,7 +152,7 @@ def test_demonstrations(tmp_path, name, expected):
             assert -0.1 < float(line.split()[-1]) - orders[line.split()[1]] < 0.4, line
     if name in ("ddpm", "rectified_flow"):   # samples lie on the data, not only near it
         samples, fresh, noise = map(float, re.findall(r"0\.\d+", result.stdout.splitlines()[-2]))
-        assert fresh < samples < 0.08 < 0.3 < noise and (tmp_path / f"{name}.png").is_file()
+        assert fresh < samples < 0.08 < 0.3 < noise and (folder / f"{name}.png").is_file()
 
 
 @pytest.mark.parametrize("module", [settings, sample])

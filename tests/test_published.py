@@ -21,6 +21,7 @@ from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 
 TINY_VAE = vae.VAEConfig(widths=(8, 8, 8, 8), groups=8)
+SMALLER = dict(width=96, depth=4, heads=3)                # than any size that is published
 
 
 def shake(model):
@@ -29,16 +30,26 @@ def shake(model):
     return model.eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def smaller_models():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("dit-s-8-256", "dit-s-8-512", "sit-s-8-256"):
+            row = published.MODELS[name]
+            row = row._replace(config=row.config | SMALLER)
+            patch.setitem(published.MODELS, name.replace("-s-", "-xs-"), row)
+        yield
+
+
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory):
     folder = tmp_path_factory.mktemp("downloads")
     torch.manual_seed(0)
-    config = dit.DiTConfig(**published.MODELS["dit-s-8-256"].config)
+    config = dit.DiTConfig(**published.MODELS["dit-xs-8-256"].config)
     state = shake(dit.DiT(config)).state_dict()
     table = dit.sincos_positions(4, 4, config.width)[None]                           # 256 / 8 / 8 = 4
-    torch.save(state | {"pos_embed": table}, folder / "DiT-S-8.pt")
+    torch.save(state | {"pos_embed": table}, folder / "DiT-XS-8.pt")
     torch.save({"ema": state | {"pos_embed": table}, "model": {}, "opt": {},
-                "args": argparse.Namespace(model="SiT-S/8")}, folder / "SiT-S-8.ckpt")
+                "args": argparse.Namespace(model="SiT-XS/8")}, folder / "SiT-XS-8.ckpt")
     torch.save({k: w for k, w in state.items() if not k.startswith("blocks.3.attn")}, folder / "short.pt")
     (folder / "page.pt").write_text("<html>404</html>")
     autoencoder = shake(vae.VAE(TINY_VAE))
@@ -54,14 +65,14 @@ def downloads(tmp_path_factory):
     return folder
 
 
-def flags(downloads, name="dit-s-8-256", weights="DiT-S-8.pt", autoencoder="vae"):
+def flags(downloads, name="dit-xs-8-256", weights="DiT-XS-8.pt", autoencoder="vae"):
     return ["--published", name, "--weights", str(downloads / weights), "--vae", str(downloads / autoencoder)]
 
 
 def by_hand(downloads, path, call, steps, sampler, **options):
     """The picture from the original network as its authors call it, time by their clock."""
-    config = published.MODELS["dit-s-8-256"].config | {"time_scale": 1.0, "time_offset": 0.0}
-    state = torch.load(downloads / "DiT-S-8.pt", weights_only=True)
+    config = published.MODELS["dit-xs-8-256"].config | {"time_scale": 1.0, "time_offset": 0.0}
+    state = torch.load(downloads / "DiT-XS-8.pt", weights_only=True)
     del state["pos_embed"]
     network = published.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
     autoencoder = run.load_vae(downloads / "vae")
@@ -84,7 +95,7 @@ def test_published_dit_samples(downloads, tmp_path, variance):
 
 def test_published_sit_samples(downloads, tmp_path):
     """Its clock is 1 - t, and its velocity that of its clock."""
-    sample.main([*flags(downloads, "sit-s-8-256", "SiT-S-8.ckpt"), "--label", "207", "--cfg", "4",
+    sample.main([*flags(downloads, "sit-xs-8-256", "SiT-XS-8.ckpt"), "--label", "207", "--cfg", "4",
                  "--steps", "3", "--n", "1", "--out", str(tmp_path / "sit.npz")])
     want = by_hand(downloads, RectifiedFlow(), lambda network, xt, t, y: -network(xt, 1 - t, y), 3, "heun")
     got = np.load(tmp_path / "sit.npz")["arr_0"][0]
@@ -94,7 +105,7 @@ def test_published_sit_samples(downloads, tmp_path):
 @pytest.mark.optional
 def test_safetensors(downloads, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    state = torch.load(downloads / "DiT-S-8.pt", weights_only=True)
+    state = torch.load(downloads / "DiT-XS-8.pt", weights_only=True)
     safetensors.save_file({name: w.contiguous() for name, w in state.items()}, tmp_path / "dit.safetensors")
     again = published.read_weights(tmp_path / "dit.safetensors")
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
@@ -136,11 +147,11 @@ def test_scale_of_a_published_vae(downloads, tmp_path):
     (dict(weights="short.pt"), "short.pt: weights do not fit the network: missing blocks.3.attn.qkv.weight; "
                                "missing blocks.3.attn.qkv.bias; missing blocks.3.attn.proj.weight "
                                "and 1 more"),
-    (dict(name="dit-b-8-256"), "DiT-S-8.pt: weights do not fit the network"),
-    (dict(name="dit-s-8-512"), "DiT-S-8.pt: its table of positions, .* not for the 64 patches"),
+    (dict(name="dit-b-8-256"), "DiT-XS-8.pt: weights do not fit the network"),
+    (dict(name="dit-xs-8-512"), "DiT-XS-8.pt: its table of positions, .* not for the 64 patches"),
     (dict(weights="page.pt"), "page.pt: not a file of weights"),
     (dict(weights="none.pt"), "none.pt: no such file"),
-    (dict(autoencoder="DiT-S-8.pt"), "not the weights of an AutoencoderKL"),
+    (dict(autoencoder="DiT-XS-8.pt"), "not the weights of an AutoencoderKL"),
     (dict(autoencoder="nothing"), "nothing: no checkpoint there"),
 ])
 def test_wrong_downloads(downloads, tmp_path, monkeypatch, change, message):
@@ -157,7 +168,7 @@ def test_run_and_published_exclude_each_other(downloads):
     with pytest.raises(ValueError, match="one set of weights"):
         sample.main([*flags(downloads), "--raw"])
     with pytest.raises(ValueError, match="not trained to predict a variance"):
-        sample.main([*flags(downloads, "sit-s-8-256"), "--variance", "learned", "--n", "1"])
+        sample.main([*flags(downloads, "sit-xs-8-256"), "--variance", "learned", "--n", "1"])
 
 
 FINE_TUNE = ["--arch", "dit", "--data", "pictures", "--image-size", "64", "--batch-size", "4", "--steps", "2",
@@ -168,26 +179,26 @@ FINE_TUNE = ["--arch", "dit", "--data", "pictures", "--image-size", "64", "--bat
 def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch, family):
     monkeypatch.chdir(downloads)
     few_samples(monkeypatch, steps=2)
-    objective, file = {"dit": ("ddpm", "DiT-S-8.pt"), "sit": ("rf", "SiT-S-8.ckpt")}[family]
-    train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-s-8-256",
+    objective, file = {"dit": ("ddpm", "DiT-XS-8.pt"), "sit": ("rf", "SiT-XS-8.ckpt")}[family]
+    train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-xs-8-256",
                 "--vae", "vae", "--init-from", file, "--lr", "1e-9"])
     checkpoint = run.load_checkpoint(f"runs/{family}")
-    original = torch.load("DiT-S-8.pt", weights_only=True)
-    for name in ("blocks.7.mlp.fc1.weight", "x_embedder.proj.weight", "final_layer.linear.weight"):
+    original = torch.load("DiT-XS-8.pt", weights_only=True)
+    for name in ("blocks.3.mlp.fc1.weight", "x_embedder.proj.weight", "final_layer.linear.weight"):
         sign = -1 if (family, name) == ("sit", "final_layer.linear.weight") else 1
         torch.testing.assert_close(checkpoint["model"][name], sign * original[name], atol=1e-6, rtol=0)
     assert "y_embedder.embedding_table.weight" not in checkpoint["model"]       # the pictures have no classes
     sample.main([f"runs/{family}", "--n", "1", "--steps", "2", "--out", "tuned.png"])
     # its own checkpoint goes on from where it is: nothing is read as a published layout twice
-    train.main([*FINE_TUNE, f"{family}-again", "--objective", objective, "--published", f"{family}-s-8-256",
+    train.main([*FINE_TUNE, f"{family}-again", "--objective", objective, "--published", f"{family}-xs-8-256",
                 "--vae", "vae", "--init-from", f"runs/{family}", "--lr", "1e-9"])
     again = run.load_checkpoint(f"runs/{family}-again")["model"]
     torch.testing.assert_close(again, checkpoint["ema"], atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="is a run of train.py"):
-        sample.main(flags(downloads, f"{family}-s-8-256", f"runs/{family}/checkpoint.pt"))
+        sample.main(flags(downloads, f"{family}-xs-8-256", f"runs/{family}/checkpoint.pt"))
     # and a finished or resumed run needs neither download any more
     (downloads / file).rename(downloads / "moved")
-    train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-s-8-256",
+    train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-xs-8-256",
                 "--vae", "vae", "--init-from", file, "--lr", "1e-9"])
     (downloads / "moved").rename(downloads / file)
 
@@ -201,12 +212,13 @@ def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):
     first, second = (run.load_checkpoint(f"runs/{name}") for name in ("first", "second"))
     for name, weight in first["ema"].items():
         torch.testing.assert_close(second["model"][name], weight, atol=1e-6, rtol=0)
-    tuned = ["--published", "dit-s-8-256", "--init-from", "DiT-S-8.pt", "--vae", "vae", "--objective", "ddpm"]
+    tuned = ["--published", "dit-xs-8-256", "--init-from", "DiT-XS-8.pt", "--vae", "vae", "--objective",
+             "ddpm"]
     shutil.copytree("vae", "xl")
     Path("xl/config.json").write_text('{"norm_num_groups": 8, "scaling_factor": 0.13025}')
     before = set(downloads.rglob("*"))
     for flags, message in (
-            ([*own[:-2], "--init-from", "runs/first"], "runs/first: weights do not fit the network"),
+            ([*own[:-2], "--init-from", "runs/first"], "runs/first: .* with width 64, not 256; give"),
             ([*own, "--init-from", "none"], "no checkpoint"),
             ([*FINE_TUNE[:-1], *tuned[:4]], "needs --init-from FILE, its weights, and --vae"),
             ([*FINE_TUNE[:-1], *tuned[:6]], "is --arch dit --objective ddpm"),

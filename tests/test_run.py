@@ -1,55 +1,54 @@
 """run.py: the folder of a run, its checkpoint, and what is built from it."""
 
-import argparse
 import copy
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DONE, QUICK, files, same
+from conftest import DONE, ON_VAE, altered, contents, same
 
-import cache
 import dit
 import run
 import sample
 import settings
 import train
 import unet
+from files import locked
 
 
 # ---- the folder
 
 def test_second_process_and_other_settings_are_refused(cwd):
-    with cache.locked(Path("runs/done/lock")), pytest.raises(ValueError, match="another process"):
-        train.main(DONE)
+    with locked(Path("runs/new/lock")), pytest.raises(ValueError, match="another process"):
+        train.main([*DONE, "--name", "new"])
+    assert contents(cwd / "runs/new") == {"lock"}
+    shutil.rmtree("runs/new")
     before = (cwd / "runs/done/checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match=f"--lr {settings.ARCHITECTURES['dit'].defaults['lr']}, not 0.5"):
-        train.main([*DONE, "--lr", "0.5"])
-    with pytest.raises(ValueError, match="latent-channels 4, not 8"):
-        train.main(["--arch", "dit", *QUICK, "--name", "other", "--latent-channels", "8"])
+    with pytest.raises(ValueError, match="runs/done holds a run with --seed 0, not 5; repeat its settings"):
+        train.main([*DONE, "--seed", "5"])
     assert (cwd / "runs/done/checkpoint.pt").read_bytes() == before
 
 
-def test_a_vae_trained_under_another_name_may_be_moved_there(cwd, tmp_path):
-    folder = shutil.copytree("runs/shapes-vae", tmp_path / "shapes-vae")
-    found = json.loads((folder / "settings.json").read_text())
-    (folder / "settings.json").write_text(json.dumps(found | {"name": "elsewhere"}))
-    train.main(["--arch", "dit", *QUICK, "--name", "on-it", "--runs-dir", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"shapes-vae", "on-it"}
-
-
 def test_damaged_settings_and_checkpoint_of_a_run(cwd):
-    train.main(["--arch", "dit", *QUICK, "--name", "hurt"])
+    train.main(["--arch", "dit", *ON_VAE, "--name", "hurt"])
+    kept = Path("runs/hurt/settings.json").read_text()
     Path("runs/hurt/settings.json").write_text("{")
     with pytest.raises(ValueError, match="settings.json: damaged"):
-        train.main(["--arch", "dit", *QUICK, "--name", "hurt"])
+        train.main(["--arch", "dit", *ON_VAE, "--name", "hurt"])
     Path("runs/hurt/settings.json").unlink()
+    before = contents(cwd)
+    for flags in (["--arch", "dit", *ON_VAE], ["--arch", "unet", "--objective", "ddpm", *ON_VAE]):
+        with pytest.raises(ValueError, match="runs/hurt has a checkpoint.pt but no settings.json"):
+            train.main([*flags, "--name", "hurt"])
+    assert contents(cwd) == before
+    Path("runs/hurt/settings.json").write_text(kept)
     Path("runs/hurt/checkpoint.pt").write_bytes(b"x")
     with pytest.raises(ValueError, match="not a checkpoint"):
-        train.main(["--arch", "dit", *QUICK, "--name", "hurt"])
+        train.main(["--arch", "dit", *ON_VAE, "--name", "hurt"])
     assert Path("runs/hurt/checkpoint.pt").read_bytes() == b"x"
 
 
@@ -68,35 +67,44 @@ EARLIER = {
 
 
 def test_settings_of_an_earlier_version(tmp_path):
-    run.Run(tmp_path).settings.write_text(json.dumps(EARLIER, indent=1))
     folder = run.Run(tmp_path)
-    folder.check_settings(settings.parse(["--arch", "dit"]))
-    # paths, intervals and the machine may change
-    folder.check_settings(settings.parse(["--arch", "dit", "--device", "cpu", "--log-every", "1", "--compile",
-                                          "--runs-dir", "elsewhere", "--cache-dir", "x"]))
-    for flags, message in ((["--lr", "0.1"], "--lr 0.004, not 0.1"), (["--seed", "1"], "--seed 0, not 1"),
-                           (["--image-size", "64"], r"--image-size \[32, 32\], not \[64, 64\]"),
-                           (["--conv"], "--conv False, not True"), (["--vae", "x"], "--vae None, not x")):
-        with pytest.raises(ValueError, match=f"{tmp_path} holds a run with {message}; repeat its settings"):
+    folder.settings.write_text(json.dumps(EARLIER, indent=1))
+    # paths, intervals and the machine may change; and, where they are asked for, rate, batch and length
+    for flags in ([], ["--device", "cpu", "--log-every", "1", "--compile", "--runs-dir", "elsewhere",
+                       "--cache-dir", "x"], ["--lr", "0.1"], ["--batch-size", "8"], ["--steps", "2401"]):
+        folder.check_settings(settings.parse(["--arch", "dit", *flags]))
+    for flags, message in ((["--seed", "1"], "--seed 0, not 1; repeat its settings to continue it"),
+                           (["--image-size", "64"], r"--image-size \[32, 32\], not \[64, 64\]; repeat"),
+                           (["--conv"], "--conv False, not True"), (["--vae", "x"], "--vae None, not x"),
+                           (["--steps", "2399"], "--steps 2400, not 2399; .*, or raise --steps, to")):
+        with pytest.raises(ValueError, match=f"{tmp_path} holds a run with {message}"):
             folder.check_settings(settings.parse(["--arch", "dit", *flags]))
+    folder.settings.write_text(json.dumps(EARLIER | {"lr": 0.1}))
+    with pytest.raises(ValueError, match="--lr 0.1, not 0.004; repeat its settings"):      # by a default only
+        folder.check_settings(settings.parse(["--arch", "dit"]))
+    folder.settings.write_text(json.dumps(EARLIER | {"steps": 20}))
+    with pytest.raises(ValueError, match="--steps 20, not the default 2400; give --steps 20 to continue it"):
+        folder.check_settings(settings.parse(["--arch", "dit"]))
 
 
 def test_a_frozen_encoder_may_move(tmp_path):
     folder = run.Run(tmp_path)
-    folder.check_settings(argparse.Namespace(text_encoder="clip:a"))              # nothing is there yet
-    folder.write_settings(argparse.Namespace(text_encoder="clip:a"))
-    folder.check_settings(argparse.Namespace(text_encoder="clip:b"))
-    for other in ("t5:a", None):
-        with pytest.raises(ValueError, match=f"--text-encoder clip:a, not {other}"):
-            folder.check_settings(argparse.Namespace(text_encoder=other))
+    begun, moved, other = [settings.parse(["--arch", "mmdit", "--text-encoder", place])
+                           for place in ("clip:a", "clip:b", "t5:a")]
+    folder.check_settings(begun)                                                  # nothing is there yet
+    folder.write_settings(begun)
+    folder.check_settings(moved)
+    with pytest.raises(ValueError, match="--text-encoder clip:a, not t5:a"):
+        folder.check_settings(other)
 
 
-def test_settings_are_written_once(tmp_path):
+def test_the_file_of_settings(tmp_path):
     folder = run.Run(tmp_path)
     assert folder.read_settings() is None
-    folder.write_settings(argparse.Namespace(lr=0.1))
-    folder.write_settings(argparse.Namespace(lr=0.2))
-    assert folder.read_settings() == {"lr": 0.1}
+    for flags in ([], ["--lr", "0.5", "--image-size", "16", "24"]):
+        args = settings.parse(["--arch", "dit", *flags])
+        folder.write_settings(args)
+        assert folder.read_settings() == {name: getattr(args, name) for name in settings.ROWS}
     for damaged in ("{", "[1]", "3"):
         folder.settings.write_text(damaged)
         with pytest.raises(ValueError, match="settings.json: damaged"):
@@ -123,6 +131,17 @@ def test_rewind_metrics(tmp_path):
     assert [json.loads(line)["step"] for line in open(folder.metrics)] == [3, 5, 5, 6]
 
 
+def test_records_that_cannot_be_written_do_not_end_training(tmp_path, capsys):
+    folder = run.Run(tmp_path)
+    folder.metrics.mkdir()
+    folder.record({"step": 1, "loss": 0.5})
+    folder.record({"step": 2, "loss": 0.5})
+    assert [record["step"] for record in folder.records] == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"warning: {folder.metrics}: cannot be written (Is a directory); the training goes on "
+                     "without"]
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     folder = run.Run(tmp_path)
     folder.save({"step": 1})
@@ -135,15 +154,58 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt .*MiB left.*No space left"):
         folder.save({"step": 2})
     assert torch.load(folder.checkpoint, weights_only=True) == {"step": 1}
-    assert files(tmp_path) == {"checkpoint.pt"}
+    assert contents(tmp_path) == {"checkpoint.pt"}
 
-    def failed(checkpoint, file):
-        raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    monkeypatch.setattr(torch, "save", failed)
-    with pytest.raises(OSError, match="cannot write"):
-        folder.save({"step": 2})
-    assert torch.load(folder.checkpoint, weights_only=True) == {"step": 1}
+@pytest.mark.parametrize("links", [True, False])
+def test_checkpoints_are_kept(tmp_path, monkeypatch, links):
+    """Under names of their own, by whatever means the file system has; other files of similar names stay."""
+    def link(source, target):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", link)
+    folder = run.Run(tmp_path)
+    for name in ("checkpoint-mine.pt", "checkpoint-.pt", "best.pt"):
+        (tmp_path / name).write_bytes(b"other")
+    for step in (5, 10, 1_000_000, 1_000_005):
+        folder.save({"step": step})
+        folder.keep_latest(step, 2)
+        folder.keep_latest(step, 2)                                      # again, as after a kill
+        if step == 10:
+            folder.keep("best.pt")
+    found = {name: torch.load(tmp_path / name, weights_only=True)["step"] for name in contents(tmp_path)
+             if name not in ("checkpoint-mine.pt", "checkpoint-.pt")}
+    assert found == {"checkpoint.pt": 1_000_005, "checkpoint-1000000.pt": 1_000_000,
+                     "checkpoint-1000005.pt": 1_000_005, "best.pt": 10}
+    assert (tmp_path / "checkpoint-mine.pt").read_bytes() == b"other"
+
+
+def test_the_best_step(tmp_path):
+    folder = run.Run(tmp_path)
+    assert folder.best_step() is None
+    folder.records = [{"step": 1, "loss": 0.1}]
+    assert folder.best_step() is None
+    best = []
+    for step, loss in enumerate([0.5, 0.3, 0.3, 0.4, float("nan"), -float("inf"), 0.2], 1):
+        folder.records.append({"step": step, "val_loss": loss})
+        if folder.best_step() == step:
+            torch.save({"step": step}, tmp_path / "best.pt")
+            best.append(step)
+    assert best == [1, 2, 7] and folder.best_step() == 7
+
+
+def test_the_best_step_where_best_is_asked_for_late(tmp_path):
+    """Checkpoints of earlier validations are gone, however low their losses were."""
+    folder = run.Run(tmp_path)
+    folder.records = [{"step": step, "val_loss": loss} for step, loss in ((1, 0.1), (2, 0.5))]
+    assert folder.best_step() == 2
+    torch.save({"step": 2}, tmp_path / "best.pt")
+    for step, loss, expected in ((3, 0.6, 2), (4, 0.4, 4)):
+        folder.records.append({"step": step, "val_loss": loss})
+        assert folder.best_step() == expected
+    (tmp_path / "best.pt").write_bytes(b"other")
+    assert folder.best_step() == 4
 
 
 def test_loss_curve():
@@ -265,12 +327,12 @@ def test_compiled_text_of_any_length():
 
 def test_compiling_without_a_compiler(cwd, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    before = files(cwd)
+    before = contents(cwd)
     for call in (lambda: sample.main(["runs/done", "--compile", "--out", "no.png"]),
                  lambda: train.main([*DONE, "--name", "new", "--compile"])):
         with pytest.raises(ValueError, match="--compile: found no C"):
             call()
-    assert files(cwd) == before
+    assert contents(cwd) == before
 
 
 @pytest.mark.parametrize("arch", ["dit", "mmdit", "unet", "vae"])
@@ -298,3 +360,171 @@ def test_checkpointed_blocks_keep_less_and_change_nothing(arch):
     (*want, before), (*got, after) = results
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(want, got, strict=True))
     assert after < 0.7 * before
+
+
+# ---- damaged, foreign and other versions
+
+def test_damaged_lines_of_metrics_never_stop_a_run(tmp_path):
+    folder = run.Run(tmp_path)
+    good = [{"step": 1, "loss": 0.5}, {"step": 2, "val_loss": 0.25}]
+    broken = ["[1, 2]", "3", "null", '"step"', "{}", '{"step": "two"}', '{"step": null}', "[" * 10**5, "",
+              "\u732b", '{"loss": 1}']
+    broken += [f'{{"step": 2, "loss": {value}}}' for value in ("null", '"x"', "[1]", "true", "1" * 400)]
+    broken += ['{"step": 2, "val_loss": null}', '{"step": -1, "loss": 1}', '{"step": 1.5, "loss": 1}']
+    odd = ['{"step": 2, "loss": NaN}', '{"step": 2, "val_loss": Infinity}']
+    lines = [json.dumps(good[0]), *broken, *odd, json.dumps(good[1])]
+    folder.metrics.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    folder.rewind_metrics(2)
+    assert [record for record in folder.records if record in good] == good
+    assert all(isinstance(record, dict) for record in folder.records) and len(folder.records) == 4
+    folder.plot_loss()
+    assert run.loss_curve(folder.records).tobytes() == run.loss_curve(good).tobytes()
+
+
+@pytest.mark.parametrize("position", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(cwd, tmp_path, position):
+    content = bytearray(Path("runs/done/checkpoint.pt").read_bytes())
+    content[int(position * len(content))] ^= 4
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/checkpoint.pt: .*damaged"):
+        run.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "vae"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_never_used(cwd, tmp_path, part, value):
+    def change(checkpoint):
+        state = checkpoint["vae"]["state"] if part == "vae" else checkpoint[part]
+        list(state.values())[-1].view(-1)[-1] = value
+
+    folder = altered(tmp_path, change)
+    with pytest.raises(ValueError, match="checkpoint.pt: damaged: .* not finite"):
+        folder.load()
+    with pytest.raises(ValueError, match="not finite"):
+        sample.main([str(tmp_path), "--out", str(tmp_path / "x.png")])
+    assert contents(tmp_path) == {"checkpoint.pt"}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.pop("vae"), "lacks vae"), (lambda c: c.pop("step"), "lacks step"),
+    (lambda c: c["data"].pop("classes"), "lacks data.classes"), (lambda c: c.pop("data"), "lacks data"),
+    (lambda c: c.pop("training"), "lacks training.optimizer"),
+    (lambda c: c["training"].pop("rng"), "lacks training.rng"),
+    (lambda c: c.update(arch="cnn"), "arch cnn does not exist in this version"),
+    (lambda c: c["training"].update(steps="x"), "its training.steps is 'x'"),
+])
+def test_parts_that_a_checkpoint_lacks_are_named(cwd, tmp_path, change, message):
+    with pytest.raises(ValueError, match=f"checkpoint.pt: .*{message}"):
+        altered(tmp_path, change).load()
+
+
+BIAS = "x_embedder.proj.bias"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c["config"].update(width="abc"), "no dit can be built from its configuration .TypeError"),
+    (lambda c: c["config"].update(heads=0), "no dit can be built from its configuration .ZeroDivisionError"),
+    (lambda c: c["config"].update(depth=100_000), "its depth is 100000"),
+    (lambda c: c["config"].update(width=32), "weights do not fit"),
+    (lambda c: c.update(config=[1]), r"its config is \[1\]"), (lambda c: c.update(arch=[1]), "its arch is"),
+    (lambda c: c.update(objective=None), "its objective is None"),
+    (lambda c: c.update(objective={"name": "zz"}), "objective zz: not in this version"),
+    (lambda c: c.update(objective={"name": "rf", "std": "x"}), "objective rf: "),
+    (lambda c: c["data"].update(size="ab"), "its data.size is 'ab'"),
+    (lambda c: c["data"].update(size=[]), "its data.size is"), (lambda c: c.update(data=5), "not a check"),
+    (lambda c: c["data"].update(size=[-32, 32]), r"its data.size is \[-32, 32\]"),
+    (lambda c: c["data"].update(classes=5), "its data.classes is 5"),
+    (lambda c: c["data"].update(prompts=5), "its data.prompts is 5"),
+    (lambda c: c["data"]["classes"].append("new"), "it names 25 classes, where its network has 24"),
+    (lambda c: c.update(label_dropout="x"), "its label_dropout is 'x'"),
+    (lambda c: c.update(vae=None), "its vae is None"), (lambda c: c.update(vae={}), "its vae is {}"),
+    (lambda c: c.update(vae=[1]), "its vae is"),
+    (lambda c: c["vae"]["config"].update(layers=10**6), "its layers is 1000000"),
+    (lambda c: c["vae"]["config"].update(widths=3), "no vae can be built"),
+    (lambda c: c.update(model=[1]), r"its model is \[1\]"), (lambda c: c.update(ema={1: 2}), "its ema is"),
+    (lambda c: c.update(text={}), "its text is {}"), (lambda c: c.update(text={"encoder": "t5"}), "its text"),
+    (lambda c: c.update(text={"encoder": []}), "its text"), (lambda c: c.update(step="x"), "its step is 'x'"),
+    (lambda c: c.update(step=-5), "its step is -5"), (lambda c: c.update(step=True), "its step is True"),
+    (lambda c: c.update(training=[1]), "its training is"),
+    (lambda c: c["ema"].update({BIAS: torch.ones(64) * 1j}), f"{BIAS} is no tensor of plain numbers"),
+    (lambda c: c["ema"].update({BIAS: torch.ones(1).expand(10**11)}), f"{BIAS} of shape .100000000000"),
+    (lambda c: c["ema"].update({BIAS: torch.ones(1).expand(64)}), f"{BIAS} is no tensor"),
+    (lambda c: c["ema"].update({BIAS: torch.ones(64, device="meta")}), f"{BIAS} is no tensor"),
+    (lambda c: c["ema"].update({BIAS: torch.ones(64, dtype=torch.int32)}), f"{BIAS} is no tensor"),
+])
+def test_a_checkpoint_that_was_changed(cwd, tmp_path, change, message):
+    with pytest.raises(ValueError, match=f"{tmp_path}/checkpoint.pt: .*{message}") as refused:
+        altered(tmp_path, change).load()
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
+    folder = run.Run(tmp_path / "a")
+    assert folder.load() is None
+    folder.checkpoint.mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint.pt: no checkpoint there"):
+        folder.load()
+    folder.checkpoint.rmdir()
+    folder.checkpoint.symlink_to("nowhere")
+    with pytest.raises(ValueError, match="checkpoint.pt: a link to a file that does not exist; restore"):
+        folder.load()
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match=f"{name}: no checkpoint there .*a pipe or a device, not a file"):
+            run.load_checkpoint(name)
+    with pytest.raises(ValueError, match="nnn: cannot be read .File name too long"):
+        run.load_checkpoint("n" * 300)
+    folder.settings.mkdir()
+    folder.checkpoint.unlink()
+    assert folder.read_settings() is None
+    folder.settings.rmdir()
+    folder.settings.write_text("{}")
+
+    def denied(self, *more, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ValueError, match="settings.json: cannot be read .Permission denied.; make it"):
+        folder.read_settings()
+
+
+def test_what_run_py_shows(cwd, capsys):
+    run.main(["runs/done"])
+    assert capsys.readouterr().out.startswith("runs/done: dit with 0.2 M parameters, step 60\n  config: {")
+    for flags, message in (([""], "run is empty"), (["a", "b"], "unrecognized arguments: b")):
+        with pytest.raises(ValueError, match=message):
+            run.main(flags)
+
+
+@pytest.mark.parametrize("objective, message", [
+    ({"name": "score"}, "objective score: not in this version"), ({}, "objective None"),
+    ({"name": "rf", "wings": 2}, "objective rf: .*wings.*another version"),
+])
+def test_an_objective_of_another_version(objective, message):
+    with pytest.raises(ValueError, match=message):
+        run.build_path(objective)
+
+
+def test_a_network_that_only_its_configuration_shows_to_be_another():
+    model = run.build_model("dit", {"width": 32, "depth": 1, "heads": 2})
+    state = run.State(model, copy.deepcopy(model), torch.optim.AdamW(model.parameters()),
+                      torch.device("cpu"))
+    saved = {"arch": "dit", "config": {"width": 32, "depth": 1, "heads": 2}, **copy.deepcopy(state.weights()),
+             "training": state.training()}
+    state.restore(saved, "c.pt")                                   # a field that it lacks has its default
+    for other in ({"heads": 4}, {"qk_norm": False}, {"rope_theta": 1e4}):
+        with pytest.raises(ValueError, match=f"c.pt: its network has {next(iter(other))}"):
+            state.restore(saved | {"config": saved["config"] | other}, "c.pt")
+    for part in ({"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}},
+                 {"rng": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="c.pt: damaged, or of another version: its optimizer"):
+            state.restore(saved | {"training": saved["training"] | part}, "c.pt")
+    model(torch.randn(1, 4, 4, 4), torch.rand(1)).square().sum().backward()
+    state.optimizer.step()
+    training = copy.deepcopy(state.training())
+    training["optimizer"]["state"][0]["exp_avg"].view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="c.pt: damaged: the optimizer's exp_avg has values that are"):
+        state.restore(saved | {"training": training}, "c.pt")
+    assert state.is_finite()
+    model.x_embedder.proj.bias.data[0] = float("inf")
+    assert not state.is_finite()

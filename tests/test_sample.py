@@ -1,19 +1,27 @@
 """sample.py as a user meets it: outputs, seeds, pictures to begin with, and what it refuses."""
 
+import io
+import re
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import QUICK, files, pictures
+import torch
+from conftest import ON_VAE, contents, draw_two
 from PIL import Image
+from tqdm import tqdm
 
-import data
+import files
 import run
 import sample
+import samplers
+import settings
 import toys
 import train
+from pictures import to_tensor, to_uint8
 
 
 def draw(*flags, out):
@@ -57,34 +65,86 @@ def test_pictures_to_begin_with(cwd, text_runs, which, monkeypatch):
     folder = text_runs[which]
     vae, picture = run.unpack_vae(run.load_checkpoint(folder)["vae"]), toys.draw_shape(3)
     Image.fromarray(picture).save("begin.png")
-    x = data.to_tensor(picture[None])
-    through = data.to_uint8(vae.decode(vae.encode(x).mean))[0].astype(int)
+    x = to_tensor(picture[None])
+    through = to_uint8(vae.decode(vae.encode(x).mean))[0].astype(int)
     begin = ["--prompt", "a red circle", "--init-image", "begin.png"]
-    for sampler in sample.SAMPLERS:
+    # no step is left at strength 0, so the network does not matter: all samplers on the smaller one
+    for sampler in sample.SAMPLERS if which == 0 else ["ddim"]:
         flags = [*begin, "--strength", "0", "--sampler", sampler]
-        assert np.abs(pictures(folder, *flags) - through).max() <= 1
-    change = [np.abs(pictures(folder, *begin, "--steps", "20", "--strength", s) - through).mean()
+        assert np.abs(draw_two(folder, *flags) - through).max() <= 1
+    change = [np.abs(draw_two(folder, *begin, "--steps", "10", "--strength", s) - through).mean()
               for s in ("0.02", "0.3", "0.6", "1")]
     assert change == sorted(change) and 0 < change[0] < 0.5 * change[-1]
-    default = pictures(folder, *begin, "--steps", "20")
-    assert np.abs(default - pictures(folder, *begin, "--steps", "20", "--strength", "0.6")).max() == 0
+    default = draw_two(folder, *begin, "--steps", "10")
+    assert np.abs(default - draw_two(folder, *begin, "--steps", "10", "--strength", "0.8")).max() == 0
     mask = np.zeros((32, 32), np.uint8)
     mask[5:14, 9:31] = 255
     Image.fromarray(mask).save("mask.png")
-    out = pictures(folder, *begin, "--mask", "mask.png")
+    out = draw_two(folder, *begin, "--mask", "mask.png")
     assert (out[:, mask == 0] == picture[mask == 0]).all()
     assert (out[:, mask > 0] != picture[mask > 0]).mean() > 0.5
     sample.main([folder, *begin, "--strength", "0", "--n", "1", "--out", "still.gif"])
     assert Image.open("still.gif").n_frames == 1
-    assert np.abs(pictures(folder, *begin, "--strength", "0", "--precision", "bf16") - through).max() <= 1
+    assert np.abs(draw_two(folder, *begin, "--strength", "0", "--precision", "bf16") - through).max() <= 1
     # at strength 1 nothing of the picture is left
-    assert (pictures(folder, *begin, "--strength", "1") == pictures(folder, "--prompt", "a red circle")).all()
+    assert (draw_two(folder, *begin, "--strength", "1") == draw_two(folder, "--prompt", "a red circle")).all()
     seen = []
     monkeypatch.setitem(sample.SAMPLERS, "euler",
                         lambda denoise, path, x, times, **_: seen.append(times) or x)
     for steps, strength in ((20, 0.55), (25, 0.56), (50, 0.68), (100, 0.81)):      # 0.55 is 0.55 and an ulp
-        pictures(folder, *begin, "--sampler", "euler", "--steps", str(steps), "--strength", str(strength))
+        draw_two(folder, *begin, "--sampler", "euler", "--steps", str(steps), "--strength", str(strength))
         assert seen[-1][0] == strength and (seen[-1][:-1] - seen[-1][1:]).min() > 5e-4
+
+
+def paint(name, alpha=True):
+    """White paint on transparent black, in the middle of a file of each kind; and where the paint is."""
+    where = np.zeros((32, 32), bool)
+    where[8:20, 4:28] = True
+    white = Image.fromarray(np.where(where, 255, 0).astype(np.uint8))
+    # What is transparent may have any colour: black, or white itself.
+    hidden = Image.fromarray(np.full((32, 32), 255, np.uint8)) if "hidden" in name else white
+    if "LA" in name:
+        Image.merge("LA", (hidden, white)).save(name)
+    elif "palette" in name:
+        picture = Image.fromarray(where.astype(np.uint8)).convert("P")
+        picture.putpalette([255, 255, 255] * 256 if "hidden" in name else [0, 0, 0, 255, 255, 255])
+        picture.save(name, transparency=0)
+    elif "opaque" in name:
+        white.save(name)
+    else:
+        Image.merge("RGBA", (hidden, hidden, hidden, white)).save(name, **(
+            {"lossless": True, "exact": True} if name.endswith("webp") else {}))
+    return where
+
+
+@pytest.mark.parametrize("name", [
+    "RGBA.png", "RGBA.tiff", "RGBA.webp", "LA.png", "LA.tiff", "palette.png", "palette.gif",
+    "hidden-RGBA.png", "hidden-RGBA.tiff", "hidden-RGBA.webp", "hidden-LA.png", "hidden-palette.png",
+    "opaque.png",
+])
+def test_what_is_transparent_in_a_mask_is_kept(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    where = paint(name)
+    Image.new("RGB", (32, 32), "red").save("begin.png")
+    args = sample.parse_args(["runs/x", "--init-image", "begin.png", "--mask", name])
+    _, mask = sample.read_image_and_mask(args, (32, 32), 3)
+    assert (mask[0, 0].numpy() == where).all()
+    # of a picture, transparency is white as before
+    assert (sample.read_picture("--init-image", name, (32, 32))[0, 0] == 255).all() or name == "opaque.png"
+
+
+def test_the_border_of_a_patch_is_blended():
+    """0 outside to the last pixel; 1 well inside, and in the middle of strokes that are narrower."""
+    mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    mask[..., 4:12, 4:] = True                             # reaches the right border, where nothing is kept
+    weight = samplers.soft_border(mask, 2)[0, 0]
+    assert (weight[~mask[0, 0]] == 0).all() and (weight[6:10, 6:] == 1).all()
+    torch.testing.assert_close(weight[8, 3:8], torch.tensor([0, 1 / 3, 2 / 3, 1, 1]))
+    stroke = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    stroke[..., 5, :] = True
+    assert samplers.soft_border(stroke, 2)[0, 0, 5].tolist() == [1] * 16
+    assert (samplers.soft_border(torch.ones_like(mask), 4) == 1).all()
+    assert (samplers.soft_border(mask, 0) == mask).all()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -93,6 +153,156 @@ def test_compiled_sampling_draws_the_same(cwd):
         sample.main(["runs/done", "--n", "2", "--steps", "4", "--out", f"{out}.npz", *more])
     plain, compiled = (np.load(f"{out}.npz")["arr_0"].astype(int) for out in ("plain", "compiled"))
     assert np.abs(plain - compiled).max() <= 1
+
+
+@pytest.mark.parametrize("name, error", [("x.jpg", 12), ("x.jpeg", 12), ("x.webp", 0), ("X.PNG", 0)])
+def test_endings_of_a_picture(cwd, name, error):
+    sample.main(["runs/done", "--steps", "1", "--n", "2", "--out", "plain.png"])
+    sample.main(["runs/done", "--steps", "1", "--n", "2", "--out", name])
+    plain, found = (np.asarray(Image.open(file)).astype(float) for file in ("plain.png", name))
+    assert Image.open(name).format == {"g": "JPEG", "p": "WEBP", "G": "PNG"}[name[-1]] and (
+        np.abs(plain - found).mean() <= error)
+
+
+def test_a_vae_reconstructs(cwd):
+    picture = toys.draw_shape(3)
+    Image.fromarray(picture).save("given.png")
+    sample.main(["runs/shapes-vae", "--init-image", "given.png", "--out", "pair.png"])
+    pair = np.asarray(Image.open("pair.png"))
+    vae = run.load_vae("runs/shapes-vae")
+    again = to_uint8(vae.decode(vae.encode(to_tensor(picture[None])).mean))[0]
+    assert pair.shape == (132, 262, 3)                     # enlarged, as pictures with captions are
+    assert (pair[2:130, 2:130] == picture.repeat(4, 0).repeat(4, 1)).all()
+    assert np.abs(pair[2:130:4, 132:260:4].astype(int) - again).max() <= 1
+    Image.fromarray(toys.draw_shape(4)).save("other.png")
+    sample.main(["runs/shapes-vae", "--init-image", "other.png", "given.png", "--out", "pairs.png"])
+    pairs = np.asarray(Image.open("pairs.png"))
+    assert pairs.shape == (262, 262, 3) and (pairs[130:] == pair).all() and (pairs[:132] != pair).any()
+    for more in (["--label", "3"], ["--n", "2"], ["--mask", "given.png"], ["--seed", "1"], ["--cfg", "1"],
+                 ["--interval", "0", "0.5"], ["--compile"]):
+        with pytest.raises(ValueError, match=f"{more[0]}: this run is a VAE, .*; leave it out"):
+            sample.main(["runs/shapes-vae", "--init-image", "given.png", "--out", "no.png", *more])
+    for out in ("no.npz", "no.gif", "no"):
+        with pytest.raises(ValueError, match=f"--out {out}: a VAE's reconstruction is a .png, .jpg or .webp"):
+            sample.main(["runs/shapes-vae", "--init-image", "given.png", "--out", out])
+    with pytest.raises(ValueError, match="--out a.webp: 200 pictures and .* more than .webp .*; give fewer"):
+        sample.main(["runs/shapes-vae", "--init-image", *["given.png"] * 200, "--out", "a.webp"])
+
+
+# ---- long outputs
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("out", ["many.npz", "many"])
+def test_an_interrupted_output_is_continued(cwd, monkeypatch, out, capsys):
+    """Bit-identical to one go, whether the process ended within a batch, between two or while writing."""
+    command = ["runs/done", "--steps", "1", "--n", "10", "--batch-size", "3", "--out"]
+    whole = f"whole-{out}"
+    sample.main([*command, whole])
+
+    def content(name):
+        if name.endswith(".npz"):
+            return Path(name).read_bytes()
+        return {file.name: file.read_bytes() for file in Path(name).iterdir()}
+
+    drawn, draw_batch, end_after = [], sample.draw, None
+
+    def counting(*inputs, **options):
+        if len(drawn) == end_after:
+            raise Killed
+        drawn.append(inputs[4])                            # the seeds
+        return draw_batch(*inputs, **options)
+
+    monkeypatch.setattr(sample, "draw", counting)
+    for end_after in (2, 3):
+        with pytest.raises(Killed):
+            sample.main([*command, out])
+        assert not Path(out).is_file()
+    # other settings are not mixed
+    before = contents(cwd)
+    for more, what in ((["--seed", "1"], "seed 0, not 1"), (["--label", "3"], "conditions"),
+                       (["--raw"], "weights"), (["--steps", "2"], "steps 1, not 2"),
+                       (["--n", "11"], "n 10, not 11"), (["--batch-size", "4"], "batch_size 3, not 4"),
+                       (["--cfg", "3"], "scale 2.0, not 3.0")):
+        with pytest.raises(ValueError, match=f"9 pictures are there, drawn with {what}"):
+            sample.main([*command, out, *more])
+    assert contents(cwd) == before
+    if out == "many":                                      # a picture that was removed is drawn again
+        next(Path(out).glob("000007*")).unlink()
+    else:                                                  # what was cut short, too
+        Path(f"{out}.unfinished").write_bytes(Path(f"{out}.unfinished").read_bytes() + b"half a batch")
+    end_after = None
+    sample.main([*command, out])
+    assert content(out) == content(whole)
+    assert [list(seeds)[0] for seeds in drawn] == ([0, 3, 6, 6, 9] if out == "many" else [0, 3, 6, 9])
+    assert not list(cwd.glob("many.npz.unf*")) and not list(cwd.glob("many/unf*"))
+    drawn.clear()
+    sample.main([*command, out, "--seed", "5"])            # a finished output may be drawn anew
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("out, line", [
+    ("cut.npz", "sample.py: interrupted after 6 of 10 pictures; the same command continues"),
+    ("cut", "sample.py: interrupted after 6 of 10 pictures; the same command continues"),
+    ("cut.png", "sample.py: interrupted: nothing was written"),
+    ("cut.gif", "sample.py: interrupted: nothing was written"),
+])
+def test_an_interruption_says_how_far_it_came(cwd, monkeypatch, capsys, out, line):
+    drawn, draw_batch = [], sample.draw
+
+    def interrupted(*inputs, **options):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(1)
+        return draw_batch(*inputs, **options)
+
+    monkeypatch.setattr(sample, "draw", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        sample.main(["runs/done", "--steps", "1", "--n", "10", "--batch-size", "3", "--out", out])
+    assert ended.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == line
+
+
+def test_the_bar_moves_with_every_step(cwd, monkeypatch):
+    """In whole pictures, of which the batch in work counts in part; the decoder is a step of its own."""
+    seen, text = [], io.StringIO()
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append(self.n)
+
+    monkeypatch.setattr(sample, "tqdm", lambda **options: Bar(file=text, mininterval=0, **options))
+    sample.main(["runs/done", "--steps", "3", "--n", "5", "--batch-size", "4", "--out", "bar.npz"])
+    np.testing.assert_allclose(seen, [1, 2, 3, 4, 4.25, 4.5, 4.75, 5])
+    counts = re.findall(r"\| ([\d.]+/[\d.]+) \[", text.getvalue())
+    assert counts[-1] == "5/5" and "." not in "".join(counts) and len(set(counts)) == 6
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_a_share_is_told_after_each_step(cwd, name):
+    shares = []
+    checkpoint = run.load_checkpoint("runs/done")
+    model = run.build_model("dit", checkpoint["config"]).eval()
+    cond = {"y": torch.tensor([0])}
+    how = dict(sampler=name, steps=4)
+    inputs = (model, run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"]), (4, 8, 8),
+              range(1), cond)
+    told = sample.draw(*inputs, progress=shares.append, **how)
+    assert shares == [0.2, 0.4, 0.6, 0.8] and (told == sample.draw(*inputs, **how)).all()
+
+
+def test_links_at_an_output_are_not_followed(cwd):
+    Path("precious").write_bytes(b"precious")
+    for name in ("link.npz.unfinished", "link.npz.unfinished.json", "linked/000000-red-circle.png",
+                 "linked/unfinished.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to(cwd / "precious")
+    with pytest.raises(OSError, match="cannot write link.npz.unfinished: "):
+        sample.main(["runs/done", "--steps", "1", "--n", "1", "--out", "link.npz"])
+    sample.main(["runs/done", "--steps", "1", "--n", "1", "--out", "linked"])
+    assert Path("precious").read_bytes() == b"precious"
 
 
 # ---- flags
@@ -120,7 +330,11 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--n", "0"], "--n 0"),
     (["runs/done", "--n", "999999999999"], "--n 999999999999: must be between 1 and 100,000,000"),
     (["runs/done", "--cfg", "nan"], "--cfg nan: must be between"),
-    ([""], "no checkpoint"),
+    ([""], "run is empty; give a value"),
+    (["--weights", ""], "--weights is empty"), (["--vae", ""], "--vae is empty"),
+    (["runs/done", "--device", ""], "--device is empty"),
+    (["runs/done", "--init-image", "a.png", "b.png"], "--init-image a.png b.png: a network begins with one"),
+    (["--init-image", "a.png", "runs/done"], "give a run, .*; --init-image takes all names behind it, so"),
     (["runs/done", "--eta", "0.5", "--sampler", "heun"], "--eta 0.5: belongs to --sampler ddim, not heun"),
     (["runs/done", "--eta", "2"], "between 0 and 1"),
     (["runs/done", "--noise", "1", "--sampler", "ddpm"],
@@ -131,7 +345,8 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--mask", "x.png"], "--mask x.png: needs --init-image"),
     (["runs/done", "--init-image", ""], "--init-image is empty"),
     (["runs/done", "--init-image", "none.png"], "--init-image none.png: cannot be read"),
-    (["runs/done", "--init-image", "runs/done/samples.png", "--mask", "black.png"], "no white pixel"),
+    (["runs/done", "--init-image", "runs/done/samples.png", "--mask", "black.png"],
+     r"--mask black.png: is nowhere lighter than middle grey \(its brightest pixel is 1 of 255\), so there"),
     (["runs/done", "--prompt", "a dog"],
      "--prompt a dog: this run is conditioned on class labels; use --label"),
     (["runs/done", "--embedding", "x.npz"], "--embedding x.npz"),
@@ -145,9 +360,20 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--interval", "0", "1.5"], "--interval 1.5: must be between 0 and 1"),
     (["runs/done", "--interval", "0.1", "0.5", "--cfg", "1"], "--interval 0.1 0.5 with guidance 1"),
     (["runs/done", "--cfg", "0", "--label", "1"], "unconditional"),
-    (["runs/done", "--out", "x.jpg"], "must end in"),
-    (["runs/done", "--out", ""], "--out is empty"),
+    (["runs/done", "--out", "x.bmp"], "must end in"),
     (["runs/done", "--out", "no/such/x.png"], "does not exist"),
+    (["runs/done", "--out", ""], "--out is empty"),
+    (["runs/done", "--out", "file/within"], "file/within: cannot be written"),
+    (["runs/done", "--out", "/proc/x.png"], "/proc/x.png: cannot be written"),
+    (["runs/done", "--out", "/proc/x"], "/proc/x: cannot be written"),
+    (["runs/done", "--out", "x" * 300 + ".png"], "a name of 304 bytes"),
+    (["runs/done", "--out", "ü" * 120], "a name of 240 bytes"),
+    (["runs/done", "--n", "90000000", "--out", "x.png"], "--n 90000000 --out x.png: a grid of .* pixels"),
+    (["runs/done", "--n", "200000", "--out", "x.png"], "a grid of"),
+    (["runs/done", "--n", "50000", "--out", "x.jpg"], "a grid of 816 x 70,856 pixels is more than .jpg"),
+    (["runs/done", "--n", "20000", "--out", "x.webp"], "more than .webp"),
+    (["runs/done", "--n", "20000", "--out", "x.gif", "--steps", "100"],
+     "--n 20000 --steps 100 --out x.gif: 100 frames, each a grid of .* .gif or the memory .* fewer --steps"),
     (["runs/done", "--out", "folder.png"], "there is a folder of that name"),
     (["runs/done", "--out", "file"], "there is a file of that name"),
     (["runs/done", "--device", "tpu"], "--device tpu"),
@@ -157,15 +383,31 @@ def test_choice_of_the_sampler(flags, objective, expected):
 def test_sample_refuses(cwd, flags, message):
     (cwd / "folder.png").mkdir(exist_ok=True)
     (cwd / "file").write_bytes(b"")
-    Image.new("RGB", (32, 32)).save("black.png")
-    before = files(cwd)
+    Image.new("RGB", (32, 32), (1, 1, 1)).save("black.png")
+    before = contents(cwd)
     with pytest.raises(ValueError, match=message):
         sample.main(flags)
-    assert files(cwd) == before
+    assert contents(cwd) == before
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--n", "100000000", "--out", "x.npz"], "--n 100000000 --out x.npz: takes 572.2 GiB, and 100.0 GiB are"),
+    (["--n", "100000000", "--out", "y"], "--n 100000000 --out y: takes 381.5 GiB"),
+    (["--n", "1000000", "--batch-size", "1000000", "--out", "x.npz"],
+     "--batch-size 1000000 needs at least 61.0 GiB of memory .*; give a smaller one"),
+])
+def test_more_than_the_machine_has_is_refused(cwd, monkeypatch, flags, message):
+    """A disk with 100 GiB left, and 4 GiB of memory."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**30))
+    monkeypatch.setattr(settings.os, "sysconf", lambda name: 2**16)
+    before = contents(cwd)
+    with pytest.raises(ValueError, match=message):
+        sample.main(["runs/done", "--device", "cpu", *flags])
+    assert contents(cwd) == before
 
 
 def test_guidance_needs_dropout(cwd):
-    train.main(["--arch", "dit", *QUICK, "--label-dropout", "0", "--name", "nodrop"])
+    train.main(["--arch", "dit", *ON_VAE, "--label-dropout", "0", "--name", "nodrop"])
     for scale in ("2", "0"):
         with pytest.raises(ValueError, match="label dropout 0"):
             sample.main(["runs/nodrop", "--cfg", scale])
@@ -183,7 +425,7 @@ def test_a_failed_write_keeps_the_old_picture(cwd, monkeypatch, kind):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    monkeypatch.setattr(sample, "npz_writer", full)
+    monkeypatch.setattr(files, "npz_writer", full)
     with pytest.raises(OSError, match=f"cannot write old.{kind}.*: .*No space left"):
         sample.main(["runs/done", "--steps", "2", "--n", "2", "--out", str(old)])
-    assert old.read_bytes() == b"precious" and not Path(f"old.{kind}.part").exists()
+    assert old.read_bytes() == b"precious" and not list(Path().glob("*.part"))

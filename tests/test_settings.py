@@ -1,14 +1,12 @@
-"""settings.py: what each flag accepts, the defaults, and the configurations they make, by value."""
+"""settings.py: the tables of flags, the defaults, refusals, and the configurations they make, by value."""
 
 import argparse
 import json
-import math
-import subprocess
-import sys
+import os
+import shlex
 
 import pytest
 import torch
-from conftest import ROOT
 
 import conditioning
 import ddpm
@@ -19,58 +17,32 @@ import settings
 import text
 import unet
 import vae
-from settings import file_path, integer, number, one_of, parse, published_model, text_encoder
+from settings import parse, published_model, text_encoder
+
+
+def stored(*flags):
+    """The settings of a command line as settings.json holds them."""
+    args = parse(flags)
+    return {name: getattr(args, name) for name in settings.ROWS}
+
 
 # ---- what a flag accepts
 
-@pytest.mark.parametrize("accept, given, expected", [
-    (number(0, 1), "0", 0.0), (number(0, 1), "1", 1.0), (number(0, 1), "1e-3", 0.001),
-    (number(0, 1), "-0.0", 0.0), (number(-1, 2), "-1", -1.0), (number(-1, 2), "2", 2.0),
-    (number(1e-12), "1e-12", 1e-12), (number(1e-12), "1e300", 1e300), (number(1e-12), "inf", math.inf),
-    (number(0, 1e9), "1e9", 1e9),
-    (integer(1), "1", 1), (integer(1), "1000000000", 10**9), (integer(0, 2**62), "0", 0),
-    (integer(0, 2**62), str(2**62), 2**62), (integer(-5, 5), "-5", -5),
-    (one_of(("a", "b")), "b", "b"),
-    (file_path, "a b/c", "a b/c"),
-    (text_encoder, "bytes", "bytes"), (text_encoder, "none", "none"), (text_encoder, "clip:a", "clip:a"),
-    (text_encoder, "t5:/a:b", "t5:/a:b"),
-    (published_model, "dit-xl-2-256", "dit-xl-2-256"),
-])
-def test_accepted(accept, given, expected):
-    value = accept(given)
-    assert value == expected and type(value) is type(expected)
+@pytest.mark.parametrize("string", ["bytes", "none", "clip:a", "t5:/a:b"])
+def test_text_encoders(string):
+    assert text_encoder(string) == string
 
 
-@pytest.mark.parametrize("accept, given, message", [
-    (number(0, 1), "nan", "nan: must be between 0 and 1"),
-    (number(0, 1), "inf", "inf: must be between 0 and 1"),
-    (number(0, 1), "-inf", "-inf: must be between 0 and 1"),
-    (number(0, 1), "1.0000001", "must be between 0 and 1"),
-    (number(0, 1), "-1e-9", "must be between 0 and 1"),
-    (number(0, 1), "", ": must be a number between 0 and 1"),
-    (number(0, 1), "1,5", "1,5: must be a number between 0 and 1"),
-    (number(2), "1", "1: must be at least 2"),
-    (number(2), "nan", "nan: must be at least 2"),
-    (number(2), "x", "x: must be a number at least 2"),
-    (integer(1), "0", "0: must be between 1 and 1,000,000,000"),
-    (integer(1), "1000000001", "must be between 1 and 1,000,000,000"),
-    (integer(1), "1e3", "1e3: must be a whole number between 1 and 1,000,000,000"),
-    (integer(1), "1.0", "1.0: must be a whole number"),
-    (integer(1), "nan", "nan: must be a whole number"),
-    (integer(1), "", ": must be a whole number"),
-    (integer(0, 5), "-1", "-1: must be between 0 and 5"),
-    (one_of(("a", "b")), "c", "c: must be one of a, b"),
-    (one_of(("a", "b")), "", ": must be one of a, b"),
-    (file_path, "", "is empty; give a path, or leave it out"),
-    (text_encoder, "", "must be bytes, clip:FOLDER, t5:FOLDER or none"),
-    (text_encoder, "bert", "bert: must be bytes"),
-    (text_encoder, "clip", "clip: must be"), (text_encoder, "t5:", "t5:: must be"),
-    (text_encoder, "bytes:x", "bytes:x: must be"), (text_encoder, "none:x", "none:x: must be"),
-    (published_model, "dit-xxl-2-256", "dit-xxl-2-256: known are dit-xl-2-256, .* s, b, l, xl at patch"),
-])
-def test_not_accepted(accept, given, message):
-    with pytest.raises(argparse.ArgumentTypeError, match=message):
-        accept(given)
+@pytest.mark.parametrize("string", ["bert", "clip", "t5:", "bytes:x", "none:x"])
+def test_no_text_encoders(string):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{string}: must be bytes, clip:FOLDER, t5"):
+        text_encoder(string)
+
+
+def test_published_models():
+    assert published_model("dit-xl-2-256") == "dit-xl-2-256"
+    with pytest.raises(argparse.ArgumentTypeError, match="dit-xxl-2-256: known are dit-xl-2-256, .* s, b, l"):
+        published_model("dit-xxl-2-256")
 
 
 # ---- the tables
@@ -116,10 +88,19 @@ def test_options_are_arguments_of_their_path(name):
 
 
 def test_settings_that_may_change_on_resume():
-    """Paths, intervals and the machine. Nothing that affects training may stand in this list."""
+    """Paths, intervals and the machine, never anything that affects training; and what takes effect from the
+    next step on."""
     assert settings.RESUMABLE == {
         "name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "grad_checkpoint", "log_every",
-        "val_every", "preview_every", "save_every"}
+        "val_every", "preview_every", "preview_prompts", "save_every", "keep", "keep_best"}
+    assert settings.CHANGEABLE == ["steps", "batch_size", "lr"]
+
+
+def test_what_a_command_asks_for():
+    """A run that goes on changes only what its command names; a default changes nothing."""
+    assert parse(["--arch", "dit"]).asked == []
+    assert parse(["--arch", "dit", "--lr", "4e-3", "--seed", "0", "--steps", "9"]).asked == ["steps", "lr"]
+    assert set(stored("--arch", "dit", "--lr", "1")) == set(settings.ROWS)
 
 
 def test_settings_that_a_published_model_decides():
@@ -176,7 +157,7 @@ def test_every_kind_of_block_is_compiled():
     (["--arch", "dit", "--data", "."], dict(name="data-dit-rf")),
     (["--arch", "dit", "--init-from", "x"], dict(lr=1e-4, steps=2400)),
     (["--arch", "dit", "--init-from", "x", "--lr", "0.5"], dict(lr=0.5)),
-    (["--arch", "dit", "--min-snr", "0", "--objective", "ddpm"], dict(min_snr=0.0)),
+    (["--arch", "dit", "--min-snr", "0.5", "--objective", "ddpm"], dict(min_snr=0.5)),
     (["--arch", "dit", "--init-from", "x", "--vae", "v", "--published", "sit-b-4-512"],
      dict(image_size=[512, 512], preset="small")),
 ])
@@ -191,13 +172,22 @@ def test_defaults(flags, expected):
     (["--arch", "cnn"], "--arch cnn: must be one of vae, dit, mmdit, unet"),
     (["--arch", "dit", "--wings", "2"], "unrecognized arguments: --wings 2"),
     (["--arch", "dit", "--patch"], "--patch expected at least one argument"),
-    (["--arch", "dit", "--vae", ""], "--vae is empty; give a path, or leave it out"),
+    (["--arch", "dit", "--vae", ""], "--vae is empty; give a value, or leave it out"),
     (["--arch", "dit", "--init-from", ""], "--init-from is empty"),
-    (["--arch", "dit", "--name", ""], "--name is empty"),
+    (["--arch", "dit", "--name", ""], "--name '': must be the name of one folder"),
+    (["--arch", "dit", "--name", "n" * 300], "--name n{40}...: a name of 300 letters is too long"),
     (["--arch", "dit", "--runs-dir", ""], "--runs-dir is empty"),
     (["--arch", "dit", "--data", ""], "--data is empty"),
+    (["--arch", "dit", "--data-dir", ""], "--data-dir is empty"),
     (["--arch", "dit", "--cache-dir", ""], "--cache-dir is empty"),
-    (["--arch", "dit", "--preset", ""], "--preset : dit has tiny, small"),
+    (["--arch", "dit", "--preset", ""], "--preset is empty"),
+    (["--arch", "dit", "--device", ""], "--device is empty"),
+    (["--arch", ""], "--arch is empty; give a value"), (["--published", ""], "--published is empty"),
+    (["--arch", "mmdit", "--text-encoder", ""], "--text-encoder is empty"),
+    (["--arch", "dit", "--patch", "1000000000"], "--patch 1000000000: must be between 1 and 65,536"),
+    (["--arch", "dit", "--vae-widths", "8", "65537"], "--vae-widths 65537: must be between 1 and 65,536"),
+    (["--arch", "dit", "--latent-channels", "65537"], "--latent-channels 65537: must be between 1 and"),
+    (["--arch", "dit", "--batch", "3"], "--batch 3; did you mean --batch-size"),
     (["--arch", "dit", "--lr", "nan"], "--lr nan: must be between"),
     (["--arch", "dit", "--lr", "0"], "--lr 0: must be between"),
     (["--arch", "dit", "--clip", "0"], "--clip 0: must be at least 1e-12"),
@@ -206,14 +196,35 @@ def test_defaults(flags, expected):
     (["--arch", "dit", "--patch", "0"], "--patch 0: must be between 1"),
     (["--arch", "dit", "--patch", "1", "2", "3"], "--patch 1 2 3: give one side, or height and width"),
     (["--arch", "dit", "--image-size", "0"], "--image-size 0: must be between 1"),
+    (["--arch", "dit", "--image-size", "8", "8", "8"], "--image-size 8 8 8: give one side, or height and"),
+    (["--arch", "dit", "--vae-widths", "0"], "--vae-widths 0: must be between 1"),
+    (["--arch", "dit", "--steps", "0"], "--steps 0: must be between 1"),
+    (["--arch", "dit", "--label-dropout", "1.5"], "--label-dropout 1.5: must be between 0 and 1"),
+    (["--arch", "dit", "--shift", "0"], "--shift 0: must be above 0"),
+    (["--arch", "dit", "--objective", "ddpm", "--min-snr", "0"], "--min-snr 0: must be above 0"),
+    (["--arch", "dit", "--batch-size", "10", "--accumulate", "3"], "--accumulate 3: does not divide"),
+    (["--arch", "dit", "--crop", "random"], "--crop random: is for a folder of pictures, not --data shapes"),
     (["--arch", "dit", "--density", "mode", "--density-mean", "0"],
      "--density-mean 0.0: belongs to --density logit_normal, not mode"),
     (["--arch", "dit", "--mode-scale", "1"], "--mode-scale 1.0: belongs to --density mode, not logit_normal"),
     (["--arch", "dit", "--objective", "ddpm", "--density-std", "1"], "--density-std 1.0: .* --objective rf"),
     (["--arch", "dit", "--zero-terminal-snr"], "--zero-terminal-snr.*: belongs to --objective ddpm, not rf"),
-    (["--arch", "dit", "--min-snr", "0"], "--min-snr 0.0: belongs to --objective ddpm, not rf"),
+    (["--arch", "dit", "--min-snr", "5"], "--min-snr 5.0: belongs to --objective ddpm, not rf"),
+    (["--arch", "dit", "--schedule", "cosine"], "--schedule cosine: belongs to --objective ddpm, not rf"),
+    (["--arch", "dit", "--objective", "ddpm", "--shift", "3"], "--shift 3.0: belongs to --objective rf"),
     (["--arch", "mmdit", "--block", "modern"], "--block modern: belongs to --arch dit, not mmdit"),
+    (["--arch", "unet", "--patch", "2"], "--patch 2: belongs to --arch dit or mmdit, not unet"),
+    (["--arch", "unet", "--conv"], "--conv.*: belongs to --arch dit or mmdit, not unet"),
     (["--arch", "unet", "--cond", "none", "--text-encoder", "none"], "belongs to --cond text, not none"),
+    (["--arch", "unet", "--text-encoder", "bytes"], "--text-encoder bytes: belongs to --cond text, not"),
+    (["--arch", "mmdit", "--text-encoder", "bert"], "--text-encoder bert: must be bytes, clip:FOLDER"),
+    (["--arch", "mmdit", "--text-encoder", "none", "--preview-prompts", "x"],
+     "--preview-prompts x: --text-encoder none has no encoder"),
+    (["--arch", "dit", "--preview-prompts", "x"], "--preview-prompts x: belongs to --cond text, not class"),
+    (["--arch", "dit", "--cond", "text"],
+     "--cond text: --arch dit takes --cond class or none; --cond text goes with --arch mmdit or unet"),
+    (["--arch", "mmdit", "--cond", "class"], "--cond class: --arch mmdit takes --cond text; .* dit or unet; "
+                                             "with --cond text, class names serve as captions"),
     (["--arch", "mmdit", "--cond", "none"], "--cond none: --arch mmdit takes --cond text; --cond none goes "
                                             "with --arch dit or unet"),
     (["--arch", "vae", "--vae-steps", "5"], "--vae-steps 5: belongs to .*, not vae; use --steps"),
@@ -222,7 +233,10 @@ def test_defaults(flags, expected):
     (["--arch", "vae", "--density", "mode"], "--density mode: belongs to .*, not vae"),
     (["--arch", "dit", "--vae", "x", "--vae-steps", "5"], "--vae-steps 5: --vae x is trained already"),
     (["--arch", "dit", "--vae", "x", "--kl-weight", "0"], "--kl-weight 0.0: --vae x is trained already"),
+    (["--arch", "dit", "--vae", "x", "--latent-channels", "8"], "--latent-channels 8: --vae x is trained"),
     (["--arch", "unet", "--preset", "S/2"], "--preset S/2: unet has tiny, small"),
+    (["--arch", "dit", "--preset", "S/3"], "--preset S/3: dit has tiny, small"),
+    (["--arch", "vae", "--preset", "S/2"], "--preset S/2: belongs to .*, not vae; use --vae-preset"),
     (["--arch", "dit", "--vae", "v", "--init-from", "x", "--published", "sit-b-4-512", "--preset", "S/2"],
      "--preset S/2: settled by --published sit-b-4-512; give one or the other"),
     (["--arch", "dit", "--vae", "v", "--init-from", "x", "--published", "sit-b-4-512", "--conv"],
@@ -232,23 +246,6 @@ def test_refusals(flags, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse(flags)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("script, flags", [
-    ("train.py", ["--arch", "dit", "--image-size", "30"]),                 # refused by the plan of the run
-    ("train.py", ["--arch", "dit", "--lr", "fast"]),                       # by the flag's type
-    ("train.py", ["--arch", "dit", "--shift", "3", "--objective", "ddpm"]),   # by another flag
-    ("train.py", ["--arch", "dit", "--wings", "2"]),                       # by argparse
-    ("train.py", []),
-    ("sample.py", ["runs/nothing"]),
-    ("sample.py", ["runs/nothing", "--n", "1e3"]),
-])
-def test_one_line_and_exit_status_2(tmp_path, script, flags):
-    result = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True,
-                            cwd=tmp_path)
-    assert result.returncode == 2 and result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"{script}: error: ")
-    assert not list(tmp_path.iterdir())
 
 
 # ---- the VAE that is trained first
@@ -269,22 +266,49 @@ def test_settings_of_the_vae_that_comes_first():
 
 
 def test_the_vae_that_is_there_already():
-    """Its settings are kept; this command may repeat them, but not contradict them."""
-    begun = vars(parse(["--arch", "vae", "--lr", "0.5", "--steps", "9", "--vae-widths", "8", "16", "--seed",
-                        "4", "--log-every", "3", "--name", "shapes-vae"])) | {"vae_name": "shapes-vae"}
-    args = parse(["--arch", "dit", "--vae-steps", "9", "--vae-widths", "8", "16", "--log-every", "7"])
-    found = vars(settings.vae_settings(args, begun))
-    assert (found["lr"], found["steps"], found["vae_widths"], found["seed"]) == (0.5, 9, [8, 16], 4)
-    assert found["log_every"] == 7 and found["name"] == "shapes-vae"             # those may change
-    for flags, message in ((["--vae-steps", "8"], "holds a VAE with steps 9, not 8"),
-                           (["--vae-widths", "8", "8"], r"vae-widths \[8, 16\], not \[8, 8\]"),
-                           (["--latent-channels", "8"], "latent-channels 4, not 8"),
-                           (["--kl-weight", "0"], "kl-weight 1e-05, not 0.0"),
-                           (["--vae-preset", "tiny"], "vae-preset small, not tiny")):
-        with pytest.raises(ValueError, match=f"runs/shapes-vae .*{message}; train one by --arch vae"):
-            settings.vae_settings(parse(["--arch", "dit", *flags]), begun)
-    with pytest.raises(ValueError, match="holds a VAE with data other/shapes, not shapes"):
-        settings.vae_settings(args, begun | {"data": "other/shapes"})
+    """Whoever began it, its settings are kept; this command may repeat them, but not contradict them."""
+    begun = stored("--arch", "vae", "--steps", "9", "--vae-widths", "8", "16", "--seed", "4", "--flip",
+                   "--precision", "bf16", "--log-every", "3", "--name", "mine") | {"vae_name": "shapes-vae"}
+    same = ["--arch", "dit", "--vae-steps", "9", "--vae-widths", "8", "16"]
+    found = vars(settings.vae_settings(parse([*same, "--log-every", "7", "--lr", "0.5"]), begun))
+    assert (found["steps"], found["vae_widths"], found["lr"]) == (9, [8, 16], 2e-3)
+    assert (found["seed"], found["flip"], found["precision"]) == (4, True, "bf16")
+    assert found["log_every"] == 7 and found["name"] == "shapes-vae"               # those may change
+    assert settings.vae_settings(parse([*same, "--vae-steps", "12"]), begun).steps == 12       # it goes on
+    for flags, message in ((["--arch", "dit", *same[4:]], r"of 9 steps, .* of 2000 \(--vae-steps\)"),
+                           ([*same, "--vae-steps", "8"], r"of 9 steps, .* one of 8 \(--vae-steps\)"),
+                           (same[:4], r"--vae-widths \[8, 16\], .* with None"),
+                           ([*same, "--vae-widths", "8", "8"], r"--vae-widths \[8, 16\], .* with \[8, 8\]"),
+                           ([*same, "--latent-channels", "8"], "--latent-channels 4, .* with 8"),
+                           ([*same, "--kl-weight", "0"], "--kl-weight 1e-05, .* with 0.0"),
+                           ([*same, "--vae-preset", "tiny"], "--vae-preset small, .* with tiny")):
+        with pytest.raises(ValueError, match=f"runs/shapes-vae holds a VAE (with )?{message}; give --vae ru"):
+            settings.vae_settings(parse(flags), begun)
+    for name, value in (("--data", "other/shapes"), ("lr", 0.5), ("batch_size", 16), ("ema", 0.5)):
+        with pytest.raises(ValueError, match=f"a VAE with {name} {value}, where this"):
+            settings.vae_settings(parse(same), begun | {name.strip("-"): value})
+
+
+def test_a_vae_that_is_not_finished_or_none_at_all():
+    """What is there is said, with the command that goes on; --vae would not take it."""
+    begun = stored("--arch", "vae", "--steps", "9", "--flip", "--image-size", "32")
+    with pytest.raises(ValueError, match="of 9 steps, .* is not finished, and goes on by: python train.py "
+                                         "--arch vae --data shapes --flip --steps 9, or remove"):
+        settings.vae_settings(parse(["--arch", "dit"]), begun, finished=False)
+    begun = stored("--arch", "dit", "--name", "shapes-vae")
+    with pytest.raises(ValueError, match="runs/shapes-vae holds a dit, .* goes on by: python train.py --arch "
+                                         "dit --data shapes --name shapes-vae; give another --runs-dir"):
+        settings.vae_settings(parse(["--arch", "dit"]), begun)
+
+
+@pytest.mark.parametrize("flags", [
+    "--arch dit --data shapes", "--arch unet --data emoji --cond class --flip",
+    "--arch vae --data 'a b' --image-size 16 24 --name x --vae-widths 8 16 --lr 0.5",
+])
+def test_the_command_of_settings(flags):
+    values = stored(*shlex.split(flags))
+    assert settings.command(values).startswith("python train.py --arch")
+    assert stored(*shlex.split(settings.command(values))[2:]) == values
 
 
 # ---- configurations
@@ -310,6 +334,30 @@ def test_configuration_of_the_objective(flags, expected):
     config = settings.objective_config(parse(["--arch", "dit", *flags]))
     assert config == expected
     run.build_path(config)
+
+
+def test_widths_that_the_groups_of_a_vae_do_not_divide():
+    args = parse(["--arch", "vae", "--vae-preset", "tiny", "--vae-widths", "8", "33"])
+    with pytest.raises(ValueError, match="^--vae-widths 8 33: each must be a multiple of 2$"):
+        settings.vae_config(args, 3)
+
+
+def test_memory_is_what_a_container_may_use(tmp_path, monkeypatch):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    file = tmp_path / "limit"
+    monkeypatch.setattr(settings, "CGROUPS", (str(tmp_path / "none"), str(file)))
+    for content, expected in ((None, machine), ("max\n", machine), ("1048576\n", 2**20),
+                              (f"{2**63 - 4096}\n", machine)):
+        if content:
+            file.write_text(content)
+        assert settings.memory(torch.device("cpu")) == expected
+
+
+def test_bytes_in_words():
+    sizes = {300_000: "0.3 MiB", 5 * 2**20: "5.0 MiB", 2**30: "1.0 GiB", 2500 * 2**30: "2,500.0 GiB"}
+    assert {size: settings.in_words(size) for size in sizes} == sizes
+    with pytest.raises(ValueError, match="^x needs at least 2.0 GiB of m .*a 2.0 GiB., where 5.0 MiB are"):
+        settings.check_room("x", {"a": 2**31}, 5 * 2**20, "m", "y")
 
 
 def test_a_switch_that_is_off_is_the_default_of_its_path():
@@ -396,3 +444,60 @@ def test_configuration_of_the_built_in_text_encoder(preset):
     found = settings.text_config(parse(["--arch", "mmdit", "--preset", preset]))
     assert found["encoder"] == "bytes"
     assert text.TextConfig(**found["config"]) == text.TextConfig(**text.PRESETS.get(preset, {}))
+
+
+# ---- settings of other versions, spellings of a path
+
+@pytest.mark.parametrize("missing", ["label_dropout", "flip", "conv", "precision", "accumulate", "lr"])
+def test_a_flag_that_did_not_exist_takes_its_default(missing):
+    begun = stored("--arch", "dit")
+    older = {name: value for name, value in begun.items() if name != missing} | {"vae_name": "shapes-vae"}
+    assert settings.complete(older, "f") == begun | {"vae_name": "shapes-vae"}
+
+
+def test_a_default_of_today_never_replaces_a_recorded_value():
+    """ddpm with text predicted eps before it predicted v."""
+    older = stored("--arch", "unet", "--cond", "text", "--objective", "ddpm") | {"prediction": None}
+    del older["label_dropout"]
+    assert settings.complete(older, "f")["prediction"] is None
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"wings": 2}, "f: its setting wings 2 does not exist in this version"),
+    ({"moe": "top2"}, "its setting moe top2 does not exist"), ({"wings": [1]}, "its setting wings"),
+    ({"arch": None}, "its setting arch is null; restore it"), ({"arch": "cnn"}, 'its setting arch is "cnn"'),
+    ({"steps": "abc"}, 'f: damaged, or of another version: its setting steps is "abc"; restore it'),
+    ({"steps": None}, "its setting steps is null"), ({"steps": [1]}, r"its setting steps is \[1\]"),
+    ({"steps": True}, "steps is true"), ({"steps": 0}, "steps is 0"), ({"lr": float("nan")}, "lr is NaN"),
+    ({"flip": 1}, "its setting flip is 1"), ({"conv": None}, "its setting conv is null"),
+    ({"image_size": 32}, "image_size is 32"), ({"image_size": []}, r"image_size is \[\]"),
+    ({"image_size": [32, "x"]}, "image_size is"), ({"image_size": [8, 8, 8]}, "image_size is"),
+    ({"data": 3}, "data is 3"), ({"vae": {}}, "vae is {}"), ({"seed": -1}, "seed is -1"),
+])
+def test_settings_that_this_version_cannot_continue(change, message):
+    older = stored("--arch", "dit") | change
+    del older["label_dropout"]
+    with pytest.raises(ValueError, match=message):
+        settings.complete(older, "f")
+    begun = stored("--arch", "dit")
+    for name in ("arch", "data"):              # whose default is not what the run began with
+        with pytest.raises(ValueError, match=f"damaged, or of another version: it lacks {name}; restore it"):
+            settings.complete({key: begun[key] for key in begun if key != name}, "f")
+    off = stored("--arch", "dit") | {"wings": None, "moe": False}
+    assert settings.complete(off, "f") == off
+
+
+def test_spellings_of_one_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    for name in ("data", "vae", "init_from"):
+        for spelling in ("p", "p/", "./p", "../" + tmp_path.name + "/p", str(tmp_path / "p")):
+            assert settings.same_value(name, "p", spelling) and settings.same_value(name, spelling, "p")
+        if name == "vae":
+            assert settings.same_value(name, "p", "./p/checkpoint.pt")
+        for other in ("q", "p/q", None, ""):
+            assert not settings.same_value(name, "p", other)
+    assert not settings.same_value("data", "shapes", "./shapes")       # a built-in source, a folder
+    assert not settings.same_value("cond", "p", "./p") and settings.same_value("text_encoder", "t5:a", "t5:b")
+    begun = stored("--arch", "vae", "--data", "p")
+    settings.vae_settings(parse(["--arch", "dit", "--data", "p/"]), begun)

@@ -1,14 +1,12 @@
 """text.py: bytes to vectors, frozen encoders, and the networks that are conditioned on them."""
 
-import json
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
+from conftest import change_json, in_precision
 
-import cache
 import mmdit
 import text
 import unet
@@ -107,7 +105,7 @@ def test_the_encoder_is_trained_through_the_network():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in words.parameters())
 
 
-# ---- frozen encoders and precomputed vectors
+# ---- frozen encoders
 
 @pytest.mark.optional
 @torch.no_grad()
@@ -163,11 +161,6 @@ def test_a_damaged_encoder_is_refused(published, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded as a t5 encoder"):
         text.FrozenTextEncoder("t5", str(tmp_path))
-
-
-def change_json(file, **changes):
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps(content))
 
 
 def without_weight(folder, name):
@@ -246,17 +239,6 @@ def test_no_code_of_a_tokenizers_folder_is_run(published, tmp_path, monkeypatch)
     assert not (folder / "ran").exists()
 
 
-def in_precision(source, folder, dtype):
-    """A copy of an encoder's folder, its weights saved in another precision, as they are published."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, folder)
-    state = {name: weight.to(dtype) for name, weight in load_file(source / "model.safetensors").items()}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    change_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
-    return folder
-
-
 @pytest.mark.optional
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["clip", "t5"])
@@ -270,58 +252,3 @@ def test_encoders_in_half_precision(published, tmp_path, kind, dtype):
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], want[name], atol=0.05, rtol=0.05)
         assert (found[name] != want[name]).any()                   # the weights were rounded
-
-
-@pytest.mark.optional
-def test_text_cache(published, tmp_path, capsys):
-    """It returns the encoder's output, in float16; it is built once, and anew for other prompts."""
-    encoder = text.FrozenTextEncoder("clip", str(published / "clip"))
-    prompts = ["a red circle", "blue", "blue"]
-    first = cache.TextCache(tmp_path / "text.bin", prompts, encoder, "clip 1")
-    with torch.no_grad():
-        got, want = first(["blue", "", "a red circle"]), encoder(["blue", "", "a red circle"])
-    assert first.widths == (16, 12) and torch.equal(got["mask"], want["mask"])
-    torch.testing.assert_close(got["context"], want["context"], atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(got["pooled"], want["pooled"])
-
-    def never(prompts):
-        raise AssertionError("encoded again")
-
-    again = cache.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
-    assert torch.equal(again(["blue"])["context"], first(["blue"])["context"])
-    for changed in ((["a square"], "clip 1"), (prompts, "clip 2")):
-        with pytest.raises(AssertionError, match="encoded again"):
-            cache.TextCache(tmp_path / "text.bin", changed[0], never, changed[1])
-    many = [f"{i:03d}" for i in range(100)]                      # two batches
-
-    def uneven(prompts, width=3, value=1.0):
-        width += "099" in prompts
-        return {"context": torch.full((len(prompts), 1, width), value),
-                "mask": torch.ones(len(prompts), 1).bool()}
-
-    with pytest.raises(ValueError, match=r"widths \[4\], not \[3\]"):
-        cache.TextCache(tmp_path / "other.bin", many, uneven, "")
-    with pytest.raises(ValueError, match="below 65504"):
-        cache.TextCache(tmp_path / "other.bin", many, lambda prompts: uneven(prompts, value=1e5), "")
-    assert not (tmp_path / "other.json").exists()
-    (tmp_path / "text.bin").write_bytes((tmp_path / "text.bin").read_bytes()[:-2])           # truncated
-    with pytest.raises(AssertionError, match="encoded again"):
-        cache.TextCache(tmp_path / "text.bin", prompts, never, "clip 1")
-
-
-def test_precomputed_vectors(tmp_path):
-    context, pooled = torch.randn(5, 6), torch.randn(4)
-    for name, mask in (("all.npz", [1] * 5), ("part.npz", [1, 1, 0, 0, 0])):
-        np.savez(tmp_path / name, context=context, mask=np.array(mask, bool), pooled=pooled)
-    cond = cache.read_embeddings([str(tmp_path / "part.npz"), "", str(tmp_path / "all.npz")])
-    assert cond["mask"].sum(1).tolist() == [2, 1, 5]
-    assert not cond["context"][1].any() and not cond["pooled"][1].any()
-    torch.testing.assert_close(cond["context"][0, :2], context[:2])
-    torch.testing.assert_close(cond["context"][2], context)
-    torch.testing.assert_close(cond["pooled"][2], pooled)
-    (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match="bad.npz: not an .npz with context"):
-        cache.read_embeddings([str(tmp_path / "bad.npz")])
-    np.savez(tmp_path / "wide.npz", context=torch.randn(5, 7), pooled=pooled)
-    with pytest.raises(ValueError, match="differ in width"):
-        cache.read_embeddings([str(tmp_path / "all.npz"), str(tmp_path / "wide.npz")])

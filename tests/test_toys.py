@@ -1,11 +1,16 @@
 """toys.py: pictures are read back as drawn, and match their captions; benchmarks/scenes.py scores them."""
 
+import os
+
 import numpy as np
 import pytest
 from benchmarks.scenes import score_scene
 
-from toys import (COLOURS, KINDS, RELATIONS, SHAPE_CLASSES, UNSEEN_PAIRS, UNSEEN_RELATIONS, Scene, Thing,
-                  describe_scene, draw_scene, draw_shape, omit_details, read_scene, read_shape)
+import toys
+from toys import (RELATIONS, SHAPE_CLASSES, UNSEEN_PAIRS, UNSEEN_RELATIONS, Scene, Thing, describe_scene,
+                  draw_scene, draw_shape, omit_details, read_scene, read_shape, vary_caption)
+
+SCENES = int(os.environ.get("SCENES", 2000))      # SCENES=9000 for the long version
 
 
 def test_shapes_are_read_back_exactly():
@@ -29,8 +34,8 @@ def test_read_shape_survives_a_decoder_and_sees_a_wrong_picture():
 
 @pytest.mark.parametrize("unseen", [False, True])
 def test_scenes_are_read_as_drawn(unseen):
-    """10,000 clean pictures: number, colours, kinds, sizes, place or relation, all exact."""
-    for i in range(9_000 if not unseen else 1_000):
+    """Clean pictures: number, colours, kinds, sizes, place or relation, all exact."""
+    for i in range(1000 if unseen else SCENES):
         scene = describe_scene(i, unseen=unseen)
         assert score_scene(scene, draw_scene(scene, i))["all"], (i, scene.caption)
     for i in range(100):
@@ -109,3 +114,49 @@ def test_scenes_survive_a_decoder():
         noisy = np.clip(draw_scene(scene, i) + rng.normal(0, 5, (32, 32, 3)), 0, 255).astype(np.uint8)
         right.append(score_scene(scene, noisy)["all"])
     assert np.mean(right) > 0.97
+
+
+def test_varied_captions():
+    rng, caption = np.random.default_rng(0), "smiling cat face with heart-shaped eyes"
+    made = [vary_caption(caption, rng) for _ in range(1000)]
+    assert 0.4 < np.mean([m == caption for m in made]) < 0.65
+    assert all(m and set(m.split()) <= set(caption.split()) for m in made)
+    assert any(sorted(m.split()) == sorted(caption.split()) and m != caption for m in made)
+    assert {vary_caption("cat face", rng) for _ in range(200)} == {"cat face", "face cat", "cat", "face"}
+    assert vary_caption("dog", rng) == "dog"
+
+
+# ---- fonts
+
+@pytest.mark.parametrize("content", [b"", b"no font", b"ttcf" + b"\xff" * 60, b"\0\1\0\0" + b"\xff" * 200,
+                                     b"OTTO" + bytes(500)])
+def test_a_damaged_font_is_one_line_with_its_name(tmp_path, content):
+    (tmp_path / "NotoColorEmoji.ttf").write_bytes(content)
+    with pytest.raises(ValueError, match="NotoColorEmoji.ttf: .*font") as error:
+        toys.render_emoji(toys.find_emoji_font(tmp_path), (8, 8))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [OSError("execution context too long"), ValueError("bad"), MemoryError()])
+def test_a_font_damaged_at_a_glyph(tmp_path, monkeypatch, error):
+    def draw(character, font):
+        raise error
+
+    monkeypatch.setattr(toys, "open_emoji_font", lambda path: None)
+    monkeypatch.setattr(toys, "draw_character", draw)
+    with pytest.raises(ValueError, match="a.ttf: damaged at the glyph of "):
+        toys.render_emoji(tmp_path / "a.ttf", (8, 8))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing"])
+def test_only_a_file_is_a_font(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(toys, "EMOJI_FONTS", [])
+    path = tmp_path / "emoji.ttf"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no colour font in"):
+        toys.find_emoji_font(tmp_path)

@@ -1,0 +1,481 @@
+"""The plan of a training: everything that it needs, checked before anything is written.
+
+    python plan.py --arch dit --objective rf           # what this train.py command line would do
+
+`prepare` turns settings into a Plan: the run's folder, the device, the conditioning, the listing of the
+pictures, the VAE or the settings to train one with, and initial weights. Whatever can be known to fail later
+(a name that no disk takes, a size that the network does not divide, too little memory) is refused here, with
+a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import conditioning
+import published
+import settings
+from cli import program
+from conditioning import Conditioning
+from data import find_folder
+from files import fingerprint_tensors, fresh_file
+from folder import RANDOM_CROPS, Folder
+from published import check_weights
+from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, load_checkpoint,
+                 load_vae, make_config, unpack_vae)
+from settings import ARCHITECTURES
+from vae import VAE, VAEConfig
+
+
+@dataclass
+class Plan:
+    run: Run
+    device: torch.device
+    bf16: bool                                   # whether the network runs under bf16 autocast
+    conditioning: Conditioning
+    words: str | None                            # the text of each picture: "captions", "embeddings" or None
+    cache_dir: Path                              # where decoded pictures and latents are
+    finished: bool = False                       # no step is left, so the parts below are not set
+    folder: Folder | None = None                 # the listing of --data, if that is a folder
+    vae: VAE | None = None                       # None until it has been trained
+    vae_args: argparse.Namespace | None = None   # the settings to train it with
+    initial: dict[str, Tensor] | None = None     # weights to start from
+    initial_classes: list[str] | None = None     # the classes that they were trained on, if names are known
+    memory: int = 0                              # bytes that training needs at least
+
+    @property
+    def number_format(self) -> str:
+        return "bf16 autocast" if self.bf16 else "fp32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
+    """The plan of a run, made without writing anything. folder: the listing of --data, if it was made before.
+    Raises ValueError with a line for the user if something cannot work."""
+    run = Run(Path(args.runs_dir) / args.name)
+    folders = {"--name": run.folder, "--data": Path(args.runs_dir) / settings.vae_name(args)}
+    check_names({"--runs-dir": Path(args.runs_dir), "--cache-dir": Path(args.cache_dir or ".")} | folders)
+    if args.keep_best and (run.folder / "best.pt").is_dir():
+        raise ValueError(f"--keep-best: {run.folder / 'best.pt'} is a folder; remove it")
+    run.check_settings(args)
+    begun = run.load()
+    if begun:
+        check_begun(args, run, begun)
+    device = settings.pick_device(args.device)
+    if args.compile:
+        settings.check_compiler(device)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and settings.has_bf16(device))
+    words = None
+    if args.cond == "text":
+        words = "embeddings" if args.text_encoder == "none" else "captions"
+    cond = "none" if args.arch == "vae" else args.cond
+    condition = conditioning.of_settings(cond, settings.text_config(args), args.label_dropout, device)
+    if args.preview_prompts:
+        condition.preview_prompts = conditioning.read_prompts("--preview-prompts", args.preview_prompts)
+    plan = Plan(run, device, bf16, condition, words, run.folder, folder=folder)
+    if begun and begun["training"]["finished"] and begun["step"] >= args.steps:
+        earlier = run.read_settings() or {}
+        for name in args.asked:
+            if earlier.get(name) != getattr(args, name):
+                flag = settings.ROWS[name]
+                raise ValueError(f"{settings.shown(flag, args)}: {run.folder} is finished; it was trained "
+                                 f"with {flag.name} {earlier.get(name)}; raise --steps to train on with "
+                                 "another")
+        plan.finished = True                               # said without the data or a VAE
+        return plan
+    folders = {"--runs-dir": run.folder}
+    if args.cache_dir:
+        folders["--cache-dir"] = Path(args.cache_dir)
+    check_folders(folders)
+    plan.folder = folder or find_folder(args.data, words)
+
+    vae_args = args
+    initial = None
+    if args.arch != "vae":
+        build_path(settings.objective_config(args))        # refuses options that contradict each other
+        vae_args = choose_vae(args, plan, begun)
+        if args.init_from and not begun:
+            initial = read_initial(args)
+            plan.initial = initial["ema"]
+            plan.initial_classes = initial.get("data", {}).get("classes")
+        condition.load_encoder(args.data, plan.folder)
+    if args.cache_dir:
+        plan.cache_dir = Path(args.cache_dir)
+    check_folders({"--cache-dir": plan.cache_dir})
+    vae_config = plan.vae.config if plan.vae else VAEConfig(**settings.vae_config(vae_args, image_channels=3))
+    if initial and "arch" in initial:                      # a run; a published file is what --published says
+        check_initial(args, initial, plan)
+    check_shapes(args, vae_config, condition, plan)
+    return plan
+
+
+def check_begun(args: argparse.Namespace, run: Run, begun: dict) -> None:
+    """Refuse a checkpoint that is not of this command's run, although settings.json is."""
+    ours = settings.objective_config(args) if args.arch != "vae" else {}
+    pairs = {"arch": (begun["arch"], args.arch)}
+    objective = begun["objective"] or {}
+    for name in {**ours, **objective}:                     # a switch that is off may be missing
+        pairs[f"objective's {name}"] = (objective.get(name) or None, ours.get(name) or None)
+    for name, (theirs, now) in pairs.items():
+        if theirs != now:
+            raise ValueError(f"{run.checkpoint}: its {name} is {theirs}, where {run.settings} says {now}; "
+                             "restore the file that belongs to this run, or use another --name")
+
+
+def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argparse.Namespace:
+    """Set the plan's VAE, or the settings to train it with, and the place of the caches. Returns the settings
+    of that training."""
+    vae_run = Run(Path(args.runs_dir) / settings.vae_name(args))
+    named = args.vae is not None and settings.place(args.vae) == settings.place(str(vae_run.folder))
+    if named or (args.vae is None and (vae_run.folder.is_dir() or not begun)):
+        plan.cache_dir = vae_run.folder                    # shared by all networks on this VAE
+    if begun:
+        # Its checkpoint holds the VAE, so a run goes on without the file or the folder that it came from.
+        plan.vae = unpack_vae(begun["vae"], str(plan.run.checkpoint))
+    elif args.vae:
+        try:
+            plan.vae = load_vae(args.vae)
+        except ValueError as error:
+            raise ValueError(f"--vae {error}") from None
+        if args.published:
+            published.check_vae(args.published, plan.vae, args.vae)
+    else:
+        earlier = vae_run.read_settings()
+        if earlier is not None:
+            earlier = settings.complete(earlier, str(vae_run.settings))
+        try:
+            plan.vae_args = settings.vae_settings(args, earlier)
+        except ValueError:                                 # what to do depends on how far that VAE is
+            saved = vae_run.load()
+            settings.vae_settings(args, earlier, bool(saved and saved["training"]["finished"]))
+            raise
+        return plan.vae_args
+    return args
+
+
+def read_initial(args: argparse.Namespace) -> dict:
+    """What --init-from names: the checkpoint of a run of this project, or {"ema": the weights of a published
+    file, under our names}."""
+    path = Path(args.init_from)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as error:
+        if not args.published or not path.is_file():
+            raise ValueError(f"--init-from {error}") from None
+        return {"ema": published.read_network(args.published, args.init_from)}
+    if checkpoint["arch"] != args.arch:
+        raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
+    if args.published and checkpoint["objective"] != published.MODELS[args.published].objective:
+        raise ValueError(f"--init-from {args.init_from}: was trained with {checkpoint['objective']}, not as "
+                         f"--published {args.published}")
+    return checkpoint
+
+
+def check_initial(args: argparse.Namespace, initial: dict, plan: Plan) -> None:
+    """Refuse the weights of a run in which they meant something else. Shapes alone would not show it."""
+    def refuse(theirs: str, ours: str, remedy: str) -> None:
+        raise ValueError(f"--init-from {args.init_from}: its weights were trained {theirs}, not {ours}; "
+                         f"{remedy}")
+
+    # ---- what the network returns; densities and weights of the loss may differ, as they change no meaning
+    theirs, ours = initial["objective"], settings.objective_config(args)
+    for name, default in (("name", None), ("schedule", "scaled_linear")):
+        pair = [objective.get(name, default) for objective in (theirs, ours)]
+        if pair[0] != pair[1]:
+            flag = "--objective" if name == "name" else f"--{name}"
+            refuse(f"with {flag} {pair[0]}", pair[1], f"give {flag} {pair[0]}")
+    before, now = build_path(theirs).prediction, build_path(ours).prediction
+    if before != now:
+        refuse(f"to predict {before}", now, f"give --prediction {before}")
+
+    # ---- what its numbers mean: the configuration, the text encoder and the latents
+    config = settings.network_config(args, initial["config"].get("channels", 4), plan.conditioning)
+    kind = ARCHITECTURES[args.arch].config
+    before, now = [make_config(args.arch, kind, values) for values in (initial["config"], config)]
+    for field in fields(kind):
+        pair = [getattr(values, field.name) for values in (before, now)]
+        if pair[0] != pair[1] and field.name not in ("num_classes", "channels"):    # checked by their shapes
+            refuse(f"with {field.name} {pair[0]}", pair[1], flag_of(args.arch, field.name, before))
+    text = plan.conditioning.text
+    if text and initial["text"] and text["encoder"] != "none":       # vectors differ with the pictures
+        encoders = [part["encoder"] for part in (initial["text"], text)]
+        prints = [initial.get("training", {}).get("encoder"), plan.conditioning.fingerprint]
+        if encoders[0] != encoders[1] or initial["text"].get("config") != text.get("config"):
+            refuse(f"with the text encoder {encoders[0]}", f"{encoders[1]} as it is here",
+                   "give that encoder")
+        if None not in prints and prints[0] != prints[1]:
+            refuse("with other files of the text encoder", "these", "give the files of that run")
+    vae = plan.vae
+    if plan.vae_args is not None:
+        trained = Run(Path(plan.vae_args.runs_dir) / plan.vae_args.name)
+        if trained.checkpoint.is_file():
+            vae = load_vae(trained.folder)
+    if vae is None or latent_space(vae) != latent_space(unpack_vae(initial["vae"])):
+        refuse("on the latents of another VAE", "of this one", f"give --vae {shlex.quote(args.init_from)}")
+
+
+def flag_of(arch: str, name: str, config) -> str:
+    """The remedy where a field of this configuration differs: the flag that makes it so."""
+    values = asdict(config)
+    if name == "patch":
+        return f"give --patch {' '.join(map(str, dict.fromkeys(config.patch)))}"
+    if name == "conv":
+        return f"{'give' if config.conv else 'leave out'} --conv"
+    if name in settings.dit.PUBLISHED_BLOCK and arch == "dit":
+        published_block = all(values[key] == value for key, value in settings.dit.PUBLISHED_BLOCK.items())
+        return f"give --block {'published' if published_block else 'modern'}"
+    for preset, fixed in ARCHITECTURES[arch].presets.items():
+        fixed = {key: value for key, value in fixed.items()
+                 if key not in ("patch", "conv", *settings.dit.PUBLISHED_BLOCK)}
+        if all(values[key] == value for key, value in fixed.items()):
+            return f"give --preset {preset}"
+    return "give the flags of that run"
+
+
+def latent_space(vae: VAE) -> tuple[str, str]:
+    """Identifies what a network sees of a VAE: its encoder and the statistics that normalise latents."""
+    return encoder_fingerprint(vae), fingerprint_tensors({"mean": vae.latent_mean, "std": vae.latent_std})
+
+
+def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str, theirs: list[str] | None = None,
+                ours: list[str] | None = None) -> dict[str, Tensor]:
+    """The state to load into this model. It must fit exactly, except for a table of embeddings of classes.
+    theirs, ours: the names of the classes of the state and of the model. Where both are known, each class
+    takes the row of its name, and a new one keeps the model's own initial values; the last row, of the null
+    class, is always taken. Otherwise the table is taken as it is, or left out where its size differs."""
+    own = model.state_dict()
+    state = dict(state)
+    for name in ("y_embedder.embedding_table.weight", "class_embedding.weight"):
+        if name not in own:
+            state.pop(name, None)
+        elif name in state and theirs and ours and theirs != ours:
+            rows = own[name].clone()
+            if state[name].shape[1:] != rows.shape[1:]:    # refused below
+                continue
+            rows[-1] = state[name][-1]
+            for i, label in enumerate(ours):
+                if label in theirs:
+                    rows[i] = state[name][theirs.index(label)]
+            state[name] = rows
+            new = [label for label in ours if label not in theirs]
+            kept = f"{len(ours) - len(new):,} of {len(ours):,} classes keep their embedding"
+            first = ", ".join(new[:8]) + (", ..." if len(new) > 8 else "")
+            print(f"{what}: {kept}{'; new: ' if new else ''}{first}")
+        elif name not in state or state[name].shape != own[name].shape:
+            state[name] = own[name]
+    check_weights(model, state, what)
+    return state
+
+
+def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Conditioning,
+                 plan: Plan) -> None:
+    """Build the networks on the meta device, which takes no memory, and check that the downsampling and the
+    patches divide both sides of the pictures, so that errors appear before minutes are spent on the VAE."""
+    factors = {"VAE": (2 ** (len(vae_config.widths) - 1),) * 2}
+    with torch.device("meta"):
+        autoencoder = network = build_model("vae", asdict(vae_config))
+        if args.arch != "vae":
+            config = settings.network_config(args, vae_config.latent_channels, condition)
+            network = build_model(args.arch, config, condition.text)
+            if plan.initial is not None:
+                fit_weights(network, plan.initial, args.init_from)
+            factors[args.arch] = (network.factor,) * 2 if args.arch == "unet" else network.config.patch
+    need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
+    if any(side % multiple for side, multiple in zip(args.image_size, need)):
+        why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
+        raise ValueError("--image-size {} {}: height must be a multiple of {} and width of {} ({})".format(
+            *args.image_size, *need, why))
+    check_size(args, plan, autoencoder, network)
+
+
+def data_changed(args: argparse.Namespace, run: Run, finished: bool) -> str:
+    """What to do where --data is no longer what the run began with. Pictures concern the VAE, which comes
+    first; where only captions have changed, the VAE accepts them."""
+    what = "pictures or captions" if args.cond == "text" and args.arch != "vae" else "pictures"
+    message = f"--data {args.data}: its {what} are not those that {run.folder} began with"
+    folder = shlex.quote(str(run.folder))
+    if args.arch != "vae":
+        return (f"{message}; --vae {folder} --name NEW trains another network on them with the same VAE; or "
+                "restore them")
+    again = settings.command(vars(args) | {"name": f"{args.name}-2"})
+    message += "; "
+    if finished:
+        message += f"--vae {folder} --name NEW keeps the VAE as it is; or "
+    return message + (f"restore them, or train a VAE on them by: {again}, then give the network --vae "
+                      f"{shlex.quote(f'{run.folder}-2')} --name NEW")
+
+
+# ---- the machine and its folders
+
+def check_names(folders: dict[str, Path]) -> None:
+    """Refuse names that file systems do not take, by their flag: 255 bytes a name, and 4,096 a path, are the
+    limits of most."""
+    for flag, folder in folders.items():
+        longest = max(folder.parts, key=lambda part: len(os.fsencode(part)), default="")
+        if len(os.fsencode(longest)) > 255:
+            raise ValueError(f"{flag}: {longest[:40]}...: a name of {len(longest)} letters is too long for a "
+                             "folder; give a shorter one")
+        if len(os.fsencode(folder.absolute())) > 4000:     # the rest is for the files in it
+            raise ValueError(f"{flag}: {str(folder)[:40]}...: a path of {len(str(folder))} letters is too "
+                             "long; give a shorter one")
+
+
+def check_folders(folders: dict[str, Path]) -> None:
+    """Refuse folders that cannot be made or written, by their flag."""
+    for flag, folder in folders.items():
+        place = folder.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(f"{flag}: {place} is not a folder; give another {flag}")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"{flag}: {place} is read-only here; give another {flag}")
+        try:
+            fresh_file(place / "file").unlink()            # /proc says that it can be written
+        except OSError as error:
+            raise ValueError(f"{flag}: no file can be created in {place} ({error.strerror}); give another "
+                             f"{flag}") from None
+
+
+class _Attention(torch.autograd.Function):
+    """Stands for the kernels of attention, which keep their inputs and output but no weights of N x N."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+class _WithoutKernels(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def kept_bytes(model: torch.nn.Module, forward: Callable[[int], object]) -> int:
+    """What the backward pass keeps of each example, in fp32, found without data or memory: forward(B) runs a
+    model of the meta device on a batch of B. Tables that all examples share are not counted, nor weights."""
+    weights = {part.untyped_storage()._cdata for part in (*model.parameters(), *model.buffers())}
+    totals = []
+    for count in (1, 2):
+        kept: dict[int, torch.UntypedStorage] = {}         # each once, however many layers keep it
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return x
+
+        with (torch.device("meta"), _WithoutKernels(),
+              torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)):
+            result = forward(count)                        # holds on to what was kept
+        totals.append(sum(storage.nbytes() for storage in kept.values()))
+        del result
+    return totals[1] - totals[0]
+
+
+def bytes_per_picture(args: argparse.Namespace, model: torch.nn.Module, latent: tuple[int, ...],
+                      condition: Conditioning) -> int:
+    """What training keeps of each picture, in fp32. model: on the meta device; latent: (C, h, w)."""
+    height, width = args.image_size
+
+    def forward(count: int) -> object:
+        if args.arch == "vae":                 # not `loss`: autocast does not know the meta device
+            return (model.encoder(torch.empty(count, model.config.image_channels, height, width)),
+                    model.decoder(torch.empty(count, *latent)))
+        cond = {}
+        if args.cond == "text":                # a few words; pooled only where the network takes it
+            cond["context"] = torch.empty(count, 8, condition.widths.context)
+            if condition.widths.pooled is not None:
+                cond["pooled"] = torch.empty(count, condition.widths.pooled)
+        elif model.config.num_classes:
+            cond["y"] = torch.zeros(count, dtype=torch.long)
+        return model(torch.empty(count, *latent), torch.empty(count), **cond)
+
+    if args.grad_checkpoint:
+        checkpoint_blocks(model)
+    try:
+        return kept_bytes(model, forward)
+    except (RuntimeError, ValueError, TypeError):          # sizes that overflow: the input alone
+        return 4 * math.prod(latent)
+
+
+def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: torch.nn.Module) -> None:
+    """Refuse what the machine cannot hold. The estimates are lower bounds: what is refused could not work."""
+    height, width = args.image_size
+    pixels = height * width
+    latent = (autoencoder.config.latent_channels, height // autoencoder.factor, width // autoencoder.factor)
+    count = 1_300 if args.data == "emoji" else 20_000      # no built-in source has fewer
+    if plan.folder:
+        count = len(plan.folder.pictures) * (RANDOM_CROPS if args.crop == "random" else 1)
+    parameters = sum(p.numel() for p in network.parameters())
+    pictures = {f"{count:,} pictures of {height} x {width}": count * pixels}
+    have = settings.memory(plan.device)
+
+    # ---- memory of the device: 20 bytes a weight for value, gradient, average and AdamW's two moments
+    for trained, model in ((plan.vae_args, autoencoder), (args, network)):
+        if trained is None:                                # no VAE is trained first
+            continue
+        piece = trained.batch_size // trained.accumulate
+        batch = piece * bytes_per_picture(trained, model, latent, plan.conditioning)
+        if plan.bf16:
+            batch //= 2                                    # autocast keeps most in bf16
+        if trained.compile:
+            batch //= 2                                    # a compiled block keeps less, computes it again
+        need = {"the weights and their optimizer": 20 * sum(p.numel() for p in model.parameters()),
+                f"a batch of {piece:,}": batch}
+        if plan.device.type == "cpu" and not plan.folder:  # a folder's pictures are memory-mapped
+            need |= pictures
+        plan.memory = sum(need.values())
+        what = "this training" if trained is args else "training the VAE first"
+        settings.check_room(what, need, have, f"memory ({plan.device.type})",
+                            "give a smaller --image-size, --batch-size or network")
+    if not plan.folder:
+        settings.check_room("this training", pictures, settings.memory(torch.device("cpu")), "memory",
+                            "give a smaller --image-size")
+
+    # ---- the disk: a checkpoint is replaced by a second one, and caches are kept
+    need = {"two checkpoints": 2 * 16 * parameters}
+    if plan.folder and not (plan.cache_dir / "images.npy").is_file():
+        need[f"{count:,} decoded pictures"] = 3 * count * pixels
+    if not (plan.cache_dir / "latents.npy").is_file():     # mean and deviation in fp16, mirrored or not
+        flips = 2 if args.flip else 1
+        need["latents"] = 4 * count * flips * math.prod(latent)
+    place = plan.cache_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    settings.check_room("this training", need, shutil.disk_usage(place).free, f"the disk of {place}",
+                        "give another --runs-dir or --cache-dir, or a smaller --image-size")
+
+
+def demo() -> None:
+    """Print what a command line of train.py would do."""
+    args = settings.parse(sys.argv[1:] or ["--arch", "dit", "--objective", "rf"])
+    plan = prepare(args)
+    print(f"{plan.run.folder}: {args.arch} on {plan.device.type}, {plan.number_format}")
+    if plan.finished:
+        print("it is finished")
+    elif plan.vae_args is not None:
+        vae = Run(Path(plan.vae_args.runs_dir) / plan.vae_args.name)
+        print(f"first, the VAE of {vae.folder}: {plan.vae_args.steps:,} steps, unless they are done")
+
+
+if __name__ == "__main__":
+    sys.exit(program("plan.py", demo))

@@ -1,0 +1,248 @@
+"""What is trained: the two tasks that train.py's loop knows, the VAE's and the network's.
+
+    python tasks.py                      # one loss and one validation of each, on pictures drawn here
+
+A task provides the model, the loss of a batch, validation, previews, and what is measured at the end.
+Validation and previews take minutes on large pictures, so they raise Interrupted soon after a signal has
+come: once `stop`, the list that `cli.signals` fills, is no longer empty.
+
+Shapes: B batch, C channels, H W picture size, h w latent size, N validation pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import settings
+from cache import LatentCache, pieces
+from cli import program
+from conditioning import VALIDATED
+from data import Dataset, load_shapes, send
+from pictures import grid, to_tensor, to_uint8
+from plan import Plan, prepare
+from run import build_model, build_path, encoder_fingerprint
+from sample import draw_batches, picture_bar
+from settings import OBJECTIVES
+from vae import VAE
+
+PREVIEW_BATCH = 64     # pictures drawn at a time, for samples.png and previews
+
+
+# ---- what is done outside training steps: in how many pieces, and when it ends
+
+def at_once(args: argparse.Namespace, most: int, size: tuple[int, int] | None = None) -> int:
+    """How many of `most` pictures to take at a time where no gradients are kept. size: of pictures that pass
+    the VAE, which needs much memory for large ones.
+
+    What fits is known from the training step. It keeps the outputs of all layers, dozens of them, where a
+    pass without gradients holds two or three at a time: at least four times as many pictures fit. A step with
+    --grad-checkpoint keeps few, so no more pictures than it has may fit."""
+    if size is not None:
+        most = len(pieces((most, *size, 1))[0])
+    piece = args.batch_size // args.accumulate
+    return min(most, piece if args.grad_checkpoint else 4 * piece)
+
+
+class Interrupted(Exception):
+    """A signal came during a validation or a preview, which therefore ended without a result."""
+
+
+def watched(parts: Iterable, stop: list[int], what: str, **options) -> Iterator:
+    """The parts, one by one, behind a bar that appears where they take more than two seconds. Raises
+    Interrupted once `stop` is not empty."""
+    for part in tqdm(parts, desc=what, delay=2, leave=False, **options):
+        if stop:
+            raise Interrupted
+        yield part
+
+
+# ---- the two tasks
+
+class Autoencoding:
+    """The task of the VAE: reconstruct pictures through a Gaussian latent."""
+
+    objective = None      # a VAE's checkpoint has no objective and no other VAE
+    vae = None
+
+    def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
+        self.args = args
+        self.data = data
+        self.cache_dir = cache_dir
+        self.device = plan.device
+        self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
+
+    def build(self) -> VAE:
+        return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
+
+    def loss(self, model: VAE, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B,) loss, and (B,) zeros in place of times, which a VAE does not have."""
+        x = to_tensor(self.data.images[indices])                       # (B, C, H, W) in [-1, 1]
+        if self.args.flip:                                             # each picture independently
+            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+        loss, _ = model.loss(send(x, self.device), self.args.kl_weight)
+        return loss, loss.new_zeros(len(x))
+
+    def validate(self, model: VAE, stop: list[int]) -> dict:
+        generator = torch.Generator(self.device).manual_seed(0)        # the same noise each time
+        size = at_once(self.args, VALIDATED, self.val.shape[2:])
+        losses, latents = [], []
+        totals = {"psnr": 0.0, "kl": 0.0}
+        for x in watched(self.val.split(size), stop, "validate"):
+            loss, logs = model.loss(x, self.args.kl_weight, generator)
+            losses.append(loss)
+            for name in totals:                                        # means, weighted by the piece's size
+                totals[name] += len(x) / len(self.val) * logs[name]
+            # The spread over all pictures does not follow from that of the pieces.
+            latents.append(model.encode(x).mean)
+        record = {"val_loss": torch.cat(losses).mean()} | totals
+        record["latent_std"] = torch.cat(latents).std(dim=(0, 2, 3))
+        return {name: value.tolist() for name, value in record.items()}
+
+    def preview(self, model: VAE, stop: list[int], rows: int = 0) -> Image.Image:
+        """Pictures, each with its reconstruction below."""
+        x = self.val[:32]                                              # 16 pictures per row
+        parts = x.split(at_once(self.args, 16, x.shape[2:]))
+        again = torch.cat([model.decode(model.encode(part).mean)
+                           for part in watched(parts, stop, "reconstruct")])
+        pairs = [torch.cat(pair) for pair in zip(x.split(16), again.split(16))]
+        return grid(to_uint8(torch.cat(pairs)), columns=min(16, len(x)))
+
+    def finish(self, model: VAE, ema: VAE) -> None:
+        """Measure the scale of the latents, once, with the averaged weights, which later runs use."""
+        mean, var = encode_latents(self.args, ema, self.data, self.cache_dir).statistics()
+        ema.set_latent_statistics(mean, var)
+        model.set_latent_statistics(mean, var)
+
+
+class Denoising:
+    """The task of a network in latent space: predict the path's target from a noisy latent."""
+
+    def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
+        self.args = args
+        self.device = plan.device
+        self.vae = plan.vae.to(plan.device)
+        self.conditioning = plan.conditioning
+        self.objective = settings.objective_config(args)
+        self.path = build_path(self.objective)
+        self.cache = encode_latents(args, self.vae, data, cache_dir)
+        # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
+        # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.
+        parts = to_tensor(val.images[:VALIDATED]).split(at_once(args, 32, val.images.shape[1:3]))
+        with torch.no_grad():
+            self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
+                                 for x in tqdm(parts, desc="encode validation pictures", leave=False)])
+        n = len(self.x0)
+        generator = torch.Generator().manual_seed(0)
+        self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
+        self.eps = torch.randn(self.x0.shape, generator=generator).to(self.device)
+
+    def build(self) -> torch.nn.Module:
+        config = settings.network_config(self.args, self.vae.config.latent_channels, self.conditioning)
+        return build_model(self.args.arch, config, self.conditioning.text)
+
+    def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B,) loss and the (B,) times at which it was taken."""
+        # Keep the order of the random draws (latent, dropout, rewording, time, noise): otherwise a seed would
+        # mean another run, and runs that began before the change would not resume bit for bit.
+        z = self.cache.batch(indices)                                  # a fresh draw from the posterior
+        x0 = self.vae.normalize(send(z, self.device))                  # (B, C, h, w), mean 0 and std 1
+        dropped = torch.rand(len(z)) < self.args.label_dropout         # each example independently
+        cond = self.conditioning.batch(model, indices, dropped)        # y, or context, mask, pooled
+        t = send(self.path.sample_t(len(x0)), self.device)
+        return self.path.loss(model, x0, t=t, **cond), t
+
+    def validate(self, model: torch.nn.Module, stop: list[int]) -> dict:
+        losses = []
+        size = at_once(self.args, VALIDATED)
+        for start in watched(range(0, len(self.x0), size), stop, "validate"):
+            part = slice(start, start + size)
+            cond = self.conditioning.validation(model, part)
+            losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part], **cond))
+        loss = torch.cat(losses)                                       # (N,)
+        # A mean over all times hides where a network fails: near noise, near data or in between.
+        quarter = (self.t * 4).long()
+        by_time = {}
+        for i in quarter.unique().tolist():
+            by_time[f"{i / 4}-{(i + 1) / 4}"] = loss[quarter == i].mean().item()
+        return {"val_loss": loss.mean().item(), "val_by_time": by_time}
+
+    def preview(self, model: torch.nn.Module, stop: list[int], rows: int = 3) -> Image.Image:
+        """Samples, with guidance 2 where the network is trained for it."""
+        asked = self.conditioning.preview(model, rows)
+        defaults = OBJECTIVES[self.objective["name"]]
+        # Picture i is drawn with seed i in every preview, so that previews of two steps can be compared.
+        seeds = range(len(asked.turn))
+        size = max(1, at_once(self.args, 2 * PREVIEW_BATCH) // 2)      # guidance takes each picture twice
+        with picture_bar(len(seeds), desc="draw samples", delay=2, leave=False) as bar:
+            def progress(done: float) -> None:                         # after each step of the sampler
+                if stop:
+                    raise Interrupted
+                bar.update(done - bar.n)
+
+            images = list(draw_batches(model, self.vae, self.path, self.x0.shape[1:], asked, seeds, size,
+                                       progress=progress, sampler=defaults.sampler, steps=defaults.steps,
+                                       scale=2.0 if self.conditioning.guidable else 1.0))
+        return grid(np.concatenate(images), asked.columns, captions=asked.captions)
+
+    def finish(self, model: torch.nn.Module, ema: torch.nn.Module) -> None:
+        pass                                                           # nothing is left to measure
+
+
+Task = Autoencoding | Denoising
+
+
+def encode_latents(args: argparse.Namespace, vae: VAE, data: Dataset, cache_dir: Path) -> LatentCache:
+    device = next(vae.parameters()).device
+
+    def encode(images: np.ndarray, mirrored: bool) -> tuple[Tensor, Tensor]:
+        means, stds = [], []
+        for x in to_tensor(images).split(at_once(args, len(images))):
+            # The picture is mirrored, not the latent: an encoder does not commute with mirroring.
+            x = x.to(device)
+            posterior = vae.encode(x.flip(-1) if mirrored else x)
+            means.append(posterior.mean)
+            stds.append(posterior.std)
+        return torch.cat(means), torch.cat(stds)
+
+    height, width = data.images.shape[1:3]
+    shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
+    stamp = {"vae": encoder_fingerprint(vae), "data": data.fingerprint}
+    return LatentCache(cache_dir / "latents.npy", data.images, encode, shape, stamp, args.flip,
+                       former=data.former_fingerprints)
+
+
+def demo() -> None:
+    """A loss and a validation of an untrained VAE, and of an untrained network on its latents."""
+    torch.manual_seed(0)
+    data, val = load_shapes("train", (32, 32), count=240), load_shapes("val", (32, 32))
+    batch = np.arange(8)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--preset", "tiny", "--vae-preset", "tiny", "--runs-dir", folder]
+        plan = prepare(settings.parse(["--arch", "dit", *flags]))
+        task = Autoencoding(plan.vae_args, data, val, plan, Path(folder))
+        plan.vae = task.build().eval().requires_grad_(False)
+        with torch.no_grad():
+            loss, _ = task.loss(plan.vae, batch)
+            print(f"VAE: loss {loss.mean():.3f} of a batch; validation {task.validate(plan.vae, [])}")
+        plan.conditioning.attach(data, val, Path(folder), resumed=False)
+        task = Denoising(settings.parse(["--arch", "dit", *flags]), data, val, plan, Path(folder))
+        model = task.build().eval()
+        with torch.no_grad():
+            loss, t = task.loss(model, batch)
+            print(f"DiT: loss {loss.mean():.3f} at times {t.min():.2f} to {t.max():.2f}; "
+                  f"validation {task.validate(model, [])}")
+        del task                                # Windows does not delete a file that is still mapped
+
+
+if __name__ == "__main__":
+    sys.exit(program("tasks.py", demo))
