@@ -241,9 +241,9 @@ LONGEST_SIDE = {".gif": 65535, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS       # Pillow opens no larger picture
 
 
-def write_picture(out: Path, picture: Image.Image) -> None:
-    """out: with one of the endings in PICTURES."""
-    write_atomically(out, lambda file: picture.save(file, **PICTURES[out.suffix.lower()]))
+def write_picture(out: Path, picture: Image.Image, sync: bool = True) -> None:
+    """out: with one of the endings in PICTURES. sync: see files.replacing."""
+    write_atomically(out, lambda file: picture.save(file, **PICTURES[out.suffix.lower()]), sync)
 
 
 def check_grid(kind: str, n: int, size: Size, columns: int | None, zoom: int, frames: int) -> None:

@@ -340,7 +340,7 @@ def write_folder(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked:
         for i, image in enumerate(images, unfinished.done):
             if image.shape[-1] == 1:                       # Pillow expects a grey picture as (H, W)
                 image = image.squeeze(-1)
-            write_picture(file(i), Image.fromarray(image))
+            write_picture(file(i), Image.fromarray(image), sync=False)       # of thousands, each would wait
         unfinished.advance(unfinished.done + len(images))
     unfinished.finish()
 
