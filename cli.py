@@ -55,13 +55,13 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
     names = list(names)
 
     def check(string: str) -> str:
-        if file_path(string) not in names:
+        if nonempty(string) not in names:
             raise argparse.ArgumentTypeError(f"{string}: must be one of {', '.join(names)}")
         return string
     return check
 
 
-def file_path(string: str) -> str:
+def nonempty(string: str) -> str:
     if not string:
         raise argparse.ArgumentTypeError("is empty; give a value, or leave it out")
     return string

@@ -87,7 +87,7 @@ class Conditioning:
         self.text: dict | None = checkpoint["text"]                         # the text encoder
         self.dropout: float = checkpoint["label_dropout"]
         self.device = device
-        self.preview_prompts: list[str] = []               # what previews show, if the user has a wish
+        self.preview_prompts: list[str] = []               # of --preview-prompts
 
     @classmethod
     def fits(cls, checkpoint: dict) -> bool:

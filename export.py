@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import published
-from cli import Flag, file_path, make_parser, program
+from cli import Flag, make_parser, nonempty, program
 from ddpm import DDPM
 from dit import DiTConfig
 from files import check_writable, write_atomically
@@ -46,8 +46,8 @@ from vae import PRESETS, VAE, VAEConfig
 
 FLAGS = {
     "what and where to": [
-        Flag("run", "run folder, or a checkpoint file", file_path),
-        Flag("out", "OUT.safetensors or OUT.pt: one file; OUT/: a new folder for diffusers", file_path),
+        Flag("run", "run folder, or a checkpoint file", nonempty),
+        Flag("out", "OUT.safetensors or OUT.pt: one file; OUT/: a new folder for diffusers", nonempty),
         Flag("--raw", "the run's raw weights, not their average"),
         Flag("--with-correction", "dit: write a folder although diffusers draws with it correctly only after "
                                   "the correction that OUT/README.md shows"),

@@ -267,13 +267,18 @@ def _bytes_of(dtype, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) * np.dtype(dtype).itemsize
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the first one above it that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
 def check_space(path: Path, need: int, counted: Path | None = None) -> None:
     """Raise ValueError where the disk has no room for this many bytes at `path`. counted: a file that is a
     part of them already."""
-    parent = path.absolute()
-    while not parent.is_dir():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(nearest_folder(path)).free
     if counted is not None and counted.is_file():
         free += counted.stat().st_size
     if need > free:

@@ -150,12 +150,17 @@ FONT_NAMES = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.
               "Arial Unicode.ttf")
 
 
+def enlargement(width: int) -> int:
+    """How many times pictures with captions are enlarged: to at least 112 pixels, where words have room."""
+    return -(-112 // width)                         # rounded up
+
+
 def grid(images: np.ndarray, columns: int | None = None, pad: int = 2,
          captions: list[str] | None = None) -> Image.Image:
     """uint8 (N, H, W, C) -> one picture, row by row, on white. Captions stand below the pictures, which are
-    enlarged to at least 112 pixels so that there is room for words."""
+    enlarged for them."""
     if captions:
-        zoom = -(-112 // images.shape[2])           # rounded up
+        zoom = enlargement(images.shape[2])
         images = images.repeat(zoom, 1).repeat(zoom, 2)
         if images.shape[3] == 1:
             images = images.repeat(3, 3)

@@ -31,7 +31,7 @@ import settings
 from cli import program
 from conditioning import Conditioning
 from data import find_folder
-from files import fingerprint_tensors, fresh_file
+from files import fingerprint_tensors, fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
 from published import check_weights
 from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, load_checkpoint,
@@ -68,8 +68,8 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
     """The plan of a run, made without writing anything. folder: the listing of --data, if it was made before.
     Raises ValueError with a line for the user if something cannot work."""
     run = Run(Path(args.runs_dir) / args.name)
-    folders = {"--name": run.folder, "--data": Path(args.runs_dir) / settings.vae_name(args)}
-    check_names({"--runs-dir": Path(args.runs_dir), "--cache-dir": Path(args.cache_dir or ".")} | folders)
+    check_names({"--runs-dir": Path(args.runs_dir), "--cache-dir": Path(args.cache_dir or "."),
+                 "--name": run.folder, "--data": Path(args.runs_dir) / settings.vae_name(args)})
     if args.keep_best and (run.folder / "best.pt").is_dir():
         raise ValueError(f"--keep-best: {run.folder / 'best.pt'} is a folder; remove it")
     run.check_settings(args)
@@ -158,12 +158,12 @@ def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argp
         earlier = vae_run.read_settings()
         if earlier is not None:
             earlier = settings.complete(earlier, str(vae_run.settings))
-        try:
-            plan.vae_args = settings.vae_settings(args, earlier)
-        except ValueError:                                 # what to do depends on how far that VAE is
+
+        def is_finished() -> bool:
             saved = vae_run.load()
-            settings.vae_settings(args, earlier, bool(saved and saved["training"]["finished"]))
-            raise
+            return bool(saved and saved["training"]["finished"])
+
+        plan.vae_args = settings.vae_settings(args, earlier, is_finished)
         return plan.vae_args
     return args
 
@@ -458,9 +458,7 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     if not (plan.cache_dir / "latents.npy").is_file():     # mean and deviation in fp16, mirrored or not
         flips = 2 if args.flip else 1
         need["latents"] = 4 * count * flips * math.prod(latent)
-    place = plan.cache_dir.absolute()
-    while not place.exists():
-        place = place.parent
+    place = nearest_folder(plan.cache_dir)
     settings.check_room("this training", need, shutil.disk_usage(place).free, f"the disk of {place}",
                         "give another --runs-dir or --cache-dir, or a smaller --image-size")
 

@@ -32,8 +32,8 @@ from torch import Tensor
 
 import published
 import settings
-from cli import Flag, file_path, make_parser, program
-from files import fingerprint_tensors, fresh_file, locked, write_atomically
+from cli import Flag, make_parser, nonempty, program
+from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
 from published import check_finite, check_weights, load_weights
 from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
 from text import TextConfig, TextEncoder
@@ -51,7 +51,6 @@ class Run:
         self.settings = folder / "settings.json"
         self.metrics = folder / "metrics.jsonl"
         self.records: list[dict] = []                  # the lines of metrics.jsonl
-        self.warned = False                            # that they cannot be written
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -108,7 +107,8 @@ class Run:
             kept = torch.load(self.folder / "best.pt", "cpu", weights_only=True, mmap=True)["step"]
         except Exception:                              # none, or of something else
             kept = None
-        steps = [step for step in losses if step == kept or step == max(losses)]
+        latest = max(losses, default=None)
+        steps = [step for step in losses if step in (kept, latest)]
         return min(steps, key=lambda step: (losses[step], step), default=None)
 
     def keep_latest(self, step: int, count: int) -> None:
@@ -192,11 +192,8 @@ class Run:
             with open(self.metrics, "a") as out:
                 out.write(json.dumps(entry) + "\n")
         except OSError as error:                       # a full disk, say: it may not end hours of training
-            if not self.warned:
-                from tqdm import tqdm                  # which prints above its bars
-                tqdm.write(f"warning: {self.metrics}: cannot be written ({error.strerror}); the training "
-                           "goes on without", file=sys.stderr)
-            self.warned = True
+            warn_once(f"write {self.metrics}", f"{self.metrics}: cannot be written ({error.strerror}); the "
+                      "training goes on without")
 
     def plot_loss(self) -> None:
         picture = loss_curve(self.records)
@@ -635,7 +632,7 @@ def demo() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     flags = {"what to show": [Flag("run", "run folder, or a checkpoint file (default: a demonstration)",
-                                   file_path, nargs="?")]}
+                                   nonempty, nargs="?")]}
     args = make_parser("Show what a run's checkpoint holds.", flags).parse_args(argv)
     if args.run is None:
         demo()

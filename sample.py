@@ -33,11 +33,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import conditioning
-from cli import Flag, file_path, integer, make_parser, number, one_of, program
+from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
 from files import (Unfinished, check_space, check_writable, digest, fingerprint_tensors, unfinished_file,
                    write_atomically, write_npz)
-from pictures import PICTURES, check_grid, grid, open_image, to_tensor, to_uint8, write_picture
+from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
 from published import load_weights
 from run import build_model, build_path, graphed, load_checkpoint, load_published, unpack_vae
 from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
@@ -50,12 +50,12 @@ SAMPLER_OPTIONS = {"eta": "ddim", "variance": "ddpm", "noise": "reverse_sde"}
 FLAGS = {
     # Either a run, or all three parts of a published model: see `check_flags`.
     "what to draw with": [
-        Flag("run", "run folder, or a checkpoint file", file_path, nargs="?"),
+        Flag("run", "run folder, or a checkpoint file", nonempty, nargs="?"),
         Flag("--published", "instead of a run: a published model, like dit-xl-2-256 or sit-xl-2-256",
              published_model, metavar="NAME"),
-        Flag("--weights", "the published model's weights: .pt, .ckpt or .safetensors", file_path,
+        Flag("--weights", "the published model's weights: .pt, .ckpt or .safetensors", nonempty,
              metavar="FILE"),
-        Flag("--vae", "the published model's VAE: a file, or a diffusers folder", file_path,
+        Flag("--vae", "the published model's VAE: a file, or a diffusers folder", nonempty,
              metavar="PATH"),
         Flag("--raw", "the run's raw weights, not their average"),
     ],
@@ -64,16 +64,16 @@ FLAGS = {
         # What a run is conditioned on decides which of these it takes.
         *(Flag(name, **{"type": str} | fields) for name, fields in conditioning.FLAGS.items()),
         Flag("--init-image", "begin with this picture instead of noise; the run of a VAE reconstructs all "
-                             "pictures given here", file_path, nargs="+", metavar="FILE"),
+                             "pictures given here", nonempty, nargs="+", metavar="FILE"),
         Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone. At 0.6 a fifth of "
                            "the pictures may not yet show what was asked for; at 0.9 little of the picture "
                            "is left (default: 0.8; 1 where there is a --mask)", number(0, 1)),
-        Flag("--mask", "draw only where this picture is white (needs --init-image)", file_path,
+        Flag("--mask", "draw only where this picture is white (needs --init-image)", nonempty,
              metavar="FILE"),
         Flag("--seed", "picture i is drawn with seed + i (default: 0)", integer(-10**18, 10**18), 0),
         Flag("--out", "NAME.png, .jpg or .webp: one grid; NAME.gif: the steps from noise; NAME.npz: arr_0, "
                       "uint8 NHWC; a folder: single PNGs (default: samples.png). After an interruption, the "
-                      "same command continues an .npz or a folder", file_path, "samples.png"),
+                      "same command continues an .npz or a folder", nonempty, "samples.png"),
     ],
     "how": [
         Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided (default: 2 where the "
@@ -94,7 +94,7 @@ FLAGS = {
     "machine": [
         Flag("--batch-size", "pictures at a time (default: 64); affects only speed", integer(1, 10**6), 64),
         Flag("--compile", "torch.compile the network; on CUDA, as graphs"),
-        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", file_path, "auto"),
+        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", nonempty, "auto"),
         Flag("--precision", "precision of the network: fp32 (default), tf32, bf16; the VAE runs in fp32, or "
                             "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16")), "fp32"),
     ],
@@ -385,7 +385,7 @@ def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device
     if kind not in PICTURES:
         raise ValueError(f"--out {args.out}: a VAE's reconstruction is a .png, .jpg or .webp")
     size = tuple(checkpoint["data"]["size"])
-    zoom = -(-112 // size[1])                              # as `grid` enlarges pictures with captions
+    zoom = enlargement(size[1])
     count = len(args.init_image)
     try:
         check_grid(kind, 2 * count, size, 2, zoom, 1)
@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
         strength = 1.0 if args.mask else 0.8               # within a mask, start from noise alone
     with torch.no_grad():
         asked = condition.ask(args, model)
-    zoom = -(-112 // size[1]) if asked.captions else 1     # as `grid` enlarges pictures with captions
+    zoom = enlargement(size[1]) if asked.captions else 1
     check_size(args, size, vae.config.image_channels, steps, asked.columns, zoom)
     if device.type == "cuda":                              # faster, at the precision asked for
         torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"

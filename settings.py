@@ -17,6 +17,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,21 +30,21 @@ import published
 import text
 import unet
 import vae
-from cli import (Flag, file_path, folder_name, given, integer, make_parser, number, one_of, program, shown)
+from cli import (Flag, folder_name, given, integer, make_parser, nonempty, number, one_of, program, shown)
 from data import SOURCES
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 
 
 def text_encoder(string: str) -> str:
-    kind, _, folder = file_path(string).partition(":")
+    kind, _, folder = nonempty(string).partition(":")
     if kind not in ("bytes", "clip", "t5", "none") or bool(folder) != (kind in ("clip", "t5")):
         raise argparse.ArgumentTypeError(f"{string}: must be bytes, clip:FOLDER, t5:FOLDER or none")
     return string
 
 
 def published_model(string: str) -> str:
-    if file_path(string) not in published.MODELS:
+    if nonempty(string) not in published.MODELS:
         largest = ", ".join(name for name in published.MODELS if "-xl-2-" in name)
         raise argparse.ArgumentTypeError(f"{string}: known are {largest}, and the sizes s, b, l, xl at patch "
                                          "2, 4, 8")
@@ -137,12 +138,12 @@ FLAGS = {
              one_of(("velocity", "eps", "v", "x0")), needs=NETWORK, option="prediction", settled=True),
         Flag("--name", "run folder within --runs-dir (default: DATA-ARCH-OBJECTIVE, with the size unless "
                        "32x32)", folder_name, resumable=True),
-        Flag("--runs-dir", "folder that holds the runs (default: runs)", file_path, "runs", resumable=True),
+        Flag("--runs-dir", "folder that holds the runs (default: runs)", nonempty, "runs", resumable=True),
     ],
     "data": [
-        Flag("--data", f"{', '.join(SOURCES)}, or a folder of pictures (default: shapes)", file_path,
+        Flag("--data", f"{', '.join(SOURCES)}, or a folder of pictures (default: shapes)", nonempty,
              "shapes"),
-        Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", file_path,
+        Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", nonempty,
              "data", resumable=True),
         Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
              most=2),
@@ -156,12 +157,12 @@ FLAGS = {
                                "t5:FOLDER: frozen, loaded by transformers; none: precomputed vectors, "
                                "NAME.npz beside each picture of a folder",
              text_encoder, metavar="KIND", needs=NETWORK | {"cond": ("text",)}, settled=True),
-        Flag("--cache-dir", "folder for decoded pictures and latents (default: the VAE's run)", file_path,
+        Flag("--cache-dir", "folder for decoded pictures and latents (default: the VAE's run)", nonempty,
              resumable=True),
     ],
     "network": [
         Flag("--preset", "a row of PRESETS in the network's file, like S/2 or sd1 (default: small)",
-             file_path, needs=NETWORK, instead="--vae-preset", settled=True),
+             nonempty, needs=NETWORK, instead="--vae-preset", settled=True),
         Flag("--patch", "dit, mmdit: side of a patch, or height and width", integer(1, SIZE), nargs="+",
              metavar="N", most=2, needs=TRANSFORMER, settled=True),
         Flag("--block", "dit: the block, modern (default), or published as in 2022",
@@ -169,9 +170,9 @@ FLAGS = {
         Flag("--conv", "dit, mmdit: a depthwise 3x3 convolution between the tokens in every MLP",
              needs=TRANSFORMER, settled=True),
         Flag("--vae", "a trained VAE: run, checkpoint, published file or diffusers folder (default: train "
-                      "one on this data)", file_path, needs=NETWORK),
+                      "one on this data)", nonempty, needs=NETWORK),
         Flag("--init-from", "start from the weights of this run or published file (default lr: 1e-4)",
-             file_path, metavar="PATH", needs=NETWORK),
+             nonempty, metavar="PATH", needs=NETWORK),
         Flag("--published", "the published model in the --init-from file, like dit-xl-2-256; it settles "
                             "network and objective", published_model, metavar="NAME", needs=NETWORK),
     ],
@@ -204,7 +205,7 @@ FLAGS = {
         Flag("--seed", "seed of weights, order and noise (default: 0)", integer(0, 2**62), 0),
     ],
     "machine and output": [
-        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", file_path, "auto", resumable=True),
+        Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", nonempty, "auto", resumable=True),
         Flag("--precision", "auto (default: bf16 where the hardware multiplies it), bf16, fp32",
              one_of(("auto", "bf16", "fp32")), "auto"),
         Flag("--compile", "torch.compile the network, block by block", resumable=True),
@@ -214,7 +215,7 @@ FLAGS = {
         Flag("--val-every", "steps between validations (default: 500)", integer(1), 500, resumable=True),
         Flag("--preview-every", "steps between previews (default: 1000)", integer(1), 1000, resumable=True),
         Flag("--preview-prompts", "text file of what to draw in previews and samples.png, one prompt per "
-                                  "line (default: captions of the validation data)", file_path,
+                                  "line (default: captions of the validation data)", nonempty,
              metavar="FILE", needs=NETWORK | {"cond": ("text",)}, resumable=True),
         Flag("--save-every", "steps between checkpoints (default: 500)", integer(1), 500, resumable=True),
         Flag("--keep", "how many of these checkpoints to keep, as checkpoint-STEP.pt (default: 0, only the "
@@ -224,9 +225,9 @@ FLAGS = {
     ],
 }
 ROWS = {flag.key: flag for group in FLAGS.values() for flag in group}
-# Settings that may change on resume: paths and intervals, never anything that affects training; and those
-# that then take effect from the next step on.
+# Settings that may change on resume: paths and intervals, never anything that affects training.
 RESUMABLE = {flag.key for flag in ROWS.values() if flag.resumable}
+# Settings that may change on resume where the command names them, with effect from the next step on.
 CHANGEABLE = [flag.key for flag in ROWS.values() if flag.changeable]
 # What makes two VAEs different: not the seed, the precision or mirrored pictures.
 SAME_VAE = ("data", "image_size", "crop", "vae_preset", "vae_widths", "latent_channels", "kl_weight", "steps",
@@ -423,7 +424,7 @@ def command(values: dict) -> str:
     """The command of train.py that trains with these settings."""
     words = ["--arch", values["arch"], "--data", values["data"], "--cond", values["cond"]]
     plain = parse(words)                  # what they are without further flags
-    if getattr(parse(words[:4]), "cond") == values["cond"]:
+    if parse(words[:4]).cond == values["cond"]:
         words = words[:4]
     for name, flag in ROWS.items():
         value = values[name]
@@ -435,10 +436,11 @@ def command(values: dict) -> str:
     return shlex.join(["python", "train.py", *words])
 
 
-def vae_settings(args: argparse.Namespace, begun: dict | None, finished: bool = True) -> argparse.Namespace:
+def vae_settings(args: argparse.Namespace, begun: dict | None,
+                 is_finished: Callable[[], bool] = lambda: True) -> argparse.Namespace:
     """The settings of the VAE run that precedes a network's. begun: the settings of that run if it exists
     already. They are kept, whoever began it, provided that this command would train the same VAE, or train it
-    for longer. finished: whether that run is."""
+    for longer. is_finished: whether that run is, asked only for a refusal, as its checkpoint must be read."""
     folder = Path(args.runs_dir) / vae_name(args)
     result = make_parser("", FLAGS).parse_args(["--arch", "vae"])
     for name in ("data", "image_size", "crop", "flip", "precision", "seed", *VAE_DEFAULTS):
@@ -450,9 +452,6 @@ def vae_settings(args: argparse.Namespace, begun: dict | None, finished: bool = 
         if begun["arch"] != "vae":
             raise ValueError(f"{folder} holds a {begun['arch']}, where the VAE of this command belongs; it "
                              f"goes on by: {command(begun)}; give another --runs-dir, or --vae PATH")
-        remedy = f"give --vae {shlex.quote(str(folder))} to take it as it is"
-        if not finished:
-            remedy = f"that VAE is not finished, and goes on by: {command(begun)}"
         for name in SAME_VAE:
             before, now = begun[name], getattr(result, name)
             if name == "steps" and args.vae_steps and now > before:
@@ -463,6 +462,9 @@ def vae_settings(args: argparse.Namespace, begun: dict | None, finished: bool = 
                     theirs, ours = f"of {before} steps", f"of {now} (--vae-steps)"
                 elif name in ("data", "image_size", "crop", *VAE_DEFAULTS):     # flags of this command too
                     theirs = f"with --{name.replace('_', '-')} {before}"
+                remedy = f"that VAE is not finished, and goes on by: {command(begun)}"
+                if is_finished():
+                    remedy = f"give --vae {shlex.quote(str(folder))} to take it as it is"
                 raise ValueError(f"{folder} holds a VAE {theirs}, where this command would train one {ours}; "
                                  f"{remedy}, or remove that folder to have it trained")
         steps = max(begun["steps"], result.steps if args.vae_steps else 0)

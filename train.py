@@ -66,6 +66,8 @@ def changes(args: argparse.Namespace, run: Run, saved: dict) -> tuple[list[str],
             words.append(f"--{name.replace('_', '-')} {getattr(args, name)} from step {step:,} on, before "
                          f"{begun[name]}")
     if args.steps != begun["steps"]:
+        # Up to its plateau, a run of any length has the same rates, so the steps so far are those of the
+        # longer run; once they fall, they are not.
         shorter = argparse.Namespace(**vars(args) | {"steps": begun["steps"]})
         if learning_rate(step - 1, shorter, rise) == learning_rate(step - 1, args, rise):
             exactly = "exactly"
@@ -186,6 +188,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         changed, rise = changes(args, run, saved)
     run.rewind_metrics(start)     # a killed run has logged steps that it never saved
 
+    # A checkpoint is whole and replaces the one before at once, so a kill costs the steps since, never more.
     def save(step: int, finished: bool = False) -> None:
         run.save(checkpoint_of(args, plan, task, state, data, step, rise, finished))
         keep(args, run, step)
@@ -193,7 +196,9 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     if changed or not saved:
         save(start)               # from now on --vae and --init-from are no longer needed
         run.write_settings(args)
-    keep(args, run, start)        # a killed run may have saved and not kept it
+    else:
+        keep(args, run, start)    # a killed run may have saved and not kept it
+    # Print what runs, where and from which step: it may not be what the user remembers.
     for line in changed:
         print(f"{run.folder}: {line}")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -256,6 +261,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
 
 def validate(plan: Plan, task: Task, state: State, step: int, stop: list[int], bar: tqdm) -> None:
     """Validate the averaged weights; without a record if a signal comes meanwhile."""
+    # With the training's autocast, so that both losses mean the same.
     with torch.no_grad(), plan.autocast():
         try:
             plan.run.record({"step": step, **task.validate(state.ema, stop)})
@@ -307,6 +313,7 @@ def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch
         (loss.mean() / args.accumulate).backward()      # outside autocast, as PyTorch recommends
         losses.append(loss.detach().mean())             # stays on the device: nothing waits for it
         times.append(t)
+    # Scaled as a whole where it is too long, which keeps the direction of the step.
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -316,6 +323,7 @@ def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch
 
 def keep(args: argparse.Namespace, run: Run, step: int) -> None:
     """Keep the checkpoint of this step under the names that --keep and --keep-best ask for."""
+    # Both are further names of the file just saved, which take no time.
     if args.keep:
         run.keep_latest(step, args.keep)
     if args.keep_best and run.best_step() == step:
@@ -377,6 +385,7 @@ def diverged(what: str, where: str, plan: Plan) -> FloatingPointError:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 128 + N where signal N interrupted the training."""
     started = time.monotonic()         # unlike the time of day, it never jumps
+    # Whatever can be refused is refused here, before a file is written or a minute spent.
     args = settings.parse(argv)
     plan = prepare(args)
     if plan.finished:

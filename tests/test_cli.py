@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import sample
 import train
-from cli import (Flag, Output, file_path, folder_name, given, integer, make_parser, number, one_of, program,
+from cli import (Flag, Output, folder_name, given, integer, make_parser, nonempty, number, one_of, program,
                  quiet_imports, shown, signals)
 
 
@@ -34,7 +34,7 @@ from cli import (Flag, Output, file_path, folder_name, given, integer, make_pars
     (integer(1), "1", 1), (integer(1), "1000000000", 10**9), (integer(0, 2**62), "0", 0),
     (integer(0, 2**62), str(2**62), 2**62), (integer(-5, 5), "-5", -5),
     (one_of(("a", "b")), "b", "b"),
-    (file_path, "a b/c", "a b/c"),
+    (nonempty, "a b/c", "a b/c"),
     (folder_name, "a b-1.x", "a b-1.x"), (folder_name, "\u732b" * 66, "\u732b" * 66),
 ])
 def test_accepted(accept, string, expected):
@@ -62,7 +62,7 @@ def test_accepted(accept, string, expected):
     (integer(0, 5), "-1", "-1: must be between 0 and 5"),
     (one_of(("a", "b")), "c", "c: must be one of a, b"),
     (one_of(("a", "b")), "", "^is empty; give a value"),
-    (file_path, "", "is empty; give a value, or leave it out"),
+    (nonempty, "", "is empty; give a value, or leave it out"),
     (number(0, 1, above=True), "0", "0: must be above 0 and at most 1"),
     (number(0, 1, above=True), "-0.0", "-0.0: must be above 0 and at most 1"),
     (number(0, 1, above=True), "nan", "nan: must be above 0"),

@@ -294,7 +294,7 @@ def test_a_vae_that_is_not_finished_or_none_at_all():
     begun = stored("--arch", "vae", "--steps", "9", "--flip", "--image-size", "32")
     with pytest.raises(ValueError, match="of 9 steps, .* is not finished, and goes on by: python train.py "
                                          "--arch vae --data shapes --flip --steps 9, or remove"):
-        settings.vae_settings(parse(["--arch", "dit"]), begun, finished=False)
+        settings.vae_settings(parse(["--arch", "dit"]), begun, is_finished=lambda: False)
     begun = stored("--arch", "dit", "--name", "shapes-vae")
     with pytest.raises(ValueError, match="runs/shapes-vae holds a dit, .* goes on by: python train.py --arch "
                                          "dit --data shapes --name shapes-vae; give another --runs-dir"):
