@@ -25,6 +25,7 @@ class DDPM:
     """The path and its loss.
 
     prediction: what the network returns, "eps", "v" or "x0".
+    loss_space: the same three names: of which of them the squared error is the loss. None: of the prediction.
     schedule: the noise added at each step; see `betas`.
     min_snr: gamma of Hang et al., or None for the unweighted loss.
     zero_terminal_snr: rescale the schedule so that alpha_1000 = 0.
@@ -33,9 +34,11 @@ class DDPM:
     Raises ValueError for an option out of range and for eps prediction with zero terminal SNR."""
 
     def __init__(self, prediction: str = "eps", schedule: str = "scaled_linear", min_snr: float | None = None,
-                 zero_terminal_snr: bool = False, learned_variance: bool = False):
-        check_options(prediction, min_snr, zero_terminal_snr)
+                 zero_terminal_snr: bool = False, learned_variance: bool = False,
+                 loss_space: str | None = None):
+        check_options(prediction, min_snr, zero_terminal_snr, loss_space)
         self.prediction = prediction
+        self.loss_space = loss_space or prediction
         self.min_snr = min_snr
         self.learned_variance = learned_variance
         self.table = alpha2_sigma2(schedule, zero_terminal_snr)     # (2, 1001) float64
@@ -96,14 +99,20 @@ class DDPM:
         return alpha * xt - sigma * raw, sigma * xt + alpha * raw
 
     def weight(self, t: Tensor) -> Tensor:
-        """(B,) loss weight: 1, or Hang et al.'s min(SNR, gamma), which is meant for an error in x0, converted
-        to this prediction: |eps error|^2 = SNR |x0 error|^2 and |v error|^2 = (SNR + 1) |x0 error|^2.
+        """(B,) what the squared error of the prediction is multiplied by to become the loss: 1, or what turns
+        it into an error in the loss space, or Hang et al.'s min(SNR, gamma), which is meant for an error in
+        x0, converted to this prediction: |eps error|^2 = SNR |x0 error|^2 and |v error|^2 = (SNR + 1) of it.
 
-        With zero terminal SNR, the weight for v and x0 vanishes at t = 1, where sampling starts, so do not
-        combine it with min-SNR."""
-        if self.min_snr is None:
+        With zero terminal SNR, the min-SNR weight for v and x0 vanishes at t = 1, where sampling starts, so
+        do not combine the two."""
+        if self.loss_space == self.prediction and self.min_snr is None:
             return torch.ones_like(t)
         alpha, sigma = self.alpha_sigma(t)
+        if self.loss_space != self.prediction:
+            # At a given xt, the errors of x0, eps and v are as sigma : alpha : 1. The divisor is at least
+            # 0.05: an error in x0 says nothing at sigma = 0.
+            sizes = {"x0": sigma, "eps": alpha, "v": torch.ones_like(t)}
+            return (sizes[self.loss_space] / sizes[self.prediction].clamp(min=0.05)) ** 2
         snr = (alpha / sigma) ** 2
         if self.prediction == "eps":
             return (self.min_snr / snr).clamp(max=1.0)   # min(SNR, gamma) / SNR, which is 1 at SNR = 0
@@ -278,10 +287,15 @@ def like(a: Tensor, x: Tensor) -> Tensor:
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
-def check_options(prediction: str, min_snr: float | None, zero_terminal_snr: bool) -> None:
+def check_options(prediction: str, min_snr: float | None, zero_terminal_snr: bool,
+                  loss_space: str | None = None) -> None:
     """Raise ValueError for options of DDPM that do not define a path and its loss."""
-    if prediction not in ("eps", "v", "x0"):
-        raise ValueError(f"prediction {prediction!r}: the diffusion path has eps, v and x0")
+    for name, value in (("prediction", prediction), ("loss_space", loss_space or prediction)):
+        if value not in ("eps", "v", "x0"):
+            raise ValueError(f"{name} {value!r}: the diffusion path has eps, v and x0")
+    if loss_space and loss_space != prediction and min_snr is not None:
+        raise ValueError(f"loss_space {loss_space} with min_snr {min_snr}: each is a weight of the loss; "
+                         "give one of them")
     if prediction == "eps" and zero_terminal_snr:
         raise ValueError("eps prediction with zero terminal SNR: where alpha = 0, eps does not determine x0; "
                          "use v or x0")

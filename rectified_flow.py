@@ -22,6 +22,7 @@ class RectifiedFlow:
     """The path and its loss.
 
     prediction: what the network returns, "velocity", or "v", "x0" or "eps" as on any path.
+    loss_space: the same four names: of which of them the squared error is the loss. None: of the prediction.
     density: the density of the training times, never a weight of the loss; see `density_quantile`.
     mean, std: parameters of the density "logit_normal".
     mode_scale: parameter of the density "mode", between -1 and 2 / (pi - 2).
@@ -29,9 +30,11 @@ class RectifiedFlow:
     Raises ValueError if any of them is out of range."""
 
     def __init__(self, prediction: str = "velocity", density: str = "logit_normal", mean: float = 0.0,
-                 std: float = 1.0, mode_scale: float = 1.29, shift: float = 1.0):
-        check_options(prediction, density, mean, std, mode_scale, shift)
+                 std: float = 1.0, mode_scale: float = 1.29, shift: float = 1.0,
+                 loss_space: str | None = None):
+        check_options(prediction, density, mean, std, mode_scale, shift, loss_space)
         self.prediction = prediction
+        self.loss_space = loss_space or prediction
         self.density = density
         self.mean = mean
         self.std = std
@@ -65,7 +68,18 @@ class RectifiedFlow:
         alpha, sigma = self.alpha_sigma(like(t, x0))
         xt = alpha * x0 + sigma * eps
         raw = model(xt, t, **cond)[:, :x0.shape[1]]
-        return (raw.float() - self.target(x0, eps, t)).square().flatten(1).mean(1)
+        error = (raw.float() - self.target(x0, eps, t)).square().flatten(1).mean(1)
+        return error if self.loss_space == self.prediction else self.weight(t) * error
+
+    def weight(self, t: Tensor) -> Tensor:
+        """(B,) what the squared error of the prediction is multiplied by to become that of the loss space.
+
+        At a given xt, x0 determines eps and with them all the others, so their errors are proportional: those
+        of x0, eps, velocity and v are as sigma : alpha : 1 : alpha^2 + sigma^2. The divisor is at least 0.05:
+        an error in x0 says nothing at sigma = 0 (Li & He 2025, arXiv:2511.13720, section 4)."""
+        alpha, sigma = self.alpha_sigma(t)
+        sizes = {"x0": sigma, "eps": alpha, "velocity": torch.ones_like(t), "v": alpha**2 + sigma**2}
+        return (sizes[self.loss_space] / sizes[self.prediction].clamp(min=0.05)) ** 2
 
     def to_x0_eps(self, raw: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output at (xt, t) as the pair (x0, eps) for which alpha * x0 + sigma * eps = xt."""
@@ -139,10 +153,11 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 
 
 def check_options(prediction: str, density: str, mean: float, std: float, mode_scale: float,
-                  shift: float) -> None:
+                  shift: float, loss_space: str | None = None) -> None:
     """Raise ValueError for options of RectifiedFlow that do not define a path."""
-    if prediction not in ("velocity", "v", "x0", "eps"):
-        raise ValueError(f"prediction {prediction!r}: the straight path has velocity, v, x0 and eps")
+    for name, value in (("prediction", prediction), ("loss_space", loss_space or prediction)):
+        if value not in ("velocity", "v", "x0", "eps"):
+            raise ValueError(f"{name} {value!r}: the straight path has velocity, v, x0 and eps")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift {shift}: must be positive and finite")
     if not 0 < std < math.inf:
