@@ -1,5 +1,6 @@
 """ddpm.py and rectified_flow.py against closed forms."""
 
+import itertools
 import math
 
 import numpy as np
@@ -296,3 +297,43 @@ def test_learned_variance_loss():
     torch.testing.assert_close(pair, both)
     with pytest.raises(ValueError, match="not trained"):
         path.fraction(raw[:, :2], xt)
+
+
+# ---- the space of the loss
+
+@pytest.mark.parametrize("kind, names", [(RectifiedFlow, ("velocity", "v", "x0", "eps")),
+                                         (DDPM, ("eps", "v", "x0"))])
+def test_the_loss_may_be_taken_in_another_space(kind, names):
+    """It is the squared error that the prediction's own pair (x0, eps) has there."""
+    x0, eps, guess = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64).float().double()
+    t = f64(0.2, 0.4, 0.7, 0.9)
+    for prediction, space in itertools.product(names, names):
+        path = kind(prediction, loss_space=space)
+        alpha, sigma = path.alpha_sigma(t.view(-1, 1, 1, 1))
+        pair = path.to_x0_eps(guess, alpha * x0 + sigma * eps, t)
+        error = kind(space).target(*pair, t) - kind(space).target(x0, eps, t)
+        loss = path.loss(lambda xt, t: guess, x0, t=t, eps=eps)
+        torch.testing.assert_close(loss, error.square().flatten(1).mean(1), rtol=1e-9, atol=0)
+    # the default is the prediction's own, to the bit
+    assert torch.equal(kind(names[0]).loss(lambda xt, t: guess, x0, t=t, eps=eps),
+                       kind(names[0], loss_space=names[0]).loss(lambda xt, t: guess, x0, t=t, eps=eps))
+
+
+def test_where_the_loss_space_would_be_infinite():
+    """An x0 prediction at sigma = 0 and an eps prediction at alpha = 0: the factor ends at 1 / 0.05."""
+    path = RectifiedFlow("x0", loss_space="velocity")
+    torch.testing.assert_close(path.weight(f64(0.0, 0.01, 0.05, 0.5, 1.0)), f64(400, 400, 400, 4, 1))
+    path = RectifiedFlow("eps", loss_space="velocity")
+    torch.testing.assert_close(path.weight(f64(0.0, 0.5, 0.98)), f64(1, 4, 400))
+    path = DDPM("x0", loss_space="v", schedule="linear")
+    assert path.weight(f64(0.001)).item() == pytest.approx(1 / 0.05**2)                  # sigma is 0.01
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: RectifiedFlow(loss_space="score"), "loss_space 'score': the straight path has"),
+    (lambda: DDPM(loss_space="velocity"), "loss_space 'velocity': the diffusion path has"),
+    (lambda: DDPM("v", min_snr=5.0, loss_space="x0"), "loss_space x0 with min_snr 5.0: each is a weight"),
+])
+def test_loss_spaces_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
