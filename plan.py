@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import conditioning
+import ema
 import published
 import settings
 from cli import program
@@ -429,7 +430,7 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     pictures = {f"{count:,} pictures of {height} x {width}": count * pixels}
     have = settings.memory(plan.device)
 
-    # ---- memory of the device: 20 bytes a weight for value, gradient, average and AdamW's two moments
+    # ---- memory of the device: 4 bytes a weight for value, gradient, AdamW's two moments, and each average
     for trained, model in ((plan.vae_args, autoencoder), (args, network)):
         if trained is None:                                # no VAE is trained first
             continue
@@ -439,7 +440,8 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
             batch //= 2                                    # autocast keeps most in bf16
         if trained.compile:
             batch //= 2                                    # a compiled block keeps less, computes it again
-        need = {"the weights and their optimizer": 20 * sum(p.numel() for p in model.parameters()),
+        copies = 4 + len(ema.widths_kept(trained.ema))
+        need = {"the weights and their optimizer": 4 * copies * sum(p.numel() for p in model.parameters()),
                 f"a batch of {piece:,}": batch}
         if plan.device.type == "cpu" and not plan.folder:  # a folder's pictures are memory-mapped
             need |= pictures
@@ -452,7 +454,7 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
                             "give a smaller --image-size")
 
     # ---- the disk: a checkpoint is replaced by a second one, and caches are kept
-    need = {"two checkpoints": 2 * 16 * parameters}
+    need = {"two checkpoints": 2 * 4 * (3 + len(ema.widths_kept(args.ema))) * parameters}
     if plan.folder and not (plan.cache_dir / "images.npy").is_file():
         need[f"{count:,} decoded pictures"] = 3 * count * pixels
     if not (plan.cache_dir / "latents.npy").is_file():     # mean and deviation in fp16, mirrored or not

@@ -30,6 +30,7 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+import ema
 import published
 import settings
 from cli import Flag, make_parser, nonempty, program
@@ -276,6 +277,12 @@ def is_size(value: object) -> bool:
         is_count(side) and 0 < side < 10**9 for side in value)
 
 
+def is_averages(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and set(entry) == {"width", "state"} and type(entry["width"]) is float
+        and 0 < entry["width"] <= ema.WIDEST and is_state(entry["state"]) for entry in value)
+
+
 def is_text(value: object) -> bool:
     """None, or a text encoder, each kind with what it needs."""
     needs = {"bytes": ("config", dict), "clip": ("path", str), "t5": ("path", str), "none": ("encoder", str)}
@@ -295,7 +302,7 @@ PARTS = {                                              # of every checkpoint: wh
                                            and is_state(value.get("state"))),
     "model": is_state, "ema": is_state}
 OPTIONAL = {                                           # and of some
-    "text": is_text, "training": lambda value: value is None or is_config(value),
+    "text": is_text, "averages": is_averages, "training": lambda value: value is None or is_config(value),
     "data.prompts": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)}
 TRAINING = ("optimizer", "rng", "data", "finished")    # under "training", to continue it
 DEPTHS = ("depth", "single_depth", "layers")           # fields of configurations that count layers
@@ -383,7 +390,8 @@ def check_networks(checkpoint: dict, file: Path) -> None:
     """Raise ValueError where the weights do not fit the networks of their configurations, or have values that
     are not numbers. The networks are built without memory for their weights."""
     parts = [(checkpoint["arch"], checkpoint["config"], checkpoint["text"],
-              [checkpoint["model"], checkpoint["ema"]])]
+              [checkpoint["model"], checkpoint["ema"],
+               *(average["state"] for average in checkpoint.get("averages", ()))])]
     if checkpoint["vae"]:
         parts.append(("vae", checkpoint["vae"]["config"], None, [checkpoint["vae"]["state"]]))
     for arch, config, text, states in parts:
@@ -417,6 +425,38 @@ def check_networks(checkpoint: dict, file: Path) -> None:
                              f"where its network has {rows}; use another copy")
 
 
+def average_of_width(run: str, checkpoint: dict, width: float) -> dict:
+    """The averaged weights that a training would have had with `--ema width`, from those that it has kept, in
+    `checkpoint` and in the checkpoint-STEP.pt of the folder `run`. Raises ValueError with a line for the user
+    where they cannot make it."""
+    if not checkpoint.get("averages"):
+        raise ValueError(f"--ema {width:g}: {run} has no averages of which another can be made; its training "
+                         f"needs an --ema of at most {ema.WIDEST / 2}")
+    sources = [checkpoint]
+    for file in sorted(Path(run).glob("checkpoint-*.pt")):         # none if `run` is a file
+        sources.append(load_checkpoint(file))
+    profiles, states = [], []
+    for source in sources:
+        for average in source.get("averages", ()):
+            profile = (source["step"], ema.gamma_of(average["width"]))
+            if profile not in profiles and source["step"] <= checkpoint["step"]:
+                profiles.append(profile)
+                states.append(average["state"])
+
+    def combination(width: float) -> tuple[list[float], float]:
+        wanted = (checkpoint["step"], ema.gamma_of(width))
+        weights = ema.coefficients(profiles, wanted)
+        return weights, ema.distance(profiles, weights, wanted)
+
+    weights, distance = combination(width)
+    if distance > 0.1:
+        possible = [i / 1000 for i in range(1, int(1000 * ema.WIDEST)) if combination(i / 1000)[1] <= 0.1]
+        raise ValueError(f"--ema {width:g}: the averages that {run} has kept make those between "
+                         f"{min(possible)} and {max(possible)}; give one of these, or train with --keep, "
+                         "which leaves more")
+    return ema.combine(states, weights)
+
+
 def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
     """A published network and its VAE, in the form of a checkpoint. Raises ValueError with a line for the
     user."""
@@ -437,17 +477,29 @@ def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
 class State:
     """The parts of a run that training steps change."""
     model: torch.nn.Module
-    ema: torch.nn.Module                               # the model with averaged weights
+    averages: dict[float, torch.nn.Module]             # by --ema's length: the model with averaged weights
     optimizer: torch.optim.Optimizer
     device: torch.device
 
+    @property
+    def ema(self) -> torch.nn.Module:
+        """The average that is validated, drawn from and exported."""
+        return next(iter(self.averages.values()))
+
     @torch.no_grad()
-    def average(self, decay: float) -> None:
-        # ema = decay * ema + (1 - decay) * model, for all weights in one call
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+    def average(self, step: int) -> None:
+        """Add the weights of this step, from 1, to the averages."""
+        weights = list(self.model.parameters())
+        for length, network in self.averages.items():
+            # average = share * average + (1 - share) * weights, for all weights in one call
+            torch._foreach_lerp_(list(network.parameters()), weights, 1 - ema.remains(length, step))
 
     def weights(self) -> dict:
-        return {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+        parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+        if len(self.averages) > 1:                     # "ema" is one of them; a file holds a tensor only once
+            parts["averages"] = [{"width": length, "state": network.state_dict()}
+                                 for length, network in self.averages.items()]
+        return parts
 
     def training(self) -> dict:
         """What a resumed run needs besides the weights. The position in the data is not among it, because
@@ -462,7 +514,13 @@ class State:
                 raise ValueError(f"{what}: its network has {name} {getattr(theirs, name)}, where these "
                                  f"settings make it {value}; give the settings that it began with")
         load_weights(self.model, saved["model"], what)
-        load_weights(self.ema, saved["ema"], what)
+        kept = {average["width"]: average["state"] for average in saved.get("averages", ())}
+        for length, network in self.averages.items():
+            state = saved["ema"] if network is self.ema else kept.get(length)
+            if state is None:
+                raise ValueError(f"{what}: damaged, or of another version: it lacks the average of width "
+                                 f"{length:g}; use another --name")
+            load_weights(network, state, what)
         training = saved["training"]
         try:
             self.optimizer.load_state_dict(training["optimizer"])

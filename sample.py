@@ -35,11 +35,13 @@ from tqdm import tqdm
 import conditioning
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
+from ema import WIDEST
 from files import (Unfinished, check_space, check_writable, digest, fingerprint_tensors, unfinished_file,
                    write_atomically, write_npz)
 from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
 from published import load_weights
-from run import build_model, build_path, graphed, load_checkpoint, load_published, unpack_vae
+from run import (average_of_width, build_model, build_path, graphed, load_checkpoint, load_published,
+                 unpack_vae)
 from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
 from settings import OBJECTIVES, check_compiler, check_room, memory, pick_device, published_model
 from vae import VAE
@@ -58,6 +60,8 @@ FLAGS = {
         Flag("--vae", "the published model's VAE: a file, or a diffusers folder", nonempty,
              metavar="PATH"),
         Flag("--raw", "the run's raw weights, not their average"),
+        Flag("--ema", "width of the average, relative to the training: made of those that the run has kept "
+                      "(default: the --ema of the training)", number(0, WIDEST, above=True), metavar="WIDTH"),
     ],
     "what to draw": [
         Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
@@ -213,8 +217,12 @@ def check_flags(args: argparse.Namespace) -> None:
         if args.init_image and len(args.init_image) > 1:
             behind = "; --init-image takes all names behind it, so name a run before it"
         raise ValueError(f"give a run, or --published NAME with its --weights FILE and --vae PATH{behind}")
-    if args.raw and args.published:
-        raise ValueError(f"--raw with --published {args.published}: a published file has one set of weights")
+    for flag, value in (("--raw", args.raw), (f"--ema {args.ema}", args.ema)):
+        if value and args.published:
+            raise ValueError(f"{flag} with --published {args.published}: a published file has one set of "
+                             "weights")
+    if args.raw and args.ema:
+        raise ValueError(f"--raw with --ema {args.ema}: the weights themselves, or an average; give one")
 
     sampler_options(args)
     low, high = args.interval                              # each in [0, 1], by its type
@@ -444,7 +452,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the network, the VAE and their inputs
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
-    load_weights(model, checkpoint["model" if args.raw else "ema"], what).to(device).eval()
+    weights = checkpoint["model" if args.raw else "ema"]
+    if args.ema:
+        weights = average_of_width(args.run, checkpoint, args.ema)
+    load_weights(model, weights, what).to(device).eval()
     vae = vae.to(device)
     shape = (vae.config.latent_channels, size[0] // vae.factor, size[1] // vae.factor)
     image, mask = read_image_and_mask(args, size, vae.config.image_channels)

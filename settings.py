@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 import dit
+import ema
 import mmdit
 import published
 import text
@@ -49,6 +50,14 @@ def published_model(string: str) -> str:
         raise argparse.ArgumentTypeError(f"{string}: known are {largest}, and the sizes s, b, l, xl at patch "
                                          "2, 4, 8")
     return string
+
+
+def average_length(string: str) -> float:
+    length = number(0, 1)(string)
+    if ema.WIDEST / 2 < length < ema.CONSTANT:
+        raise argparse.ArgumentTypeError(f"{string}: must be a width of at most {ema.WIDEST / 2}, or a decay "
+                                         f"of at least {ema.CONSTANT}")
+    return length
 
 
 SIZE = 65_536      # of a side or a width: sizes beyond overflow before they can be refused with an estimate
@@ -204,7 +213,9 @@ FLAGS = {
              number(0, 1), 0.5),
         Flag("--weight-decay", "weight decay of matrices; norms, biases and gains have none", number(0, 1e9)),
         Flag("--clip", "norm to which larger gradients are clipped (default: 1)", number(1e-12), 1.0),
-        Flag("--ema", "decay of the averaged weights, after its warm-up", number(0, 1)),
+        Flag("--ema", "length of the average of the weights: its width relative to the training, at most "
+                      "0.14 (one twice as wide is kept too, so that sample.py --ema can choose), or a "
+                      "constant decay, at least 0.5; 0: none", average_length),
         Flag("--seed", "seed of weights, order and noise (default: 0)", integer(0, 2**62), 0),
     ],
     "machine and output": [

@@ -117,11 +117,12 @@ class Autoencoding:
         pairs = [torch.cat(pair) for pair in zip(x.split(16), again.split(16))]
         return grid(to_uint8(torch.cat(pairs)), columns=min(16, len(x)))
 
-    def finish(self, model: VAE, ema: VAE) -> None:
-        """Measure the scale of the latents, once, with the averaged weights, which later runs use."""
-        mean, var = encode_latents(self.args, ema, self.data, self.cache_dir).statistics()
-        ema.set_latent_statistics(mean, var)
-        model.set_latent_statistics(mean, var)
+    def finish(self, networks: list[VAE]) -> None:
+        """Measure the scale of the latents, once, with the averaged weights, which later runs use. networks:
+        the trained one and its averages, of which later runs use the first."""
+        mean, var = encode_latents(self.args, networks[1], self.data, self.cache_dir).statistics()
+        for network in networks:
+            network.set_latent_statistics(mean, var)
 
 
 class Denoising:
@@ -194,7 +195,7 @@ class Denoising:
                                        scale=2.0 if self.conditioning.guidable else 1.0))
         return grid(np.concatenate(images), asked.columns, captions=asked.captions)
 
-    def finish(self, model: torch.nn.Module, ema: torch.nn.Module) -> None:
+    def finish(self, networks: list[torch.nn.Module]) -> None:
         pass                                                           # nothing is left to measure
 
 

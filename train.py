@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import conditioning
+import ema
 import settings
 from cli import program, signals
 from data import Dataset, batch_indices, load_data
@@ -107,7 +108,8 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     # Convolutions are faster with the channels last, except in a bf16 U-Net on the CPU.
     if args.arch == "vae" or (args.arch == "unet" and plan.device.type == "cuda"):
         model = model.to(memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    averages = {length: copy.deepcopy(model).eval().requires_grad_(False)
+                for length in ema.widths_kept(args.ema)}
     # Weight decay applies to matrices only, as usual; biases and the gains of norms are not decayed.
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -116,13 +118,13 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     # The second beta is 0.95, because 0.999 would average over more steps than a short run has. A fused
     # optimizer updates all weights in one kernel; it is not used on MPS.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=plan.device.type != "mps", betas=(0.9, 0.95))
-    # After the copy, because the averaged model is never trained and needs neither.
+    # After the copies, because an averaged model is never trained and needs neither.
     if args.grad_checkpoint:
         checkpoint_blocks(model)
     if args.compile:
         compile_blocks(model)
         print("--compile: the first step compiles the network, which can take minutes", flush=True)
-    return State(model, ema, optimizer, plan.device)
+    return State(model, averages, optimizer, plan.device)
 
 
 def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False) -> int:
@@ -178,7 +180,6 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     # ---- setup
     run = plan.run
     state = new_state(args, task, plan)
-    model, ema = state.model, state.ema
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
     start, rise, changed = 0, 0, []
@@ -201,7 +202,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     # Print what runs, where and from which step: it may not be what the user remembers.
     for line in changed:
         print(f"{run.folder}: {line}")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(data):,} pictures; "
           f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory for "
           f"weights, optimizer and a batch; step {start:,} of {args.steps:,}", flush=True)
@@ -212,14 +213,14 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step",
                    mininterval=0.5)
         for step in bar:
-            # -- one step; then the weights are averaged, at first over few steps
+            # -- one step; then its weights join the averages
             rate = learning_rate(step, args, rise)
             batch = batch_indices(len(data), args.batch_size, step, args.seed)   # a pure function of the step
             unread.append(update(args, plan, task, state, batch, rate))
-            state.average(decay=min(args.ema, (step + 1) / (step + 10)))
+            done = step + 1
+            state.average(done)
 
             # -- say how long it will take, once the first steps, which are slower, are over
-            done = step + 1
             if done == start + 5:
                 began = time.monotonic()
             if done == start + 25:
@@ -251,9 +252,10 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
                 return 128 + stop[0]
 
     # ---- finish: samples from the averaged weights, in fp32, which any machine reproduces
-    task.finish(model, ema)
+    task.finish([state.model, *state.averages.values()])
     with torch.no_grad():
-        attempt("samples.png", lambda: run.save_picture("samples.png", task.preview(ema, [], SAMPLE_ROWS)))
+        attempt("samples.png", lambda: run.save_picture("samples.png",
+                                                        task.preview(state.ema, [], SAMPLE_ROWS)))
     attempt("loss.png", run.plot_loss)
     save(args.steps, finished=True)
     return 0

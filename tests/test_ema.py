@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ema import coefficients, combine, decay, gamma_of, inner_product
+from ema import coefficients, combine, decay, distance, gamma_of, inner_product, remains, widths_kept
 
 
 def profile(tau, step, gamma):
@@ -53,6 +53,33 @@ def test_what_was_kept_is_rebuilt_exactly():
     kept = [(1000, gamma_of(0.05)), (1000, gamma_of(0.1)), (500, gamma_of(0.05)), (500, gamma_of(0.1))]
     for i, wanted in enumerate(kept):
         assert coefficients(kept, wanted) == pytest.approx(np.eye(4)[i], abs=1e-6)
+
+
+def test_the_combination_is_an_average():
+    """Its shares sum to 1, so weights that training does not move stay as they are; among such combinations
+    it is the nearest, and the distance is that of the profiles."""
+    kept = [(1000, gamma_of(0.05)), (1000, gamma_of(0.1))]
+    tau = (np.arange(100_000) + 0.5) / 100
+    for width in (0.03, 0.07, 0.15):
+        wanted = (1000, gamma_of(width))
+        weights = coefficients(kept, wanted)
+        assert sum(weights) == pytest.approx(1, abs=1e-12)
+
+        def apart(shares):
+            made = sum(share * profile(tau, *a) for share, a in zip(shares, kept))
+            target = profile(tau, *wanted)
+            return (((made - target) ** 2).sum() / (target**2).sum()) ** 0.5
+
+        assert distance(kept, weights, wanted) == pytest.approx(apart(weights), rel=1e-4)
+        for change in (0.01, -0.01):
+            assert apart(weights) < apart([weights[0] + change, weights[1] - change])
+
+
+def test_what_a_length_means():
+    assert widths_kept(0.05) == [0.05, 0.1] and widths_kept(0.999) == [0.999] and widths_kept(0.0) == [0.0]
+    assert [remains(0.999, step) for step in (1, 10, 10**6)] == [0.1, 10 / 19, 0.999]
+    assert remains(0.05, 1) == 0 and remains(0.05, 100) == 0.99 ** (gamma_of(0.05) + 1)
+    assert remains(0.0, 5) == 0
 
 
 def test_another_length_from_snapshots():

@@ -507,14 +507,16 @@ def test_an_objective_of_another_version(objective, message):
 
 def test_a_network_that_only_its_configuration_shows_to_be_another():
     model = run.build_model("dit", {"width": 32, "depth": 1, "heads": 2})
-    state = run.State(model, copy.deepcopy(model), torch.optim.AdamW(model.parameters()),
-                      torch.device("cpu"))
+    averages = {0.1: copy.deepcopy(model), 0.2: copy.deepcopy(model)}
+    state = run.State(model, averages, torch.optim.AdamW(model.parameters()), torch.device("cpu"))
     saved = {"arch": "dit", "config": {"width": 32, "depth": 1, "heads": 2}, **copy.deepcopy(state.weights()),
              "training": state.training()}
     state.restore(saved, "c.pt")                                   # a field that it lacks has its default
     for other in ({"heads": 4}, {"qk_norm": False}, {"rope_theta": 1e4}):
         with pytest.raises(ValueError, match=f"c.pt: its network has {next(iter(other))}"):
             state.restore(saved | {"config": saved["config"] | other}, "c.pt")
+    with pytest.raises(ValueError, match="c.pt: damaged, .*lacks the average of width 0.2;"):
+        state.restore(saved | {"averages": saved["averages"][:1]}, "c.pt")
     for part in ({"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}},
                  {"rng": torch.zeros(3)}):
         with pytest.raises(ValueError, match="c.pt: damaged, or of another version: its optimizer"):

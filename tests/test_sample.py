@@ -41,6 +41,41 @@ def test_pictures_do_not_depend_on_the_batch(cwd):
     assert np.abs(a[1] - b[0]).max() <= 1 and np.abs(a[0] - b[0]).max() > 3     # picture i is seed + i
 
 
+def test_the_length_of_the_average_is_chosen_afterwards(cwd):
+    """A width that was kept draws the same; another is what a training with it would have had, the closer
+    the more checkpoints are kept; and what is too far from all of them is refused."""
+    flags = ["--arch", "dit", *ON_VAE, "--steps", "40", "--save-every", "10"]
+    train.main([*flags, "--ema", "0.1", "--name", "widths", "--keep", "4"])
+    train.main([*flags, "--ema", "0.13", "--name", "direct"])
+
+    def drawn(run_or_file, *more):
+        sample.main([run_or_file, "--n", "4", "--steps", "3", *more, "--out", "w.npz"])
+        return np.load("w.npz")["arr_0"]
+
+    plain = drawn("runs/widths")
+    assert (drawn("runs/widths", "--ema", "0.1") == plain).all()
+    assert (drawn("runs/widths", "--ema", "0.2") != plain).any()
+    shutil.copy("runs/widths/checkpoint.pt", "alone.pt")
+    saved, direct = run.load_checkpoint("alone.pt"), run.load_checkpoint("runs/direct")["ema"]
+    # exact is what the running average gives; profiles are a continuous approximation to it
+    errors = []
+    for source in ("alone.pt", "runs/widths"):
+        made = run.average_of_width(source, saved, 0.13)
+        errors.append(max((made[name] - weight).abs().max() for name, weight in direct.items()))
+    moved = max((saved["model"][name] - weight).abs().max() for name, weight in direct.items())
+    assert errors[1] < errors[0] < 0.25 * moved
+    assert (drawn("runs/widths", "--ema", "0.13") == drawn("runs/widths", "--ema", "0.13")).all()
+    for source, width, message in (
+            ("alone.pt", "0.01", r"--ema 0.01: the averages that alone.pt has kept make those between "
+                                 r"0\.0\d+ and 0\.2\d*; give one of these, or train with --keep"),
+            ("runs/widths", "0.29", "--ema 0.29: must be above 0 and at most 0.28"),
+            ("runs/done", "0.1", "--ema 0.1: runs/done has no averages of which another can be made; its")):
+        with pytest.raises(ValueError, match=message):
+            sample.main([source, "--ema", width])
+    with pytest.raises(ValueError, match="--raw with --ema 0.1: the weights themselves, or an average"):
+        sample.main(["runs/widths", "--ema", "0.1", "--raw"])
+
+
 def test_output_kinds(cwd):
     arrays = draw("--n", "24", "--seed", "0", out="e.npz")
     assert (zipfile.ZipFile("e.npz").namelist() == ["arr_0.npy"]

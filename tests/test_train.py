@@ -30,6 +30,7 @@ import tasks
 import toys
 import train
 import vae as vae_file
+from ema import gamma_of
 
 TINY_VAE = ["--vae-preset", "tiny", "--vae-steps", "2"]       # of tests that train one themselves
 KILLS = int(os.environ.get("KILLS", 2))   # KILLS=20 for the long version
@@ -273,20 +274,33 @@ def test_a_jump_of_the_clock_is_not_in_the_minutes(cwd, monkeypatch, capsys):
     assert "runs/done is finished: 60 steps" in out and re.search(r"after 0\.\d minutes", out)
 
 
-def test_ema_and_learning_rate(cwd):
+@pytest.mark.parametrize("length, shares", [
+    ("0.998", [(1 / 10, 2 / 11, 3 / 12)]),                  # a constant decay, lower in the first steps
+    ("0", [(0, 0, 0)]),
+    ("0.1", [[(1 - 1 / step) ** (gamma + 1) for step in (1, 2, 3)]
+            for gamma in (gamma_of(0.1), gamma_of(0.2))])])
+def test_averages_of_the_weights(cwd, length, shares):
     """Three runs of 1, 2, 3 steps give the raw weights from which the averaged ones must follow."""
     raws = []
     for steps in (1, 2, 3):
+        name = f"ema{length}-{steps}"
         train.main(["--arch", "dit", *ON_VAE, "--steps", str(steps), "--cooldown", "0", "--warmup", "0",
-                    "--ema", "0.15", "--name", f"ema{steps}"])
-        raws.append(weights(f"runs/ema{steps}"))
+                    "--ema", length, "--name", name])
+        raws.append(weights(f"runs/{name}"))
+    saved = run.load_checkpoint(f"runs/{name}")
+    found = [average["state"] for average in saved.get("averages", [{"state": saved["ema"]}])]
+    assert len(found) == len(shares) and same(found[0], saved["ema"])
     torch.manual_seed(0)
-    want = {k: v.clone() for k, v in run.build_model(
-        "dit", run.load_checkpoint("runs/ema1")["config"]).state_dict().items()}
-    for raw, decay in zip(raws, (1 / 10, 0.15, 0.15)):      # (step + 1) / (step + 10), capped by --ema
-        want = {k: decay * v + (1 - decay) * raw[k] for k, v in want.items()}
-    for k, v in weights("runs/ema3", "ema").items():
-        torch.testing.assert_close(v, want[k], rtol=1e-5, atol=1e-7)
+    initial = {k: v.clone() for k, v in run.build_model("dit", saved["config"]).state_dict().items()}
+    for state, remaining in zip(found, shares):
+        want = initial
+        for raw, share in zip(raws, remaining):
+            want = {k: share * v + (1 - share) * raw[k] for k, v in want.items()}
+        for k, v in state.items():
+            torch.testing.assert_close(v, want[k], rtol=1e-4, atol=1e-7)
+
+
+def test_learning_rate():
     args = settings.parse(["--arch", "dit", "--steps", "100", "--lr", "1", "--warmup", "10",
                            "--cooldown", "0.5"])
     rates = [train.learning_rate(step, args) for step in range(100)]
