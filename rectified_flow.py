@@ -76,7 +76,7 @@ class RectifiedFlow:
 
         At a given xt, x0 determines eps and with them all the others, so their errors are proportional: those
         of x0, eps, velocity and v are as sigma : alpha : 1 : alpha^2 + sigma^2. The divisor is at least 0.05:
-        an error in x0 says nothing at sigma = 0 (Li & He 2025, arXiv:2511.13720, section 4)."""
+        an error in x0 says nothing at sigma = 0 (as Li & He 2025, arXiv:2511.13720, do)."""
         alpha, sigma = self.alpha_sigma(t)
         sizes = {"x0": sigma, "eps": alpha, "velocity": torch.ones_like(t), "v": alpha**2 + sigma**2}
         return (sizes[self.loss_space] / sizes[self.prediction].clamp(min=0.05)) ** 2
