@@ -195,6 +195,10 @@ FLAGS = {
              integer(1, SIZE), nargs="+", metavar="N"),
         Flag("--latent-channels", "channels of the latent (default: 4)", integer(1, SIZE), metavar="C"),
         Flag("--kl-weight", "weight of the KL term (default: 1e-5)", number(0, 1e9)),
+        Flag("--latent-noise", "noise on the decoder's input in training, relative to the latent's deviation "
+                               "(default: 0)", number(0, 10)),
+        Flag("--equivariance", "weight of reconstructing the picture at half its size from the latent at "
+                               "half its size (default: 0)", number(0, 100)),
         Flag("--vae-steps", "optimizer steps of the VAE, when it is trained before another network",
              integer(1), needs=NETWORK, instead="--steps"),
     ],
@@ -244,11 +248,13 @@ RESUMABLE = {flag.key for flag in ROWS.values() if flag.resumable}
 # Settings that may change on resume where the command names them, with effect from the next step on.
 CHANGEABLE = [flag.key for flag in ROWS.values() if flag.changeable]
 # What makes two VAEs different: not the seed, the precision or mirrored pictures.
-SAME_VAE = ("data", "image_size", "crop", "vae_preset", "vae_widths", "latent_channels", "kl_weight", "steps",
-            "batch_size", "lr", "warmup", "cooldown", "weight_decay", "clip", "ema")
+SAME_VAE = ("data", "image_size", "crop", "vae_preset", "vae_widths", "latent_channels", "kl_weight",
+            "latent_noise", "equivariance", "steps", "batch_size", "lr", "warmup", "cooldown", "weight_decay",
+            "clip", "ema")
 # What `resolve` fills in, so that it is never None.
 ALWAYS = ("arch", "image_size", "cond", "steps", "batch_size", "lr", "warmup", "weight_decay", "ema")
-VAE_DEFAULTS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5}
+VAE_DEFAULTS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5,
+                "latent_noise": 0.0, "equivariance": 0.0}
 
 
 def check_needs(flag: Flag, args: argparse.Namespace) -> None:

@@ -89,7 +89,8 @@ class Autoencoding:
         x = to_tensor(self.data.images[indices])                       # (B, C, H, W) in [-1, 1]
         if self.args.flip:                                             # each picture independently
             x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
-        loss, _ = model.loss(send(x, self.device), self.args.kl_weight)
+        loss, _ = model.loss(send(x, self.device), self.args.kl_weight, noise=self.args.latent_noise,
+                             equivariance=self.args.equivariance)
         return loss, loss.new_zeros(len(x))
 
     def validate(self, model: VAE, stop: list[int]) -> dict:

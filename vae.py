@@ -309,18 +309,34 @@ class VAE(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(var.clamp_min(1e-12).sqrt())   # a dead channel must not divide by zero
 
-    def loss(self, x: Tensor, kl_weight: float,
-             generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, x: Tensor, kl_weight: float, generator: torch.Generator | None = None, *,
+             noise: float = 0.0, equivariance: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) |error| + 2 error^2 per image value, plus kl_weight times KL per image value; and a dict to
         log: "psnr" in dB, "kl" in nats, "latent_std" (C,).
+
+        noise: the decoder is given latents with noise of up to this share of their deviation, another share
+        for each picture, as a sampled latent has errors too (Yang et al. 2025, arXiv:2507.15856).
+        equivariance: weight of the same error where latent and image are both scaled to half their size,
+        which removes detail from the latent that scaling would destroy (Kouzelis et al. 2025,
+        arXiv:2502.09509; Skorokhodov et al. 2025, arXiv:2502.14831).
 
         With the absolute error alone, training is stuck for long at a plain background without the small
         objects. Both terms are divided by the number of image values, so that `kl_weight` can be compared
         with the published 1e-6, which multiplies a sum and is added to a sum."""
+        def error(latent: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+            decoded = self.decode(latent)
+            difference = (decoded - image).flatten(1)
+            return (difference.abs() + 2 * difference.square()).mean(1), decoded
+
         posterior = self.encode(x)
-        recon = self.decode(posterior.sample(generator))
-        error = (recon - x).flatten(1)
-        reconstruction = (error.abs() + 2 * error.square()).mean(1)
+        z = posterior.sample(generator)
+        if noise:
+            share = noise * torch.rand(len(z), 1, 1, 1, device=z.device)
+            z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * torch.randn_like(z)
+        reconstruction, recon = error(z, x)
+        if equivariance:
+            half = [F.interpolate(part, scale_factor=0.5, mode="area") for part in (z, x)]
+            reconstruction = reconstruction + equivariance * error(*half)[0]
         kl = posterior.kl()
         logs = {"psnr": psnr(recon, x).mean(), "kl": kl.mean(),
                 "latent_std": posterior.mean.std(dim=(0, 2, 3))}

@@ -81,7 +81,7 @@ def test_options_are_arguments_of_their_path(name):
     """Every flag of an objective sets one option, and none belongs to another objective."""
     own = [flag for flag in settings.ROWS.values()
            if flag.option and name in flag.needs.get("objective", settings.OBJECTIVES)]
-    assert len(own) == len(settings.OBJECTIVES[name].flags) + 1                          # and --prediction
+    assert len(own) == len(settings.OBJECTIVES[name].flags) + 2                  # and --prediction, --loss
     for flag in own:
         assert flag.option in settings.OBJECTIVES[name].path.__init__.__code__.co_varnames, flag.name
         assert flag.settled and flag.needs["arch"] == ("dit", "mmdit", "unet")
@@ -106,7 +106,7 @@ def test_what_a_command_asks_for():
 def test_settings_that_a_published_model_decides():
     assert {flag.key for flag in settings.ROWS.values() if flag.settled} == {
         "preset", "prediction", "schedule", "min_snr", "zero_terminal_snr", "density", "density_mean",
-        "density_std", "mode_scale", "shift", "patch", "block", "conv", "text_encoder"}
+        "density_std", "mode_scale", "shift", "loss", "patch", "block", "conv", "text_encoder"}
 
 
 @pytest.mark.parametrize("name", settings.ARCHITECTURES)
