@@ -43,6 +43,8 @@ class UNetConfig:
 PRESETS = {
     "tiny": dict(widths=(32, 64), layers=1, attention=(False, True), groups=8),
     "small": dict(),
+    # of the same training FLOPs as dit.py's "small" in a latent of 8 x 8, for benchmarks/compare.py
+    "matched": dict(widths=(64, 80, 128), attention=(False, True, True)),
     "sd1": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, groups=32,
                 context_width=768, time_offset=-1.0),
     "sd2": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=(5, 10, 20, 20),
@@ -393,5 +395,5 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         with torch.device("meta"):                   # counts parameters without allocating them
             model = UNet(UNetConfig(**preset))
-        print(f"{name:6s} {sum(p.numel() for p in model.parameters()) / 1e6:7.1f} M parameters, "
+        print(f"{name:8s} {sum(p.numel() for p in model.parameters()) / 1e6:7.1f} M parameters, "
               f"widths {model.config.widths}")

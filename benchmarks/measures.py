@@ -1,0 +1,205 @@
+"""What benchmarks/compare.py measures of a run, in units that mean the same on every path.
+
+A raw loss compares nothing: it is an error in eps for one run and in the velocity for another. Every path
+becomes the straight one when xt is divided by alpha + sigma, at the time u = sigma / (alpha + sigma), and it
+then has the same signal-to-noise ratio. Errors and straightness are therefore measured in these coordinates.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import fashion_mnist
+from data import load_data, load_mnist
+from pictures import to_tensor
+from published import load_weights
+from run import build_model, build_path, load_checkpoint, load_vae, unpack_vae
+from samplers import SAMPLERS, guided, noise_like
+
+# Times u at which errors are measured: a path of diffusion ends at u = 0.94, before all is noise.
+FIRST, LAST = 0.02, 0.92
+
+
+# ---- what a training costs
+
+def training_flops(arch: str, config: dict, shape: tuple[int, int, int]) -> int:
+    """FLOPs of the forward and backward pass of one example, attention included; a multiplication and an
+    addition count as two. shape: of a latent, (C, h, w)."""
+    with torch.device("meta"):                             # counts without computing
+        model = build_model(arch, config)
+        x, t, y = torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    # written out, as the counter does not know every fused kernel of attention
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, t, y=y).square().mean().backward()
+    return counter.get_total_flops()
+
+
+# ---- a network in common units
+
+class Trained(NamedTuple):
+    model: torch.nn.Module       # with averaged weights
+    path: object
+    step: int
+    parameters: int
+    flops: int                   # of one example, forward and backward
+
+
+class Examples(NamedTuple):
+    x0: Tensor                   # (N, C, h, w), normalised latents
+    y: Tensor                    # (N,) labels
+
+
+def load_trained(file: Path) -> Trained:
+    """The network of a checkpoint, on the CPU."""
+    checkpoint = load_checkpoint(file)
+    model = load_weights(build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"]),
+                         checkpoint["ema"], str(file)).eval()
+    vae = unpack_vae(checkpoint["vae"])
+    shape = (vae.config.latent_channels, *(side // vae.factor for side in checkpoint["data"]["size"]))
+    return Trained(model, build_path(checkpoint["objective"]), checkpoint["step"],
+                   sum(p.numel() for p in model.parameters()),
+                   training_flops(checkpoint["arch"], checkpoint["config"], shape))
+
+
+@torch.no_grad()
+def examples(data: str, data_dir: Path, vae_run: Path, count: int = 512) -> Examples:
+    """The first validation pictures as latents of this VAE."""
+    vae = load_vae(vae_run)
+    val = load_data(data, "val", (32, 32), data_dir, vae_run)
+    parts = to_tensor(val.images[:count]).split(64)
+    x0 = torch.cat([vae.normalize(vae.encode(part).mean) for part in parts])
+    return Examples(x0, torch.from_numpy(np.asarray(val.labels[:count])).long())
+
+
+@torch.no_grad()
+def errors(trained: Trained, held_out: Examples) -> dict:
+    """Mean squared error of the x0 and of the straight path's velocity that the network implies, averaged
+    over times u between FIRST and LAST, and by quarters of them. The same examples, noise and signal-to-noise
+    ratios for every network, whatever its path and its prediction."""
+    n = len(held_out.x0)
+    generator = torch.Generator().manual_seed(0)
+    spread = (torch.arange(n, dtype=torch.float64) + 0.5) / n              # (N,) in (0, 1)
+    u = (FIRST + (LAST - FIRST) * spread)[torch.randperm(n, generator=generator)]
+    eps = torch.randn(held_out.x0.shape, generator=generator)
+    t = trained.path.t_at(torch.log((1 - u) / u)).float()
+    squares = []
+    for part in torch.arange(n).split(128):
+        x0, time = held_out.x0[part], t[part]
+        alpha, sigma = (each[:, None, None, None] for each in trained.path.alpha_sigma(time))
+        xt = alpha * x0 + sigma * eps[part]
+        raw = trained.model(xt, time, y=held_out.y[part])
+        guess, _ = trained.path.to_x0_eps(raw, xt, time)
+        squares.append((guess - x0).square().flatten(1).mean(1))
+    x0_error = torch.cat(squares).double()
+    # At a given xt, an error in x0 fixes that in eps and so that in eps - x0, which is 1 / u times as large.
+    velocity_error = x0_error / u**2
+    quarter = ((u - FIRST) / (LAST - FIRST) * 4).long().clamp(max=3)
+    by_time = [velocity_error[quarter == i].mean().item() for i in range(4)]
+    return {"x0": x0_error.mean().item(), "velocity": velocity_error.mean().item(),
+            "velocity_by_time": by_time}
+
+
+@torch.no_grad()
+def straightness(trained: Trained, shape: tuple[int, int, int], classes: int, count: int = 100,
+                 steps: int = 20) -> float:
+    """How far the velocity along sampled trajectories is from their chord: the mean square of the difference
+    per latent value, averaged over u; 0 if all are straight (Liu et al. 2022, arXiv:2209.03003)."""
+    path = trained.path
+    velocities = []
+    denoise = guided(trained.model, path, {"y": torch.arange(count) % classes})
+
+    def watched(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        x0, eps = denoise(xt, t)
+        velocities.append(eps - x0)
+        return x0, eps
+
+    start = noise_like(torch.empty(count, *shape), [torch.Generator().manual_seed(i) for i in range(count)])
+    times = path.times(steps)
+    end = SAMPLERS["euler"](watched, path, start, times)
+    alpha, sigma = path.alpha_sigma(times)
+    u = sigma / (alpha + sigma)                                            # (steps + 1,), falling to 0
+    chord = (start / (alpha[0] + sigma[0]) - end) / u[0]
+    squares = torch.stack([(velocity - chord).square().mean() for velocity in velocities]).double()
+    lengths = u[:-1] - u[1:]
+    return ((squares * lengths).sum() / lengths.sum()).item()
+
+
+def evaluations(sampler: str, steps: int, scale: float, path) -> int:
+    """How often this sampler evaluates the network for one picture; guidance evaluates it twice."""
+    calls = 0
+
+    def count(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return xt, torch.zeros_like(xt)
+
+    SAMPLERS[sampler](count, path, torch.zeros(1, 1), path.times(steps))
+    return calls * (1 if scale in (0.0, 1.0) else 2)
+
+
+def gradient_norms(records: list[dict]) -> dict:
+    """Median, spread (range of the middle half over the median) and maximum of the logged norms of the
+    gradient in the second half of a training. records: the lines of its metrics.jsonl."""
+    logged = [record for record in records if "grad_norm" in record]
+    if not logged:
+        return {}
+    half = logged[-1]["step"] / 2
+    norms = np.array([record["grad_norm"] for record in logged if record["step"] >= half])
+    low, median, high = np.quantile(norms, [0.25, 0.5, 0.75])
+    return {"median": float(median), "spread": float((high - low) / median), "max": float(norms.max())}
+
+
+# ---- judges: what a set of samples is worth
+
+class FashionMNIST:
+    """Agreement and Fréchet distance in the features of a classifier: see benchmarks/fashion_mnist.py."""
+
+    classes = 10
+
+    def __init__(self, data_dir: Path):
+        self.classifier = fashion_mnist.load_classifier(data_dir)
+        self.test = load_mnist("fashion-mnist", "val", (32, 32), data_dir)
+        self.reference, self.predicted = fashion_mnist.classify(self.classifier, self.test.images)
+        self.data_dir = data_dir
+
+    def score(self, images: np.ndarray) -> dict:
+        """images: uint8 (N, 32, 32, 1), of the classes 0, 1, .. 9 in turn."""
+        features, predicted = fashion_mnist.classify(self.classifier, images)
+        return {"agreement": float((predicted == np.arange(len(images)) % self.classes).mean()),
+                "frechet": fashion_mnist.frechet(features, self.reference)}
+
+    def floor(self, vae_run: Path, n: int) -> list[dict]:
+        """What no network on this VAE can exceed, and what real pictures score: on all and on n of them, as
+        the distance of fewer pictures is biased upward."""
+        restored = fashion_mnist.reconstruct(load_vae(vae_run), self.test.images)
+        # The border of 2 pixels is padding, not part of the picture.
+        error = (restored[:, 2:-2, 2:-2] / 255.0 - self.test.images[:, 2:-2, 2:-2] / 255.0) ** 2
+        psnr = float(np.mean(-10 * np.log10(error.mean((1, 2, 3)).clip(min=1e-12))))
+        train = load_mnist("fashion-mnist", "train", (32, 32), self.data_dir)
+        chosen = np.random.default_rng(0).permutation(len(train))[:len(self.test)]
+        ideal, _ = fashion_mnist.classify(self.classifier, train.images[chosen])
+        features, predicted = fashion_mnist.classify(self.classifier, restored)
+        agreement = float((predicted == self.test.labels).mean())
+        accuracy = float((self.predicted == self.test.labels).mean())
+        return [
+            {"label": "training images", "n": len(ideal), "agreement": accuracy,
+             "frechet": fashion_mnist.frechet(ideal, self.reference)},
+            {"label": "training images", "n": n, "frechet": fashion_mnist.frechet(ideal[:n], self.reference)},
+            {"label": "reconstructions of the test images", "n": len(features), "agreement": agreement,
+             "psnr": psnr, "frechet": fashion_mnist.frechet(features, self.reference)},
+            {"label": "reconstructions of the test images", "n": n,
+             "frechet": fashion_mnist.frechet(features[:n], self.reference)},
+        ]
+
+
+JUDGES = {"fashion-mnist": FashionMNIST}
