@@ -270,6 +270,36 @@ def test_vae_loss_is_reconstruction_plus_kl():
                - 10 * math.log10(4 / 0.01)) < 1e-4
 
 
+def test_vae_loss_with_noise_on_the_latent(monkeypatch):
+    """Each picture's latent gets noise of its own share of the channels' deviations, uniform up to the limit."""
+    model = randomize(VAE(VAEConfig(widths=(8, 8), groups=4, latent_channels=2))).float()
+    x = torch.rand(200, 3, 8, 8) * 2 - 1
+    given, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda z: given.append(z) or decode(z))
+    for noise in (0.0, 0.4):
+        torch.manual_seed(0)
+        model.loss(x, 0.1, torch.Generator().manual_seed(1), noise=noise)
+    z = model.encode(x).sample(torch.Generator().manual_seed(1))
+    assert torch.equal(given[0], z)
+    relative = (given[1] - z) / z.std(dim=(0, 2, 3), keepdim=True)
+    shares = relative.square().mean((1, 2, 3)).sqrt() / 0.4               # (200,)
+    assert 0 < shares.min() < 0.05 and 0.9 < shares.max() < 1.3 and abs(shares.mean() - 0.5) < 0.06
+    assert abs(relative.square().mean() - 0.4**2 / 3) < 0.01              # E[u^2] = 1/3
+    channels = relative.square().mean((0, 2, 3))
+    assert abs(channels[0] / channels[1] - 1) < 0.1                       # although their deviations differ
+
+
+def test_vae_loss_with_equivariance():
+    model = randomize(VAE(VAEConfig(widths=(8, 8), groups=4))).float()
+    x = torch.rand(2, 3, 8, 12) * 2 - 1
+    plain, _ = model.loss(x, 0.1, torch.Generator().manual_seed(1))
+    loss, _ = model.loss(x, 0.1, torch.Generator().manual_seed(1), equivariance=0.5)
+    z = model.encode(x).sample(torch.Generator().manual_seed(1))
+    small = [part.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5)) for part in (z, x)]
+    error = model.decode(small[0]) - small[1]
+    torch.testing.assert_close(loss - plain, 0.5 * (error.abs() + 2 * error.square()).mean((1, 2, 3)))
+
+
 def test_vae_attention_and_padding_written_out():
     layer = randomize(vae.Attention(8, 4))
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64)

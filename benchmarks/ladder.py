@@ -1,0 +1,282 @@
+"""Minutes to quality on two cores: what each change of the recipe gains on Fashion-MNIST, from nothing.
+
+    python benchmarks/ladder.py --list                       # the rungs and their commands (from the root)
+    python benchmarks/ladder.py --base dit --seeds 0 1       # measures every rung against the defaults
+    OMP_NUM_THREADS=1 python benchmarks/ladder.py --rungs default short-average     # two of them side by side
+    python benchmarks/ladder.py --table                      # the rows measured so far
+
+A rung is one flag, or two that only make sense together, added to a plain train.py or sample.py command. A
+rung that became a default is measured by taking it away. Each finished rung is one line of
+benchmarks/results/ladder.jsonl, with the minutes that its VAE and its network took; the same command goes on
+after an interruption, and nothing is measured twice. Rungs that differ only in sampling share a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.compare import Results, Stopped, call, last_step, stamp
+from benchmarks.measures import JUDGES
+from cli import program
+from files import locked, read_stamp, write_stamp
+
+RESULTS = Path(__file__).with_name("results") / "ladder.jsonl"
+DATA = "fashion-mnist"
+
+
+class Base(NamedTuple):
+    """What all rungs of a family have in common: flags of train.py and of sample.py."""
+    train: tuple[str, ...]
+    sample: tuple[str, ...]
+    agreement: float         # the target, which one and the same rung must reach ...
+    frechet: float           # ... with a distance of at most this
+    minutes: float           # on two cores, from nothing
+
+
+class Rung(NamedTuple):
+    what: str
+    train: tuple[str, ...] = ()              # flags of train.py, in addition to those of the base
+    vae: tuple[str, ...] = ()                # the same, but they change the VAE: it is trained anew
+    sample: tuple[str, ...] | None = None    # flags of sample.py, instead of those of the base
+
+
+BASES = {
+    "dit": Base(("--arch", "dit", "--objective", "rf", "--steps", "4000"),
+                ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=5.0, minutes=15),
+    "unet": Base(("--arch", "unet", "--objective", "ddpm", "--steps", "2500"),
+                 ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=8.0, minutes=15),
+}
+VAE_STEPS = 4500
+
+RUNGS = {
+    "default": Rung("the defaults of today"),
+    # sampling: no training of their own
+    "no-interval": Rung("guidance 2 at all times", sample=("--cfg", "2")),
+    "weaker": Rung("guidance 1.5 at all times", sample=("--cfg", "1.5")),
+    "unguided": Rung("no guidance", sample=("--cfg", "1")),
+    # training
+    "short-average": Rung("the weights are averaged over the last 3 % of the training",
+                          train=("--ema", "0.03")),
+    "average-0.06": Rung("the same, but over twice as much", train=("--ema", "0.03"),
+                         sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
+    "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
+    "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),
+    "x0-velocity": Rung("the network predicts x0, and the loss is that of the velocity",
+                        train=("--prediction", "x0", "--loss", "velocity")),
+    # the VAE
+    "latent-noise": Rung("the decoder is trained with noise on the latent", vae=("--latent-noise", "0.5")),
+    "equivariance": Rung("the VAE also reconstructs at half the size", vae=("--equivariance", "0.5")),
+    "three-channels": Rung("latents of three channels instead of four", vae=("--latent-channels", "3")),
+    "stronger-kl": Rung("ten times the KL weight", vae=("--kl-weight", "1e-4")),
+    "patch-1": Rung("four times as many tokens, and so fewer steps in the same time",
+                    train=("--patch", "1", "--steps", "1100")),
+}
+
+
+class Ladder:
+    """The rungs of one base, in one folder of runs."""
+
+    def __init__(self, base: str, runs: Path, results: Path, data_dir: Path, n: int,
+                 extra: tuple[str, ...] = (), vae_steps: int = VAE_STEPS):
+        self.name = base
+        self.base = BASES[base]
+        self.runs = runs
+        self.results = Results(results)
+        self.data_dir = data_dir
+        self.n = n
+        self.extra = extra                   # flags of train.py for every rung: a test makes it tiny
+        self.vae_steps = vae_steps
+        self.judge = None
+
+    # -- commands, as a user would type them
+
+    def folder(self, rung: Rung) -> Path:
+        """The folder of runs. Rungs with the same VAE share it, and so the VAE."""
+        return self.runs / ("-".join(rung.vae).replace("--", "") or "default")
+
+    def run(self, rung: Rung, seed: int) -> Path:
+        return self.folder(rung) / "-".join([self.name, *rung.train, str(seed)]).replace("--", "")
+
+    def shared_flags(self, rung: Rung) -> list[str]:
+        """Flags of train.py for the VAE and for the network."""
+        flags = ["--data", DATA, "--kl-weight", "1e-5", *rung.vae, "--runs-dir", str(self.folder(rung))]
+        if str(self.data_dir) != "data":
+            flags += ["--data-dir", str(self.data_dir)]
+        return flags
+
+    def vae_command(self, rung: Rung) -> list[str]:
+        """The VAE that the network's command would train first: alone, so that its minutes are known."""
+        return ["train.py", "--arch", "vae", *self.shared_flags(rung), "--steps", str(self.vae_steps)]
+
+    def train_command(self, rung: Rung, seed: int) -> list[str]:
+        return ["train.py", *self.base.train, *self.shared_flags(rung), "--vae-steps", str(self.vae_steps),
+                *rung.train, *self.extra, "--seed", str(seed), "--name", self.run(rung, seed).name]
+
+    def sample_command(self, rung: Rung, seed: int) -> list[str]:
+        flags = self.base.sample if rung.sample is None else rung.sample
+        # Picture i is drawn with seed + i; the runs of two seeds share no noise.
+        return ["sample.py", str(self.run(rung, seed)), *flags, "--n", str(self.n), "--batch-size", "250",
+                "--precision", "bf16", "--seed", str(seed * self.n),
+                "--out", str(self.run(rung, seed) / "ladder.npz")]
+
+    def commands(self, rung: Rung, seed: int) -> list[list[str]]:
+        return [self.vae_command(rung), self.train_command(rung, seed), self.sample_command(rung, seed)]
+
+    # -- one rung
+
+    def measure(self, name: str, seed: int) -> bool:
+        """Train what is not trained, sample, score and append. False where another process is at it."""
+        rung = RUNGS[name]
+        run = self.run(rung, seed)
+        run.mkdir(parents=True, exist_ok=True)
+        if self.judge is None:
+            self.judge = JUDGES[DATA](self.data_dir)
+        try:
+            with locked(run.with_name(f"{run.name}.lock")):
+                if self.results.has(self.name, name, seed):        # another process may just have
+                    return True
+                vae = self.folder(rung) / f"{DATA}-vae"
+                vae.mkdir(exist_ok=True)
+                with locked(vae.with_name("vae.lock"), wait=True):
+                    vae_spent = self.timed(self.vae_command(rung), vae, self.vae_steps)
+                    floor = self.floor(vae)
+                spent = self.timed(self.train_command(rung, seed), run, self.steps(rung))
+                self.score(name, rung, seed, {"vae": vae_spent, "network": spent, "floor": floor})
+        except BlockingIOError:
+            return False
+        return True
+
+    def steps(self, rung: Rung) -> int:
+        flags = [*self.base.train, *rung.train, *self.extra]
+        last = len(flags) - 1 - flags[::-1].index("--steps")
+        return int(flags[last + 1])
+
+    def timed(self, command: list[str], run: Path, steps: int) -> dict:
+        """Train, or go on; and what the whole training took. It is kept beside the run, because the rungs
+        that share the run need it too."""
+        file = run / "ladder.json"
+        known = read_stamp(file)
+        if "spent" not in known:
+            known.setdefault("stamp", stamp())                     # of the code that begins it
+            write_stamp(file, known)
+            print(shlex.join(["python", *command]), flush=True)
+            started = last_step(run)
+            spent = call(command, run / "ladder.log")
+            if started >= steps:
+                raise Stopped(f"{run} was trained by another program, so its minutes are not known; remove "
+                              "it, or give another --runs-dir")
+            # From the steps of this process: one that was killed leaves no account.
+            share = steps / (steps - started)
+            known["spent"] = {"processor_seconds": spent.processor * share,
+                              "wall_seconds": spent.wall * share, "measured_steps": steps - started}
+            write_stamp(file, known)
+        return known["spent"] | known["stamp"]
+
+    def floor(self, vae: Path) -> dict:
+        """What no network on this VAE can exceed."""
+        known = read_stamp(vae / "ladder.json")
+        if "floor" not in known:
+            rows = self.judge.floor(vae, self.n)
+            known["floor"] = next(row for row in rows if "psnr" in row)
+            write_stamp(vae / "ladder.json", known)
+        return known["floor"]
+
+    def score(self, name: str, rung: Rung, seed: int, spent: dict) -> None:
+        command = self.sample_command(rung, seed)
+        print(shlex.join(["python", *command]), flush=True)
+        call(command, self.run(rung, seed) / "ladder.log")
+        out = Path(command[-1])
+        figures = self.judge.score(np.load(out)["arr_0"])
+        out.unlink()
+        self.results.append({"study": self.name, "cell": name, "seed": seed, "n": self.n, **figures, **spent,
+                             "commands": [shlex.join(["python", *each])
+                                          for each in self.commands(rung, seed)], **stamp()})
+        print("  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+
+
+# ---- the rows measured so far
+
+def minutes(record: dict) -> float:
+    """Processor minutes of the VAE and the network. Two processes share two cores fairly by these, however
+    busy the machine was."""
+    return (record["vae"]["processor_seconds"] + record["network"]["processor_seconds"]) / 60
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The mean and, of several seeds, the range: "4.2 (4.1 to 4.4)"."""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return f"{mean} (one seed)"
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(records: list[dict], base: str) -> str:
+    """Markdown: a row per rung, the default first; gains are measured against it."""
+    rows = ["| change | processor minutes | agreement | Fréchet | floor | target met | commit |",
+            "|---|---|---|---|---|---|---|"]
+    goal = BASES[base]
+    for name, rung in RUNGS.items():
+        found = [record for record in records if (record["study"], record["cell"]) == (base, name)]
+        if not found:
+            continue
+        good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
+                for record in found]
+        flags = shlex.join([*rung.vae, *rung.train, *(rung.sample or ())])
+        what = f"{rung.what} (`{flags}`)" if flags else f"{rung.what} (`{shlex.join(goal.sample)}`)"
+        rows.append(f"| {what} | {np.mean([minutes(record) for record in found]):.0f} "
+                    f"| {spread([record['agreement'] for record in found], 3)} "
+                    f"| {spread([record['frechet'] for record in found], 2)} "
+                    f"| {np.mean([record['floor']['frechet'] for record in found]):.2f} "
+                    f"| {sum(good)} of {len(good)} | {found[-1]['commit']} |")
+    return "\n".join(rows)
+
+
+# ---- the program
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--base", choices=BASES, default="dit", help="the family (default: dit)")
+    p.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG",
+                   help="; ".join(f"{name}: {rung.what}" for name, rung in RUNGS.items()))
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    p.add_argument("--n", type=int, default=2000, help="samples per rung (default: 2000)")
+    p.add_argument("--list", action="store_true", help="print the rungs and their commands, and stop")
+    p.add_argument("--table", action="store_true", help="print what is measured so far, and stop")
+    p.add_argument("--runs-dir", default="runs/ladder", help="(default: runs/ladder)")
+    p.add_argument("--results", default=str(RESULTS), help="(default: benchmarks/results/ladder.jsonl)")
+    p.add_argument("--data-dir", default="data", help="folder of the IDX files (default: data)")
+    args = p.parse_args(argv)
+    ladder = Ladder(args.base, Path(args.runs_dir), Path(args.results), Path(args.data_dir), args.n)
+    if args.table:
+        print(table(ladder.results.read(), args.base))
+        return 0
+    ladder.results.path.parent.mkdir(parents=True, exist_ok=True)
+    status = 0
+    for seed in args.seeds:                  # all rungs of the first seed, then those of the next
+        for name in args.rungs:
+            done = ladder.results.has(args.base, name, seed)
+            print(f"---- {name}, seed {seed}: {'done' if done else 'not done'}", flush=True)
+            if args.list:
+                for command in ladder.commands(RUNGS[name], seed):
+                    print(f"    {shlex.join(['python', *command])}")
+                continue
+            try:
+                if not done and not ladder.measure(name, seed):
+                    print("another process is at it; repeat the command when that is done", flush=True)
+            except Stopped as error:         # the next rung may well work
+                print(error, file=sys.stderr)
+                status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(program("ladder.py", main))
