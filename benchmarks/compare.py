@@ -90,7 +90,8 @@ BUDGETS = {
     "cpu": Budget("two cores: grid and steps take about six hours, with two processes of one thread each",
                   ("--steps", "4500"), ("--ema", "0.03"), 1600, 2000, (0, 1, 2), 100),
     "gpu": Budget("one GPU: ready, but not run so far",
-                  ("--steps", "20000"), ("--batch-size", "256", "--ema", "0.03"), 20_000, 10_000, (0, 1, 2, 3, 4), 500),
+                  ("--steps", "20000"), ("--ema", "0.03", "--batch-size", "256"), 20_000, 10_000,
+                  (0, 1, 2, 3, 4), 500),
 }
 VAE_FLAGS = ("--kl-weight", "1e-5")
 CHECKPOINTS = 8                          # at which a training is measured
