@@ -146,6 +146,11 @@ class Conditioning:
         """The conditions of the args.n pictures that sample.py's flags ask for."""
         return Asked(torch.zeros(args.n, dtype=torch.long), {}, [])
 
+    def ask_again(self, asked: Asked, model: nn.Module) -> Asked:
+        """The same conditions for another network that is conditioned in the same way. They are other numbers
+        only where an encoder is a part of the network."""
+        return asked
+
     def hint(self) -> str:
         """An example of sample.py's flags for this run: something that it was trained on."""
         return ""
@@ -440,6 +445,18 @@ class Words(Conditioning):
                 columns = len(prompts)
         return Asked(turn, every, prompts, columns, captions, later)
 
+    def ask_again(self, asked: Asked, model: nn.Module) -> Asked:
+        if self.kind != "bytes":
+            return asked
+
+        def encoded(chosen: list[str]) -> dict[str, Tensor]:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return network_inputs(model, model.text, [*chosen, ""], self.device)
+
+        if asked.encode is not None:
+            return asked._replace(encode=encoded)
+        return asked._replace(every=encoded(asked.names))
+
     def sampling_encoder(self, model: nn.Module, place: str | None) -> Encoder:
         """The encoder to sample with. place: KIND:PATH of a frozen encoder that has moved since training."""
         if self.kind == "bytes":
@@ -570,9 +587,9 @@ def guidance_scale(condition: Conditioning, args: argparse.Namespace) -> float:
     flags that have no effect at this scale."""
     scale = args.cfg
     if scale is None:
-        scale = 2.0 if condition.guidable else 1.0
-    # Every scale but 1 needs the unconditional branch, which label dropout trains.
-    if scale != 1 and not condition.guidable:
+        scale = 2.0 if condition.guidable or args.guide else 1.0
+    # Every scale but 1 needs the unconditional branch, which label dropout trains, or another network.
+    if scale != 1 and not (condition.guidable or args.guide):
         why = condition.described
         if condition.use:
             why += " with label dropout 0, so it has no unconditional branch"
@@ -582,12 +599,19 @@ def guidance_scale(condition: Conditioning, args: argparse.Namespace) -> float:
             raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "
                              "drop one of them")
 
+    for flag in condition.guiding:
+        if args.guide and value_of(flag, args) is not None:
+            raise ValueError(f"{flag} with --guide {args.guide}: the guide takes the place of the branch "
+                             "that it conditions; give one of them")
+
     # At scale 1 there is no guidance, and at scale 0 only the unconditional branch.
     without_effect = None
     if tuple(args.interval) != (0, 1):
         without_effect = "--interval {:g} {:g}".format(*args.interval)
     elif args.rescale > 0:
         without_effect = f"--rescale {args.rescale:g}"
+    elif args.guide:
+        without_effect = f"--guide {args.guide}"
     else:
         for flag in condition.guiding:                     # they condition the unconditional branch
             if value_of(flag, args) is not None and scale != 0:

@@ -32,11 +32,11 @@ import settings
 from cli import program
 from conditioning import Conditioning
 from data import find_folder
-from files import fingerprint_tensors, fresh_file, nearest_folder
+from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
 from published import check_weights
-from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, load_checkpoint,
-                 load_vae, make_config, unpack_vae)
+from run import (Run, build_model, build_path, checkpoint_blocks, latent_space, load_checkpoint, load_vae,
+                 make_config, unpack_vae)
 from settings import ARCHITECTURES
 from vae import VAE, VAEConfig
 
@@ -246,11 +246,6 @@ def flag_of(arch: str, name: str, config) -> str:
         if all(values[key] == value for key, value in fixed.items()):
             return f"give --preset {preset}"
     return "give the flags of that run"
-
-
-def latent_space(vae: VAE) -> tuple[str, str]:
-    """Identifies what a network sees of a VAE: its encoder and the statistics that normalise latents."""
-    return encoder_fingerprint(vae), fingerprint_tensors({"mean": vae.latent_mean, "std": vae.latent_std})
 
 
 def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str, theirs: list[str] | None = None,

@@ -649,6 +649,11 @@ def encoder_fingerprint(vae: VAE) -> str:
                                 if name.startswith(("encoder.", "quant_conv.", "patch_encoder."))})
 
 
+def latent_space(vae: VAE) -> tuple[str, str]:
+    """Identifies what a network sees of a VAE: its encoder and the statistics that normalise latents."""
+    return encoder_fingerprint(vae), fingerprint_tensors({"mean": vae.latent_mean, "std": vae.latent_std})
+
+
 def show(path: str) -> None:
     """Print what a checkpoint holds."""
     checkpoint = load_checkpoint(path)

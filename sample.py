@@ -24,6 +24,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,8 @@ from files import (Unfinished, check_space, check_writable, digest, fingerprint_
                    write_atomically, write_npz)
 from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
 from published import load_weights
-from run import (average_of_width, build_model, build_path, graphed, load_checkpoint, load_published,
-                 unpack_vae)
+from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
+                 load_published, unpack_vae)
 from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
 from settings import OBJECTIVES, check_compiler, check_room, memory, pick_device, published_model
 from vae import VAE
@@ -82,6 +83,9 @@ FLAGS = {
     "how": [
         Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided (default: 2 where the "
                       "run was trained for guidance, else 1)", number(-1e6, 1e6)),
+        Flag("--guide", "autoguidance: instead of the unconditional branch, guide by this checkpoint, like "
+                        "an earlier one of the run (checkpoint-STEP.pt of train.py --keep)", nonempty,
+             metavar="CHECKPOINT"),
         Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm)", one_of(SAMPLERS)),
         Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm)", integer(1, 10**5)),
         Flag("--times", "spacing of the steps: even (default), log-snr, karras; ddpm also leading, linspace",
@@ -107,14 +111,21 @@ FLAGS = {
 
 # ---- drawing
 
+class Guide(NamedTuple):
+    """The weaker network of autoguidance, and what was asked for as its conditions."""
+    network: Callable
+    asked: Asked
+
+
 @torch.no_grad()
 def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: range, cond: dict,
          uncond: dict | None = None, *, sampler: str, steps: int, scale: float = 1.0, rescale: float = 0.0,
-         interval: tuple[float, float] = (0.0, 1.0), times: str = "even", strength: float = 1.0,
-         image: Tensor | None = None, mask: Tensor | None = None, on_step: Callable | None = None,
-         progress: Callable[[float], None] | None = None, **options) -> np.ndarray:
+         interval: tuple[float, float] = (0.0, 1.0), weak: Callable | None = None, times: str = "even",
+         strength: float = 1.0, image: Tensor | None = None, mask: Tensor | None = None,
+         on_step: Callable | None = None, progress: Callable[[float], None] | None = None,
+         **options) -> np.ndarray:
     """One batch of pictures, uint8 (B, H, W, C). shape: that of a latent, (C, h, w). seeds: one per picture.
-    cond, uncond: see `guided`. options: passed to the sampler.
+    cond, uncond, weak: see `guided`. options: passed to the sampler.
 
     image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
     2022, arXiv:2108.01073), and skip the steps before. mask (1, 1, H, W), bool: draw only where it is True;
@@ -127,7 +138,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
 
     # ---- the denoiser, which is all that a sampler sees of the network, and the times to visit
-    denoise = guided(model, path, cond, uncond, scale, interval=interval, rescale=rescale,
+    denoise = guided(model, path, cond, uncond, scale, weak=weak, interval=interval, rescale=rescale,
                      variance=options.get("variance") == "learned")
     t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0
 
@@ -170,13 +181,16 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
 
 def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], asked: Asked, seeds: range,
                  batch_size: int, first: int = 0, progress: Callable[[float], None] = lambda done: None,
-                 **how) -> Iterator[np.ndarray]:
+                 guide: Guide | None = None, **how) -> Iterator[np.ndarray]:
     """The pictures that were asked for, from the first on, batch by batch; `how` is passed to `draw`.
     progress(done) is called after each step with how many are done; of the present batch, a share."""
+    weak = None if guide is None else guide.network
     for start in range(first, len(seeds), batch_size):
         part = seeds[start:start + batch_size]
         cond, uncond = asked.batch(start, len(part))       # uncond: the null condition, once per picture
-        yield draw(model, vae, path, shape, part, cond, uncond,
+        if guide is not None:
+            uncond, _ = guide.asked.batch(start, len(part))         # the same conditions as cond
+        yield draw(model, vae, path, shape, part, cond, uncond, weak=weak,
                    progress=lambda share: progress(start + share * len(part)), **how)
         progress(start + len(part))
 
@@ -279,6 +293,74 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
         what = args.run or args.weights
         raise ValueError(f"--variance learned: {what} was not trained to predict a variance")
     return sampler or OBJECTIVES[objective["name"]].sampler, options
+
+
+def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
+    """The raw weights, their average, or one of another width."""
+    if args.ema:
+        return average_of_width(args.run, checkpoint, args.ema)
+    return checkpoint["model" if args.raw else "ema"]
+
+
+def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | None:
+    """The checkpoint of --guide. Refuses one whose output is not that of the run's network under the same
+    conditions, so that their difference would mean nothing."""
+    if args.guide is None:
+        return None
+    try:
+        guide = load_checkpoint(args.guide)
+    except ValueError as error:
+        raise ValueError(f"--guide {error}") from None
+
+    def refuse(what: str, theirs: object, ours: object) -> None:
+        raise ValueError(f"--guide {args.guide}: {what} {theirs}, where the run has {ours}; give an earlier "
+                         "checkpoint of the run, or a smaller network trained like it")
+
+    if guide["arch"] == "vae":
+        refuse("is a VAE", "alone", f"a {checkpoint['arch']}")
+    paths = [build_path(part["objective"]) for part in (guide, checkpoint)]
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)    # every time at which the path of ddpm is defined
+    schedules = [torch.stack(path.alpha_sigma(t)) for path in paths]
+    names = [part["objective"]["name"] for part in (guide, checkpoint)]
+    if names[0] != names[1]:
+        refuse("was trained with --objective", *names)
+    if not torch.equal(*schedules):
+        refuse("was trained on", "a path with another noise schedule", "its own")
+    for name in ("prediction", "learned_variance"):
+        theirs, ours = (getattr(path, name, False) for path in paths)
+        if theirs != ours:
+            refuse(f"its {name.replace('_', ' ')} is", theirs, ours)
+    sizes = ["{}x{}".format(*part["data"]["size"]) for part in (guide, checkpoint)]
+    if sizes[0] != sizes[1]:
+        refuse("draws pictures of", *sizes)
+    # ---- conditions: the same kind, in the same words or numbers
+    kinds = [(part["text"] or {}).get("encoder", "none at all") for part in (guide, checkpoint)]
+    if kinds[0] != kinds[1]:
+        refuse("its text encoder is", *kinds)
+    if guide["data"]["classes"] != checkpoint["data"]["classes"]:
+        theirs, ours = (", ".join(part["data"]["classes"][:4]) or "none" for part in (guide, checkpoint))
+        refuse("its classes are", theirs, ours)
+    if kinds[1] not in ("bytes", "none at all"):           # encoder outputs, which both networks are given
+        widths = [[part["config"].get(name) for name in ("context_width", "pooled_width")]
+                  for part in (guide, checkpoint)]
+        encoders = [(part.get("training") or {}).get("encoder") for part in (guide, checkpoint)]
+        if widths[0] != widths[1] or (None not in encoders and encoders[0] != encoders[1]):
+            refuse("takes text vectors of", "another encoder", "those of its own")
+    if latent_space(unpack_vae(guide["vae"])) != latent_space(vae):
+        refuse("was trained on the latents of", "another VAE", "its own")
+    return guide
+
+
+def build_guide(args: argparse.Namespace, checkpoint: dict | None, condition: conditioning.Conditioning,
+                asked: Asked, device: torch.device) -> Guide | None:
+    """The network of --guide, with averaged weights, and its conditions. checkpoint: of `read_guide`."""
+    if checkpoint is None:
+        return None
+    model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
+    load_weights(model, checkpoint["ema"], args.guide).to(device).eval()
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    return Guide(graphed(model) if args.compile else model, condition.ask_again(asked, model))
 
 
 def read_picture(flag: str, file: str, size: tuple[int, int], behind: str = "white") -> np.ndarray:
@@ -443,6 +525,7 @@ def main(argv: list[str] | None = None) -> None:
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
     size = tuple(checkpoint["data"]["size"])
     vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
+    weaker = read_guide(args, checkpoint, vae)
     check_size(args, size, vae.config.image_channels, steps)
     # Input and output, in fp32, of a convolution of the decoder's last level: the very least.
     at_once = min(args.batch_size, args.n)
@@ -452,10 +535,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the network, the VAE and their inputs
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
-    weights = checkpoint["model" if args.raw else "ema"]
-    if args.ema:
-        weights = average_of_width(args.run, checkpoint, args.ema)
-    load_weights(model, weights, what).to(device).eval()
+    load_weights(model, chosen_weights(args, checkpoint), what).to(device).eval()
     vae = vae.to(device)
     shape = (vae.config.latent_channels, size[0] // vae.factor, size[1] // vae.factor)
     image, mask = read_image_and_mask(args, size, vae.config.image_channels)
@@ -472,6 +552,7 @@ def main(argv: list[str] | None = None) -> None:
         model = model.to(memory_format=torch.channels_last)
         vae = vae.to(memory_format=torch.channels_last)
     network = graphed(model) if args.compile else model
+    guide = build_guide(args, weaker, condition, asked, device)
 
     how = dict(sampler=sampler, steps=steps, scale=scale, rescale=args.rescale, interval=tuple(args.interval),
                times=args.times, strength=strength, **options)
@@ -486,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
               torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")):
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
                                        progress=lambda done: bar.update(done - bar.n),
-                                       image=image, mask=mask, on_step=on_step, **how):
+                                       image=image, mask=mask, on_step=on_step, guide=guide, **how):
                 yield images
                 written.append(written[-1] + len(images))
 
@@ -497,6 +578,7 @@ def main(argv: list[str] | None = None) -> None:
                  "VAE": fingerprint_tensors(vae.state_dict()), "objective": checkpoint["objective"],
                  "conditions": digest(asked.names, asked.turn.numpy(),
                                       *(part.cpu().numpy() for part in asked.every.values())),
+                 "guide": fingerprint_tensors(weaker["ema"]) if weaker else None,
                  "pictures": digest(*(part.numpy() for part in (image, mask) if part is not None))}
         return {flag: getattr(args, flag) for flag in flags} | how | parts | {"device": device.type}
 

@@ -31,7 +31,7 @@ OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at ti
 
 # ---- denoisers
 
-def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0, *,
+def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0, *, weak=None,
            interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0,
            variance: bool = False) -> Denoiser:
     """A denoiser from a network, by classifier-free guidance on all channels
@@ -39,6 +39,9 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
 
     cond, uncond: the network's keyword arguments, of the batch's length.
     scale: 1 is conditional, 0 unconditional; each evaluates only that branch.
+    weak: another network, which then evaluates the branch `uncond`. With the conditions of `cond` there,
+    this is autoguidance, away from what a weaker network draws under the same conditions, such as an earlier
+    checkpoint (Karras et al. 2024, arXiv:2406.02507): raw = weak(cond) + scale * (raw(cond) - weak(cond)).
     interval: guide only where low < t <= high, and use scale 1 elsewhere
     (Kynkaanniemi et al. 2024, arXiv:2404.07724).
     rescale: 0 to 1, how far the standard deviation of each image's guided output is moved back to that of its
@@ -51,15 +54,19 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
     def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         time = torch.full((len(xt),), float(t), dtype=torch.float32, device=xt.device)
         if scale == 0.0:
-            raw = unguided = model(xt, time, **uncond).to(xt.dtype)
+            other = model if weak is None else weak
+            raw = unguided = other(xt, time, **uncond).to(xt.dtype)
         elif scale == 1.0 or not interval[0] < t <= interval[1]:
             raw = unguided = model(xt, time, **cond).to(xt.dtype)
         else:
-            # both branches as one batch
-            both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
-            output = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype)
-            unguided, unconditional = output.chunk(2)
-            raw = unconditional + scale * (unguided - unconditional)
+            if weak is None:               # both branches as one batch
+                both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+                output = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype)
+                unguided, other = output.chunk(2)
+            else:
+                unguided = model(xt, time, **cond).to(xt.dtype)
+                other = weak(xt, time, **uncond).to(xt.dtype)
+            raw = other + scale * (unguided - other)
             if rescale:
                 raw = raw * (rescale * std_per_image(unguided) / std_per_image(raw) + 1 - rescale)
         x0, eps = path.to_x0_eps(raw, xt, t)

@@ -264,7 +264,7 @@ def test_flags_that_a_run_takes(stored, given):
     conditioning.check_flags(kind, argparse.Namespace(**FLAGS | given))
 
 
-GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0)
+GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0, guide=None)
 
 
 @pytest.mark.parametrize("stored, given, expected", [
@@ -272,6 +272,7 @@ GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0)
     ({"text": SMALL}, {"cfg": 7.5, "rescale": 0.7, "interval": [0.1, 0.5], "negative_prompt": ""}, 7.5),
     ({"text": SMALL}, {"cfg": 0.0, "negative_prompt": "a"}, 0.0),          # what is drawn at scale 0
     ({"classes": ["red"]}, {"cfg": 1.0, "label": "red"}, 1.0),
+    ({}, {"guide": "x.pt"}, 2.0), ({"classes": ["red"], "dropout": 0.0}, {"guide": "x.pt", "cfg": 3.0}, 3.0),
 ])
 def test_guidance_scale(stored, given, expected):
     kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)
@@ -286,6 +287,9 @@ def test_guidance_scale(stored, given, expected):
     ({"text": SMALL}, {"cfg": 1.0, "negative_prompt": "a"}, "--negative-prompt with guidance 1: "),
     ({"text": SMALL}, {"cfg": 0.0, "rescale": 0.5}, "--rescale 0.5 with guidance 0: "),
     ({}, {"interval": (0.0, 0.5)}, "--interval 0 0.5 with guidance 1: there is none for it to act on"),
+    ({}, {"cfg": 1.0, "guide": "x.pt"}, "--guide x.pt with guidance 1: there is none for it to act on"),
+    ({"classes": ["red"]}, {"cfg": 0.0, "guide": "x.pt"}, "--guide x.pt with guidance 0: "),
+    ({"text": SMALL}, {"guide": "x.pt", "negative_prompt": "a"}, "--negative-prompt with --guide x.pt: "),
 ])
 def test_guidance_that_a_run_cannot_have(stored, given, message):
     kind = conditioning.of_checkpoint(checkpoint(**stored), CPU)

@@ -271,7 +271,7 @@ def test_vae_loss_is_reconstruction_plus_kl():
 
 
 def test_vae_loss_with_noise_on_the_latent(monkeypatch):
-    """Each picture's latent gets noise of its own share of the channels' deviations, uniform up to the limit."""
+    """Each picture's latent gets noise of its own share of the deviations, uniform up to the limit."""
     model = randomize(VAE(VAEConfig(widths=(8, 8), groups=4, latent_channels=2))).float()
     x = torch.rand(200, 3, 8, 8) * 2 - 1
     given, decode = [], model.decode

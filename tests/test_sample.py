@@ -449,6 +449,110 @@ def test_guidance_needs_dropout(cwd):
     sample.main(["runs/nodrop", "--n", "1", "--steps", "1", "--out", "nodrop.png"])
 
 
+# ---- autoguidance
+
+@pytest.fixture
+def weaker(cwd, tmp_path):
+    """An earlier checkpoint of the run in `home`, whose network returns half of what the run's returns."""
+    checkpoint = run.load_checkpoint("runs/done")
+    last = [name for name in checkpoint["ema"] if name.startswith("final_layer.linear")]
+    assert last
+    checkpoint["ema"] = checkpoint["ema"] | {name: checkpoint["ema"][name] / 2 for name in last}
+    torch.save(checkpoint, tmp_path / "checkpoint-000020.pt")
+    return str(tmp_path / "checkpoint-000020.pt")
+
+
+def test_a_run_guides_itself(cwd, weaker):
+    """By half of its output: half + 3 (whole - half) is twice the whole, at every step."""
+    flags = ["--n", "3", "--label", "red-circle"]
+    plain = draw(*flags, "--cfg", "1", out="plain.npz")
+    itself = draw(*flags, "--guide", "runs/done", "--cfg", "3", out="self.npz")
+    assert np.abs(itself.astype(int) - plain).max() <= 1
+
+    checkpoint = run.load_checkpoint("runs/done")
+    model = run.build_model("dit", checkpoint["config"]).eval()
+    model.load_state_dict(checkpoint["ema"])
+    expected = sample.draw(lambda *inputs, **cond: 2 * model(*inputs, **cond),
+                           run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"]),
+                           (4, 8, 8), range(3), {"y": torch.zeros(3, dtype=torch.long)}, sampler="heun",
+                           steps=3)
+    found = draw(*flags, "--guide", weaker, "--cfg", "3", out="guided.npz")
+    assert np.abs(found.astype(int) - expected).max() <= 1 and np.abs(expected.astype(int) - plain).max() > 3
+
+
+def test_guidance_of_text_runs_has_its_own_encoder(cwd, text_runs, tmp_path):
+    """Each network is given the prompt as its own encoder reads it, for few prompts and for many."""
+    for folder in text_runs:
+        checkpoint = run.load_checkpoint(folder)
+        shuffled = {name: weight.flip(0) if name.startswith("text.") else weight
+                    for name, weight in checkpoint["ema"].items()}
+        torch.save(checkpoint | {"ema": shuffled}, tmp_path / "other.pt")
+        prompts = ["--prompt", "a red circle", "a blue square", "--steps", "2"]
+        other = draw_two(str(tmp_path / "other.pt"), *prompts, "--cfg", "1")
+        assert np.abs(other - draw_two(folder, *prompts, "--cfg", "1")).max() > 0
+        # scale 0 is refused as a flag; close to it, the guide alone draws
+        guided = ["--guide", str(tmp_path / "other.pt"), "--cfg", "1e-6"]
+        assert np.abs(draw_two(folder, *prompts, *guided) - other).max() <= 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample.conditioning, "ENCODED_AT_ONCE", 1)
+            assert np.abs(draw_two(folder, *prompts, *guided) - other).max() <= 1
+
+
+def test_pictures_of_another_guide_are_not_mixed(cwd, weaker, monkeypatch):
+    command = ["runs/done", "--steps", "1", "--n", "4", "--batch-size", "2", "--cfg", "3", "--out",
+               "guides.npz"]
+    draw_batch, drawn = sample.draw, []
+
+    def killed(*inputs, **options):
+        if len(drawn) == 1:
+            raise Killed
+        drawn.append(1)
+        return draw_batch(*inputs, **options)
+
+    monkeypatch.setattr(sample, "draw", killed)
+    with pytest.raises(Killed):
+        sample.main([*command, "--guide", weaker])
+    for other in ([], ["--guide", "runs/done"]):
+        with pytest.raises(ValueError, match="2 pictures are there, drawn with guide"):
+            sample.main([*command, *other])
+    monkeypatch.setattr(sample, "draw", draw_batch)
+    sample.main([*command, "--guide", weaker])
+    continued = np.load("guides.npz")["arr_0"]
+    sample.main([*command, "--guide", weaker])
+    assert (np.load("guides.npz")["arr_0"] == continued).all()
+
+
+def changed(name, value):
+    return lambda checkpoint: checkpoint["objective"].update({name: value})
+
+
+@pytest.mark.parametrize("change, message", [
+    (changed("prediction", "x0"), "its prediction is x0, where the run has velocity; give an earlier"),
+    (lambda c: c.update(objective={"name": "ddpm"}), "--objective ddpm, where the run has rf"),
+    (lambda c: c["data"].update(size=[64, 32]), "draws pictures of 64x32, where the run has 32x32"),
+    (lambda c: c["data"]["classes"].reverse(), "its classes are .*, where the run has red-circle"),
+    (lambda c: c["vae"]["state"]["latent_mean"].add_(1), "on the latents of another VAE"),
+])
+def test_a_guide_that_does_not_fit_is_refused(cwd, tmp_path, change, message):
+    checkpoint = run.load_checkpoint("runs/done")
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "guide.pt")
+    before = contents(cwd)
+    with pytest.raises(ValueError, match=message) as refusal:
+        sample.main(["runs/done", "--guide", str(tmp_path / "guide.pt"), "--out", "refused.png"])
+    assert contents(cwd) == before and "\n" not in str(refusal.value)
+
+
+def test_guides_of_other_kinds_are_refused(cwd, text_runs):
+    for flags, message in ((["runs/done", "--guide", text_runs[0]], "its text encoder is bytes, where the"),
+                           (["runs/done", "--guide", "runs/shapes-vae"], "is a VAE alone"),
+                           (["runs/done", "--guide", "runs/nothing"], "--guide runs/nothing: no checkpoint"),
+                           (["runs/done", "--guide", "runs/done", "--cfg", "1"], "--guide runs/done with"),
+                           (["runs/done", "--guide", ""], "--guide is empty")):
+        with pytest.raises(ValueError, match=message):
+            sample.main([*flags, "--out", "refused.png"])
+
+
 # ---- files
 
 @pytest.mark.parametrize("kind", ["png", "gif", "npz"])

@@ -329,6 +329,43 @@ def test_guidance():
     assert (std(raw()) > 2 * std(base)).all()
 
 
+@pytest.mark.parametrize("path", [RectifiedFlow(), DDPM(), DDPM(prediction="v")], ids=["rf", "eps", "v"])
+def test_autoguidance(path):
+    """weak(cond) + scale * (model(cond) - weak(cond)), one batch each; at scale 1 only the model runs."""
+    x, t, y = torch.randn(3, 4, 2, 2), torch.tensor(0.4), torch.tensor([1, 2, 3])
+    called = []
+
+    def network(name, factor):
+        def forward(xt, t, y):
+            called.append((name, len(xt)))
+            return (factor * xt + y.view(-1, 1, 1, 1)).sin()
+        return forward
+
+    def raw(scale, model, weak, **more):
+        called.clear()
+        pair = guided(model, path, {"y": y}, {"y": y}, scale, weak=weak, **more)(x, t)
+        return torch.stack(pair)
+
+    strong, weak = network("strong", 1.7), network("weak", 0.9)
+    plain = raw(1.0, strong, None)
+    for scale in (-1.0, 0.5, 1.5, 3.0):
+        assert torch.equal(raw(scale, strong, strong), plain)          # to the bit, whatever the scale
+        found = raw(scale, strong, weak)
+        assert called == [("strong", 3), ("weak", 3)]
+        output, other = (1.7 * x + y.view(3, 1, 1, 1)).sin(), (0.9 * x + y.view(3, 1, 1, 1)).sin()
+        expected = path.to_x0_eps((1 - scale) * other + scale * output, x, t)
+        torch.testing.assert_close(found, torch.stack(expected))
+    assert torch.equal(raw(1.0, strong, weak), plain) and called == [("strong", 3)]
+    assert torch.equal(raw(2.0, strong, weak, interval=(0.5, 1.0)), plain) and called == [("strong", 3)]
+    assert torch.equal(raw(0.0, strong, weak), raw(1.0, weak, None))
+    # rescaled as by classifier-free guidance: back to the deviation of the conditional output
+    output, other = (1.7 * x + y.view(3, 1, 1, 1)).sin(), (0.9 * x + y.view(3, 1, 1, 1)).sin()
+    far = other + 3 * (output - other)
+    ratio = (output.flatten(1).std(1) / far.flatten(1).std(1)).view(3, 1, 1, 1)
+    torch.testing.assert_close(raw(3.0, strong, weak, rescale=1.0),
+                               torch.stack(path.to_x0_eps(far * ratio, x, t)))
+
+
 def test_noise_is_per_image():
     x = torch.empty(3, 2, 2)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
