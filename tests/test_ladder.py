@@ -1,0 +1,128 @@
+"""benchmarks/ladder.py: rungs that share a VAE and trainings, measured once, and the table of their rows."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from benchmarks import compare, ladder
+from test_compare import tiny  # noqa: F401  (a fixture: tiny pictures, programs in this process)
+
+import sample
+import settings
+import train
+
+TINY = ("--preset", "tiny", "--steps", "6", "--batch-size", "8", "--vae-preset", "tiny")
+
+
+def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for base in ladder.BASES:
+        whole = ladder.Ladder(base, Path("runs"), Path("r.jsonl"), Path("data"), 2000)
+        for name, rung in ladder.RUNGS.items():
+            vae, network, drawn = whole.commands(rung, 3)
+            vae = settings.parse(vae[1:])
+            flags = network[1:]
+            if base == "unet" and "--patch" in flags:              # not every rung goes with every family
+                continue
+            args = settings.parse(flags)
+            # the VAE trained apart is the one that the network's own command would train
+            own = settings.vae_settings(args, None)
+            assert {key: getattr(own, key) for key in settings.SAME_VAE} == {
+                key: getattr(vae, key) for key in settings.SAME_VAE}
+            assert (own.runs_dir, own.name, own.steps) == (vae.runs_dir, vae.name, 4500)
+            assert args.seed == 3 and args.steps == whole.steps(rung)
+            whole.run(rung, 3).mkdir(parents=True, exist_ok=True)
+            sample.check_flags(sample.parse_args(drawn[1:]))
+            names.add((base, name, args.runs_dir, args.name, *(rung.sample or ())))
+    assert len(names) == len({entry[:2] for entry in names})
+
+
+def test_rungs_that_differ_in_training_have_runs_of_their_own():
+    whole = ladder.Ladder("dit", Path("runs"), Path("r.jsonl"), Path("data"), 2000)
+    runs = {}
+    for rung in ladder.RUNGS.values():
+        assert runs.setdefault(whole.run(rung, 0), (rung.vae, rung.train)) == (rung.vae, rung.train)
+    assert len({whole.run(ladder.RUNGS["default"], seed) for seed in range(3)}) == 3
+
+
+@pytest.fixture
+def small(tiny, monkeypatch):                                      # noqa: F811
+    rungs = {"default": ladder.Rung("the defaults"),
+             "weaker": ladder.Rung("less guidance", sample=("--cfg", "1.5")),
+             "average": ladder.Rung("a short average", train=("--ema", "0.03")),
+             "noise": ladder.Rung("noise on the latent", vae=("--latent-noise", "0.5"))}
+    monkeypatch.setattr(ladder, "RUNGS", rungs)
+    monkeypatch.setattr(ladder, "call", compare.call)
+    plain = ladder.Ladder.__init__
+
+    def init(self, *args):
+        plain(self, *args, extra=TINY, vae_steps=3)
+
+    monkeypatch.setattr(ladder.Ladder, "__init__", init)
+    vae_command = ladder.Ladder.vae_command
+    monkeypatch.setattr(ladder.Ladder, "vae_command",
+                        lambda self, rung: [*vae_command(self, rung), "--vae-preset", "tiny"])
+    return tiny
+
+
+FLAGS = ["--results", "results/l.jsonl", "--runs-dir", "runs", "--n", "20"]
+
+
+def lines():
+    return [json.loads(line) for line in open("results/l.jsonl")]
+
+
+def test_rungs_are_measured_once_and_share_what_they_can(small, capsys):
+    assert ladder.main(FLAGS) == 0
+    trained = [command for command in small if command[0] == "train.py"]
+    # two VAEs; the default's network, which "weaker" shares, that of the average, and that of the noise
+    assert [command[command.index("--arch") + 1] for command in trained] == ["vae", "dit", "dit", "vae", "dit"]
+    assert [command[0] for command in small].count("sample.py") == 4
+    records = lines()
+    assert [record["cell"] for record in records] == ["default", "weaker", "average", "noise"]
+    for record in records:
+        assert record["vae"]["processor_seconds"] == record["network"]["processor_seconds"] == 12
+        assert 0 <= record["agreement"] <= 1 and record["frechet"] >= 0 and record["n"] == 20
+        assert record["floor"]["psnr"] > 0 and {"device", "date", "versions", "commit"} <= set(record)
+        assert {"device", "commit"} <= set(record["network"])
+        assert len(record["commands"]) == 3
+    assert records[0]["network"] == records[1]["network"] and records[0]["floor"] != records[3]["floor"]
+    assert not [*Path("runs").rglob("*.npz")]
+
+    before = open("results/l.jsonl").read()
+    small.clear()
+    assert ladder.main(FLAGS) == 0 and not small and open("results/l.jsonl").read() == before
+    capsys.readouterr()
+    assert ladder.main([*FLAGS, "--list", "--seeds", "0", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "---- noise, seed 0: done" in printed and "---- noise, seed 1: not done" in printed
+    assert "    python sample.py runs/default/dit-1 --cfg 1.5" in printed
+    assert ladder.main([*FLAGS, "--table"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
+
+
+def test_minutes_of_another_training_are_not_made_up(small, capsys):
+    whole = ladder.Ladder("dit", Path("runs"), Path("results/l.jsonl"), Path("data"), 20)
+    rung = ladder.RUNGS["default"]
+    train.main(whole.vae_command(rung)[1:])
+    assert ladder.main([*FLAGS, "--rungs", "default"]) == 1
+    assert "was trained by another program, so its minutes are not known" in capsys.readouterr().err
+    assert not Path("results/l.jsonl").exists()
+
+
+def record(cell, agreement, frechet, seconds=(60, 540), seed=0):
+    return {"study": "dit", "cell": cell, "seed": seed, "agreement": agreement, "frechet": frechet,
+            "vae": {"processor_seconds": seconds[0]}, "network": {"processor_seconds": seconds[1]},
+            "floor": {"frechet": 1.25}, "commit": "abc"}
+
+
+def test_the_table():
+    rows = [record("default", 0.95, 6.0), record("default", 0.97, 5.0, seed=1),
+            record("short-average", 0.966, 4.2), record("default", 0.1, 99.0) | {"study": "unet"}]
+    head, _, default, average = ladder.table(rows, "dit").splitlines()
+    assert re.search(r"\| 10 \| 0.960 \(0.950 to 0.970\) \| 5.50 \(5.00 to 6.00\) \| 1.25 \| 1 of 2 \| abc \|$",
+                     default)                                      # 0.97 with 5.0 meets both, 0.95 neither
+    assert average.startswith("| the weights are averaged over the last 3 % of the training (`--ema 0.03`) |")
+    assert "| 0.966 (one seed) | 4.20 (one seed) | 1.25 | 1 of 1 |" in average
