@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -85,8 +86,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together")
 
+    # Fused kernels, SDPA's and those below, have no derivative in forward mode, as rectified_flow.MeanFlow
+    # takes it; the formula has. Outside of such a derivative the question costs a look at a counter. Compiled
+    # code is not traced under one.
+    tangents = not torch.compiler.is_compiling() and forward_ad.unpack_dual(q).tangent is not None
+
     # the kernels have no float64, and tiles of larger heads would not fit into a GPU's registers
-    if KERNEL and (q.is_cuda or INTERPRETED) and q.dtype != torch.float64 and q.shape[-1] <= 128:
+    fits = q.dtype != torch.float64 and q.shape[-1] <= 128
+    if KERNEL and (q.is_cuda or INTERPRETED) and fits and not tangents:
         return fused_attention(q, k, v, q_norm=q_norm, k_norm=k_norm, rope=rope, mask=mask, offsets=offsets,
                                max_length=max_length)
 
@@ -102,7 +109,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
         mask = sequence[:, None] == sequence                                   # (N, N)
     elif mask is not None:
         mask = mask[:, None, None, :]                                          # (B, 1, 1, M)
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 128 * 128:
+    if tangents or (q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 128 * 128):
         # few rows: the backward pass of the CPU's SDPA takes 7 times as long at N = 16 in bf16
         return attention_formula(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -1,4 +1,4 @@
-"""Encoder outputs that are computed once and kept on disk: latents of pictures, text vectors of prompts.
+"""What is computed once and kept on disk: latents of pictures, text vectors of prompts, a run's samples.
 
     python cache.py                       # caches the outputs of a toy encoder and opens the cache again
 
@@ -120,6 +120,70 @@ def pieces(shape: tuple[int, ...]) -> list[range]:
     n, height, width, _ = shape
     size = max(1, 256 * 32 * 32 // (height * width))
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+# ---- samples
+
+class PairCache:
+    """Samples, each with the noise that it was drawn from: `samples`, float16 (N, *shape), memory-mapped. The
+    noise is not stored: that of sample i is drawn again, from a generator seeded with i, as in sample.py.
+
+    draw(part), of a range of numbers, returns their samples (len(part), *shape). The stamp, which names what
+    they are drawn from and how, also counts those that are done, so that an interrupted cache goes on where
+    it was. With draw None, raises ValueError where the cache is not complete."""
+
+    def __init__(self, path: Path, count: int, shape: tuple[int, int, int],
+                 draw: Callable[[range], Tensor] | None, stamp: dict, at_once: int = 64):
+        self.drawn_from = stamp
+        self.stamp = stamp | {"shape": [count, *shape]}
+        stamp_path = path.with_suffix(".json")
+        with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
+            found = read_stamp(stamp_path)
+            done = found.pop("done", 0)
+            samples = None
+            if found == self.stamp and type(done) is int and 0 <= done <= count:
+                samples = open_array(path, np.float16, (count, *shape), mode="r+")
+            if samples is None:
+                if found:
+                    print(f"{path} was drawn otherwise, or is damaged: drawing it again")
+                stamp_path.unlink(missing_ok=True)
+                samples, done = self._allocate(path, (count, *shape)), 0
+            if done < count:
+                if draw is None:
+                    raise ValueError(f"{path}: {done:,} of {count:,} pairs are there, and the run that drew "
+                                     "them is not")
+                self._draw(samples, done, draw, stamp_path, at_once)
+            del samples
+            self.samples = np.load(path, mmap_mode="r")
+
+    @staticmethod
+    def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+        store = new_array(path, np.float16, shape)
+        partial = Path(store.filename)
+        del store                            # Windows does not rename a file that is still mapped
+        partial.replace(path)
+        return np.load(path, mmap_mode="r+")
+
+    @torch.no_grad()
+    def _draw(self, samples: np.ndarray, done: int, draw: Callable, stamp_path: Path, at_once: int) -> None:
+        with tqdm(total=len(samples), initial=done, desc="draw pairs", unit="pair") as bar:
+            while done < len(samples):
+                part = range(done, min(done + at_once, len(samples)))
+                samples[part.start:part.stop] = draw(part).cpu().numpy()
+                # First the samples, then their number: a kill between the two only draws them again.
+                samples.flush()
+                done = part.stop
+                write_stamp(stamp_path, self.stamp | {"done": done})
+                bar.update(len(part))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Samples and their noise, each (B, C, h, w) float32."""
+        generators = [torch.Generator().manual_seed(int(i)) for i in indices]
+        noise = torch.stack([torch.randn(self.samples.shape[1:], generator=g) for g in generators])
+        return torch.from_numpy(self.samples[indices].astype(np.float32)), noise
 
 
 # ---- text

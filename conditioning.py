@@ -107,6 +107,10 @@ class Conditioning:
     def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
         """Take the labels or captions from the data. resumed: whether the run continues an earlier one."""
 
+    def take_turns(self, pairs: int) -> None:
+        """Take the conditions of reflow's pairs in place of those of the pictures: of `pairs` to train on and
+        VALIDATED more, drawn in turn as `ask` has it."""
+
     def network_options(self, arch: str, preset: dict) -> dict:
         """This kind's part of the network's configuration."""
         options = {"num_classes": len(self.classes)}
@@ -181,6 +185,11 @@ class Labels(Conditioning):
         if self.classes:
             self.labels = torch.from_numpy(train.labels)
             self.val_labels = torch.from_numpy(val.labels[:VALIDATED])
+
+    def take_turns(self, pairs: int) -> None:
+        if self.classes:
+            turn = torch.arange(pairs + VALIDATED) % len(self.classes)
+            self.labels, self.val_labels = turn[:pairs], turn[pairs:]
 
     def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
         if not self.classes:
@@ -582,12 +591,14 @@ def value_of(flag: str, args: argparse.Namespace) -> object:
     return getattr(args, flag.lstrip("-").replace("-", "_"))
 
 
-def guidance_scale(condition: Conditioning, args: argparse.Namespace) -> float:
-    """The guidance scale asked for, or the run's default. Refuses a scale that the run does not support and
-    flags that have no effect at this scale."""
+def guidance_scale(condition: Conditioning, args: argparse.Namespace, default: float = 2.0) -> float:
+    """The guidance scale asked for, or the default of a run that can be guided. Refuses a scale that the run
+    does not support and flags that have no effect at this scale."""
     scale = args.cfg
     if scale is None:
-        scale = 2.0 if condition.guidable or args.guide else 1.0
+        scale = 2.0 if args.guide else 1.0
+        if condition.guidable:
+            scale = default
     # Every scale but 1 needs the unconditional branch, which label dropout trains, or another network.
     if scale != 1 and not (condition.guidable or args.guide):
         why = condition.described

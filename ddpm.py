@@ -128,6 +128,10 @@ class DDPM:
         """(n,) float32 training times, uniform over 1/1000 .. 1. `generator` is a CPU generator."""
         return (torch.randint(1, STEPS + 1, (n,), generator=generator) / STEPS).to(device)
 
+    def sample_times(self, n: int) -> dict[str, Tensor]:
+        """Training times, on the CPU, as keyword arguments of `loss`."""
+        return {"t": self.sample_t(n)}
+
     def times(self, steps: int, spacing: str = "trailing") -> Tensor:
         """(steps + 1,) float64 sampling times, multiples of 1/1000 that fall to 0. Spacings of Lin et al.
         table 2: "trailing" goes from 1 in even steps to 0; "linspace" from 1 evenly to 0.001, then to 0;

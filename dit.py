@@ -43,8 +43,11 @@ class DiTConfig:
     learn_sigma: bool = False         # published DiT also predicts a variance: twice the channels
     time_scale: float = 1000.0        # the embedding sees time_scale * t + time_offset: published DiT counts
     time_offset: float = 0.0          # 0..999 (1000, -1); SiT's time runs from noise to data (-1, 1)
+    second_time: bool = False         # also embed s <= t: the network predicts the mean velocity from t to s
 
 
+GAP_SCALE = 10.0     # fastest sinusoid of t - s, in radians per unit: its derivative by t enters the loss
+BLUR = 0.1           # of t, as a share of t - s: see DiT.time_condition
 PUBLISHED_BLOCK = dict(norm="layer", mlp="gelu", qk_norm=False, rope=False)   # the block of Peebles & Xie
 PRESETS = {
     "tiny": dict(width=64, depth=2, heads=2),
@@ -60,13 +63,20 @@ PRESETS |= {f"{size}/{p}": dict(PRESETS[size], patch=(p, p))
 
 # ---- time and positions
 
-def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0,
+                       blur: Tensor | None = None) -> Tensor:
     """t (B,) in [0, 1] -> (B, dim), float32 whatever the dtype of t: cosines, then sines, of
-    scale * t + offset at dim / 2 frequencies from 1 down to nearly 1/10000."""
+    scale * t + offset at dim / 2 frequencies from 1 down to nearly 1/10000.
+
+    blur (B,): the mean of the embedding over times that are spread about t by this standard deviation."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
                             / (dim // 2))
     angles = (scale * t + offset).float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    if blur is None:
+        return embedding
+    damping = torch.exp(-((scale * blur).float()[:, None] * frequencies) ** 2 / 2)   # E[cos], E[sin]
+    return embedding * torch.cat([damping, damping], dim=-1)
 
 
 def grid_coordinates(h: int, w: int) -> tuple[Tensor, Tensor]:
@@ -251,9 +261,10 @@ class TimestepEmbedder(nn.Module):
         self.offset = offset
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, blur: Tensor | None = None) -> Tensor:
         # sinusoids in float32, as bf16 cannot tell neighbouring values of 1000 t apart; rounded afterwards
-        return self.mlp(timestep_embedding(t, 256, self.scale, self.offset).to(self.mlp[0].weight.dtype))
+        embedding = timestep_embedding(t, 256, self.scale, self.offset, blur)
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -339,6 +350,7 @@ class DiT(nn.Module):
             self.out_channels *= 2                         # the prediction's channels, then the variance's
         self.x_embedder = PatchEmbed(c.channels, c.width, c.patch)
         self.t_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
+        self.gap_embedder = TimestepEmbedder(c.width, GAP_SCALE, 0.0) if c.second_time else None
         self.y_embedder = LabelEmbedder(c.num_classes, c.width) if c.num_classes else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.final_layer = FinalLayer(c.norm, c.width, c.patch, self.out_channels)
@@ -350,6 +362,9 @@ class DiT(nn.Module):
         # The embedders of time and label start smaller than Xavier would make them, as published.
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # The second time starts without effect: a network of one time is then a starting point.
+        if self.gap_embedder is not None:
+            nn.init.zeros_(self.gap_embedder.mlp[2].weight)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
@@ -363,15 +378,25 @@ class DiT(nn.Module):
             self._positions[key] = sincos, rope
         return self._positions[key]
 
-    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes -> raw (B, out_channels, H, W).
-        Raises ValueError where the patch does not divide the latent."""
+    def time_condition(self, t: Tensor, s: Tensor | None) -> Tensor:
+        """t (B,), and s (B,) or None -> (B, D)."""
+        if self.gap_embedder is None:
+            return self.t_embedder(t)
+        gap = torch.zeros_like(t) if s is None else t - s
+        # The derivative by t is part of the loss, and the fastest sinusoid of t turns by 1000 radians: left
+        # as it is, that derivative is mostly noise. What holds for a whole interval does not depend on t that
+        # finely, so t is blurred by a tenth of the interval, and not at all at s = t.
+        return self.t_embedder(t, BLUR * gap) + self.gap_embedder(gap)
+
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes, s (B,) in [0, t] or None, which is t
+        -> raw (B, out_channels, H, W). Raises ValueError where the patch does not divide the latent."""
         h, w = self.x_embedder.grid(xt)
         sincos, rope = self.positions(h, w, xt.device)
 
         x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
         x = x + sincos.to(self.x_embedder.proj.weight.dtype)                 # under autocast: float32
-        condition = self.t_embedder(t)                                       # (B, D)
+        condition = self.time_condition(t, s)                                # (B, D)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(y)
         for block in self.blocks:

@@ -166,15 +166,17 @@ def vae_config(c: VAEConfig, size: tuple[int, int]) -> dict:
 
 
 PUBLISHED = {"norm": "layer", "mlp": "gelu", "mlp_ratio": 4.0, "conv": False, "time_scale": 1000.0}
+SECOND_TIME = {"second_time": False}
 LAYOUTS = {
-    "dit": Layout("DiTTransformer2DModel", "transformer", PUBLISHED | {"qk_norm": False, "rope": False},
+    "dit": Layout("DiTTransformer2DModel", "transformer",
+                  PUBLISHED | SECOND_TIME | {"qk_norm": False, "rope": False},
                   dit_config, published.dit_to_diffusers),
     "sd3": Layout("SD3Transformer2DModel", "transformer", PUBLISHED | {"rope": None, "guidance": False},
                   sd3_config, published.mmdit_to_diffusers),
     "flux": Layout("FluxTransformer2DModel", "transformer",
                    PUBLISHED | {"qk_norm": True, "sincos": None, "dual_attention": 0, "rope_theta": 10000.0},
                    flux_config, published.mmdit_to_diffusers),
-    "unet": Layout("UNet2DConditionModel", "unet", {"positions": False},
+    "unet": Layout("UNet2DConditionModel", "unet", SECOND_TIME | {"positions": False},
                    unet_config, published.unet_to_diffusers),
 }
 

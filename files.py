@@ -253,11 +253,11 @@ def new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def open_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray | None:
+def open_array(path: Path, dtype, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:
     """The memory-mapped array of a .npy file, or None where the file is missing, truncated, damaged in its
     header, or of another type or shape."""
     try:
-        array = np.load(path, mmap_mode="r") if path.is_file() else None
+        array = np.load(path, mmap_mode=mode) if path.is_file() else None
         return array if array.dtype == dtype and array.shape == tuple(shape) else None
     except Exception:                   # NumPy raises a dozen types for a damaged file
         return None

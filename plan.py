@@ -55,6 +55,8 @@ class Plan:
     vae_args: argparse.Namespace | None = None   # the settings to train it with
     initial: dict[str, Tensor] | None = None     # weights to start from
     initial_classes: list[str] | None = None     # the classes that they were trained on, if names are known
+    reflow: dict | None = None                   # the checkpoint of the run that draws the pairs of --reflow
+    pairs_stamp: dict | None = None              # what the pairs were drawn from, where this run goes on
     memory: int = 0                              # bytes that training needs at least
 
     @property
@@ -109,6 +111,8 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
     initial = None
     if args.arch != "vae":
         build_path(settings.objective_config(args))        # refuses options that contradict each other
+        if args.reflow:
+            read_reflow(args, plan, begun)
         vae_args = choose_vae(args, plan, begun)
         if args.init_from and not begun:
             initial = read_initial(args)
@@ -169,6 +173,45 @@ def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argp
     return args
 
 
+def read_reflow(args: argparse.Namespace, plan: Plan, begun: dict | None) -> None:
+    """Set the plan's run to draw pairs with. Where this run goes on, its pairs are there, as a rule, and that
+    run is not needed."""
+    if begun:
+        plan.pairs_stamp = begun["training"].get("pairs")
+    try:
+        theirs = load_checkpoint(args.reflow)
+    except ValueError as error:
+        if plan.pairs_stamp:
+            return
+        raise ValueError(f"--reflow {error}") from None
+    what = f"--reflow {args.reflow}"
+    name = theirs["objective"]["name"] if theirs["objective"] else theirs["arch"]
+    if name != "rf":
+        raise ValueError(f"{what}: is a run of {name}; give one of --objective rf")
+    if theirs["text"] is not None:
+        raise ValueError(f"{what}: is conditioned on text; give one with --cond class or none")
+    if list(theirs["data"]["size"]) != args.image_size:
+        raise ValueError("{}: draws pictures of {}x{}; give --image-size {} {}".format(
+            what, *theirs["data"]["size"], *theirs["data"]["size"]))
+    reflow_scale(args, theirs, conditioning.of_checkpoint(theirs, plan.device))
+    if latent_space(load_vae(args.vae)) != latent_space(unpack_vae(theirs["vae"])):
+        raise ValueError(f"{what}: its samples are latents of another VAE than --vae {args.vae}; leave --vae "
+                         "out")
+    plan.reflow = theirs
+
+
+def reflow_scale(args: argparse.Namespace, theirs: dict, condition: Conditioning) -> float:
+    """The guidance of the pairs of --reflow. theirs, condition: the checkpoint of the run that draws them and
+    its conditioning."""
+    scale = args.reflow_cfg
+    if scale is None:
+        scale = settings.OBJECTIVES[theirs["objective"]["name"]].scale if condition.guidable else 1.0
+    if scale != 1 and not condition.guidable:
+        raise ValueError(f"--reflow-cfg {scale:g}: {args.reflow} has no unconditional branch to guide with; "
+                         "give 1")
+    return scale
+
+
 def read_initial(args: argparse.Namespace) -> dict:
     """What --init-from names: the checkpoint of a run of this project, or {"ema": the weights of a published
     file, under our names}."""
@@ -195,12 +238,16 @@ def check_initial(args: argparse.Namespace, initial: dict, plan: Plan) -> None:
 
     # ---- what the network returns; densities and weights of the loss may differ, as they change no meaning
     theirs, ours = initial["objective"], settings.objective_config(args)
+    row = settings.OBJECTIVES[args.objective]
+    grows = row.grows_from is not None and theirs["name"] == row.grows_from
+    if grows:                                              # with a second time, which has no effect at first
+        theirs = theirs | {"name": args.objective}
     for name, default in (("name", None), ("schedule", "scaled_linear")):
         pair = [objective.get(name, default) for objective in (theirs, ours)]
         if pair[0] != pair[1]:
             flag = "--objective" if name == "name" else f"--{name}"
             refuse(f"with {flag} {pair[0]}", pair[1], f"give {flag} {pair[0]}")
-    before, now = build_path(theirs).prediction, build_path(ours).prediction
+    before, now = build_path(initial["objective"]).prediction, build_path(ours).prediction
     if before != now:
         refuse(f"to predict {before}", now, f"give --prediction {before}")
 
@@ -210,7 +257,9 @@ def check_initial(args: argparse.Namespace, initial: dict, plan: Plan) -> None:
     before, now = [make_config(args.arch, kind, values) for values in (initial["config"], config)]
     for field in fields(kind):
         pair = [getattr(values, field.name) for values in (before, now)]
-        if pair[0] != pair[1] and field.name not in ("num_classes", "channels"):    # checked by their shapes
+        if field.name in ("num_classes", "channels") or (field.name == "second_time" and grows):
+            continue                                       # checked by their shapes; begins without effect
+        if pair[0] != pair[1]:
             refuse(f"with {field.name} {pair[0]}", pair[1], flag_of(args.arch, field.name, before))
     text = plan.conditioning.text
     if text and initial["text"] and text["encoder"] != "none":       # vectors differ with the pictures
@@ -256,6 +305,9 @@ def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str, the
     class, is always taken. Otherwise the table is taken as it is, or left out where its size differs."""
     own = model.state_dict()
     state = dict(state)
+    for name in own:                                       # a second time, where the state has one only
+        if name.startswith("gap_embed") and name not in state:
+            state[name] = own[name]
     for name in ("y_embedder.embedding_table.weight", "class_embedding.weight"):
         if name not in own:
             state.pop(name, None)

@@ -7,7 +7,8 @@
 
 Liu et al. 2022 (arXiv:2209.03003); Lipman et al. 2022 (arXiv:2210.02747); Esser et al. 2024
 (arXiv:2403.03206, Stable Diffusion 3) for the densities of t and the shift. t = 0 is data, t = 1 is noise.
-Only this class depends on what the network predicts: samplers use just the pair (x0, eps).
+`MeanFlow` learns the mean velocity between two times instead, for samples in 1, 2 or 4 steps. Only these
+classes depend on what the network predicts: samplers use just the pair (x0, eps).
 """
 
 from __future__ import annotations
@@ -106,6 +107,10 @@ class RectifiedFlow:
         # an x0 prediction is divided by sigma to obtain eps, so t = 0 is excluded
         return shift_time(t, self.shift).clamp(1e-5, self.t_max).to(torch.float32).to(device)
 
+    def sample_times(self, n: int) -> dict[str, Tensor]:
+        """Training times, on the CPU, as keyword arguments of `loss`."""
+        return {"t": self.sample_t(n)}
+
     def times(self, steps: int) -> Tensor:
         """(steps + 1,) float64 sampling times from t_max to 0, evenly spaced and then shifted. t_max is 1,
         or 0.98 for eps prediction. Raises ValueError for steps < 1."""
@@ -120,6 +125,101 @@ class RectifiedFlow:
     def t_at(self, lam: Tensor) -> Tensor:
         """The time at which log(alpha / sigma) = lam: the inverse of `alpha_sigma`."""
         return torch.sigmoid(-lam)
+
+
+class MeanFlow(RectifiedFlow):
+    """The same path, with a network of two times, u(xt, s, t), s <= t, that learns the mean velocity on the
+    way from t to s: x_s = xt - (t - s) * u. One evaluation then takes any step, also from noise to data.
+
+    (t - s) * u is the integral of the velocity v over [s, t]. Its derivative by t along the flow is the
+    MeanFlow identity, in which du/dt is total: that of u along xt, moving by v, and t, while s is held.
+
+        v(xt, t) = u(xt, s, t) + (t - s) * du/dt
+
+    Geng et al. 2025 (arXiv:2505.13447). As in "Improved Mean Flows" (arXiv:2512.02012), the right-hand side
+    is regressed on eps - x0 like any velocity, and the v in du/dt is the network's own, u(xt, t, t), which is
+    less noisy than eps - x0. At s = t this is flow matching, and u(xt, t, t) is the velocity.
+
+    jumps: the share of training times with s < t.
+    guidance: the scale of the guidance that the velocity is learned with, so that one evaluation draws a
+    guided sample; `loss` then needs `uncond`.
+    adaptive: an error e has the weight 1 / (e + 0.001)^adaptive in the gradient.
+    density, mean, std, mode_scale, shift: as in RectifiedFlow, of both times.
+    Raises ValueError if any of them is out of range."""
+
+    def __init__(self, prediction: str = "velocity", density: str = "logit_normal", mean: float = 0.0,
+                 std: float = 1.0, mode_scale: float = 1.29, shift: float = 1.0,
+                 loss_space: str | None = None, jumps: float = 0.5, guidance: float = 1.0,
+                 adaptive: float = 1.0):
+        super().__init__(prediction, density, mean, std, mode_scale, shift, loss_space)
+        for name, value in (("prediction", prediction), ("loss_space", self.loss_space)):
+            if value != "velocity":
+                raise ValueError(f"{name} {value}: a mean is taken of velocities only; leave it out")
+        if not 0 <= jumps <= 1:
+            raise ValueError(f"jumps {jumps}: must be between 0 and 1")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance {guidance}: must be finite")
+        self.jumps = jumps
+        self.guidance = guidance
+        self.adaptive = adaptive
+
+    def sample_times(self, n: int) -> dict[str, Tensor]:
+        """Training times, on the CPU, as keyword arguments of `loss`: two from the density. The later one is
+        t; s is the earlier one or, in a share of 1 - jumps, t as well."""
+        first = self.sample_t(n)
+        second = self.sample_t(n)
+        t = torch.maximum(first, second)
+        jump = torch.rand(n) < self.jumps
+        return {"t": t, "s": torch.where(jump, torch.minimum(first, second), t)}
+
+    def loss(self, model, x0: Tensor, *, t: Tensor | None = None, s: Tensor | None = None,
+             eps: Tensor | None = None, uncond: dict | None = None, dropped: Tensor | None = None,
+             **cond) -> Tensor:
+        """(B,) mean squared error of the velocity. t and s (B,) and eps may be fixed, as validation does; t
+        without s means s = 0. uncond: the null conditions, of the batch's length; without them nothing is
+        guided. dropped (B,), bool: where `cond` is the null condition too, so that there is no guidance."""
+        if t is None:
+            t, s = (part.to(x0.device) for part in self.sample_times(len(x0)).values())
+        if s is None:
+            s = torch.zeros_like(t)
+        if eps is None:
+            eps = torch.randn_like(x0)
+        xt = (1 - like(t, x0)) * x0 + like(t, x0) * eps
+        # ---- constants of the gradient: the velocity to learn, and du/dt at the present weights
+        with torch.no_grad():
+            target = self.guided_velocity(model, xt, t, eps - x0, uncond, dropped)
+            rate = self.total_derivative(model, xt, t, s, cond)
+        # ---- the identity's right-hand side, of which only u itself has a gradient
+        u = model(xt, t, s=s, **cond)[:, :x0.shape[1]].float()
+        error = (u + like(t - s, x0) * rate - target).square().flatten(1).mean(1)
+        # The value is the error itself, which can be compared; only its gradient is weighted.
+        weight = (error.detach() + 1e-3) ** -self.adaptive
+        return error.detach() + weight * (error - error.detach())
+
+    def guided_velocity(self, model, xt: Tensor, t: Tensor, velocity: Tensor, uncond: dict | None,
+                        dropped: Tensor | None) -> Tensor:
+        """The velocity of the guided flow at xt: v(null) + guidance * (velocity - v(null))."""
+        if uncond is None or self.guidance == 1:
+            return velocity
+        null = model(xt, t, s=t, **uncond)[:, :xt.shape[1]].float()
+        guided = null + self.guidance * (velocity - null)
+        return guided if dropped is None else torch.where(like(dropped, xt), velocity, guided)
+
+    @staticmethod
+    def total_derivative(model, xt: Tensor, t: Tensor, s: Tensor, cond: dict) -> Tensor:
+        """du/dt along the flow, (B, ...), of the shape of xt; 0 where s = t, where nothing needs it."""
+        rate = torch.zeros_like(xt)
+        rows = (s < t).nonzero().flatten()
+        if len(rows) == 0:
+            return rate
+        xt, t, s = xt[rows], t[rows], s[rows]
+        cond = {name: part[rows] for name, part in cond.items()}
+        velocity = model(xt, t, s=t, **cond)[:, :xt.shape[1]].to(xt.dtype)
+        # In forward mode, one pass, about twice as long as one without derivatives. s is held.
+        _, tangent = torch.func.jvp(lambda xt, t: model(xt, t, s=s, **cond), (xt, t),
+                                    (velocity, torch.ones_like(t)))
+        rate[rows] = tangent[:, :xt.shape[1]].to(rate.dtype)
+        return rate
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

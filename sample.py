@@ -82,12 +82,14 @@ FLAGS = {
     ],
     "how": [
         Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided (default: 2 where the "
-                      "run was trained for guidance, else 1)", number(-1e6, 1e6)),
+                      "run was trained for guidance, else 1; 1 for meanflow, which has learned its guidance)",
+             number(-1e6, 1e6)),
         Flag("--guide", "autoguidance: instead of the unconditional branch, guide by this checkpoint, like "
                         "an earlier one of the run (checkpoint-STEP.pt of train.py --keep)", nonempty,
              metavar="CHECKPOINT"),
-        Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm)", one_of(SAMPLERS)),
-        Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm)", integer(1, 10**5)),
+        Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm, jump for meanflow)",
+             one_of(SAMPLERS)),
+        Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow)", integer(1, 10**5)),
         Flag("--times", "spacing of the steps: even (default), log-snr, karras; ddpm also leading, linspace",
              one_of(TIMES), "even"),
         Flag("--interval", "times between which guidance acts (default: 0 1)", number(0, 1), (0.0, 1.0),
@@ -289,6 +291,9 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
     # The straight path has no thousand steps from which these spacings choose.
     if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
         raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the path of rf")
+    if sampler == "jump" and not OBJECTIVES[objective["name"]].second_time:
+        raise ValueError(f"--sampler jump: needs a run of --objective meanflow; this one is of "
+                         f"{objective['name']}")
     if args.variance == "learned" and not objective.get("learned_variance"):
         what = args.run or args.weights
         raise ValueError(f"--variance learned: {what} was not trained to predict a variance")
@@ -518,9 +523,10 @@ def main(argv: list[str] | None = None) -> None:
                          "only one")
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
-    scale = conditioning.guidance_scale(condition, args)
+    objective = OBJECTIVES[checkpoint["objective"]["name"]]
+    scale = conditioning.guidance_scale(condition, args, objective.scale)
     sampler, options = choose_sampler(args, checkpoint["objective"])
-    steps = args.steps or OBJECTIVES[checkpoint["objective"]["name"]].steps
+    steps = args.steps or objective.steps
     path = build_path(checkpoint["objective"])
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
     size = tuple(checkpoint["data"]["size"])

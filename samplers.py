@@ -24,7 +24,8 @@ from torch import Tensor
 # A denoiser returns (x0, eps). If it was built for a learned variance, and only then, it returns a third
 # tensor: the fraction, in [0, 1], by which the variance of the reverse step lies between its smallest and its
 # largest value on the log scale. Only `ddpm` with variance="learned" reads it.
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+# `jump`, and no other sampler, also passes the time that its step goes to.
+Denoiser = Callable[..., tuple[Tensor, ...]]
 Generators = torch.Generator | Sequence[torch.Generator] | None    # one for the batch, or one per image
 OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at times[i + 1], x0 it came from)
 
@@ -47,25 +48,31 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
     rescale: 0 to 1, how far the standard deviation of each image's guided output is moved back to that of its
     conditional output, to avoid overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
     variance: return the learned variance as the third value, from the conditional output without guidance.
+    The denoiser takes a third argument, the time s that a step goes to, for a network of two times: its raw
+    output is then the mean velocity from t to s. Without it, the output is that at t.
     Raises ValueError for a scale other than 1 without `uncond`."""
     if scale != 1.0 and uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
 
-    def denoise(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    def denoise(xt: Tensor, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...]:
         time = torch.full((len(xt),), float(t), dtype=torch.float32, device=xt.device)
+        given, null = cond, uncond or {}
+        if s is not None:
+            second = {"s": torch.full_like(time, float(s))}
+            given, null = given | second, null | second
         if scale == 0.0:
             other = model if weak is None else weak
-            raw = unguided = other(xt, time, **uncond).to(xt.dtype)
+            raw = unguided = other(xt, time, **null).to(xt.dtype)
         elif scale == 1.0 or not interval[0] < t <= interval[1]:
-            raw = unguided = model(xt, time, **cond).to(xt.dtype)
+            raw = unguided = model(xt, time, **given).to(xt.dtype)
         else:
             if weak is None:               # both branches as one batch
-                both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+                both = {name: torch.cat([given[name], null[name]]) for name in given}
                 output = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype)
                 unguided, other = output.chunk(2)
             else:
-                unguided = model(xt, time, **cond).to(xt.dtype)
-                other = weak(xt, time, **uncond).to(xt.dtype)
+                unguided = model(xt, time, **given).to(xt.dtype)
+                other = weak(xt, time, **null).to(xt.dtype)
             raw = other + scale * (unguided - other)
             if rescale:
                 raw = raw * (rescale * std_per_image(unguided) / std_per_image(raw) + 1 - rescale)
@@ -90,8 +97,8 @@ def inpainting(denoise: Denoiser, path, x0: Tensor, repaint: Tensor) -> Denoiser
     returns the prediction of the network, whose input holds the known part at the noise level of t
     (imputation: Song et al. 2021, arXiv:2011.13456, appendix I.2)."""
 
-    def denoise_rest(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        guess, eps, *fraction = denoise(xt, t)
+    def denoise_rest(xt: Tensor, t: Tensor, *s: Tensor) -> tuple[Tensor, ...]:
+        guess, eps, *fraction = denoise(xt, t, *s)
         alpha, sigma = path.alpha_sigma(t)
         known_eps = (xt - alpha * x0) / sigma
         return torch.where(repaint, guess, x0), torch.where(repaint, eps, known_eps), *fraction
@@ -148,6 +155,21 @@ def euler(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
         x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
         # predict
+        x = alpha_s * x0 + sigma_s * eps
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def jump(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+         on_step: OnStep = None) -> Tensor:
+    """As `euler`, for a network that predicts the mean of the velocity over a step, with which any step is
+    exact. The other samplers call such a network with one time and so follow its velocity. 1 evaluation per
+    step. Geng et al. 2025 (arXiv:2505.13447)."""
+    check_times(times)
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t, s)
+        alpha_s, sigma_s = path.alpha_sigma(s)
         x = alpha_s * x0 + sigma_s * eps
         if on_step:
             on_step(i, x, x0)
@@ -450,7 +472,7 @@ def unipc_weights(r: list, h: Tensor) -> list[Tensor]:
     return list(torch.linalg.solve(powers, torch.stack(right).cpu()).to(h.device))
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm,
+SAMPLERS = {"euler": euler, "jump": jump, "heun": heun, "ddim": ddim, "ddpm": ddpm,
             "dpm_solver_2": dpm_solver_2, "dpm_solver_3": dpm_solver_3,
             "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "dpmpp_2m_sde": dpmpp_2m_sde,
             "unipc_2": partial(unipc, order=2), "unipc_3": partial(unipc, order=3),

@@ -34,7 +34,7 @@ import vae
 from cli import (Flag, folder_name, given, integer, make_parser, nonempty, number, one_of, program, shown)
 from data import SOURCES
 from ddpm import DDPM
-from rectified_flow import RectifiedFlow
+from rectified_flow import MeanFlow, RectifiedFlow
 
 
 def text_encoder(string: str) -> str:
@@ -79,6 +79,9 @@ class Objective(NamedTuple):
     steps: int                            # likewise
     flags: tuple[Flag, ...]               # the flags that set its path's options
     prediction_with_text: str | None = None
+    scale: float = 2.0                    # default guidance of sample.py and previews, where there is any
+    second_time: bool = False             # whether its network takes two times
+    grows_from: str | None = None         # another objective, with whose weights its networks can begin
 
 
 ARCHITECTURES = {
@@ -104,19 +107,27 @@ CONDITIONS = tuple(dict.fromkeys(name for row in ARCHITECTURES.values() for name
 NETWORK = {"arch": NETWORKS}                # for `Flag.needs`
 TRANSFORMER = {"arch": ("dit", "mmdit")}
 
+STRAIGHT = {"objective": ("rf", "meanflow")}     # objectives on the straight path, which share its flags
+
 OBJECTIVES = {
     "rf": Objective(RectifiedFlow, sampler="heun", steps=10, flags=(     # 19 evaluations of the network
         Flag("--density", "density of the training times: uniform, logit_normal (default), mode, cosmap",
-             one_of(("uniform", "logit_normal", "mode", "cosmap")), unset="logit_normal"),
+             one_of(("uniform", "logit_normal", "mode", "cosmap")), unset="logit_normal", needs=STRAIGHT),
         Flag("--density-mean", "logit_normal density: m (default: 0)", number(-100, 100),
-             needs={"density": ("logit_normal",)}, option="mean"),
+             needs=STRAIGHT | {"density": ("logit_normal",)}, option="mean"),
         Flag("--density-std", "logit_normal density: s (default: 1)", number(0, 1e9, above=True),
-             needs={"density": ("logit_normal",)}, option="std"),
+             needs=STRAIGHT | {"density": ("logit_normal",)}, option="std"),
         Flag("--mode-scale", "mode density: s (default: 1.29)", number(-1, 2),
-             needs={"density": ("mode",)}),
+             needs=STRAIGHT | {"density": ("mode",)}),
         Flag("--shift", "shift of the times toward noise, for larger pictures (default: 1)",
-             number(0, 1e9, above=True)),
+             number(0, 1e9, above=True), needs=STRAIGHT),
     )),
+    "meanflow": Objective(MeanFlow, sampler="jump", steps=1, flags=(
+        Flag("--guidance", "guidance scale that is learned, so that a sample takes one evaluation (default: "
+                           "1.5 where conditions are dropped, else 1)", number(0, 100)),
+        Flag("--jumps", "share of training times at which a jump is learned, not the velocity (default: "
+                        "0.5)", number(0, 1)),
+    ), scale=1.0, second_time=True, grows_from="rf"),
     "ddpm": Objective(DDPM, sampler="ddim", steps=50, flags=(
         Flag("--schedule", "noise schedule: linear, scaled_linear (default), cosine",
              one_of(("linear", "scaled_linear", "cosine"))),
@@ -132,16 +143,17 @@ def objective_flags() -> list[Flag]:
     for name, objective in OBJECTIVES.items():
         for flag in objective.flags:
             needs = NETWORK | {"objective": (name,)} | flag.needs
-            rows.append(replace(flag, help=f"{name}: {flag.help}", needs=needs, settled=True,
-                                option=flag.option or flag.key))
+            rows.append(replace(flag, help=f"{', '.join(needs['objective'])}: {flag.help}", needs=needs,
+                                settled=True, option=flag.option or flag.key))
     return rows
 
 
 FLAGS = {
     "what to train": [
         Flag("--arch", "network: dit, mmdit or unet; vae trains only the autoencoder", one_of(ARCHITECTURES)),
-        Flag("--objective", "rf (default): the straight path; ddpm: the diffusion path", one_of(OBJECTIVES),
-             "rf"),
+        Flag("--objective", "rf (default): the straight path; ddpm: the diffusion path; meanflow: the "
+                            "straight path in one step, best from the weights of an rf run (--init-from)",
+             one_of(OBJECTIVES), "rf"),
         Flag("--prediction", "what the network predicts: velocity, eps, v, x0 (default: velocity for rf, eps "
                              "for ddpm, v for ddpm with text)",
              one_of(("velocity", "eps", "v", "x0")), needs=NETWORK, option="prediction", settled=True),
@@ -204,8 +216,18 @@ FLAGS = {
     ],
     "objective": [
         *objective_flags(),
-        Flag("--label-dropout", "share of labels or captions replaced by the null condition (default: 0.1); "
-                                "with 0, samples cannot be guided", number(0, 1), 0.1),
+        Flag("--label-dropout", "share of labels or captions replaced by the null condition (default: 0.1; 0 "
+                                "with --reflow); with 0, samples cannot be guided", number(0, 1)),
+    ],
+    "reflow: train on pairs of noise and the sample that a run draws from it": [
+        Flag("--reflow", "the run that draws them; this run begins with its VAE and averaged weights",
+             nonempty, metavar="RUN", needs=NETWORK | {"objective": ("rf",), "cond": ("class", "none")}),
+        Flag("--reflow-pairs", "how many are drawn, once (default: 20000)", integer(1), metavar="N"),
+        Flag("--reflow-cfg", "guidance scale that they are drawn with (default: as sample.py draws RUN)",
+             number(-1e6, 1e6), metavar="SCALE"),
+        Flag("--reflow-steps", "steps of RUN's default sampler that they are drawn in (default: 10)",
+             integer(1, 10**5), metavar="N"),
+        Flag("--fresh", "begin with new weights, not with RUN's; the network may then differ"),
     ],
     "optimisation (the defaults depend on --arch: ARCHITECTURES in settings.py)": [
         Flag("--steps", "optimizer steps; a run goes on where they are raised", integer(1), changeable=True),
@@ -252,7 +274,8 @@ SAME_VAE = ("data", "image_size", "crop", "vae_preset", "vae_widths", "latent_ch
             "latent_noise", "equivariance", "steps", "batch_size", "lr", "warmup", "cooldown", "weight_decay",
             "clip", "ema")
 # What `resolve` fills in, so that it is never None.
-ALWAYS = ("arch", "image_size", "cond", "steps", "batch_size", "lr", "warmup", "weight_decay", "ema")
+ALWAYS = ("arch", "image_size", "cond", "label_dropout", "steps", "batch_size", "lr", "warmup",
+          "weight_decay", "ema")
 VAE_DEFAULTS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5,
                 "latent_noise": 0.0, "equivariance": 0.0}
 
@@ -285,11 +308,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
                 raise ValueError(f"{shown(flag, args)}: give one side, or height and width")
     if args.crop == "random" and args.data in SOURCES:
         raise ValueError(f"--crop random: is for a folder of pictures, not --data {args.data}")
+    if OBJECTIVES[args.objective].second_time and args.arch == "mmdit":
+        raise ValueError(f"--objective {args.objective}: --arch mmdit has no second time; use dit or unet")
     if args.preview_prompts and args.text_encoder == "none":
         raise ValueError(f"--preview-prompts {args.preview_prompts}: --text-encoder none has no encoder for "
                          "them; leave it out")
     if args.published:
         check_published(args)
+    resolve_reflow(args)
     if args.vae:
         for name in (*VAE_DEFAULTS, "vae_steps"):
             if given(ROWS[name], args):
@@ -317,6 +343,27 @@ def resolve_conditioning(args: argparse.Namespace) -> None:
                          f"{' or '.join(row.conditioning)}; {where}")
 
 
+def resolve_reflow(args: argparse.Namespace) -> None:
+    if not args.reflow:
+        for name in ("reflow_pairs", "reflow_cfg", "reflow_steps", "fresh"):
+            if given(ROWS[name], args):
+                raise ValueError(f"{shown(ROWS[name], args)}: belongs to --reflow RUN; give that too, or "
+                                 "leave it out")
+        return
+    for name in ("flip", "published"):
+        if given(ROWS[name], args):
+            raise ValueError(f"{shown(ROWS[name], args)}: not with --reflow, which trains on the samples of "
+                             "a run; leave it out")
+    # The pairs are latents of that run's VAE, and its weights draw the first of the two flows.
+    args.vae = args.vae or args.reflow
+    if not args.fresh:
+        args.init_from = args.init_from or args.reflow
+    args.reflow_pairs = args.reflow_pairs or 20_000
+    args.reflow_steps = args.reflow_steps or OBJECTIVES["rf"].steps
+    if args.label_dropout is None:
+        args.label_dropout = 0.0          # guidance is in the pairs already
+
+
 def check_published(args: argparse.Namespace) -> None:
     objective = published.MODELS[args.published].objective["name"]
     if not (args.init_from and args.vae):
@@ -332,6 +379,8 @@ def check_published(args: argparse.Namespace) -> None:
 def fill_defaults(args: argparse.Namespace) -> None:
     row = ARCHITECTURES[args.arch]
     defaults = dict(row.defaults)
+    if args.label_dropout is None:
+        args.label_dropout = 0.1
     # A VAE needs more only where there are other pictures; captions alone change nothing for it.
     if args.cond == "text" and (args.arch != "vae" or shows_other_pictures(args)):
         defaults |= row.defaults_with_text
@@ -341,6 +390,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
         defaults |= VAE_DEFAULTS
     else:
         defaults["preset"] = "small"
+        if args.objective == "meanflow":
+            guided = args.cond != "none" and args.label_dropout > 0
+            defaults["guidance"] = 1.5 if guided else 1.0
         if args.cond == "text":
             defaults["text_encoder"] = "bytes"
             defaults["prediction"] = OBJECTIVES[args.objective].prediction_with_text
@@ -436,7 +488,7 @@ def same_value(name: str, begun: object, now: object) -> bool:
         return begun.partition(":")[0] == now.partition(":")[0]
     if name == "data" and not {begun, now} & set(SOURCES) and not Path(begun).exists():
         return True                       # a folder that has moved; its pictures are compared later
-    is_path = name in ("vae", "init_from") or (name == "data" and not {begun, now} & set(SOURCES))
+    is_path = name in ("vae", "init_from", "reflow") or (name == "data" and not {begun, now} & set(SOURCES))
     return is_path and place(begun) == place(now)
 
 
@@ -538,6 +590,8 @@ def network_config(args: argparse.Namespace, latent_channels: int, condition) ->
         config |= dit.PUBLISHED_BLOCK
     if args.conv:
         config["conv"] = True
+    if OBJECTIVES[args.objective].second_time:
+        config["second_time"] = True
     return config
 
 

@@ -23,15 +23,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import conditioning
 import settings
-from cache import LatentCache, pieces
+from cache import LatentCache, PairCache, pieces
 from cli import program
 from conditioning import VALIDATED
 from data import Dataset, load_shapes, send
+from files import fingerprint_tensors
 from pictures import grid, to_tensor, to_uint8
-from plan import Plan, prepare
+from plan import Plan, prepare, reflow_scale
 from run import build_model, build_path, encoder_fingerprint
 from sample import draw_batches, picture_bar
+from samplers import SAMPLERS, guided, noise_like
 from settings import OBJECTIVES
 from vae import VAE
 
@@ -73,12 +76,14 @@ class Autoencoding:
 
     objective = None      # a VAE's checkpoint has no objective and no other VAE
     vae = None
+    pairs = None
 
     def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
         self.args = args
         self.data = data
         self.cache_dir = cache_dir
         self.device = plan.device
+        self.count = len(data)
         self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
 
     def build(self) -> VAE:
@@ -136,7 +141,14 @@ class Denoising:
         self.conditioning = plan.conditioning
         self.objective = settings.objective_config(args)
         self.path = build_path(self.objective)
-        self.cache = encode_latents(args, self.vae, data, cache_dir)
+        self.pairs = None
+        if args.reflow:
+            self.pairs = draw_pairs(args, plan, data, cache_dir)
+            self.count = len(self.pairs) - VALIDATED
+            self.conditioning.take_turns(self.count)
+        else:
+            self.cache = encode_latents(args, self.vae, data, cache_dir)
+            self.count = len(data)
         # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
         # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.
         parts = to_tensor(val.images[:VALIDATED]).split(at_once(args, 32, val.images.shape[1:3]))
@@ -147,6 +159,9 @@ class Denoising:
         generator = torch.Generator().manual_seed(0)
         self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
         self.eps = torch.randn(self.x0.shape, generator=generator).to(self.device)
+        if self.pairs is not None:             # those that are not trained on; n may be less in small data
+            held_out = self.pairs.batch(np.arange(self.count, self.count + n))
+            self.x0, self.eps = (part.to(self.device) for part in held_out)
 
     def build(self) -> torch.nn.Module:
         config = settings.network_config(self.args, self.vae.config.latent_channels, self.conditioning)
@@ -156,12 +171,28 @@ class Denoising:
         """(B,) loss and the (B,) times at which it was taken."""
         # Keep the order of the random draws (latent, dropout, rewording, time, noise): otherwise a seed would
         # mean another run, and runs that began before the change would not resume bit for bit.
-        z = self.cache.batch(indices)                                  # a fresh draw from the posterior
-        x0 = self.vae.normalize(send(z, self.device))                  # (B, C, h, w), mean 0 and std 1
-        dropped = torch.rand(len(z)) < self.args.label_dropout         # each example independently
+        fixed = {}
+        if self.pairs is not None:
+            x0, eps = (send(part, self.device) for part in self.pairs.batch(indices))
+            fixed["eps"] = eps                                         # the one that x0 was drawn from
+        else:
+            z = self.cache.batch(indices)                              # a fresh draw from the posterior
+            x0 = self.vae.normalize(send(z, self.device))              # (B, C, h, w), mean 0 and std 1
+        dropped = torch.rand(len(x0)) < self.args.label_dropout        # each example independently
         cond = self.conditioning.batch(model, indices, dropped)        # y, or context, mask, pooled
-        t = send(self.path.sample_t(len(x0)), self.device)
-        return self.path.loss(model, x0, t=t, **cond), t
+        times = {name: send(part, self.device) for name, part in self.path.sample_times(len(x0)).items()}
+        fixed |= self.guiding(model, dropped)
+        return self.path.loss(model, x0, **times, **fixed, **cond), times["t"]
+
+    def guiding(self, model: torch.nn.Module, dropped: Tensor) -> dict:
+        """Further arguments of a loss that learns guided velocities. dropped (B,), bool: where there is no
+        condition to guide toward."""
+        if getattr(self.path, "guidance", 1) == 1 or not self.conditioning.guidable:
+            return {}
+        any_pictures = np.zeros(len(dropped), dtype=int)               # all of their conditions are dropped
+        with torch.no_grad():
+            null = self.conditioning.batch(model, any_pictures, torch.ones_like(dropped))
+        return {"uncond": null, "dropped": send(dropped, self.device)}
 
     def validate(self, model: torch.nn.Module, stop: list[int]) -> dict:
         losses = []
@@ -169,6 +200,7 @@ class Denoising:
         for start in watched(range(0, len(self.x0), size), stop, "validate"):
             part = slice(start, start + size)
             cond = self.conditioning.validation(model, part)
+            cond |= self.guiding(model, torch.zeros(len(self.t[part]), dtype=torch.bool))
             losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part], **cond))
         loss = torch.cat(losses)                                       # (N,)
         # A mean over all times hides where a network fails: near noise, near data or in between.
@@ -193,7 +225,7 @@ class Denoising:
 
             images = list(draw_batches(model, self.vae, self.path, self.x0.shape[1:], asked, seeds, size,
                                        progress=progress, sampler=defaults.sampler, steps=defaults.steps,
-                                       scale=2.0 if self.conditioning.guidable else 1.0))
+                                       scale=defaults.scale if self.conditioning.guidable else 1.0))
         return grid(np.concatenate(images), asked.columns, captions=asked.captions)
 
     def finish(self, networks: list[torch.nn.Module]) -> None:
@@ -216,11 +248,54 @@ def encode_latents(args: argparse.Namespace, vae: VAE, data: Dataset, cache_dir:
             stds.append(posterior.std)
         return torch.cat(means), torch.cat(stds)
 
-    height, width = data.images.shape[1:3]
-    shape = (vae.config.latent_channels, height // vae.factor, width // vae.factor)
+    shape = latent_shape(vae, data)
     stamp = {"vae": encoder_fingerprint(vae), "data": data.fingerprint}
     return LatentCache(cache_dir / "latents.npy", data.images, encode, shape, stamp, args.flip,
                        former=data.former_fingerprints)
+
+
+def draw_pairs(args: argparse.Namespace, plan: Plan, data: Dataset, cache_dir: Path) -> PairCache:
+    """The pairs of --reflow and VALIDATED more, as latents: sample i of sample.py, of seed i and, where there
+    are classes, with these in turn. Liu et al. 2022 (arXiv:2209.03003), algorithm 1."""
+    count = args.reflow_pairs + VALIDATED
+    shape = latent_shape(plan.vae, data)
+    if plan.pairs_stamp and plan.reflow is None:               # the run goes on; they were complete
+        return PairCache(cache_dir / "pairs.npy", count, shape, None, plan.pairs_stamp)
+    theirs = plan.reflow
+    if theirs["data"]["classes"] != plan.conditioning.classes:
+        raise ValueError(f"--reflow {args.reflow}: its classes are not those of --data {args.data}; give the "
+                         "--data and --cond that it was trained with")
+    model = build_model(theirs["arch"], theirs["config"])
+    model.load_state_dict(theirs["ema"])
+    model = model.to(plan.device).eval()
+    path = build_path(theirs["objective"])
+    row = OBJECTIVES[theirs["objective"]["name"]]
+    condition = conditioning.of_checkpoint(theirs, plan.device)
+    asked = condition.ask(argparse.Namespace(n=count, label=None), model)
+    scale = reflow_scale(args, theirs, condition)
+
+    def draw(part: range) -> Tensor:
+        noise = noise_like(torch.empty(len(part), *shape),
+                           [torch.Generator().manual_seed(i) for i in part]).to(plan.device)
+        cond, uncond = asked.batch(part.start, len(part))
+        with plan.autocast():
+            return SAMPLERS[row.sampler](guided(model, path, cond, uncond, scale), path, noise,
+                                         path.times(args.reflow_steps))
+
+    stamp = {"weights": fingerprint_tensors(theirs["ema"]), "objective": theirs["objective"],
+             "classes": theirs["data"]["classes"], "sampler": row.sampler, "steps": args.reflow_steps,
+             "guidance": scale, "precision": plan.number_format}
+    if plan.pairs_stamp and plan.pairs_stamp != stamp:
+        raise ValueError(f"--reflow {args.reflow}: has changed since this run began; restore it, or use "
+                         "another --name")
+    plan.reflow = None                                         # frees memory, as the model will
+    return PairCache(cache_dir / "pairs.npy", count, shape, draw, stamp,
+                     at_once=max(1, at_once(args, 2 * PREVIEW_BATCH) // 2))
+
+
+def latent_shape(vae: VAE, data: Dataset) -> tuple[int, int, int]:
+    height, width = data.images.shape[1:3]
+    return vae.config.latent_channels, height // vae.factor, width // vae.factor
 
 
 def demo() -> None:

@@ -203,7 +203,8 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     for line in changed:
         print(f"{run.folder}: {line}")
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-    print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(data):,} pictures; "
+    kind = "pictures" if task.pairs is None else "pairs of noise and sample"
+    print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {task.count:,} {kind}; "
           f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory for "
           f"weights, optimizer and a batch; step {start:,} of {args.steps:,}", flush=True)
 
@@ -215,7 +216,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         for step in bar:
             # -- one step; then its weights join the averages
             rate = learning_rate(step, args, rise)
-            batch = batch_indices(len(data), args.batch_size, step, args.seed)   # a pure function of the step
+            batch = batch_indices(task.count, args.batch_size, step, args.seed)  # a pure function of the step
             unread.append(update(args, plan, task, state, batch, rate))
             done = step + 1
             state.average(done)
@@ -342,6 +343,8 @@ def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State
     # the identities of the data and of a frozen encoder's outputs: neither may change on resume
     training = {"data": data.identity, "encoder": plan.conditioning.fingerprint, "steps": args.steps,
                 "rise": rise, "finished": finished}
+    if task.pairs is not None:
+        training["pairs"] = task.pairs.drawn_from
     return {"arch": args.arch, "config": asdict(state.model.config), "objective": task.objective,
             "step": step, "data": data_entry, **conditions, "vae": pack_vae(task.vae) if task.vae else None,
             **state.weights(), "training": training | state.training()}
@@ -413,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.arch != "vae":                       # a VAE draws nothing by itself
         defaults = OBJECTIVES[args.objective]
         finished = conditioning.of_checkpoint(load_checkpoint(folder), plan.device)
-        guidance = " --cfg 2" if finished.guidable else ""
+        guidance = f" --cfg {defaults.scale:g}" if finished.guidable and defaults.scale != 1 else ""
         print(f"more: python sample.py {shlex.quote(str(folder))}{finished.hint()} --n 64 "
               f"--sampler {defaults.sampler} --steps {defaults.steps}{guidance} --seed 0 --out grid.png")
     return 0

@@ -38,8 +38,11 @@ class UNetConfig:
     linear_projection: bool = False             # Linear around the transformers (SD 2), not 1x1 Conv2d
     num_classes: int = 0                        # 0: no class labels
     time_offset: float = 0.0                    # added to 1000 t before the time embedding (published: -1)
+    second_time: bool = False                   # also embed s <= t: predict the mean velocity from t to s
 
 
+GAP_SCALE = 10.0     # fastest sinusoid of t - s, in radians per unit: its derivative by t enters the loss
+BLUR = 0.1           # of t, as a share of t - s: see UNet.embed_times
 PRESETS = {
     "tiny": dict(widths=(32, 64), layers=1, attention=(False, True), groups=8),
     "small": dict(),
@@ -54,14 +57,20 @@ PRESETS = {
 
 # ---- time, class and position
 
-def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0,
+                       blur: Tensor | None = None) -> Tensor:
     """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of scale * t + offset at dim / 2 frequencies.
+    blur (B,): the mean over times that are spread about t by this standard deviation.
 
     Returned in float32, because bf16 cannot tell neighbouring steps of 1000 t apart."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
                             / (dim // 2))
     angles = (scale * t + offset).float()[:, None] * frequencies               # (B, dim / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    if blur is None:
+        return embedding
+    damping = torch.exp(-((scale * blur).float()[:, None] * frequencies) ** 2 / 2)
+    return embedding * torch.cat([damping, damping], dim=-1)
 
 
 def position_embedding(h: int, w: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -74,14 +83,15 @@ def position_embedding(h: int, w: int, dim: int, device: torch.device | None = N
 class TimeEmbedding(nn.Module):
     """t (B,) in [0, 1] -> (B, c_out)."""
 
-    def __init__(self, c_in: int, c_out: int, offset: float):
+    def __init__(self, c_in: int, c_out: int, offset: float, scale: float = 1000.0):
         super().__init__()
         self.linear_1 = nn.Linear(c_in, c_out)
         self.linear_2 = nn.Linear(c_out, c_out)
         self.offset = offset
+        self.scale = scale
 
-    def forward(self, t: Tensor) -> Tensor:
-        embedding = timestep_embedding(t, self.linear_1.in_features, offset=self.offset)
+    def forward(self, t: Tensor, blur: Tensor | None = None) -> Tensor:
+        embedding = timestep_embedding(t, self.linear_1.in_features, self.scale, self.offset, blur)
         return self.linear_2(F.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype))))
 
 
@@ -332,6 +342,9 @@ class UNet(nn.Module):
         c_emb = 4 * c.widths[0]
         self.conv_in = nn.Conv2d(c.channels, c.widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(c.widths[0], c_emb, c.time_offset)
+        self.gap_embedding = None
+        if c.second_time:
+            self.gap_embedding = TimeEmbedding(c.widths[0], c_emb, 0.0, GAP_SCALE)
         # the last row is the null class
         self.class_embedding = nn.Embedding(c.num_classes + 1, c_emb) if c.num_classes else None
         self.add_embedding = VectorEmbedding(c.pooled_width, c_emb) if c.pooled_width else None
@@ -347,11 +360,14 @@ class UNet(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Start every residual branch, and the output, at zero; leave the rest as PyTorch initialises it.
+        """Start every residual branch, the output and the second time at zero; leave the rest as PyTorch
+        initialises it.
 
         Every block then begins as its shortcut, so that depth neither amplifies nor attenuates activations
         and gradients (Ho et al.'s code; Dhariwal & Nichol 2021, arXiv:2105.05233)."""
         last = [self.conv_out]
+        if self.gap_embedding is not None:           # a network of one time is then a starting point
+            last.append(self.gap_embedding.linear_2)
         for module in self.modules():
             if isinstance(module, ResnetBlock):
                 last.append(module.conv2)
@@ -361,10 +377,20 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def embed_times(self, t: Tensor, s: Tensor | None) -> Tensor:
+        """t (B,), and s (B,) or None -> (B, 4 * widths[0])."""
+        if self.gap_embedding is None:
+            return self.time_embedding(t)
+        gap = torch.zeros_like(t) if s is None else t - s
+        # The derivative by t is part of the loss, and the fastest sinusoid of t turns by 1000 radians: left
+        # as it is, that derivative is mostly noise. What holds for a whole interval does not depend on t that
+        # finely, so t is blurred by a tenth of the interval, and not at all at s = t.
+        return self.time_embedding(t, BLUR * gap) + self.gap_embedding(gap)
+
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                mask: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
-        """xt (B, C, H, W), t (B,) in [0, 1], y (B,), context (B, L, D), mask (B, L), pooled (B, P)
-        -> raw (B, out_channels, H, W).
+                mask: Tensor | None = None, pooled: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        """xt (B, C, H, W), t (B,) in [0, 1], y (B,), context (B, L, D), mask (B, L), pooled (B, P), s (B,) in
+        [0, t] or None, which is t -> raw (B, out_channels, H, W).
 
         Raises ValueError if H or W is not a multiple of the factor by which the levels downsample, or if a
         context is given to a U-Net without cross-attention, or missing from one with it."""
@@ -375,7 +401,7 @@ class UNet(nn.Module):
             raise ValueError("context must be given exactly where the U-Net has a context_width")
 
         # time, label and pooled text apply to the whole image and reach the ResNet blocks as one vector
-        emb = self.time_embedding(t)                                           # (B, 4 * widths[0])
+        emb = self.embed_times(t, s)                                           # (B, 4 * widths[0])
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(y)
         if self.add_embedding is not None:

@@ -46,7 +46,8 @@ ROOMS = {
              "vae"},
     "sample": {"cli", "conditioning", "ema", "files", "pictures", "published", "run", "samplers", "settings",
                "vae"},
-    "tasks": {"cache", "cli", "conditioning", "data", "pictures", "plan", "run", "sample", "settings", "vae"},
+    "tasks": {"cache", "cli", "conditioning", "data", "files", "pictures", "plan", "run", "sample",
+              "samplers", "settings", "vae"},
     "train": {"cli", "conditioning", "data", "ema", "plan", "published", "run", "settings", "tasks"},
 }
 PACKAGES = {name: {"torch"} for name in ROOMS} | {

@@ -14,8 +14,8 @@ MEAN, STD = 0.8, 0.3
 
 
 def gaussian(path):
-    """Exact denoiser of x0 ~ N(MEAN, STD^2)."""
-    def denoise(xt, t):
+    """Exact denoiser of x0 ~ N(MEAN, STD^2), at one time: with it, `jump` is `euler`."""
+    def denoise(xt, t, s=None):
         alpha, sigma = path.alpha_sigma(t)
         var = (alpha * STD) ** 2 + sigma**2
         return MEAN + alpha * STD**2 / var * (xt - alpha * MEAN), sigma / var * (xt - alpha * MEAN)
@@ -46,7 +46,7 @@ def test_flipped_signs_fail(name, path):
     """The test above must not pass a denoiser whose signs are wrong, or whose pair is swapped."""
     path = PATHS[path]
     for wrong in (lambda x0, eps: (-x0, -eps), lambda x0, eps: (eps, x0)):
-        denoise = lambda x, t: wrong(*gaussian(path)(x, t))
+        denoise = lambda x, t, s=None: wrong(*gaussian(path)(x, t))
         y = SAMPLERS[name](denoise, path, start(path, 5000), path.times(200))
         assert not (abs(y.mean() - MEAN) < 0.03 and abs(y.std() / STD - 1) < 0.1)
 
@@ -149,7 +149,7 @@ def test_inpainting_brings_the_known_part_back(path, name):
     repaint = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     repaint[..., 2:] = True
 
-    def denoise(xt, t):
+    def denoise(xt, t, s=None):
         guess = torch.tanh(3 * xt.mean((1, 2, 3), keepdim=True) + xt)      # depends on every pixel
         alpha, sigma = path.alpha_sigma(t)
         return guess, (xt - alpha * guess) / sigma
@@ -267,7 +267,7 @@ def test_steps_are_intervals_and_one_works(name, path):
     path = PATHS[path]
     calls, shown = [], []
 
-    def counting(xt, t):
+    def counting(xt, t, s=None):
         calls.append(float(t))
         return gaussian(path)(xt, t)
 
