@@ -112,17 +112,19 @@ def test_minutes_of_another_training_are_not_made_up(small, capsys):
     assert not Path("results/l.jsonl").exists()
 
 
-def record(cell, agreement, frechet, seconds=(60, 540), seed=0):
+def record(cell, agreement, frechet, seed=0, threads="1 thread"):
+    spent = [{"processor_seconds": seconds, "wall_seconds": 2 * seconds, "device": f"a, {threads}"}
+             for seconds in (60, 540)]
     return {"study": "dit", "cell": cell, "seed": seed, "agreement": agreement, "frechet": frechet,
-            "vae": {"processor_seconds": seconds[0]}, "network": {"processor_seconds": seconds[1]},
-            "floor": {"frechet": 1.25}, "commit": "abc"}
+            "vae": spent[0], "network": spent[1], "floor": {"frechet": 1.25}, "commit": "abc"}
 
 
 def test_the_table():
     rows = [record("default", 0.95, 6.0), record("default", 0.97, 5.0, seed=1),
-            record("short-average", 0.966, 4.2), record("default", 0.1, 99.0) | {"study": "unet"}]
+            record("short-average", 0.966, 4.2, threads="2 threads"),
+            record("default", 0.1, 99.0) | {"study": "unet"}]
     head, _, default, average = ladder.table(rows, "dit").splitlines()
-    figures = "| 10 | 0.960 (0.950 to 0.970) | 5.50 (5.00 to 6.00) | 1.25 | 1 of 2 | abc |"
+    figures = "| 10 |  | 0.960 (0.950 to 0.970) | 5.50 (5.00 to 6.00) | 1.25 | 1 of 2 | abc |"
     assert default.endswith(figures)                               # 0.97 with 5.0 meets both, 0.95 neither
     assert average.startswith("| the weights are averaged over the last 3 % of the training (`--ema 0.03`) |")
-    assert "| 0.966 (one seed) | 4.20 (one seed) | 1.25 | 1 of 1 |" in average
+    assert "| 10 | 20.0 | 0.966 (one seed) | 4.20 (one seed) | 1.25 | 1 of 1 |" in average
