@@ -303,7 +303,8 @@ def test_a_row_that_promises_too_much_is_noticed(entry, error):
 def test_training_says_that_it_compiles(monkeypatch, capsys, arch):
     compiled = []
     monkeypatch.setattr(train, "compile_blocks", compiled.append)
-    args = SimpleNamespace(seed=0, arch=arch, weight_decay=0.0, lr=0.1, grad_checkpoint=False, compile=True)
+    args = SimpleNamespace(seed=0, arch=arch, weight_decay=0.0, lr=0.1, grad_checkpoint=False, compile=True,
+                           ema=0.99)
     task = SimpleNamespace(build=lambda: torch.nn.Linear(2, 2))
     plan = SimpleNamespace(device=torch.device("cpu"), initial=None)
     model = train.new_state(args, task, plan).model
