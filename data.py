@@ -35,8 +35,8 @@ from tqdm import tqdm
 from files import amount, digest, replacing
 from folder import RANDOM_CROPS, Folder, Rows, clean_text, list_folder, open_pictures, split_rows
 from pictures import Size, grid, to_tensor, to_uint8
-from toys import (SHAPE_CLASSES, describe_scene, draw_scene, draw_shape, find_emoji_font, omit_details,
-                  render_emoji, vary_caption)
+from toys import (SHAPE_CLASSES, describe_corners, describe_scene, draw_corners, draw_scene, draw_shape,
+                  find_emoji_font, omit_details, render_emoji, vary_caption)
 
 
 @dataclass
@@ -91,6 +91,17 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)     # a batch needs one order, two across the end of an epoch
+def some_pictures(n: int, limit: int | None) -> np.ndarray:
+    """The indices of the pictures that are trained on: all n, or `limit` of them, chosen at random but always
+    the same, whatever the seed. Raises ValueError where there are not so many."""
+    if limit is None:
+        return np.arange(n)
+    if limit > n:
+        raise ValueError(f"--limit {limit}: there are {n:,} pictures to train on; give fewer, or leave it "
+                         "out")
+    return np.sort(np.random.default_rng(0).permutation(n)[:limit])
+
+
 def _order(n: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -116,6 +127,17 @@ def load_scenes(split: str, size: Size, data_dir: Path | None = None, count: int
     images = np.stack([draw_scene(scene, first + i, size) for i, scene in enumerate(scenes)])
     captions = [scene.caption for scene in scenes]
     return Dataset(images, None, [], digest("scenes", split, images), captions, vary=omit_details)
+
+
+@functools.lru_cache(maxsize=2)
+def load_corners(split: str, size: Size, data_dir: Path | None = None, count: int = 20_000) -> Dataset:
+    """The same shape in two opposite corners, without classes: a label would tell both what to be. So does a
+    caption; a network that is conditioned on neither has to make them agree."""
+    first, count = _range_of(split, count)
+    images = np.stack([draw_corners(first + i, size) for i in range(count)])
+    things = [describe_corners(first + i).things[0] for i in range(count)]
+    captions = [f"two {thing.colour} {thing.kind}s" for thing in things]
+    return Dataset(images, None, [], digest("corners", split, images), captions)
 
 
 def _range_of(split: str, count: int) -> tuple[int, int]:
@@ -335,6 +357,7 @@ class Source(NamedTuple):
 
 SOURCES = {
     "shapes": Source(load_shapes, load_captioned=load_scenes, endless=True),
+    "corners": Source(load_corners, captions_only=True, endless=True),
     "emoji": Source(load_emoji, captions_only=True),
     "fashion-mnist": Source(functools.partial(load_mnist, "fashion-mnist")),
     "mnist": Source(functools.partial(load_mnist, "mnist")),

@@ -176,8 +176,9 @@ LAYOUTS = {
     "flux": Layout("FluxTransformer2DModel", "transformer",
                    PUBLISHED | {"qk_norm": True, "sincos": None, "dual_attention": 0, "rope_theta": 10000.0},
                    flux_config, published.mmdit_to_diffusers),
-    "unet": Layout("UNet2DConditionModel", "unet", SECOND_TIME | {"positions": False},
-                   unet_config, published.unet_to_diffusers),
+    "unet": Layout("UNet2DConditionModel", "unet",
+                   SECOND_TIME | {"positions": False, "middle_attention": True}, unet_config,
+                   published.unet_to_diffusers),
 }
 
 BETAS = {"linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},

@@ -192,19 +192,19 @@ def wrap_caption(caption: str, columns: int) -> list[str]:
                          placeholder=" ...")
 
 
-def caption_font(text: str) -> ImageFont.FreeTypeFont:
+def caption_font(text: str, size: int = 11) -> ImageFont.FreeTypeFont:
     """Pillow's own font, or where it lacks a letter, the font of the system that lacks fewest."""
-    return _font_for("".join(sorted({letter for letter in text if letter > "~"})))
+    return _font_for("".join(sorted({letter for letter in text if letter > "~"})), size)
 
 
 @functools.lru_cache(maxsize=1024)
-def _font_for(letters: str) -> ImageFont.FreeTypeFont:
-    best = ImageFont.load_default(11)
+def _font_for(letters: str, size: int) -> ImageFont.FreeTypeFont:
+    best = ImageFont.load_default(size)
     lacking = letters_without_glyph(best, letters)
     for path in _system_fonts() if lacking else ():
         try:
             with open(path, "rb") as file:          # by its name, Pillow would replace a damaged one
-                font = ImageFont.truetype(file, 11)
+                font = ImageFont.truetype(file, size)
             without = letters_without_glyph(font, letters)
         except Exception:                           # a font of fixed sizes, or damaged
             continue

@@ -92,6 +92,8 @@ FLAGS = {
         Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow)", integer(1, 10**5)),
         Flag("--times", "spacing of the steps: even (default), log-snr, karras; ddpm also leading, linspace",
              one_of(TIMES), "even"),
+        Flag("--shift", "rf: shift of the sampling times (default: that of the training)",
+             number(0, 1e9, above=True)),
         Flag("--interval", "times between which guidance acts (default: 0 1)", number(0, 1), (0.0, 1.0),
              nargs=2, metavar=("LOW", "HIGH")),
         Flag("--rescale", "how much of the contrast that guidance adds is removed again (default: 0)",
@@ -368,6 +370,17 @@ def build_guide(args: argparse.Namespace, checkpoint: dict | None, condition: co
     return Guide(graphed(model) if args.compile else model, condition.ask_again(asked, model))
 
 
+def sampling_path(args: argparse.Namespace, objective: dict) -> dict:
+    """The objective whose path is sampled along: the run's own, with the shift asked for. It moves only the
+    times at which the network is evaluated. Raises ValueError on a path that has no shift."""
+    if args.shift is None:
+        return objective
+    if objective["name"] != "rf":
+        raise ValueError(f"--shift {args.shift:g}: of the times of rf; this run is on the path of "
+                         f"{objective['name']}; leave it out")
+    return objective | {"shift": args.shift}
+
+
 def read_picture(flag: str, file: str, size: tuple[int, int], behind: str = "white") -> np.ndarray:
     """uint8 (H, W, 3)."""
     try:
@@ -527,7 +540,7 @@ def main(argv: list[str] | None = None) -> None:
     scale = conditioning.guidance_scale(condition, args, objective.scale)
     sampler, options = choose_sampler(args, checkpoint["objective"])
     steps = args.steps or objective.steps
-    path = build_path(checkpoint["objective"])
+    path = build_path(sampling_path(args, checkpoint["objective"]))
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
     size = tuple(checkpoint["data"]["size"])
     vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
@@ -579,7 +592,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def settings() -> dict:
         """All that decides the pictures: only with the same settings may they be continued."""
-        flags = ("n", "seed", "batch_size", "precision", "compile", "negative_prompt")
+        flags = ("n", "seed", "batch_size", "precision", "compile", "negative_prompt", "shift")
         parts = {"weights": fingerprint_tensors(model.state_dict()),
                  "VAE": fingerprint_tensors(vae.state_dict()), "objective": checkpoint["objective"],
                  "conditions": digest(asked.names, asked.turn.numpy(),

@@ -174,6 +174,8 @@ FLAGS = {
         Flag("--crop", "where to crop a folder's pictures that have another shape: centre (default), or "
                        "random, at several places of each", one_of(("centre", "random")), "centre"),
         Flag("--flip", "mirror pictures at random"),
+        Flag("--limit", "train the network on only so many of the pictures, chosen at random (default: all; "
+                        "the VAE is always trained on all)", integer(1), needs=NETWORK),
         Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "
                        "mmdit, and for unet on emoji; else class)",
              one_of(CONDITIONS)),

@@ -245,6 +245,35 @@ def _grow(mask: np.ndarray) -> np.ndarray:
     return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
 
 
+# ---- corners: two shapes far from each other that agree
+
+CORNERS = ("top left", "bottom right")
+
+
+def describe_corners(index: int) -> Scene:
+    """The same shape in two opposite corners. Nothing between them tells one of them what the other is, so a
+    model that draws them alike relates distant parts of its picture."""
+    rng = np.random.default_rng([43, index])
+    colour, kind = SHAPE_CLASSES[index % len(SHAPE_CLASSES)].split("-")
+    centres = [centre + rng.uniform(-0.02, 0.02, 2) for centre in (0.25, 0.75)]
+    return Scene(tuple(Thing(colour, kind, "large", float(x), float(y)) for x, y in centres))
+
+
+def draw_corners(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    """Picture `index`, uint8 (H, W, 3)."""
+    return draw_scene(describe_corners(index), index, size)
+
+
+def read_corners(image: np.ndarray) -> tuple[Thing, Thing] | None:
+    """The shapes of the two corners, as `read_scene` reads them; None where the picture does not have exactly
+    one shape in each."""
+    found = read_scene(image)
+    by_place = {thing.place: thing for thing in found}
+    if len(found) != 2 or set(by_place) != set(CORNERS):
+        return None
+    return by_place[CORNERS[0]], by_place[CORNERS[1]]
+
+
 def omit_details(caption: str, rng: np.random.Generator) -> str:
     """A scene's caption with each detail (size, colour, kind, place) omitted one time in seven; an omitted
     kind becomes "shape". A model thus learns each word separately, not only in combinations from training."""

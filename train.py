@@ -37,7 +37,7 @@ import conditioning
 import ema
 import settings
 from cli import program, signals
-from data import Dataset, batch_indices, load_data
+from data import Dataset, batch_indices, load_data, some_pictures
 from plan import Plan, data_changed, fit_weights, prepare
 from published import load_weights
 from run import (Run, State, checkpoint_blocks, compile_blocks, describe, load_checkpoint, load_vae, pack_vae,
@@ -179,6 +179,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     Returns the exit status, as execute."""
     # ---- setup
     run = plan.run
+    chosen = some_pictures(task.count, args.limit)
     state = new_state(args, task, plan)
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
@@ -204,7 +205,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         print(f"{run.folder}: {line}")
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     kind = "pictures" if task.pairs is None else "pairs of noise and sample"
-    print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {task.count:,} {kind}; "
+    print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(chosen):,} {kind}; "
           f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory for "
           f"weights, optimizer and a batch; step {start:,} of {args.steps:,}", flush=True)
 
@@ -216,7 +217,8 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         for step in bar:
             # -- one step; then its weights join the averages
             rate = learning_rate(step, args, rise)
-            batch = batch_indices(task.count, args.batch_size, step, args.seed)  # a pure function of the step
+            # a pure function of the step
+            batch = chosen[batch_indices(len(chosen), args.batch_size, step, args.seed)]
             unread.append(update(args, plan, task, state, batch, rate))
             done = step + 1
             state.average(done)

@@ -30,6 +30,7 @@ class UNetConfig:
     widths: tuple[int, ...] = (64, 128)         # one per level; every level but the last halves the latent
     layers: int = 2                             # ResNet blocks per level going down; one more going up
     attention: tuple[bool, ...] = (False, True)  # per level: a transformer after each ResNet block?
+    middle_attention: bool = True               # a transformer between the two blocks at the bottom?
     heads: int | tuple[int, ...] = 2            # per level, or one number for all
     groups: int = 16                            # groups in every GroupNorm
     context_width: int | None = None            # None: no cross-attention
@@ -48,6 +49,14 @@ PRESETS = {
     "small": dict(),
     # of the same training FLOPs as dit.py's "small" in a latent of 8 x 8, for benchmarks/compare.py
     "matched": dict(widths=(64, 80, 128), attention=(False, True, True)),
+    # likewise of dit.py's "size-1", "size-2" and "size-4"
+    "size-1": dict(widths=(24, 32, 60), attention=(False, True, True), groups=4),
+    "size-2": dict(widths=(40, 56, 96), attention=(False, True, True), groups=8),
+    "size-4": dict(widths=(112, 136, 216), attention=(False, True, True), groups=8),
+    # as "matched", with attention nowhere, only at the bottom, and at every level
+    "matched-nowhere": dict(widths=(64, 112, 128), attention=(False, False, False), middle_attention=False),
+    "matched-bottom": dict(widths=(64, 96, 160), attention=(False, False, False)),
+    "matched-everywhere": dict(widths=(48, 80, 128), attention=(True, True, True)),
     "sd1": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, groups=32,
                 context_width=768, time_offset=-1.0),
     "sd2": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=(5, 10, 20, 20),
@@ -306,17 +315,20 @@ class UpLevel(nn.Module):
 
 
 class Middle(nn.Module):
-    """ResNet block, transformer, ResNet block, at the lowest resolution."""
+    """ResNet block, transformer (where there is attention), ResNet block, at the lowest resolution."""
 
     def __init__(self, c: UNetConfig, heads: int, c_emb: int):
         super().__init__()
         width = c.widths[-1]
         self.resnets = nn.ModuleList(ResnetBlock(width, width, c_emb, c.groups) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(width, heads, c)])
+        self.attentions = nn.ModuleList()
+        if c.middle_attention:
+            self.attentions.append(SpatialTransformer(width, heads, c))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.resnets[0](x, emb)
-        x = self.attentions[0](x, context, mask)
+        for transformer in self.attentions:
+            x = transformer(x, context, mask)
         return self.resnets[1](x, emb)
 
 
@@ -421,5 +433,5 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         with torch.device("meta"):                   # counts parameters without allocating them
             model = UNet(UNetConfig(**preset))
-        print(f"{name:8s} {sum(p.numel() for p in model.parameters()) / 1e6:7.1f} M parameters, "
+        print(f"{name:18s} {sum(p.numel() for p in model.parameters()) / 1e6:7.1f} M parameters, "
               f"widths {model.config.widths}")

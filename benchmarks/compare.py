@@ -1,9 +1,10 @@
 """The comparison, measured: cells of {network} x {objective}, each a plain train.py and sample.py command.
 
-    python benchmarks/compare.py --budget minutes            # five minutes, every line (from the root)
-    OMP_NUM_THREADS=1 python benchmarks/compare.py --budget cpu       # two of them, side by side: six hours
+    python benchmarks/compare.py --budget minutes            # a cell of each study (from the root)
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --budget cpu       # two of them, side by side
     python benchmarks/compare.py --budget cpu --list         # the cells, done or not, and their commands
     python benchmarks/compare.py --budget cpu --only steps --seeds 0
+    python benchmarks/compare.py --readme                    # writes the README's tables and figures
 
 Each finished cell is one line of benchmarks/results/compare-BUDGET.jsonl. The same command goes on after an
 interruption: a training from its last checkpoint, a cell from its last evaluation. Nothing is measured twice.
@@ -13,16 +14,16 @@ Any number of processes may share a folder of runs; each takes the next cell tha
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from functools import cached_property
+from dataclasses import asdict
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,116 +33,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import settings
 from benchmarks import measures
+from benchmarks.studies import BUDGETS, CHECKPOINTS, PICTURES, STUDIES, VAE_FLAGS, Cell, Evaluation
 from cli import program
 from files import locked, read_stamp, write_stamp
-from run import build_path, load_checkpoint
+from run import Run, build_path, load_checkpoint
 
 RESULTS = Path(__file__).with_name("results")
-
-
-# ---- the table of what is compared
-
-class Evaluation(NamedTuple):
-    sampler: str
-    steps: int
-    scale: float = 1.0                   # of the guidance
-
-    @property
-    def label(self) -> str:
-        return f"{self.sampler} {self.steps}, guidance {self.scale:g}"
-
-    @property
-    def file(self) -> str:               # what a kill leaves half-drawn is continued
-        return f"{self.sampler}-{self.steps}-cfg-{self.scale:g}"
-
-    @property
-    def flags(self) -> list[str]:
-        return ["--sampler", self.sampler, "--steps", str(self.steps), "--cfg", f"{self.scale:g}"]
-
-
-class Cell(NamedTuple):
-    study: str
-    name: str
-    run: str                             # cells of equal training flags name the same run, trained once
-    train: tuple[str, ...]               # flags of train.py, beyond those of the budget
-    evaluations: tuple[Evaluation, ...]
-
-
-class Study(NamedTuple):
-    question: str
-    cells: tuple[Cell, ...]
-    data: str = "fashion-mnist"
-
-
-class Budget(NamedTuple):
-    what: str
-    vae: tuple[str, ...]                 # flags of train.py for the VAE, which all cells share
-    train: tuple[str, ...]               # and for every network
-    steps: int
-    n: int                               # samples per evaluation
-    seeds: tuple[int, ...]
-    straight: int                        # trajectories whose straightness is measured
-
-
-BUDGETS = {
-    "minutes": Budget("five minutes: every line is run, no figure means anything",
-                      ("--steps", "60"), (), 24, 60, (0,), 10),
-    "cpu": Budget("two cores: grid and steps take about six hours, with two processes of one thread each",
-                  ("--steps", "4500"), ("--ema", "0.03"), 1600, 2000, (0, 1, 2), 100),
-    "gpu": Budget("one GPU: ready, but not run so far",
-                  ("--steps", "20000"), ("--ema", "0.03", "--batch-size", "256"), 20_000, 10_000,
-                  (0, 1, 2, 3, 4), 500),
-}
-VAE_FLAGS = ("--kl-weight", "1e-5")
-CHECKPOINTS = 8                          # at which a training is measured
-
-# The two networks of equal FLOPs, and the five objectives. Each keeps the learning rate of its defaults.
-NETWORKS = {"unet": ("--arch", "unet", "--preset", "matched"),
-            "dit": ("--arch", "dit", "--preset", "small")}
-OBJECTIVES = {
-    "ddpm eps": ("--objective", "ddpm", "--prediction", "eps"),
-    "ddpm v": ("--objective", "ddpm", "--prediction", "v"),
-    "ddpm x0": ("--objective", "ddpm", "--prediction", "x0"),
-    "rf uniform": ("--objective", "rf", "--density", "uniform"),
-    "rf logit-normal": ("--objective", "rf", "--density", "logit_normal"),
-}
-# As sample.py by default, without guidance and with a little.
-DEFAULT_SAMPLERS = {
-    "ddpm": (Evaluation("ddim", 50), Evaluation("ddim", 50, 1.5)),
-    "rf": (Evaluation("heun", 10), Evaluation("heun", 10, 1.5)),
-}
-HEADLINES = (("unet", "ddpm eps"), ("dit", "ddpm eps"), ("dit", "rf logit-normal"))
-
-
-def grid_cell(study: str, network: str, objective: str, evaluations: tuple[Evaluation, ...]) -> Cell:
-    run = f"{network}-{objective}".replace(" ", "-")
-    return Cell(study, f"{network} {objective}", run, NETWORKS[network] + OBJECTIVES[objective], evaluations)
-
-
-def grid_cells() -> Iterator[Cell]:
-    for network, objective in itertools.product(NETWORKS, OBJECTIVES):
-        yield grid_cell("grid", network, objective, DEFAULT_SAMPLERS[objective.split()[0]])
-
-
-def step_cells() -> Iterator[Cell]:
-    """Runs of the grid, at about 1 to 50 evaluations of the network by each solver."""
-    for network, objective in HEADLINES:
-        first = "ddim" if objective.startswith("ddpm") else "euler"
-        # All solvers make the same first step, so one of them stands for all at one evaluation.
-        rows = [Evaluation(first, steps) for steps in (1, 2, 4, 8, 10, 20, 50)]
-        rows += [Evaluation("heun", steps) for steps in (2, 4, 5, 10, 25)]          # 2 steps - 1 evaluations
-        for solver in ("dpmpp_2m", "unipc_3"):
-            rows += [Evaluation(solver, steps) for steps in (2, 4, 8, 10, 20)]
-        if first == "ddim":
-            rows += [Evaluation("ddpm", steps) for steps in (10, 20, 50)]           # ancestral
-        yield grid_cell("steps", network, objective, tuple(rows))
-
-
-STUDIES = {
-    "grid": Study("network x objective: equal data, equal training FLOPs", tuple(grid_cells())),
-    "steps": Study("claim 3: how many evaluations, and with which solver", tuple(step_cells())),
-}
 
 
 # ---- the results
@@ -220,6 +119,12 @@ class Stopped(Exception):
     """A program that was interrupted or failed."""
 
 
+def diverged_at(error: Stopped) -> int | None:
+    """The step at which a training had a loss or weights that are not finite; None for another reason."""
+    found = re.search(r"(?:at|after) step (\d+),? .*last good weights", str(error))
+    return int(found[1]) if found else None
+
+
 class Spent(NamedTuple):
     processor: float                     # seconds, user and system, of the child process
     wall: float
@@ -243,7 +148,7 @@ def call(command: list[str], log: Path) -> Spent:
             raise
     if status:
         lines = log.read_text(errors="replace").splitlines() or [""]
-        raise Stopped(f"{shlex.join(['python', *command])}: exit status {status}; {lines[-1][-300:]}")
+        raise Stopped(f"{shlex.join(['python', *command])}: exit status {status}; {lines[-1][-600:]}")
     after = os.times()
     processor = after.children_user + after.children_system - before.children_user - before.children_system
     return Spent(processor, time.monotonic() - began)
@@ -268,8 +173,8 @@ class Comparison:
         return self.runs / f"{data}-vae"
 
     def vae_command(self, data: str) -> list[str]:
-        return ["train.py", "--arch", "vae", "--data", data, *self.data_flags, *VAE_FLAGS, *self.budget.vae,
-                "--runs-dir", str(self.runs), "--name", self.vae_run(data).name]
+        return ["train.py", "--arch", "vae", *PICTURES[data].flags, *self.data_flags, *VAE_FLAGS,
+                *self.budget.vae, "--runs-dir", str(self.runs), "--name", self.vae_run(data).name]
 
     @cached_property
     def data_flags(self) -> list[str]:
@@ -278,36 +183,62 @@ class Comparison:
     def run_folder(self, cell: Cell, seed: int) -> Path:
         return self.runs / f"{cell.run}-{seed}"
 
-    def train_command(self, data: str, cell: Cell, seed: int) -> list[str]:
-        every = str(max(1, self.budget.steps // CHECKPOINTS))
-        return ["train.py", *cell.train, "--data", data, *self.data_flags, "--vae", str(self.vae_run(data)),
-                *self.budget.train, "--steps", str(self.budget.steps), "--seed", str(seed),
-                "--val-every", every, "--save-every", every, "--keep", str(CHECKPOINTS),
+    def train_command(self, cell: Cell, seed: int) -> list[str]:
+        every = str(self.step(1))
+        return ["train.py", *cell.train, *PICTURES[cell.data].flags, *self.data_flags,
+                "--vae", str(self.vae_run(cell.data)), *self.budget.train, "--steps", str(self.budget.steps),
+                "--seed", str(seed), "--val-every", every, "--save-every", every, "--keep", str(CHECKPOINTS),
                 "--preview-every", str(self.budget.steps), "--runs-dir", str(self.runs),
                 "--name", self.run_folder(cell, seed).name]
 
+    def step(self, checkpoint: int) -> int:
+        """The step of the checkpoint-th of CHECKPOINTS; the last one is the end."""
+        return max(1, self.budget.steps // CHECKPOINTS) * checkpoint
+
+    def source(self, cell: Cell, seed: int, evaluation: Evaluation) -> Path:
+        """The checkpoint that is drawn from."""
+        name = "checkpoint.pt"
+        if evaluation.checkpoint < CHECKPOINTS:
+            name = f"checkpoint-{self.step(evaluation.checkpoint):06d}.pt"
+        return self.run_folder(cell, seed) / name
+
     def sample_command(self, cell: Cell, seed: int, evaluation: Evaluation) -> list[str]:
         run = self.run_folder(cell, seed)
+        source = self.source(cell, seed, evaluation)
+        if source.name == "checkpoint.pt":
+            source = run
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
-        return ["sample.py", str(run), *evaluation.flags, "--n", str(self.budget.n), "--batch-size", "250",
+        return ["sample.py", str(source), *evaluation.flags, "--n", str(self.budget.n), "--batch-size", "250",
                 "--seed", str(seed * self.budget.n), "--out", str(run / f"{evaluation.file}.npz")]
 
     def commands(self, cell: Cell, seed: int) -> list[list[str]]:
-        data = STUDIES[cell.study].data
-        return [self.vae_command(data), self.train_command(data, cell, seed),
+        return [self.vae_command(cell.data), self.train_command(cell, seed),
                 *(self.sample_command(cell, seed, evaluation) for evaluation in cell.evaluations)]
+
+    def minutes(self, cell: Cell, trained: set[str]) -> float | None:
+        """About how long a cell takes in one process, from its FLOPs. trained: runs that need no training."""
+        if self.budget.speed is None:
+            return None
+        args = settings.parse(self.train_command(cell, 0)[1:])
+        flops = flops_per_example(cell)
+        path = build_path(settings.objective_config(args))
+        calls = sum(measures.evaluations(each.sampler, each.steps, each.scale, path)
+                    for each in cell.evaluations)
+        total = self.budget.n * calls * flops / 3          # the forward pass is a third
+        if cell.run not in trained:
+            total += self.budget.steps * args.batch_size * flops
+        return total / self.budget.speed / 60
 
     # -- one cell
 
     def measure(self, cell: Cell, seed: int) -> bool:
         """Train, sample, score and append the result. False where another process holds the run."""
-        data = STUDIES[cell.study].data
-        self.prepare(data)
+        self.prepare(cell.data)
         run = self.run_folder(cell, seed)
         try:
             with locked(run.with_name(f"{run.name}.lock")):
                 if not self.results.has(cell.study, cell.name, seed):    # another process may just have
-                    self.results.append(self.record(data, cell, seed, run))
+                    self.results.append(self.record(cell, seed, run))
         except BlockingIOError:
             return False
         return True
@@ -316,10 +247,12 @@ class Comparison:
         """The judge and the VAE, which all cells on this data share; another process waits meanwhile."""
         if data in self.held_out:
             return
+        pictures = PICTURES[data]
         folder = self.vae_run(data)
         self.runs.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{folder.name}.compare.lock"), wait=True):
-            self.judges[data] = measures.JUDGES[data](self.data_dir)     # may train a classifier, once
+            # may train a classifier, once
+            self.judges[data] = measures.JUDGES[pictures.source](self.data_dir, pictures.side)
             if not (folder / "checkpoint.pt").is_file() or not self.results.has("floor", data, 0):
                 command = self.vae_command(data)
                 print(shlex.join(["python", *command]), flush=True)
@@ -328,37 +261,50 @@ class Comparison:
                 self.results.append({"study": "floor", "cell": data, "seed": 0, "budget": self.name,
                                      "commands": [shlex.join(["python", *command])], "evaluations": rows,
                                      **stamp()})
-        self.held_out[data] = measures.examples(data, self.data_dir, folder)
+        self.held_out[data] = measures.examples(pictures.source, pictures.side, self.data_dir, folder)
 
-    def record(self, data: str, cell: Cell, seed: int, run: Path) -> dict:
+    def record(self, cell: Cell, seed: int, run: Path) -> dict:
         """All that is known of a cell. What is measured on the way is kept in compare.json in the run's
         folder, for a later process and for other cells of the same run."""
         run.mkdir(exist_ok=True)
         known = read_stamp(run / "compare.json")
         scores = known.setdefault("scores", {})
-        missing = any(evaluation.label not in scores for evaluation in cell.evaluations)
-        if "training" not in known or (missing and not (run / "checkpoint.pt").is_file()):
-            self.train(data, cell, seed, run, known)
+        found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
+                 "commands": [shlex.join(["python", *command]) for command in self.commands(cell, seed)]}
+        missing = [each for each in cell.evaluations if each.label not in scores]
+        trained = "training" in known and all(self.source(cell, seed, each).is_file() for each in missing)
+        if "diverged" not in known and not trained:
+            self.train(cell, seed, run, known)
+        if "diverged" in known:          # a result like any other, and not tried again
+            return found | {"diverged": known["diverged"], **known["stamp"]}
         for evaluation in cell.evaluations:
             if evaluation.label not in scores:
-                scores[evaluation.label] = self.evaluate(data, cell, seed, run, evaluation)
+                scores[evaluation.label] = self.evaluate(cell, seed, run, evaluation)
                 write_stamp(run / "compare.json", known)
-        if not self.keep_runs:
-            for file in run.glob("checkpoint*.pt"):
-                file.unlink()
-        return {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
-                "commands": [shlex.join(["python", *command]) for command in self.commands(cell, seed)],
-                "evaluations": [scores[evaluation.label] for evaluation in cell.evaluations],
-                **known["training"]}
+        # The last one stays for other cells of this run.
+        for file in run.glob("checkpoint-*.pt" if self.keep_runs else "checkpoint*.pt"):
+            file.unlink()
+        return found | {"evaluations": [scores[evaluation.label] for evaluation in cell.evaluations],
+                        **known["training"]}
 
-    def train(self, data: str, cell: Cell, seed: int, run: Path, known: dict) -> None:
-        """Train, or go on, and measure what does not depend on a sampler."""
-        command = self.train_command(data, cell, seed)
+    def train(self, cell: Cell, seed: int, run: Path, known: dict) -> None:
+        """Train, or go on, and measure what does not depend on a sampler. A training that diverges leaves
+        the step of it instead."""
+        command = self.train_command(cell, seed)
         print(shlex.join(["python", *command]), flush=True)
         known.setdefault("stamp", stamp())                               # of the code that begins it
         write_stamp(run / "compare.json", known)
         started = last_step(run)
-        spent = call(command, run / "compare.log")
+        try:
+            spent = call(command, run / "compare.log")
+        except Stopped as error:
+            step = diverged_at(error)
+            if step is None:
+                raise
+            known["diverged"] = step
+            write_stamp(run / "compare.json", known)
+            print(f"  diverged at step {step:,}", flush=True)
+            return
         if started < self.budget.steps:
             # For the whole training, from the steps of this process: one that was killed leaves no account.
             share = self.budget.steps / (self.budget.steps - started)
@@ -366,27 +312,30 @@ class Comparison:
                               "wall_seconds": spent.wall * share,
                               "measured_steps": self.budget.steps - started}
             write_stamp(run / "compare.json", known)
+        known["training"] = self.figures(cell, run) | known.get("spent", {}) | known["stamp"]
+        write_stamp(run / "compare.json", known)
 
+    def figures(self, cell: Cell, run: Path) -> dict:
+        """What a finished training has besides samples: losses, errors in common units, costs."""
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        held_out = self.held_out[cell.data]
         curve = []
         for file in sorted(run.glob("checkpoint-*.pt")):
             trained = measures.load_trained(file)
-            curve.append({"step": trained.step} | measures.errors(trained, self.held_out[data]))
+            curve.append({"step": trained.step} | measures.errors(trained, held_out))
         trained = measures.load_trained(run / "checkpoint.pt")
-        shape = tuple(self.held_out[data].x0.shape[1:])
         validations = [record for record in records if "val_loss" in record]
-        straight = measures.straightness(trained, shape, self.judges[data].classes, self.budget.straight)
-        known["training"] = {
+        straight = measures.straightness(trained, held_out, self.budget.straight)
+        return {
             "val_loss": validations[-1]["val_loss"], "val_by_time": validations[-1]["val_by_time"],
             "val_curve": [[record["step"], record["val_loss"]] for record in validations],
             "errors": curve, "straightness": straight, "grad_norm": measures.gradient_norms(records),
-            "steps": trained.step, "flops_per_example": trained.flops, "parameters": trained.parameters,
-            **known.get("spent", {}), **known["stamp"]}
-        write_stamp(run / "compare.json", known)
-        for file in run.glob("checkpoint-*.pt"):                         # checkpoint.pt stays
-            file.unlink()
+            "steps": trained.step, "batch_size": Run(run).read_settings()["batch_size"],
+            "flops_per_example": measures.training_flops(trained.arch, asdict(trained.model.config),
+                                                         trained.shape),
+            "parameters": sum(p.numel() for p in trained.model.parameters())}
 
-    def evaluate(self, data: str, cell: Cell, seed: int, run: Path, evaluation: Evaluation) -> dict:
+    def evaluate(self, cell: Cell, seed: int, run: Path, evaluation: Evaluation) -> dict:
         command = self.sample_command(cell, seed, evaluation)
         print(shlex.join(["python", *command]), flush=True)
         out = Path(command[-1])
@@ -394,13 +343,22 @@ class Comparison:
         images = np.load(out)["arr_0"]
         path = build_path(load_checkpoint(run)["objective"])
         nfe = measures.evaluations(evaluation.sampler, evaluation.steps, evaluation.scale, path)
-        score = {"label": evaluation.label, "sampler": evaluation.sampler, "steps": evaluation.steps,
-                 "guidance": evaluation.scale, "n": len(images), "nfe": nfe,
-                 **self.judges[data].score(images), "processor_seconds": spent.processor,
-                 "wall_seconds": spent.wall}
+        figures = self.judges[cell.data].score(images)
         out.unlink()
-        print("  " + "  ".join(f"{name} {score[name]:.3f}" for name in ("agreement", "frechet")), flush=True)
-        return score
+        print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+        return {"label": evaluation.label, "sampler": evaluation.sampler, "steps": evaluation.steps,
+                "guidance": evaluation.scale, "shift": evaluation.shift, "checkpoint": evaluation.checkpoint,
+                "n": len(images), "nfe": nfe, **figures, "processor_seconds": spent.processor,
+                "wall_seconds": spent.wall}
+
+
+@cache
+def flops_per_example(cell: Cell) -> int:
+    """Of a forward and backward pass, by the cell's preset and the size of its latents."""
+    args = settings.parse([*cell.train, *PICTURES[cell.data].flags])
+    side = PICTURES[cell.data].side // 4                   # what the default VAE makes of it
+    config = settings.ARCHITECTURES[args.arch].presets[args.preset] | {"num_classes": 10}
+    return measures.training_flops(args.arch, config, (4, side, side))
 
 
 def last_step(run: Path) -> int:
@@ -413,13 +371,25 @@ def last_step(run: Path) -> int:
 # ---- the program
 
 def listing(comparison: Comparison, cells: list[tuple[Cell, int]]) -> None:
-    """Print every cell: done or not, and its commands."""
+    """Print every cell: done or not, about how long it takes, and its commands."""
     done = {(r["study"], r["cell"], r["seed"]) for r in comparison.results.read()}
+    trained = {(cell.run, seed) for cell, seed in cells if (cell.study, cell.name, seed) in done}
+    total = 0.0
     for cell, seed in cells:
-        state = "done" if (cell.study, cell.name, seed) in done else "not done"
+        state = "done"
+        if (cell.study, cell.name, seed) not in done:
+            state = "not done"
+            minutes = comparison.minutes(cell, {run for run, other in trained if other == seed})
+            if minutes is not None:
+                state += f", about {minutes:.0f} minutes"
+                total += minutes
+            trained.add((cell.run, seed))
         print(f"{cell.study}: {cell.name}, seed {seed}: {state}")
         for command in comparison.commands(cell, seed):
             print(f"    {shlex.join(['python', *command])}")
+    if total:
+        print(f"about {total / 60:.1f} hours of one process are left, in addition to the VAEs; two processes "
+              "side by side take half of it")
 
 
 def chosen_cells(args: argparse.Namespace) -> list[tuple[Cell, int]]:
@@ -428,23 +398,36 @@ def chosen_cells(args: argparse.Namespace) -> list[tuple[Cell, int]]:
         if name not in STUDIES:
             raise ValueError(f"--only {name}: must be one of {', '.join(STUDIES)}")
     seeds = args.seeds or BUDGETS[args.budget].seeds
-    return [(cell, seed) for seed in seeds for name in args.only for cell in STUDIES[name].cells]
+    budget = BUDGETS[args.budget]
+    return [(cell, seed) for seed in seeds for name in args.only for cell in budget.cells(STUDIES[name])]
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--budget", choices=BUDGETS, required=True,
+    p.add_argument("--budget", choices=BUDGETS,
                    help="; ".join(f"{name}: {budget.what}" for name, budget in BUDGETS.items()))
     p.add_argument("--only", nargs="+", default=list(STUDIES), metavar="STUDY",
                    help="; ".join(f"{name}: {study.question}" for name, study in STUDIES.items()))
     p.add_argument("--seeds", type=int, nargs="+", help="(default: those of the budget)")
     p.add_argument("--list", action="store_true", help="print the cells and their commands, and stop")
+    p.add_argument("--readme", action="store_true",
+                   help="write the README's tables and figures from the results (default: of --budget cpu), "
+                        "and stop")
     p.add_argument("--runs-dir", help="(default: runs/compare-BUDGET)")
     p.add_argument("--results", help="(default: benchmarks/results/compare-BUDGET.jsonl)")
     p.add_argument("--data-dir", default="data", help="folder of the IDX files (default: data)")
     p.add_argument("--drop-runs", action="store_true",
                    help="remove a run's weights once its cell is done; another study on it trains it again")
     args = p.parse_args(argv)
+    if args.readme:
+        # here, because it reads what this program writes
+        from benchmarks import ladder, tables
+        results = Path(args.results or RESULTS / f"compare-{args.budget or 'cpu'}.jsonl")
+        tables.write(ROOT / "README.md", RESULTS.with_name("pictures"), Results(results).read(),
+                     Results(ladder.RESULTS).read())
+        return 0
+    if args.budget is None:
+        p.error("--budget is required: " + ", ".join(BUDGETS))
     cells = chosen_cells(args)
     comparison = Comparison(args.budget, Path(args.runs_dir or f"runs/compare-{args.budget}"),
                             Path(args.results or RESULTS / f"compare-{args.budget}.jsonl"),

@@ -20,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fashion_mnist
-from data import load_data, load_mnist
+from data import load_corners, load_data, load_mnist
 from pictures import to_tensor
 from published import load_weights
 from run import build_model, build_path, load_checkpoint, load_vae, unpack_vae
 from samplers import SAMPLERS, guided, noise_like
+from toys import read_corners
 
 # Times u at which errors are measured: a path of diffusion ends at u = 0.94, before all is noise.
 FIRST, LAST = 0.02, 0.92
@@ -37,10 +38,11 @@ def training_flops(arch: str, config: dict, shape: tuple[int, int, int]) -> int:
     addition count as two. shape: of a latent, (C, h, w)."""
     with torch.device("meta"):                             # counts without computing
         model = build_model(arch, config)
-        x, t, y = torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        x, t = torch.zeros(1, *shape), torch.zeros(1)
+        cond = {"y": torch.zeros(1, dtype=torch.long)} if config.get("num_classes") else {}
     # written out, as the counter does not know every fused kernel of attention
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(x, t, y=y).square().mean().backward()
+        model(x, t, **cond).square().mean().backward()
     return counter.get_total_flops()
 
 
@@ -50,13 +52,17 @@ class Trained(NamedTuple):
     model: torch.nn.Module       # with averaged weights
     path: object
     step: int
-    parameters: int
-    flops: int                   # of one example, forward and backward
+    arch: str
+    shape: tuple[int, int, int]  # of a latent
 
 
 class Examples(NamedTuple):
     x0: Tensor                   # (N, C, h, w), normalised latents
-    y: Tensor                    # (N,) labels
+    y: Tensor | None             # (N,) labels, or None
+
+    def cond(self, part: Tensor) -> dict:
+        """The conditions of the examples with these indices."""
+        return {} if self.y is None else {"y": self.y[part]}
 
 
 def load_trained(file: Path) -> Trained:
@@ -66,19 +72,18 @@ def load_trained(file: Path) -> Trained:
                          checkpoint["ema"], str(file)).eval()
     vae = unpack_vae(checkpoint["vae"])
     shape = (vae.config.latent_channels, *(side // vae.factor for side in checkpoint["data"]["size"]))
-    return Trained(model, build_path(checkpoint["objective"]), checkpoint["step"],
-                   sum(p.numel() for p in model.parameters()),
-                   training_flops(checkpoint["arch"], checkpoint["config"], shape))
+    return Trained(model, build_path(checkpoint["objective"]), checkpoint["step"], checkpoint["arch"], shape)
 
 
 @torch.no_grad()
-def examples(data: str, data_dir: Path, vae_run: Path, count: int = 512) -> Examples:
+def examples(source: str, side: int, data_dir: Path, vae_run: Path, count: int = 512) -> Examples:
     """The first validation pictures as latents of this VAE."""
     vae = load_vae(vae_run)
-    val = load_data(data, "val", (32, 32), data_dir, vae_run)
+    val = load_data(source, "val", (side, side), data_dir, vae_run)
     parts = to_tensor(val.images[:count]).split(64)
     x0 = torch.cat([vae.normalize(vae.encode(part).mean) for part in parts])
-    return Examples(x0, torch.from_numpy(np.asarray(val.labels[:count])).long())
+    labels = None if val.labels is None else torch.from_numpy(np.asarray(val.labels[:count])).long()
+    return Examples(x0, labels)
 
 
 @torch.no_grad()
@@ -97,7 +102,7 @@ def errors(trained: Trained, held_out: Examples) -> dict:
         x0, time = held_out.x0[part], t[part]
         alpha, sigma = (each[:, None, None, None] for each in trained.path.alpha_sigma(time))
         xt = alpha * x0 + sigma * eps[part]
-        raw = trained.model(xt, time, y=held_out.y[part])
+        raw = trained.model(xt, time, **held_out.cond(part))
         guess, _ = trained.path.to_x0_eps(raw, xt, time)
         squares.append((guess - x0).square().flatten(1).mean(1))
     x0_error = torch.cat(squares).double()
@@ -110,20 +115,21 @@ def errors(trained: Trained, held_out: Examples) -> dict:
 
 
 @torch.no_grad()
-def straightness(trained: Trained, shape: tuple[int, int, int], classes: int, count: int = 100,
-                 steps: int = 20) -> float:
+def straightness(trained: Trained, held_out: Examples, count: int = 100, steps: int = 20) -> float:
     """How far the velocity along sampled trajectories is from their chord: the mean square of the difference
     per latent value, averaged over u; 0 if all are straight (Liu et al. 2022, arXiv:2209.03003)."""
     path = trained.path
     velocities = []
-    denoise = guided(trained.model, path, {"y": torch.arange(count) % classes})
+    chosen = torch.arange(count) % len(held_out.x0)
+    denoise = guided(trained.model, path, held_out.cond(chosen))
 
     def watched(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         x0, eps = denoise(xt, t)
         velocities.append(eps - x0)
         return x0, eps
 
-    start = noise_like(torch.empty(count, *shape), [torch.Generator().manual_seed(i) for i in range(count)])
+    start = noise_like(torch.empty(count, *held_out.x0.shape[1:]),
+                       [torch.Generator().manual_seed(i) for i in range(count)])
     times = path.times(steps)
     end = SAMPLERS["euler"](watched, path, start, times)
     alpha, sigma = path.alpha_sigma(times)
@@ -162,26 +168,32 @@ def gradient_norms(records: list[dict]) -> dict:
 # ---- judges: what a set of samples is worth
 
 class FashionMNIST:
-    """Agreement and Fréchet distance in the features of a classifier: see benchmarks/fashion_mnist.py."""
+    """Agreement and Fréchet distance in the features of a classifier: see benchmarks/fashion_mnist.py. Larger
+    pictures are scaled down to the classifier's 32 x 32, each pixel the mean of those it covers, so that the
+    figures of all sizes can be compared; what only a larger picture shows is not judged."""
 
     classes = 10
 
-    def __init__(self, data_dir: Path):
+    def __init__(self, data_dir: Path, side: int = 32):
+        if side % 32:
+            raise ValueError(f"side {side}: must be a multiple of 32, the side of the classifier's pictures")
+        self.side = side
         self.classifier = fashion_mnist.load_classifier(data_dir)
         self.test = load_mnist("fashion-mnist", "val", (32, 32), data_dir)
         self.reference, self.predicted = fashion_mnist.classify(self.classifier, self.test.images)
         self.data_dir = data_dir
 
     def score(self, images: np.ndarray) -> dict:
-        """images: uint8 (N, 32, 32, 1), of the classes 0, 1, .. 9 in turn."""
-        features, predicted = fashion_mnist.classify(self.classifier, images)
+        """images: uint8 (N, side, side, 1), of the classes 0, 1, .. 9 in turn."""
+        features, predicted = fashion_mnist.classify(self.classifier, area_scaled(images, 32))
         return {"agreement": float((predicted == np.arange(len(images)) % self.classes).mean()),
                 "frechet": fashion_mnist.frechet(features, self.reference)}
 
     def floor(self, vae_run: Path, n: int) -> list[dict]:
         """What no network on this VAE can exceed, and what real pictures score: on all and on n of them, as
         the distance of fewer pictures is biased upward."""
-        restored = fashion_mnist.reconstruct(load_vae(vae_run), self.test.images)
+        test = load_mnist("fashion-mnist", "val", (self.side, self.side), self.data_dir)
+        restored = area_scaled(fashion_mnist.reconstruct(load_vae(vae_run), test.images), 32)
         # The border of 2 pixels is padding, not part of the picture.
         error = (restored[:, 2:-2, 2:-2] / 255.0 - self.test.images[:, 2:-2, 2:-2] / 255.0) ** 2
         psnr = float(np.mean(-10 * np.log10(error.mean((1, 2, 3)).clip(min=1e-12))))
@@ -202,4 +214,36 @@ class FashionMNIST:
         ]
 
 
-JUDGES = {"fashion-mnist": FashionMNIST}
+class Corners:
+    """How many samples have the same shape in both corners, as `toys.read_corners` reads them."""
+
+    def __init__(self, data_dir: Path, side: int = 32):
+        self.side = side
+
+    def score(self, images: np.ndarray) -> dict:
+        """images: uint8 (N, side, side, 3). whole: one shape in each corner and none elsewhere."""
+        pairs = [read_corners(image) for image in images]
+        whole = [pair for pair in pairs if pair is not None]
+        same = {part: sum(getattr(a, part) == getattr(b, part) for a, b in whole) / len(images)
+                for part in ("colour", "kind")}
+        right = sum((a.colour, a.kind) == (b.colour, b.kind) for a, b in whole)
+        return {"agreement": right / len(images), "whole": len(whole) / len(images), **same}
+
+    def floor(self, vae_run: Path, n: int) -> list[dict]:
+        """What the VAE's reconstructions of validation pictures score."""
+        images = load_corners("val", (self.side, self.side)).images[:n]
+        restored = fashion_mnist.reconstruct(load_vae(vae_run), images)
+        return [{"label": "reconstructions of validation pictures", "n": len(images), **self.score(restored)}]
+
+
+def area_scaled(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (N, H, W, C) -> (N, side, side, C): each pixel the rounded mean of those it covers. Raises
+    ValueError where side does not divide H and W."""
+    n, height, width, channels = images.shape
+    if height % side or width % side:
+        raise ValueError(f"side {side}: does not divide pictures of {height} x {width}")
+    blocks = images.reshape(n, side, height // side, side, width // side, channels)
+    return np.round(blocks.mean((2, 4))).astype(np.uint8)
+
+
+JUDGES = {"fashion-mnist": FashionMNIST, "corners": Corners}

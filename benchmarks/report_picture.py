@@ -61,7 +61,10 @@ def chart(title: str, lines: list[Line], across: str, log: bool = False) -> Imag
     """A chart of these lines on white. across: the name of the horizontal axis; log: whether the vertical
     one is logarithmic."""
     width, height = (side * SCALE for side in CHART)
-    left, right, top, bottom = (side * SCALE for side in (58, 14, 46, 40))
+    left = 58 * SCALE
+    right = 14 * SCALE
+    top = 46 * SCALE
+    bottom = 40 * SCALE
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
     pen.text((left, 4 * SCALE), title, "black", font(14))

@@ -2,11 +2,13 @@
 
 import json
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import compare, fashion_mnist, measures
+from benchmarks import compare, fashion_mnist, measures, studies
 from conftest import few_samples, write_idx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +21,7 @@ from ddpm import DDPM
 from files import locked
 from rectified_flow import RectifiedFlow
 from run import build_model
+from toys import Scene, describe_corners, draw_corners, draw_scene
 
 LATENT = (4, 8, 8)
 
@@ -31,10 +34,45 @@ def test_the_two_networks_have_equal_training_flops():
         config = preset | {"num_classes": 10}
         costs[arch] = measures.training_flops(arch, config, LATENT)
         sizes[arch] = sum(p.numel() for p in build_model(arch, config).parameters())
-    assert compare.NETWORKS == {"unet": ("--arch", "unet", "--preset", "matched"),
+    assert studies.NETWORKS == {"unet": ("--arch", "unet", "--preset", "matched"),
                                 "dit": ("--arch", "dit", "--preset", "small")}
     assert abs(costs["unet"] / costs["dit"] - 1) < 0.02
     assert abs(sizes["unet"] / sizes["dit"] - 1) < 0.06
+
+
+def test_networks_for_the_corners_differ_in_attention_and_not_in_flops():
+    costs, attentions = [], []
+    for flags in studies.CORNER_NETWORKS.values():
+        args = settings.parse([*flags, "--data", "corners", "--cond", "none"])
+        config = settings.ARCHITECTURES[args.arch].presets[args.preset]
+        costs.append(measures.training_flops(args.arch, config, LATENT))
+        if args.arch == "unet":
+            model = build_model(args.arch, config)
+            attentions.append({part.norm.num_channels for part in model.modules()
+                               if isinstance(part, unet.SpatialTransformer)})
+    assert max(costs) / min(costs) < 1.02
+    assert attentions == [set(), {160}, {48, 80, 128}]
+
+
+@pytest.mark.parametrize("size", range(4))
+def test_sizes_are_pairwise_of_equal_flops(size):
+    costs = [measures.training_flops(arch, settings.ARCHITECTURES[arch].presets[presets[size]]
+                                     | {"num_classes": 10}, LATENT)
+             for arch, presets in studies.SIZES.items()]
+    assert max(costs) / min(costs) < 1.02
+    expected = (82e6, 223e6, 476e6, 1415e6)[size]
+    assert costs[1] == pytest.approx(expected, rel=0.01)
+
+
+def test_corners_are_scored_by_what_they_show(tmp_path):
+    judge = measures.JUDGES["corners"](tmp_path)
+    alike = [draw_corners(i) for i in range(6)]
+    first, second = describe_corners(3).things, describe_corners(8).things
+    recoloured = replace(first[1], colour="cyan")
+    differing = [draw_scene(Scene((first[0], thing)), 0) for thing in (second[1], recoloured)]
+    lacking = [draw_scene(Scene(first[:1]), 0), np.zeros((32, 32, 3), np.uint8)]
+    assert judge.score(np.stack(alike + differing + lacking)) == {
+        "agreement": 0.6, "whole": 0.8, "colour": 0.6, "kind": 0.7}
 
 
 def test_flops_are_those_of_a_dit_by_hand():
@@ -79,7 +117,7 @@ def test_errors_do_not_depend_on_path_and_prediction(path):
     """For Gaussian data the smallest possible error in x0 is known at every u: the posterior's variance."""
     std = 0.7
     held_out = measures.Examples(std * torch.randn(600, *LATENT), torch.zeros(600, dtype=torch.long))
-    found = measures.errors(measures.Trained(Exact(path, std), path, 0, 0, 0), held_out)
+    found = measures.errors(measures.Trained(Exact(path, std), path, 0, "", LATENT), held_out)
     u = torch.linspace(measures.FIRST, measures.LAST, 10_001, dtype=torch.float64)
     variance = std**2 * u**2 / ((1 - u)**2 * std**2 + u**2)
     assert found["x0"] == pytest.approx(variance.mean().item(), rel=0.03)
@@ -91,7 +129,7 @@ def test_errors_do_not_depend_on_path_and_prediction(path):
 def test_errors_are_larger_for_a_worse_network():
     path = RectifiedFlow()
     held_out = measures.Examples(torch.randn(200, *LATENT), torch.zeros(200, dtype=torch.long))
-    best, worse = (measures.errors(measures.Trained(Exact(path, std), path, 0, 0, 0), held_out)
+    best, worse = (measures.errors(measures.Trained(Exact(path, std), path, 0, "", LATENT), held_out)
                    for std in (1.0, 1.4))
     assert worse["x0"] > best["x0"] and worse["velocity"] > best["velocity"]
 
@@ -105,8 +143,10 @@ class Constant(torch.nn.Module):
 
 def test_straightness_is_zero_on_lines_and_positive_on_curves():
     straight = RectifiedFlow()
-    assert measures.straightness(measures.Trained(Constant(), straight, 0, 0, 0), LATENT, 10, 4) < 1e-10
-    curved = [measures.straightness(measures.Trained(Exact(path, 0.5), path, 0, 0, 0), LATENT, 10, 50, 200)
+    held_out = measures.Examples(torch.zeros(10, *LATENT), torch.arange(10))
+    assert measures.straightness(measures.Trained(Constant(), straight, 0, "", LATENT), held_out, 4) < 1e-10
+    curved = [measures.straightness(measures.Trained(Exact(path, 0.5), path, 0, "", LATENT), held_out, 50,
+                                    200)
               for path in PATHS if path.prediction in ("v", "velocity")]
     # Gaussian data flow along x = x1 s(u), s^2 = (1 - u)^2 std^2 + u^2: the chord is x1 (1 - std)
     u = np.linspace(1e-6, 1, 100_001)
@@ -126,11 +166,23 @@ def test_evaluations_are_counted(sampler, steps, scale, count):
 
 def test_solvers_at_one_number_of_evaluations_are_comparable():
     """What STUDIES calls 8 evaluations is at most 8 and at least 7, with every solver."""
-    cells = compare.STUDIES["steps"].cells
-    for cell in cells:
-        for evaluation in cell.evaluations:
-            count = measures.evaluations(evaluation.sampler, evaluation.steps, evaluation.scale, DDPM())
-            assert min(abs(count - aim) for aim in (1, 2, 4, 8, 10, 20, 50)) <= 1
+    chosen = {each for cell in compare.STUDIES["steps"].cells for each in cell.evaluations}
+    for evaluation in chosen:
+        count = measures.evaluations(evaluation.sampler, evaluation.steps, evaluation.scale, DDPM())
+        assert min(abs(count - aim) for aim in studies.COUNTS) <= 1
+    assert {each.steps for each in chosen if each.sampler == "euler"} == set(studies.COUNTS)
+
+
+def test_larger_pictures_are_judged_at_the_size_of_the_classifier(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 1), dtype=np.uint8)
+    small = measures.area_scaled(images, 32)
+    corner = images[1, 10:12, 20:22, 0].astype(float).mean()
+    assert small.shape == (3, 32, 32, 1) and small[1, 5, 10, 0] == np.round(corner)
+    assert (measures.area_scaled(small, 32) == small).all()
+    with pytest.raises(ValueError, match="side 48: must be a multiple of 32"):
+        measures.FashionMNIST(tmp_path, 48)
+    with pytest.raises(ValueError, match="side 32: does not divide pictures of 48 x 64"):
+        measures.area_scaled(images[:, :48], 32)
 
 
 def test_gradient_norms_of_the_second_half():
@@ -157,6 +209,33 @@ def test_cells_are_plain_commands_that_the_programs_accept(tmp_path):
                     sample.check_flags(sample.parse_args(command[1:]))
 
 
+def test_a_budget_takes_the_ends_of_what_is_too_much():
+    assert studies.ends((1, 2, 3, 4, 5), 2) == [1, 5] and studies.ends((1, 2, 3, 4, 5), 3) == [1, 3, 5]
+    assert studies.ends((1, 2), 3) == [1, 2] == studies.ends((1, 2), None) and studies.ends((7, 8), 1) == [7]
+    small = compare.BUDGETS["cpu"]._replace(most_cells=2, most_evaluations=2)
+    few = small.cells(compare.STUDIES["grid"])
+    assert [cell.name for cell in few] == ["unet ddpm eps", "dit rf logit-normal"]
+    assert [[each.label for each in cell.evaluations] for cell in few] == [
+        ["ddim 50, guidance 1", "ddim 50, guidance 1.5"], ["heun 10, guidance 1", "euler 50, guidance 1"]]
+    assert compare.BUDGETS["cpu"].cells(compare.STUDIES["steps"]) == list(compare.STUDIES["steps"].cells)
+
+
+def test_the_shift_study_shifts_training_and_sampling_apart(tmp_path):
+    comparison = compare.Comparison("cpu", tmp_path, tmp_path / "r.jsonl", "data", True)
+    found = set()
+    for cell in compare.STUDIES["shift"].cells:
+        for command in comparison.commands(cell, 0)[2:]:
+            trained = settings.parse(comparison.train_command(cell, 0)[1:]).shift or 1.0
+            sampled = sample.parse_args(command[1:]).shift or trained
+            found.add((studies.PICTURES[cell.data].side, trained, sampled,
+                       sample.parse_args(command[1:]).steps))
+    both = {(shift, shift) for shift in studies.SHIFTS}
+    apart = {pair for shift in studies.SHIFTS for pair in ((shift, 1.0), (1.0, shift))}
+    assert found == {(side, *pair, steps) for side in (32, 64) for pair in both | apart for steps in (10, 50)}
+    vae, network, *_ = comparison.commands(compare.STUDIES["shift"].cells[-1], 0)
+    assert settings.parse(vae[1:]).image_size == settings.parse(network[1:]).image_size == [64, 64]
+
+
 def test_the_grid_is_complete_and_names_are_unique():
     grid = compare.STUDIES["grid"].cells
     assert len(grid) == 10 and len({cell.train for cell in grid}) == 10
@@ -171,15 +250,15 @@ def test_the_grid_is_complete_and_names_are_unique():
 
 # ---- cells, at tiny size
 
-TINY = compare.Budget("tiny", vae=("--steps", "3"), train=("--batch-size", "8"), steps=8, n=20, seeds=(0,),
+TINY = studies.Budget("tiny", vae=("--steps", "3"), train=("--batch-size", "8"), steps=8, n=20, seeds=(0,),
                       straight=4)
 CELLS = {
-    "grid": compare.Study("", (
+    "grid": studies.Study("", (
         compare.Cell("grid", "dit", "dit", ("--arch", "dit", "--preset", "tiny"),
                      (compare.Evaluation("heun", 2), compare.Evaluation("heun", 2, 1.5))),
         compare.Cell("grid", "unet", "unet", ("--arch", "unet", "--preset", "tiny", "--objective", "ddpm"),
                      (compare.Evaluation("ddim", 2),)))),
-    "steps": compare.Study("", (
+    "steps": studies.Study("", (
         compare.Cell("steps", "dit", "dit", ("--arch", "dit", "--preset", "tiny"),
                      (compare.Evaluation("euler", 3), compare.Evaluation("heun", 2))),)),
 }
@@ -198,6 +277,7 @@ def tiny(monkeypatch, tmp_path):
         write_idx(tmp_path / f"data/fashion-mnist/{part}-labels-idx1-ubyte", np.arange(count) % 10)
     monkeypatch.setitem(compare.BUDGETS, "minutes", TINY)
     monkeypatch.setattr(compare, "STUDIES", CELLS)
+    monkeypatch.setattr(compare, "CHECKPOINTS", 2)
     monkeypatch.setattr(compare, "VAE_FLAGS", ("--vae-preset", "tiny", "--batch-size", "4"))
     monkeypatch.setattr(fashion_mnist, "FILE", tmp_path / "classifier.pt")
     torch.save(fashion_mnist.Classifier().state_dict(), tmp_path / "classifier.pt")
@@ -213,6 +293,57 @@ def tiny(monkeypatch, tmp_path):
 
     monkeypatch.setattr(compare, "call", call)
     return commands
+
+
+def test_estimates_follow_from_the_flops(tmp_path):
+    """A training's FLOPs and those of its samples, by hand; a run that two cells share is trained once."""
+    comparison = compare.Comparison("cpu", tmp_path, tmp_path / "r.jsonl", "data", True)
+    cell = next(cell for cell in compare.STUDIES["grid"].cells if cell.name == "dit rf logit-normal")
+    flops = measures.training_flops("dit", dit.PRESETS["small"] | {"num_classes": 10}, LATENT)
+    training = 1600 * 64 * flops / 9e10 / 60
+    drawing = 2000 * (19 + 38 + 50) * flops / 3 / 9e10 / 60
+    assert comparison.minutes(cell, set()) == pytest.approx(training + drawing, rel=0.01)
+    assert comparison.minutes(cell, {cell.run}) == pytest.approx(drawing, rel=0.01)
+    wide = next(cell for cell in compare.STUDIES["shift"].cells if cell.name == "64 px, trained with 2")
+    narrow = next(cell for cell in compare.STUDIES["shift"].cells if cell.name == "32 px, trained with 2")
+    assert 3.9 < comparison.minutes(wide, set()) / comparison.minutes(narrow, set()) < 5
+    unknown = compare.Comparison("gpu", tmp_path, tmp_path / "r.jsonl", "data", True)
+    assert unknown.minutes(cell, set()) is None
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Programs that only leave the files that the real ones leave: for the order of things, not for figures.
+    Returns the list of commands that were run, and a place for a function that is called before each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(compare.BUDGETS, "minutes", TINY)
+    monkeypatch.setattr(compare, "STUDIES", CELLS)
+    judge = SimpleNamespace(score=lambda images: {"frechet": 1.0, "agreement": 0.5},
+                            floor=lambda *more: [{"label": "a", "n": 20, "frechet": 0.1}])
+    monkeypatch.setitem(measures.JUDGES, "fashion-mnist", lambda *more: judge)
+    monkeypatch.setattr(measures, "examples", lambda *more: None)
+    monkeypatch.setattr(compare, "load_checkpoint", lambda run: {"objective": {"name": "rf"}})
+    monkeypatch.setattr(compare.Comparison, "figures", lambda *more: {"steps": 8})
+    programs = SimpleNamespace(commands=[], before=lambda command: None)
+
+    def call(command, log):
+        programs.before(command)
+        programs.commands.append(command)
+        flags = dict(zip(command, command[1:]))
+        if command[0] == "train.py":
+            leave_checkpoint(flags, int(flags["--steps"]))
+        else:
+            np.savez(flags["--out"], arr_0=np.zeros((20, 32, 32, 1), np.uint8))
+        return compare.Spent(12.0, 34.0)
+
+    monkeypatch.setattr(compare, "call", call)
+    return programs
+
+
+def leave_checkpoint(flags, step):
+    run = compare.Path(flags["--runs-dir"]) / flags["--name"]
+    run.mkdir(parents=True, exist_ok=True)
+    torch.save({"step": step}, run / "checkpoint.pt")
 
 
 FLAGS = ["--budget", "minutes", "--results", "results/r.jsonl", "--runs-dir", "runs"]
@@ -240,7 +371,7 @@ def test_every_cell_is_measured_once(tiny, capsys):
             assert [row["n"] for row in record["evaluations"]] == [40, 20, 80, 20]
             continue
         assert all(isinstance(record[name], (int, float)) for name in NUMBERS)
-        assert [each["step"] for each in record["errors"]] == list(range(1, 9))
+        assert [each["step"] for each in record["errors"]] == [4, 8]
         assert record["val_curve"][-1] == [8, record["val_loss"]] and record["grad_norm"]["median"] > 0
         assert record["processor_seconds"] == 12 and record["measured_steps"] == 8
         assert all(0 <= row["agreement"] <= 1 and row["frechet"] >= 0 and row["n"] == 20
@@ -256,54 +387,45 @@ def test_every_cell_is_measured_once(tiny, capsys):
     capsys.readouterr()
     assert compare.main([*FLAGS, "--list", "--seeds", "0", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "grid: dit, seed 0: done" in printed and "steps: dit, seed 1: not done" in printed
+    assert "grid: dit, seed 0: done" in printed and "steps: dit, seed 1: not done\n" in printed
     assert "    python sample.py runs/dit-1 --sampler euler --steps 3" in printed
 
 
-def test_a_killed_cell_goes_on(tiny, monkeypatch):
-    """After every single command, another process begins: each finishes one command more."""
-    real, expected = compare.call, 0
+def test_a_killed_cell_goes_on(stub):
+    """Each process finishes one command and is killed at the next."""
+    def one_only(command):
+        if len(stub.commands) > before:
+            raise compare.Stopped("killed")
 
-    def one_only(command, log):
-        if command in allowed or len(allowed) < budget:
-            allowed.append(command)
-            return real(command, log)
-        raise compare.Stopped("killed")
-
-    monkeypatch.setattr(compare, "call", one_only)
-    for budget in range(1, 20):
-        allowed = []
-        expected += 1
+    stub.before = one_only
+    for processes in range(1, 20):
+        before = len(stub.commands)
         if compare.main([*FLAGS, "--only", "grid"]) == 0:
             break
-    # one VAE, two networks and three evaluations, all drawn once, although six processes were killed
-    assert [command[0] for command in tiny].count("sample.py") == 3
+    # one VAE, two networks and three evaluations, all done once
+    kinds = [command[0] for command in stub.commands]
+    assert kinds.count("train.py") == 3 and kinds.count("sample.py") == 3 and processes == 6
     whole = lines()
     assert [(r["study"], r["cell"]) for r in whole] == [("floor", "fashion-mnist"), ("grid", "dit"),
                                                       ("grid", "unet")]
     assert all(r["processor_seconds"] == 12 for r in whole[1:])
 
 
-def test_what_a_killed_process_spent_is_estimated_from_the_rest(tiny, monkeypatch):
-    real = compare.call
-
-    def killed_midway(command, log):
+def test_what_a_killed_process_spent_is_estimated_from_the_rest(stub):
+    def killed_midway(command):
         if command[0] == "train.py" and "dit" in command:
-            shorter = list(command)
-            shorter[shorter.index("--steps") + 1] = "4"
-            train.main([*shorter[1:], "--cooldown", "0.5"])
+            leave_checkpoint(dict(zip(command, command[1:])), 4)
             raise compare.Stopped("killed")
-        return real(command, log)
 
-    monkeypatch.setattr(compare, "call", killed_midway)
+    stub.before = killed_midway
     assert compare.main([*FLAGS, "--only", "grid"]) == 1
-    monkeypatch.setattr(compare, "call", real)
+    stub.before = lambda command: None
     assert compare.main([*FLAGS, "--only", "grid"]) == 0
     record = next(r for r in lines() if r["cell"] == "dit")
     assert record["measured_steps"] == 4 and record["processor_seconds"] == 12 * 8 / 4
 
 
-def test_two_processes_side_by_side(tiny, capsys):
+def test_two_processes_side_by_side(stub, capsys):
     """A cell that another process holds is left to it, and one that it has just finished is not repeated."""
     with locked(compare.Path("runs/dit-0.lock")):
         assert compare.main(FLAGS) == 0
@@ -340,24 +462,62 @@ def test_a_partial_line_costs_only_its_own_cell(tmp_path):
         results.append({"study": "grid", "cell": "c", "seed": 0, "val_loss": float("nan")})
 
 
-def test_weights_that_were_dropped_are_trained_again(tiny):
+def test_weights_that_were_dropped_are_trained_again(stub):
     assert compare.main([*FLAGS, "--only", "grid", "--drop-runs"]) == 0
     assert not [*compare.Path("runs").glob("dit-0/checkpoint*.pt")]
     assert compare.main(FLAGS) == 0
     assert len(lines()) == 4
+    assert [command[command.index("--name") + 1] for command in stub.commands
+            if command[0] == "train.py"] == ["fashion-mnist-vae", "dit-0", "unet-0", "dit-0"]
 
 
 @pytest.mark.parametrize("flags, words", [(["--only", "speed"], "--only speed: must be one of grid, steps")])
-def test_bad_flags_are_refused_in_one_line(tiny, flags, words):
+def test_bad_flags_are_refused_in_one_line(stub, flags, words):
     with pytest.raises(ValueError, match=words):
         compare.main([*FLAGS, *flags])
-    assert not compare.Path("results").exists() and not tiny
+    assert not compare.Path("results").exists() and not stub.commands
+
+
+def failure(what, where):
+    """What compare.call raises where train.py ends by this failure."""
+    run = SimpleNamespace(load=lambda: None, checkpoint="runs/a/checkpoint.pt")
+    error = train.diverged(what, where, SimpleNamespace(run=run, bf16=True, number_format="bf16"))
+    return compare.Stopped(f"python train.py: exit status 2; train.py: {error}")
+
+
+def test_a_training_that_diverges_is_a_result(stub):
+    """Its step is kept, nothing is drawn from it, and no process tries it again; the next cell goes on."""
+    def diverging(command):
+        if command[0] == "train.py" and "dit" in command:
+            stub.commands.append(command)
+            raise failure("loss nan with gradient norm inf", "at step 5, times 0.010 to 0.990")
+
+    stub.before = diverging
+    assert compare.main(FLAGS) == 0
+    found = {(r["study"], r["cell"]): r for r in lines()}
+    for study in ("grid", "steps"):                    # of one run
+        assert found[study, "dit"]["diverged"] == 5 and "evaluations" not in found[study, "dit"]
+        assert {"device", "date", "commit", "commands", "seed"} <= set(found[study, "dit"])
+    assert found["grid", "unet"]["steps"] == 8
+    assert sum("dit" in command for command in stub.commands) == 1
+    stub.commands.clear()
+    assert compare.main(FLAGS) == 0 and not stub.commands
+
+
+def test_only_divergence_is_a_result():
+    assert compare.diverged_at(failure("loss nan with gradient norm 2", "at step 1234, times 0 to 1")) == 1234
+    assert compare.diverged_at(failure("weights that are not finite", "after step 7")) == 7
+    assert compare.diverged_at(compare.Stopped("exit status 2; train.py: --lr 0: must be at step 7")) is None
 
 
 def test_programs_are_run_and_their_failure_is_one_line(tmp_path):
-    spent = compare.call(["settings.py", "--arch", "dit"], tmp_path / "log")
-    assert spent.processor > 0 and spent.wall > 0 and "--lr" in (tmp_path / "log").read_text()
+    good, bad = tmp_path / "good.py", tmp_path / "bad.py"
+    good.write_text("import sys\nprint(sum(range(3_000_000)), *sys.argv[1:])\n")
+    bad.write_text("import sys\nprint('much')\nsys.exit('bad.py: --steps 0: must be at least 1')\n")
+    spent = compare.call([str(good), "--lr"], tmp_path / "log")
+    assert spent.processor > 0 and spent.wall > 0
+    assert (tmp_path / "log").read_text() == "4499998500000 --lr\n"
     with pytest.raises(compare.Stopped) as refusal:
-        compare.call(["settings.py", "--arch", "dit", "--steps", "0"], tmp_path / "log")
-    assert "exit status 2; " in str(refusal.value) and "--steps 0: must be" in str(refusal.value)
+        compare.call([str(bad), "--steps", "0"], tmp_path / "log")
+    assert str(refusal.value).endswith("--steps 0: exit status 1; bad.py: --steps 0: must be at least 1")
     assert "\n" not in str(refusal.value)

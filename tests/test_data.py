@@ -92,6 +92,18 @@ def test_emoji_without_a_font(tmp_path, monkeypatch):
 
 # ---- batches
 
+def test_some_pictures_are_always_the_same_and_no_pattern():
+    assert (data.some_pictures(7, None) == np.arange(7)).all()
+    assert (data.some_pictures(7, 7) == np.arange(7)).all()
+    tenth = data.some_pictures(20_000, 2000)
+    assert len(set(tenth)) == 2000 and (np.diff(tenth) > 0).all() and tenth[-1] < 20_000
+    assert (tenth == data.some_pictures(20_000, 2000)).all()
+    counts = np.bincount(tenth % 24, minlength=24)        # shapes come in turn: no class is left out
+    assert counts.min() > 50 and counts.max() < 120
+    with pytest.raises(ValueError, match="--limit 8: there are 7 pictures to train on; give fewer"):
+        data.some_pictures(7, 8)
+
+
 def test_batch_indices():
     n = 10
     stream = np.concatenate([batch_indices(n, 4, step, seed=3) for step in range(10)])

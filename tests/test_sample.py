@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ON_VAE, contents, draw_two
+from conftest import ON_VAE, altered, contents, draw_two
 from PIL import Image
 from tqdm import tqdm
 
@@ -78,6 +78,26 @@ def test_the_length_of_the_average_is_chosen_afterwards(cwd):
             sample.main([source, "--ema", width])
     with pytest.raises(ValueError, match="--raw with --ema 0.1: the weights themselves, or an average"):
         sample.main(["runs/widths", "--ema", "0.1", "--raw"])
+
+
+def test_the_times_of_sampling_are_shifted_alone(cwd, tmp_path, monkeypatch):
+    """As by a path of that shift, while the network and what it predicts stay those of the run."""
+    seen, euler = [], sample.SAMPLERS["euler"]
+    monkeypatch.setitem(sample.SAMPLERS, "euler", lambda denoise, path, x, times, **more:
+                        (seen.append(times), euler(denoise, path, x, times, **more))[1])
+    plain = draw_two("runs/done", "--sampler", "euler")
+    for shift in ("1", "3", "0.5"):
+        drawn = draw_two("runs/done", "--sampler", "euler", "--shift", shift)
+        expected = float(shift) * seen[0] / (1 + (float(shift) - 1) * seen[0])
+        torch.testing.assert_close(seen[-1], expected)
+        assert (drawn == plain).all() == (shift == "1")
+    trained = altered(tmp_path, lambda checkpoint: checkpoint["objective"].update(shift=3.0))
+    assert (draw_two(str(trained.folder), "--sampler", "euler")
+            == draw_two("runs/done", "--sampler", "euler", "--shift", "3")).all()
+    assert (draw_two(str(trained.folder), "--sampler", "euler", "--shift", "1") == plain).all()   # not twice
+    altered(tmp_path, lambda checkpoint: checkpoint.update(objective={"name": "ddpm", "prediction": "eps"}))
+    with pytest.raises(ValueError, match="--shift 2: of the times of rf; this run is on the path of ddpm"):
+        sample.main([str(trained.folder), "--shift", "2"])
 
 
 def test_output_kinds(cwd):
@@ -264,7 +284,7 @@ def test_an_interrupted_output_is_continued(cwd, monkeypatch, out, capsys):
     for more, what in ((["--seed", "1"], "seed 0, not 1"), (["--label", "3"], "conditions"),
                        (["--raw"], "weights"), (["--steps", "2"], "steps 1, not 2"),
                        (["--n", "11"], "n 10, not 11"), (["--batch-size", "4"], "batch_size 3, not 4"),
-                       (["--cfg", "3"], "scale 2.0, not 3.0")):
+                       (["--cfg", "3"], "scale 2.0, not 3.0"), (["--shift", "3"], "shift None, not 3.0")):
         with pytest.raises(ValueError, match=f"9 pictures are there, drawn with {what}"):
             sample.main([*command, out, *more])
     assert contents(cwd) == before
@@ -394,6 +414,7 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--rescale", "-1"], "--rescale -1: must be between 0 and 1"),
     (["runs/done", "--eta", "1", "--variance", "small"], "belongs to"),
     (["runs/done", "--variance", "learned"], "not trained to predict a variance"),
+    (["runs/done", "--shift", "0"], "--shift 0: must be above 0"),
     (["runs/done", "--times", "leading"], "a spacing of the ddpm path"),
     (["runs/done", "--interval", "0.8", "0.2"], "--interval 0.8 0.2"),
     (["runs/done", "--interval", "0", "1.5"], "--interval 1.5: must be between 0 and 1"),

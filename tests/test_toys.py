@@ -160,3 +160,28 @@ def test_only_a_file_is_a_font(tmp_path, monkeypatch, kind):
         path.symlink_to(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no colour font in"):
         toys.find_emoji_font(tmp_path)
+
+
+# ---- corners
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 64)])
+def test_corners_are_read_as_drawn(size):
+    for index in range(240):
+        scene = toys.describe_corners(index)
+        first, second = scene.things
+        assert (first.colour, first.kind) == (second.colour, second.kind)
+        assert f"{first.colour}-{first.kind}" == toys.SHAPE_CLASSES[index % 24]
+        found = toys.read_corners(toys.draw_corners(index, size))
+        for asked, seen in zip(scene.things, found):
+            assert (seen.colour, seen.kind, seen.place) == (asked.colour, asked.kind, asked.place)
+            assert abs(seen.x - asked.x) < 0.04 and abs(seen.y - asked.y) < 0.04
+
+
+def test_corners_that_differ_are_read_as_they_are():
+    things = toys.describe_corners(3).things
+    other = toys.describe_corners(8).things[1]
+    found = toys.read_corners(toys.draw_scene(toys.Scene((things[0], other)), 0))
+    assert [(t.colour, t.kind) for t in found] == [("red", "cross"), ("blue", "circle")]
+    elsewhere = toys.Thing("red", "cross", "large", 0.75, 0.25)
+    for scene in (things[:1], (things[0], elsewhere), (*things, elsewhere), ()):
+        assert toys.read_corners(toys.draw_scene(toys.Scene(tuple(scene)), 0)) is None

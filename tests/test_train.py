@@ -177,6 +177,28 @@ def test_training_uses_normalised_latents(cwd):
     assert xt.mean((0, 2, 3)).abs().max() < 0.1 and (xt.std((0, 2, 3)) - 1).abs().max() < 0.1
 
 
+def test_a_limit_trains_on_these_pictures_alone(cwd, monkeypatch, capsys):
+    """The others are never drawn, their latents stay in the cache that all networks share, and a run keeps
+    its limit."""
+    drawn = []
+    loss = train.Denoising.loss
+    monkeypatch.setattr(train.Denoising, "loss",
+                        lambda task, model, indices: (drawn.append(indices), loss(task, model, indices))[1])
+    flags = ["--arch", "dit", *ON_VAE, "--steps", "4", "--name", "limited"]
+    before = Path("runs/shapes-vae/latents.npy").stat().st_mtime_ns
+    train.main([*flags, "--limit", "50"])
+    drawn = np.concatenate(drawn)
+    assert set(drawn) == set(data.some_pictures(SHAPES, 50)) and len(drawn) == 128
+    assert "on 50 pictures" in capsys.readouterr().out
+    assert Path("runs/shapes-vae/latents.npy").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="limit"):
+        train.main(flags)
+    with pytest.raises(ValueError, match="--limit 4801: there are 4,800 pictures to train on"):
+        train.main([*flags, "--limit", "4801", "--name", "more"])
+    with pytest.raises(ValueError, match="--limit 5: belongs to --arch dit or mmdit or unet, not vae"):
+        train.main(["--arch", "vae", "--limit", "5"])
+
+
 def test_random_draws_of_the_loss_keep_their_order(cwd):
     """Latent, dropout, time, noise: another order would change what a seed means and how old runs resume."""
     task, model = denoising("--label-dropout", "0.5"), Recorder()

@@ -1,0 +1,349 @@
+"""What people say of the two families, and what the results of benchmarks/compare.py say of it.
+
+    python benchmarks/compare.py --readme                    # writes the claims' table (from the root)
+
+A claim is a list of comparisons, each between two sets of values, one value per seed. A comparison is decided
+by the seeds' spread: `decide`. The verdict is a function of these decisions: `verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.studies import (CORNER_NETWORKS, FACTORS, LITTLE, NETWORKS, OBJECTIVES, SCHEDULES, SHIFT_STEPS,
+                                SIZES, size_name)
+
+# 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+USABLE = 1.5         # a learning rate works if its distance is within this factor of the best one's
+WITHIN = 1.1         # a distance within this factor of the best counts as equal quality
+
+RULE = ("A comparison is decided where two means differ by more than the pooled spread of the seeds allows "
+        "(Student's t, 95 %), and never by fewer than two seeds on each side. A claim is true if all of its "
+        "comparisons say so, false if none does and at least one says the contrary, and else depends.")
+
+
+# ---- the rule
+
+class Comparison(NamedTuple):
+    """Whether `ours` is better than `theirs`, each with one value per seed."""
+    what: str
+    ours: list[float]
+    theirs: list[float]
+    higher: bool = False                 # is better; else lower
+    margin: float = 1.0                  # "no worse than": theirs, a lower one, may be better by this factor
+
+
+def decide(comparison: Comparison) -> bool | None:
+    """True or False where the seeds decide it, None where the difference is within their spread."""
+    ours = np.array(comparison.ours, dtype=float)
+    theirs = comparison.margin * np.array(comparison.theirs, dtype=float)
+    difference = ours.mean() - theirs.mean()
+    freedom = len(ours) + len(theirs) - 2
+    squares = ((ours - ours.mean())**2).sum() + ((theirs - theirs.mean())**2).sum()
+    error = math.sqrt(squares / freedom * (1 / len(ours) + 1 / len(theirs)))
+    if abs(difference) <= STUDENT[min(freedom, len(STUDENT)) - 1] * error:
+        return None
+    return bool((difference > 0) == comparison.higher)
+
+
+def measured(comparison: Comparison) -> bool:
+    return min(len(comparison.ours), len(comparison.theirs)) >= 2
+
+
+def verdict(comparisons: list[Comparison]) -> str:
+    """true, false, depends (on what), or not measured yet."""
+    found = [(comparison.what, decide(comparison)) for comparison in comparisons if measured(comparison)]
+    if not found or len(found) < len(comparisons):
+        return "not measured yet"
+    answers = [answer for _, answer in found]
+    if all(answers):
+        return "**true**"
+    if True not in answers and False in answers:
+        return "**false**"
+    groups = []
+    for answer, name in ((True, "true"), (False, "false"), (None, "within the spread")):
+        whats = [what for what, given in found if given is answer]
+        if whats:
+            groups.append(f"{name}: {', '.join(whats)}")
+    return f"**depends** ({'; '.join(groups)})"
+
+
+# ---- the results, by study, cell and seed
+
+class Measured:
+    def __init__(self, records: list[dict]):
+        self.records = records
+
+    def of(self, study: str, cell: str) -> list[dict]:
+        """One record per seed."""
+        found = [record for record in self.records if (record["study"], record["cell"]) == (study, cell)]
+        return sorted(found, key=lambda record: record["seed"])
+
+    def values(self, study: str, cell: str, get: Callable[[dict], float | None]) -> list[float]:
+        """What `get` finds in each seed's record; a training that diverged has nothing."""
+        found = [get(record) for record in self.of(study, cell) if "diverged" not in record]
+        return [value for value in found if value is not None]
+
+
+def score(label: str, name: str = "frechet") -> Callable[[dict], float | None]:
+    """For `Measured.values`: a figure of the evaluation with this label."""
+    def get(record: dict) -> float | None:
+        return next((row[name] for row in record["evaluations"] if row["label"] == label), None)
+    return get
+
+
+def first_order(objective: str) -> str:
+    """The label of 50 first-order steps without guidance: the same solver on either path."""
+    sampler = "ddim" if objective.startswith("ddpm") else "euler"
+    return f"{sampler} 50, guidance 1"
+
+
+def distance(measured: Measured, network: str, objective: str) -> list[float]:
+    return measured.values("grid", f"{network} {objective}", score(first_order(objective)))
+
+
+def curve(record: dict) -> list[tuple[int, float]]:
+    """(evaluations, the smallest distance of any solver with at most so many), without guidance."""
+    rows = sorted((row["nfe"], row["frechet"]) for row in record["evaluations"] if row["guidance"] == 1)
+    best, found = math.inf, []
+    for nfe, frechet in rows:
+        best = min(best, frechet)
+        found.append((nfe, best))
+    return found
+
+
+def needed(record: dict) -> int:
+    """The fewest evaluations whose distance is within WITHIN of the best that the run reaches."""
+    points = curve(record)
+    return next(nfe for nfe, frechet in points if frechet <= WITHIN * points[-1][1])
+
+
+def best_within(nfe: int) -> Callable[[dict], float | None]:
+    """For `Measured.values`: the smallest distance with at most so many evaluations."""
+    def get(record: dict) -> float | None:
+        found = [frechet for count, frechet in curve(record) if count <= nfe]
+        return found[-1] if found else None
+    return get
+
+
+# ---- the claims
+
+def straight_path(m: Measured) -> list[Comparison]:
+    return [Comparison(f"{network} against {objective.removeprefix('ddpm ')}",
+                       distance(m, network, "rf logit-normal"), distance(m, network, objective))
+            for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
+
+
+def few_evaluations(m: Measured) -> list[Comparison]:
+    ours = "dit rf logit-normal"
+    found = []
+    for theirs in ("dit ddpm eps", "unet ddpm eps"):
+        found += [
+            Comparison(f"evaluations needed, against {theirs}", m.values("steps", ours, needed),
+                       m.values("steps", theirs, needed)),
+            Comparison(f"10 evaluations against 50 of {theirs}", m.values("steps", ours, best_within(10)),
+                       m.values("steps", theirs, best_within(50)), margin=WITHIN)]
+    return found
+
+
+def euler_is_enough(m: Measured) -> list[Comparison]:
+    return [Comparison(f"Euler against {solver}, {nfe} evaluations",
+                       m.values("steps", "dit rf logit-normal", score(f"euler {nfe}, guidance 1")),
+                       m.values("steps", "dit rf logit-normal", score(f"{solver} {nfe}, guidance 1")),
+                       margin=WITHIN)
+            for solver in ("dpmpp_2m", "unipc_3") for nfe in (10, 20)]
+
+
+def by_seed(m: Measured, study: str, cells: list[str], get: Callable[[dict], float | None]) -> list[list]:
+    """Per seed that has all of these cells, what `get` finds in each; None for a training that diverged."""
+    found: dict[int, list] = {}
+    for cell in cells:
+        for record in m.of(study, cell):
+            found.setdefault(record["seed"], []).append(None if "diverged" in record else get(record))
+    return [values for _, values in sorted(found.items()) if len(values) == len(cells)]
+
+
+def variation(values: list[float | None]) -> float | None:
+    """Standard deviation over the mean."""
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1) / np.mean(known)) if len(known) == len(values) else None
+
+
+def usable(values: list[float | None]) -> int:
+    """How many of the learning rates give a distance within 1.5 of the best one's."""
+    known = [value for value in values if value is not None]
+    return sum(value <= USABLE * min(known) for value in known)
+
+
+def easier_training(m: Measured) -> list[Comparison]:
+    """Spread over schedules, octaves of the learning rate, spread of the gradient's norm."""
+    found = []
+    for network in NETWORKS:
+        spreads, octaves = {}, {}
+        for family, objective in (("rf", "rf logit-normal"), ("ddpm", "ddpm eps")):
+            get = score(first_order(family))
+            cells = [f"{network} {name}" for name in SCHEDULES if name.startswith(family)]
+            spreads[family] = [variation(values) for values in by_seed(m, "schedules", cells, get)]
+            spreads[family] = [value for value in spreads[family] if value is not None]
+            cells = [f"{network} {objective} x {factor:g}" for factor in FACTORS]
+            octaves[family] = [usable(values) for values in by_seed(m, "learning rates", cells, get)]
+        if spreads["rf"] or spreads["ddpm"]:
+            found.append(Comparison(f"{network}, relative deviation of the distance over its schedules",
+                                    spreads["rf"], spreads["ddpm"]))
+        if octaves["rf"] or octaves["ddpm"]:
+            found.append(Comparison(f"{network}, usable learning rates of {len(FACTORS)}", octaves["rf"],
+                                    octaves["ddpm"], higher=True))
+    return found
+
+
+def calmer_gradients(m: Measured) -> list[Comparison]:
+    def spread(record: dict) -> float | None:
+        return record["grad_norm"].get("spread")
+
+    return [Comparison(f"{network} against {objective.removeprefix('ddpm ')}",
+                       m.values("grid", f"{network} rf logit-normal", spread),
+                       m.values("grid", f"{network} {objective}", spread))
+            for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
+
+
+def early(m: Measured) -> list[Comparison]:
+    """After an eighth of the training: the U-Net against the transformer."""
+    def error(record: dict) -> float:
+        return record["errors"][0]["velocity"]
+
+    return [Comparison(objective, m.values("grid", f"unet {objective}", error),
+                       m.values("grid", f"dit {objective}", error)) for objective in OBJECTIVES]
+
+
+class Size(NamedTuple):
+    flops: float                         # of the whole training
+    frechet: float
+    velocity: float                      # error, in common units
+
+
+def sizes(m: Measured, network: str, limit: int | None) -> list[list[Size]]:
+    """Per seed that has all four sizes, these."""
+    def of(record: dict) -> Size:
+        flops = record["flops_per_example"] * record["steps"] * record["batch_size"]
+        return Size(flops, record["evaluations"][0]["frechet"], record["errors"][-1]["velocity"])
+
+    cells = [size_name(network, size, limit) for size in range(len(SIZES[network]))]
+    return [found for found in by_seed(m, "sizes", cells, of) if None not in found]
+
+
+def power_law(x: list[float], y: list[float]) -> tuple[float, float]:
+    """(a, b) of y = a * x^b, by least squares of the logarithms."""
+    b, log_a = np.polyfit(np.log(x), np.log(y), 1)
+    return float(np.exp(log_a)), float(b)
+
+
+def exponents(m: Measured, network: str, limit: int | None, figure: str) -> list[float]:
+    """One per seed."""
+    return [power_law([size.flops for size in found], [getattr(size, figure) for size in found])[1]
+            for found in sizes(m, network, limit)]
+
+
+def crossover(m: Measured, limit: int | None, figure: str) -> float | None:
+    """The training FLOPs at which the two networks' mean power laws cross; None where there is no data, or
+    where it lies more than a factor of ten outside what is measured."""
+    laws, costs = [], []
+    for network in NETWORKS:
+        points = [size for found in sizes(m, network, limit) for size in found]
+        if not points:
+            return None
+        costs += [point.flops for point in points]
+        laws.append(power_law([point.flops for point in points],
+                              [getattr(point, figure) for point in points]))
+    (a, b), (c, d) = laws
+    if b == d:
+        return None
+    log = math.log(c / a) / (b - d)
+    return math.exp(log) if math.log(min(costs) / 10) < log < math.log(10 * max(costs)) else None
+
+
+def scaling(m: Measured) -> list[Comparison]:
+    return [Comparison(f"exponent of the {what}", exponents(m, "dit", None, figure),
+                       exponents(m, "unet", None, figure))
+            for what, figure in (("velocity error", "velocity"), ("distance", "frechet"))]
+
+
+def little_data(m: Measured) -> list[Comparison]:
+    """On a tenth of the pictures, every size."""
+    return [Comparison(f"size {size + 1}", *(
+        m.values("sizes", size_name(network, size, LITTLE), score("euler 50, guidance 1"))
+        for network in ("unet", "dit"))) for size in range(len(SIZES["unet"]))]
+
+
+def far_corners(m: Measured) -> list[Comparison]:
+    """Share of samples whose corners agree, at the end of the training."""
+    networks = list(CORNER_NETWORKS)
+    values = {name: m.values("corners", name, score("euler 50, guidance 1", "agreement"))
+              for name in networks}
+    return [Comparison(name, values[name], values[networks[0]], higher=True) for name in networks[1:]]
+
+
+def shifted_times(m: Measured) -> list[Comparison]:
+    """At 64 pixels, by 2: sqrt(m / n) for four times as many pixels (Esser et al. 2024, eq. 23)."""
+    def cell(trained: int, label: str) -> list[float]:
+        return m.values("shift", f"64 px, trained with {trained}", score(label))
+
+    plain = "euler {}, guidance 1"
+    found = [Comparison(f"in training and sampling, {steps} steps", cell(2, plain.format(steps)),
+                        cell(1, plain.format(steps))) for steps in SHIFT_STEPS]
+    few = plain.format(SHIFT_STEPS[0])
+    return [*found, Comparison("in sampling only, 10 steps", cell(1, f"{few}, shift 2"), cell(1, few)),
+            Comparison("in training only, 10 steps", cell(2, f"{few}, shift 1"), cell(1, few))]
+
+
+def logit_normal(m: Measured) -> list[Comparison]:
+    return [Comparison(network, distance(m, network, "rf logit-normal"), distance(m, network, "rf uniform"))
+            for network in NETWORKS]
+
+
+def transformer(m: Measured) -> list[Comparison]:
+    return [Comparison(objective, distance(m, "dit", objective), distance(m, "unet", objective))
+            for objective in OBJECTIVES]
+
+
+class Claim(NamedTuple):
+    """What people say, the comparisons that it makes, and the figure that shows them."""
+    number: str
+    text: str
+    comparisons: Callable[[Measured], list[Comparison]]
+    digits: int = 1
+    figure: str = ""
+
+
+CLAIMS = [
+    Claim("1", "rectified flow trains more easily than diffusion: its schedule matters less, and more "
+               "learning rates work", easier_training, 2, "learning-rates"),
+    Claim("1a", "its gradients are calmer than those of diffusion: spread of their norm", calmer_gradients,
+          2, "grid"),
+    Claim("2", "straight path + velocity beats eps, v and x0 on the diffusion path, at equal training: "
+               "Fréchet distance, 50 first-order steps", straight_path, 2, "grid"),
+    Claim("2a", "logit-normal times beat uniform ones: Fréchet distance", logit_normal, 2, "grid"),
+    Claim("2b", "the transformer beats the U-Net at equal FLOPs: Fréchet distance", transformer, 2, "grid"),
+    Claim("3", "rectified flow needs fewer evaluations of the network: the fewest within 10 % of the best "
+               "distance, and 10 against 50", few_evaluations, 1, "steps"),
+    Claim("3a", "high order is not needed on straight paths: Euler's distance is within 10 % of a multistep "
+                "solver's", euler_is_enough, 2, "steps"),
+    Claim("4a", "a U-Net's bias helps early: error of the velocity after an eighth of the training, against "
+                "the transformer", early, 3, "grid"),
+    Claim("4b", "a U-Net's bias helps on little data: Fréchet distance with a tenth of the pictures, "
+                "against the transformer of equal FLOPs", little_data, 2, "sizes"),
+    Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, lower is "
+                "steeper, against the U-Net", scaling, 3, "sizes"),
+    Claim("5", "distant parts agree only with attention: share of samples whose two far corners show the "
+               "same shape, against a U-Net without any", far_corners, 3, "corners"),
+    Claim("7", "larger pictures need shifted times: Fréchet distance at 64 pixels, shift 2 against none",
+          shifted_times, 2, "shift"),
+]

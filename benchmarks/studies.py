@@ -1,0 +1,273 @@
+"""What benchmarks/compare.py compares: one row per cell, each a training and what is drawn from it.
+
+    python benchmarks/compare.py --budget cpu --list         # the same as commands (from the root)
+
+A study answers one question with its cells; a cell is a plain train.py command and some sample.py commands.
+Cells whose trainings are the same name the same run, which is trained once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+CHECKPOINTS = 8      # at which a training is measured, evenly over its steps
+
+
+class Pictures(NamedTuple):
+    """A data set at one size. All cells on it share a VAE."""
+    source: str                          # --data
+    side: int = 32
+    cond: str | None = None              # --cond, where it is not that of the architecture
+
+    @property
+    def flags(self) -> list[str]:
+        """Of train.py, for the VAE and for the networks."""
+        size = [] if self.side == 32 else ["--image-size", str(self.side)]
+        cond = [] if self.cond is None else ["--cond", self.cond]
+        return ["--data", self.source, *size, *cond]
+
+
+PICTURES = {
+    "fashion-mnist": Pictures("fashion-mnist"),
+    "fashion-mnist-64": Pictures("fashion-mnist", side=64),
+    "corners": Pictures("corners", cond="none"),
+}
+
+
+class Evaluation(NamedTuple):
+    sampler: str
+    steps: int
+    scale: float = 1.0                   # of the guidance
+    shift: float | None = None           # of the sampling times; None: that of the training
+    checkpoint: int = CHECKPOINTS        # how many of CHECKPOINTS equal parts of the training are done
+
+    @property
+    def label(self) -> str:
+        shift = "" if self.shift is None else f", shift {self.shift:g}"
+        part = "" if self.checkpoint == CHECKPOINTS else f", {self.checkpoint} of {CHECKPOINTS} trained"
+        return f"{self.sampler} {self.steps}, guidance {self.scale:g}{shift}{part}"
+
+    @property
+    def file(self) -> str:               # what a kill leaves half-drawn is continued
+        return "-".join([*(flag.removeprefix("--") for flag in self.flags), str(self.checkpoint)])
+
+    @property
+    def flags(self) -> list[str]:
+        shift = [] if self.shift is None else ["--shift", f"{self.shift:g}"]
+        return ["--sampler", self.sampler, "--steps", str(self.steps), "--cfg", f"{self.scale:g}", *shift]
+
+
+class Cell(NamedTuple):
+    study: str
+    name: str
+    run: str                             # cells of equal training flags name the same run, trained once
+    train: tuple[str, ...]               # flags of train.py, beyond those of the budget
+    evaluations: tuple[Evaluation, ...]
+    data: str = "fashion-mnist"          # a row of PICTURES
+
+
+class Study(NamedTuple):
+    question: str
+    cells: tuple[Cell, ...]
+
+
+class Budget(NamedTuple):
+    what: str
+    vae: tuple[str, ...]                 # flags of train.py for the VAE, which all cells share
+    train: tuple[str, ...]               # and for every network
+    steps: int
+    n: int                               # samples per evaluation
+    seeds: tuple[int, ...]
+    straight: int                        # trajectories whose straightness is measured
+    speed: float | None = None           # FLOP per second that one process reaches; None: not known
+    most_cells: int | None = None        # per study
+    most_evaluations: int | None = None  # per cell
+
+    def cells(self, study: Study) -> list[Cell]:
+        """The cells of a study, or the ends of them; their evaluations likewise."""
+        return [cell._replace(evaluations=tuple(ends(cell.evaluations, self.most_evaluations)))
+                for cell in ends(study.cells, self.most_cells)]
+
+
+def ends(items: tuple, most: int | None) -> list:
+    """At most so many of the items, evenly from the first to the last."""
+    if most is None or len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+BUDGETS = {
+    # Tiny networks, as the samples that every training ends with would take most of the time.
+    "minutes": Budget("five minutes: a cell of each study, no figure means anything", ("--steps", "20"),
+                      ("--preset", "tiny", "--batch-size", "8"), 16, 40, (0,), 4, most_cells=1,
+                      most_evaluations=2),
+    "cpu": Budget("two processes of one thread each: grid and steps take about six and a half hours",
+                  ("--steps", "4500"), ("--ema", "0.03"), 1600, 2000, (0, 1, 2), 100,
+                  speed=9e10),
+    "gpu": Budget("one GPU: ready, but not run so far",
+                  ("--steps", "20000"), ("--ema", "0.03", "--batch-size", "256"), 20_000, 10_000,
+                  (0, 1, 2, 3, 4), 500),
+}
+VAE_FLAGS = ("--kl-weight", "1e-5")
+
+# The two networks of equal FLOPs, and the five objectives. Each keeps the learning rate of its defaults.
+NETWORKS = {"unet": ("--arch", "unet", "--preset", "matched"),
+            "dit": ("--arch", "dit", "--preset", "small")}
+OBJECTIVES = {
+    "ddpm eps": ("--objective", "ddpm", "--prediction", "eps"),
+    "ddpm v": ("--objective", "ddpm", "--prediction", "v"),
+    "ddpm x0": ("--objective", "ddpm", "--prediction", "x0"),
+    "rf uniform": ("--objective", "rf", "--density", "uniform"),
+    "rf logit-normal": ("--objective", "rf", "--density", "logit_normal"),
+}
+# As sample.py by default, without guidance and with a little. Euler is the straight path's DDIM: with it,
+# both paths can be compared by one and the same solver.
+DEFAULT_SAMPLERS = {
+    "ddpm": (Evaluation("ddim", 50), Evaluation("ddim", 50, 1.5)),
+    "rf": (Evaluation("heun", 10), Evaluation("heun", 10, 1.5), Evaluation("euler", 50)),
+}
+HEADLINES = (("unet", "ddpm eps"), ("dit", "ddpm eps"), ("dit", "rf logit-normal"))
+
+
+def grid_cell(study: str, network: str, objective: str, evaluations: tuple[Evaluation, ...]) -> Cell:
+    run = f"{network}-{objective}".replace(" ", "-")
+    return Cell(study, f"{network} {objective}", run, NETWORKS[network] + OBJECTIVES[objective], evaluations)
+
+
+def grid_cells() -> Iterator[Cell]:
+    for network, objective in itertools.product(NETWORKS, OBJECTIVES):
+        yield grid_cell("grid", network, objective, DEFAULT_SAMPLERS[objective.split()[0]])
+
+
+COUNTS = (1, 2, 4, 6, 8, 10, 15, 20, 30, 50)         # evaluations of the network
+
+
+def step_cells() -> Iterator[Cell]:
+    """Runs of the grid, at about 1 to 50 evaluations of the network by each solver."""
+    for network, objective in HEADLINES:
+        first = "ddim" if objective.startswith("ddpm") else "euler"
+        # All solvers make the same first step, so one of them stands for all at one evaluation.
+        rows = [Evaluation(first, steps) for steps in COUNTS]
+        rows += [Evaluation("heun", (count + 1) // 2) for count in COUNTS[2:]]       # 2 steps - 1 evaluations
+        for solver in ("dpmpp_2m", "unipc_3"):
+            rows += [Evaluation(solver, steps) for steps in COUNTS[1:-1]]
+        if first == "ddim":
+            rows += [Evaluation("ddpm", steps) for steps in (10, 20, 50)]           # ancestral
+        yield grid_cell("steps", network, objective, tuple(rows))
+
+
+def guidance_cells() -> Iterator[Cell]:
+    """A few steps and more, with several scales, by the default solver of each path."""
+    for network, objective in (HEADLINES[0], HEADLINES[-1]):
+        solver, counts = ("ddim", (10, 20, 50)) if objective.startswith("ddpm") else ("heun", (3, 5, 10))
+        yield grid_cell("guidance", network, objective, tuple(
+            Evaluation(solver, count, scale) for scale in (1.0, 1.5, 2.0, 3.0) for count in counts))
+
+
+# 50 first-order steps, the same solver on either path: what further studies compare trainings by.
+FIRST_ORDER = {"ddpm": (Evaluation("ddim", 50),), "rf": (Evaluation("euler", 50),)}
+# What can be chosen on either path, the grid's choices first. Without --schedule, ddpm has scaled_linear.
+SCHEDULES = {
+    "ddpm eps": OBJECTIVES["ddpm eps"],
+    "ddpm linear": OBJECTIVES["ddpm eps"] + ("--schedule", "linear"),
+    "ddpm cosine": OBJECTIVES["ddpm eps"] + ("--schedule", "cosine"),
+    "rf uniform": OBJECTIVES["rf uniform"],
+    "rf logit-normal": OBJECTIVES["rf logit-normal"],
+    "rf mode": ("--objective", "rf", "--density", "mode"),
+    "rf cosmap": ("--objective", "rf", "--density", "cosmap"),
+}
+RATES = {"unet": 2e-3, "dit": 4e-3}      # the defaults, which the grid has
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)     # of them, an octave apart
+
+
+def schedule_cells() -> Iterator[Cell]:
+    for network, objective in itertools.product(NETWORKS, SCHEDULES):
+        yield Cell("schedules", f"{network} {objective}", f"{network}-{objective}".replace(" ", "-"),
+                   NETWORKS[network] + SCHEDULES[objective], FIRST_ORDER[objective.split()[0]])
+
+
+def rate_cells() -> Iterator[Cell]:
+    for network, objective, factor in itertools.product(NETWORKS, ("ddpm eps", "rf logit-normal"), FACTORS):
+        cell = grid_cell("learning rates", network, objective, FIRST_ORDER[objective.split()[0]])
+        if factor != 1:
+            cell = cell._replace(run=f"{cell.run}-rate-{factor:g}",
+                                 train=cell.train + ("--lr", f"{factor * RATES[network]:g}"))
+        yield cell._replace(name=f"{cell.name} x {factor:g}")
+
+
+SHIFTS = (1.0, 1.5, 2.0, 3.0)
+SHIFT_STEPS = (10, 50)                   # of Euler: few, where the times matter more, and many
+
+
+def shift_cells() -> Iterator[Cell]:
+    """The times shifted in training, in sampling, and in both, at two sizes of the same pictures."""
+    for data, shift in itertools.product(("fashion-mnist", "fashion-mnist-64"), SHIFTS):
+        cell = grid_cell("shift", "dit", "rf logit-normal", ())
+        if data != "fashion-mnist":
+            cell = cell._replace(run=f"{data}-{cell.run}", data=data)
+        if shift == 1:
+            sampled = (None, *SHIFTS[1:])
+        else:
+            cell = cell._replace(run=f"{cell.run}-shift-{shift:g}",
+                                 train=cell.train + ("--shift", f"{shift:g}"))
+            sampled = (None, 1.0)
+        yield cell._replace(name=f"{PICTURES[data].side} px, trained with {shift:g}", evaluations=tuple(
+            Evaluation("euler", steps, shift=each) for steps in SHIFT_STEPS for each in sampled))
+
+
+SIZES = {"unet": ("size-1", "size-2", "matched", "size-4"), "dit": ("size-1", "size-2", "small", "size-4")}
+LITTLE = 6000                            # a tenth of the pictures
+
+
+def size_cells() -> Iterator[Cell]:
+    """Four sizes of each network, pairwise of equal training FLOPs, on all pictures and on a tenth."""
+    for limit, network, size in itertools.product((None, LITTLE), NETWORKS, range(len(SIZES["unet"]))):
+        preset = SIZES[network][size]
+        cell = grid_cell("sizes", network, "rf logit-normal", FIRST_ORDER["rf"])
+        if preset not in NETWORKS[network]:
+            cell = cell._replace(run=f"{cell.run}-{preset}", train=("--arch", network, "--preset", preset)
+                                 + OBJECTIVES["rf logit-normal"])
+        if limit:
+            cell = cell._replace(run=f"{cell.run}-limit-{limit}", train=cell.train + ("--limit", str(limit)))
+        yield cell._replace(name=size_name(network, size, limit))
+
+
+def size_name(network: str, size: int, limit: int | None) -> str:
+    return f"{network}, size {size + 1} of 4" + (f", {limit:,} pictures" if limit else "")
+
+
+CORNER_NETWORKS = {
+    "unet, attention nowhere": ("--arch", "unet", "--preset", "matched-nowhere"),
+    "unet, attention at the bottom": ("--arch", "unet", "--preset", "matched-bottom"),
+    "unet, attention everywhere": ("--arch", "unet", "--preset", "matched-everywhere"),
+    "dit": NETWORKS["dit"],
+}
+
+
+def corner_cells() -> Iterator[Cell]:
+    """One objective for all. Samples are drawn at every checkpoint."""
+    for network, flags in CORNER_NETWORKS.items():
+        yield Cell("corners", network, f"corners-{flags[-1]}", flags + OBJECTIVES["rf logit-normal"], tuple(
+            Evaluation("euler", 50, checkpoint=part) for part in range(1, CHECKPOINTS + 1)), "corners")
+
+
+# The cells of claim 9, few steps, belong here: reflow and one-step trainings, with 1, 2 and 4 evaluations,
+# beside those of their parent in "steps".
+
+
+STUDIES = {
+    "grid": Study("network x objective: equal data, equal training FLOPs", tuple(grid_cells())),
+    "steps": Study("claim 3: how many evaluations, and with which solver", tuple(step_cells())),
+    "guidance": Study("claim 3: guidance scale against evaluations", tuple(guidance_cells())),
+    "schedules": Study("claim 1: what the choice of the training times or of the noise schedule changes",
+                       tuple(schedule_cells())),
+    "learning rates": Study("claim 1: over how many octaves of the learning rate a training works",
+                            tuple(rate_cells())),
+    "shift": Study("claim 7: whether larger pictures need shifted times", tuple(shift_cells())),
+    "sizes": Study("claim 4: which network gains more by its size, and which needs less data",
+                   tuple(size_cells())),
+    "corners": Study("claim 5: whether two far corners agree in colour and kind", tuple(corner_cells())),
+}

@@ -1,0 +1,457 @@
+"""From the results of benchmarks/compare.py to the README: tables, figures and verdicts.
+
+    python benchmarks/compare.py --readme                    # (from the root)
+
+Nothing in the README between two markers is typed by hand, and what has no results is one line that names the
+command that measures it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import figures, ladder
+from benchmarks.claims import (CLAIMS, RULE, Measured, best_within, crossover, distance, exponents,
+                               first_order, needed, score, sizes, verdict)
+from benchmarks.figures import Chart, Series
+from benchmarks.studies import (CHECKPOINTS, DEFAULT_SAMPLERS, FACTORS, HEADLINES, LITTLE, NETWORKS,
+                                OBJECTIVES, RATES, SCHEDULES, SHIFT_STEPS, SHIFTS, STUDIES)
+from files import write_atomically
+
+
+def claims_table(m: Measured) -> str:
+    """A row per claim: what contradicts the usual telling first, what is not measured last."""
+    rows = []
+    ranks = ["**false**", "**depends**", "**true**", "not measured yet"]
+    for claim in CLAIMS:
+        comparisons = claim.comparisons(m)
+        found = verdict(comparisons)
+        lines = [f"{each.what}: {ladder.spread(each.ours, claim.digits)} against "
+                 f"{ladder.spread(each.theirs, claim.digits)}"
+                 for each in comparisons if each.ours and each.theirs]
+        shows = f"[{claim.figure}](benchmarks/pictures/compare-{claim.figure}.png)" if lines else ""
+        rank = ranks.index(found.partition(" (")[0])
+        rows.append((rank, f"| {claim.number} | {claim.text} | {'<br>'.join(lines)} | {found} | {shows} |"))
+    if all(rank == len(ranks) - 1 for rank, _ in rows):
+        return ""
+    rows.sort(key=lambda pair: pair[0])              # stable: else in the order of CLAIMS
+    head = ["| | claim | mean (range over the seeds) | verdict | figure |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(row for _, row in rows)]) + f"\n\n{RULE}"
+
+
+# ---- tables and figures of the studies
+
+def seeds_of(m: Measured, study: str) -> str:
+    """How many seeds the cells of a study have, in words."""
+    counts = {}
+    for record in m.records:
+        if record["study"] == study:
+            counts.setdefault(record["cell"], set()).add(record["seed"])
+    sizes = sorted({len(seeds) for seeds in counts.values()})
+    return f"{' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} seed{'s' * (sizes != [1])} per cell"
+
+
+def made_with(m: Measured, study: str) -> str:
+    """Device, dates, commits: what a reader needs to know where figures come from."""
+    found = [record for record in m.records if record["study"] == study]
+    parts = [sorted({record[name] for record in found}) for name in ("device", "date", "commit")]
+    devices, dates, commits = parts
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{', '.join(devices)}; {when}; commit {', '.join(commits)}"
+
+
+def mean_of(m: Measured, study: str, cell: str, get: Callable[[dict], float | None], digits: int) -> str:
+    values = m.values(study, cell, get)
+    return ladder.spread(values, digits) if values else ""
+
+
+def grid_table(m: Measured) -> str:
+    cells = [(network, objective) for network in NETWORKS for objective in OBJECTIVES
+             if m.of("grid", f"{network} {objective}")]
+    if not cells:
+        return ""
+    rows = ["| | velocity error | curvature | gradient norm: spread | Fréchet, 50 first-order steps "
+            "| agreement | Fréchet, guidance 1.5 | agreement | processor minutes |", "|---" * 9 + "|"]
+    for network, objective in cells:
+        _, guided = (each.label for each in DEFAULT_SAMPLERS[objective.split()[0]][:2])
+        plain = first_order(objective)
+        columns = [(lambda r: r["errors"][-1]["velocity"], 3), (lambda r: r["straightness"], 3),
+                   (lambda r: r["grad_norm"].get("spread"), 2), (score(plain), 2),
+                   (score(plain, "agreement"), 3), (score(guided), 2), (score(guided, "agreement"), 3),
+                   (lambda r: r["processor_seconds"] / 60, 0)]
+        texts = [mean_of(m, "grid", f"{network} {objective}", get, digits) for get, digits in columns]
+        rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
+    costs = []
+    for network in NETWORKS:
+        record = next((r for r in m.records if r["study"] == "grid" and r["cell"].startswith(network)
+                       and "parameters" in r), None)
+        if record:
+            costs.append(f"{network}: {record['flops_per_example'] / 1e6:.0f} MFLOP per example, forward and "
+                         f"backward, {record['parameters'] / 1e6:.1f} M parameters")
+    notes = (f"{'; '.join(costs)}. Velocity error: mean squared error of eps - x0 on held-out latents, over "
+             "the same noise levels for every cell. Curvature: mean square of the velocity's distance from "
+             "the chord of a sampled trajectory, 0 if all are straight. Spread of the gradient's norm: the "
+             f"range of its middle half over its median. {seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
+    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('grid', 'Fréchet distance of every cell')}{floor(m)}"
+
+
+def floor(m: Measured) -> str:
+    rows = [row for record in m.records if (record["study"], record["cell"]) == ("floor", "fashion-mnist")
+            for row in record["evaluations"]]
+    if not rows:
+        return ""
+    texts = [f"{row['n']:,} {row['label']} at {row['frechet']:.2f}" for row in rows]
+    return f"\n\nReferences for the distance: {'; '.join(texts)}."
+
+
+def grid_chart(m: Measured) -> Chart | None:
+    series = []
+    for network in NETWORKS:
+        found = {objective: distance(m, network, objective) for objective in OBJECTIVES}
+        found = {objective: values for objective, values in found.items() if values}
+        series.append(Series(network, list(found), list(found.values())))
+    series = [each for each in series if each.x]
+    return Chart("Equal data, equal FLOPs: Fréchet distance, 50 first-order steps, no guidance",
+                 "objective", "Fréchet distance", series) if series else None
+
+
+# One change at a time: (what changes, network, objective, label of the evaluation).
+STAIRCASE = [
+    ("latent diffusion", "unet", "ddpm eps", "ddim 50, guidance 1"),
+    ("predicts v", "unet", "ddpm v", "ddim 50, guidance 1"),
+    ("straight path, velocity", "unet", "rf uniform", "euler 50, guidance 1"),
+    ("logit-normal times", "unet", "rf logit-normal", "euler 50, guidance 1"),
+    ("transformer", "dit", "rf logit-normal", "euler 50, guidance 1"),
+    ("Heun, 19 evaluations", "dit", "rf logit-normal", "heun 10, guidance 1"),
+    ("guidance 1.5", "dit", "rf logit-normal", "heun 10, guidance 1.5"),
+]
+
+
+def staircase_values(m: Measured, name: str) -> list[tuple[str, str, list[float]]]:
+    found = []
+    for change, network, objective, label in STAIRCASE:
+        values = m.values("grid", f"{network} {objective}", score(label, name))
+        if values:
+            found.append((change, f"{network}, {objective}, {label.partition(',')[0]}", values))
+    return found
+
+
+def staircase_table(m: Measured) -> str:
+    steps = staircase_values(m, "frechet")
+    if not steps:
+        return ""
+    agreements = [values for _, _, values in staircase_values(m, "agreement")]
+    rows = ["| change | cell | Fréchet | agreement |", "|---|---|---|---|"]
+    for i, ((change, cell, values), agreement) in enumerate(zip(steps, agreements)):
+        first = "" if i == 0 else "+ "
+        rows.append(f"| {first}{change} | {cell} | {ladder.spread(values, 2)} "
+                    f"| {ladder.spread(agreement, 3)} |")
+    return "\n".join(rows)
+
+
+def steps_table(m: Measured) -> str:
+    counts = (1, 2, 4, 6, 8, 10, 15, 20, 30, 50)
+    rows = ["| the best solver with at most so many evaluations | " + " | ".join(map(str, counts))
+            + " | needed |", "|---" * (len(counts) + 2) + "|"]
+    for network, objective in HEADLINES:
+        cell = f"{network} {objective}"
+        if not m.of("steps", cell):
+            continue
+        texts = []
+        for count in counts:
+            values = m.values("steps", cell, best_within(count))
+            texts.append(f"{np.mean(values):.1f}" if values else "")
+        rows.append(f"| {cell} | {' | '.join(texts)} | {mean_of(m, 'steps', cell, needed, 0)} |")
+    if len(rows) == 2:
+        return ""
+    notes = ("Fréchet distance without guidance, means over the seeds. Needed: the fewest evaluations within "
+             f"10 % of the best distance. {seeds_of(m, 'steps')}; {made_with(m, 'steps')}.")
+    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('steps', 'Distance against evaluations')}"
+
+
+def steps_chart(m: Measured) -> Chart | None:
+    series = []
+    # Lines of one colour are of one network, marks of one shape of one order.
+    for colour, (network, objective) in enumerate(HEADLINES):
+        cell = f"{network} {objective}"
+        for solver, shape in (("ddim", 0), ("euler", 0), ("heun", 1), ("dpmpp_2m", 2)):
+            points: dict[int, list[float]] = {}
+            for record in m.of("steps", cell):
+                for row in record.get("evaluations", []):
+                    if row["sampler"] == solver and row["guidance"] == 1:
+                        points.setdefault(row["nfe"], []).append(row["frechet"])
+            if points:
+                order = sorted(points)
+                series.append(Series(f"{cell}, {solver}", order, [points[nfe] for nfe in order],
+                                     colour, shape))
+    return Chart("Few steps: Fréchet distance without guidance", "evaluations of the network",
+                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+
+
+def guidance_table(m: Measured) -> str:
+    rows, scales = [], sorted({each.scale for cell in STUDIES["guidance"].cells for each in cell.evaluations})
+    for cell in STUDIES["guidance"].cells:
+        for steps in sorted({each.steps for each in cell.evaluations}):
+            each = [e for e in cell.evaluations if e.steps == steps]
+            texts = []
+            for evaluation in sorted(each, key=lambda e: e.scale):
+                pair = [m.values("guidance", cell.name, score(evaluation.label, name))
+                        for name in ("frechet", "agreement")]
+                texts.append(f"{np.mean(pair[0]):.2f}, {np.mean(pair[1]):.3f}" if pair[0] else "")
+            if any(texts):
+                rows.append(f"| {cell.name}, {each[0].sampler} {steps} | {' | '.join(texts)} |")
+    if not rows:
+        return ""
+    head = ["| guidance | " + " | ".join(f"{scale:g}" for scale in scales) + " |",
+            "|---" * (len(scales) + 1) + "|"]
+    return "\n".join(head + rows) + ("\n\nFréchet distance and agreement, means over the seeds. "
+                                     f"{seeds_of(m, 'guidance')}; {made_with(m, 'guidance')}.")
+
+
+def shift_rows(m: Measured, side: int, steps: int) -> dict[str, dict[float, list[float]]]:
+    """Distances by where the times are shifted, and by how much."""
+    def values(trained: float, shift: float | None) -> list[float]:
+        label = f"euler {steps}, guidance 1" + ("" if shift is None else f", shift {shift:g}")
+        return m.values("shift", f"{side} px, trained with {trained:g}", score(label))
+
+    return {"in both": {shift: values(shift, None) for shift in SHIFTS},
+            "in sampling only": {shift: values(1, None if shift == 1 else shift) for shift in SHIFTS},
+            "in training only": {shift: values(shift, None if shift == 1 else 1) for shift in SHIFTS}}
+
+
+def shift_table(m: Measured) -> str:
+    rows = ["| shift | " + " | ".join(f"{shift:g}" for shift in SHIFTS) + " |",
+            "|---" * (len(SHIFTS) + 1) + "|"]
+    for side in (32, 64):
+        for steps in SHIFT_STEPS:
+            for where, by_shift in shift_rows(m, side, steps).items():
+                texts = [ladder.spread(values, 2) if values else "" for values in by_shift.values()]
+                if any(texts):
+                    rows.append(f"| {side} px, {steps} Euler steps, {where} | {' | '.join(texts)} |")
+    if len(rows) == 2:
+        return ""
+    notes = ("Fréchet distance without guidance. Pictures of 64 pixels are scaled down to 32, by the mean of "
+             "each 2 x 2 pixels, and judged by the same classifier. "
+             f"{seeds_of(m, 'shift')}; {made_with(m, 'shift')}.")
+    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('shift', 'Distance against the shift')}"
+
+
+def shift_chart(m: Measured) -> Chart | None:
+    series = []
+    for colour, side in enumerate((32, 64)):
+        for shape, (where, by_shift) in enumerate(shift_rows(m, side, SHIFT_STEPS[0]).items()):
+            points = {shift: values for shift, values in by_shift.items() if values}
+            if points:
+                series.append(Series(f"{side} px, {where}", list(points), list(points.values()), colour,
+                                     shape))
+    return Chart("Shifted times: Fréchet distance, 10 Euler steps", "shift", "Fréchet distance",
+                 series) if series else None
+
+
+def size_table(m: Measured) -> str:
+    rows = ["| | training PFLOP | velocity error | Fréchet |", "|---|---|---|---|"]
+    for cell in STUDIES["sizes"].cells:
+        records = [record for record in m.of("sizes", cell.name) if "diverged" not in record]
+        if records:
+            first = records[0]
+            cost = first["flops_per_example"] * first["steps"] * first["batch_size"] / 1e15
+            rows.append(f"| {cell.name} | {cost:.1f} "
+                        f"| {mean_of(m, 'sizes', cell.name, lambda r: r['errors'][-1]['velocity'], 3)} "
+                        f"| {mean_of(m, 'sizes', cell.name, score('euler 50, guidance 1'), 2)} |")
+    if len(rows) == 2:
+        return ""
+    laws = []
+    for limit, what in ((None, "all pictures"), (LITTLE, f"{LITTLE:,} pictures")):
+        parts = [f"{network} {ladder.spread(values, 3)}" for network in NETWORKS
+                 if (values := exponents(m, network, limit, "frechet"))]
+        if parts:
+            point = crossover(m, limit, "frechet")
+            where = "no crossover near these sizes"
+            if point:
+                where = f"the lines cross at {point / 1e15:.1f} PFLOP"
+            laws.append(f"Exponents of the distance on {what}: {', '.join(parts)}; {where}.")
+    return "\n".join(rows) + (f"\n\n{' '.join(laws)} {seeds_of(m, 'sizes')}; {made_with(m, 'sizes')}.\n\n"
+                              + picture("sizes", "Distance against training FLOPs"))
+
+
+def size_chart(m: Measured) -> Chart | None:
+    series = []
+    for shape, limit in enumerate((None, LITTLE)):
+        for colour, network in enumerate(NETWORKS):
+            found = sizes(m, network, limit)
+            if found:
+                costs = [size.flops for size in found[0]]
+                values = [[size.frechet for size in column] for column in zip(*found)]
+                name = network + (f", {limit:,} pictures" if limit else "")
+                series.append(Series(name, costs, values, colour, shape))
+    return Chart("Four sizes of each network: Fréchet distance, 50 first-order steps", "training FLOPs",
+                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+
+
+def corner_table(m: Measured) -> str:
+    rows = ["| | " + " | ".join(f"{part} of {CHECKPOINTS}" for part in range(1, CHECKPOINTS + 1)) + " |",
+            "|---" * (CHECKPOINTS + 1) + "|"]
+    for cell in STUDIES["corners"].cells:
+        texts = [mean_of(m, "corners", cell.name, score(evaluation.label, "agreement"), 3)
+                 for evaluation in cell.evaluations]
+        if any(texts):
+            rows.append(f"| {cell.name} | {' | '.join(texts)} |")
+    if len(rows) == 2:
+        return ""
+    best = [row["agreement"] for record in m.of("floor", "corners") for row in record["evaluations"]]
+    notes = ("Share of samples with one shape in each of two opposite corners, alike in colour and kind, by "
+             "how much of the training is done; of pictures that the VAE has encoded and decoded: "
+             f"{', '.join(f'{value:.3f}' for value in best)}. All networks have equal training FLOPs. "
+             f"{seeds_of(m, 'corners')}; {made_with(m, 'corners')}.")
+    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('corners', 'Agreement against training')}"
+
+
+def corner_chart(m: Measured) -> Chart | None:
+    series = []
+    for cell in STUDIES["corners"].cells:
+        points = {evaluation.checkpoint / CHECKPOINTS: m.values("corners", cell.name,
+                                                                score(evaluation.label, "agreement"))
+                  for evaluation in cell.evaluations}
+        points = {share: values for share, values in points.items() if values}
+        if points:
+            series.append(Series(cell.name, list(points), list(points.values())))
+    return Chart("Two far corners: share of samples in which they agree", "share of the training",
+                 "share that agrees", series) if series else None
+
+
+def schedule_table(m: Measured) -> str:
+    rows = ["| | " + " | ".join(NETWORKS) + " |", "|---" * (len(NETWORKS) + 1) + "|"]
+    for objective in SCHEDULES:
+        texts = [mean_of(m, "schedules", f"{network} {objective}", score(first_order(objective)), 2)
+                 for network in NETWORKS]
+        if any(texts):
+            rows.append(f"| {objective} | {' | '.join(texts)} |")
+    if len(rows) == 2:
+        return ""
+    return "\n".join(rows) + (f"\n\nFréchet distance, 50 first-order steps. {seeds_of(m, 'schedules')}; "
+                              f"{made_with(m, 'schedules')}.")
+
+
+def rate_rows(m: Measured) -> list[tuple[str, str, list[list[dict]]]]:
+    """(network, objective, records by factor) of what is measured."""
+    found = []
+    for network in NETWORKS:
+        for objective in ("ddpm eps", "rf logit-normal"):
+            by_factor = [m.of("learning rates", f"{network} {objective} x {factor:g}") for factor in FACTORS]
+            if any(by_factor):
+                found.append((network, objective, by_factor))
+    return found
+
+
+def rate_table(m: Measured) -> str:
+    rows = ["| learning rate, relative to the default | " + " | ".join(f"{factor:g}" for factor in FACTORS)
+            + " |", "|---" * (len(FACTORS) + 1) + "|"]
+    for network, objective, by_factor in rate_rows(m):
+        texts = []
+        for factor, records in zip(FACTORS, by_factor):
+            text = mean_of(m, "learning rates", f"{network} {objective} x {factor:g}",
+                           score(first_order(objective)), 2)
+            lost = sum("diverged" in record for record in records)
+            texts.append(text + f" {lost} of {len(records)} diverged" * (lost > 0))
+        rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
+    if len(rows) == 2:
+        return ""
+    defaults = ", ".join(f"{network} {rate:g}" for network, rate in RATES.items())
+    return "\n".join(rows) + (
+        f"\n\nFréchet distance, 50 first-order steps; defaults: {defaults}. {seeds_of(m, 'learning rates')}; "
+        f"{made_with(m, 'learning rates')}.\n\n"
+        + picture("learning-rates", "Distance against the learning rate"))
+
+
+def rate_chart(m: Measured) -> Chart | None:
+    series = []
+    for network, objective, _ in rate_rows(m):
+        points = {factor: m.values("learning rates", f"{network} {objective} x {factor:g}",
+                                   score(first_order(objective))) for factor in FACTORS}
+        points = {factor: values for factor, values in points.items() if values}
+        series.append(Series(f"{network} {objective}", list(points), list(points.values())))
+    series = [each for each in series if each.x]
+    return Chart("Learning rates an octave apart: Fréchet distance", "learning rate, relative to the default",
+                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+
+
+def picture(name: str, text: str) -> str:
+    return f"![{text}](benchmarks/pictures/compare-{name}.png)"
+
+
+# ---- the README
+
+class Section(NamedTuple):
+    """What stands between <!-- NAME --> and <!-- end -->."""
+    text: Callable[[Measured], str]
+    command: str                                     # which measures it
+    chart: Callable[[Measured], Chart | None] | None = None
+
+
+COMPARE = "python benchmarks/compare.py --budget cpu"
+SECTIONS = {
+    "compare: claims": Section(claims_table, COMPARE),
+    "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart),
+    "compare: staircase": Section(staircase_table, f"{COMPARE} --only grid"),
+    "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart),
+    "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance"),
+    "compare: schedules": Section(schedule_table, f"{COMPARE} --only schedules"),
+    "compare: learning rates": Section(rate_table, f"{COMPARE} --only 'learning rates'", rate_chart),
+    "compare: sizes": Section(size_table, f"{COMPARE} --only sizes", size_chart),
+    "compare: corners": Section(corner_table, f"{COMPARE} --only corners", corner_chart),
+    "compare: shift": Section(shift_table, f"{COMPARE} --only shift", shift_chart),
+}
+
+
+def fill(text: str, sections: dict[str, str]) -> str:
+    """The README with each section's text between its markers. Raises ValueError for markers that lack."""
+    for name, content in sections.items():
+        begin, end = f"<!-- {name} -->", "<!-- end -->"
+        pattern = re.escape(begin) + r"\n.*?" + re.escape(end)
+        if len(re.findall(pattern, text, re.S)) != 1:
+            raise ValueError(f"README.md: needs exactly one line {begin} with a line {end} after it")
+        text = re.sub(pattern, lambda _: f"{begin}\n\n{content}\n\n{end}", text, flags=re.S)
+    return text
+
+
+def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
+    """The text of every section. records: of the comparison; rungs: of benchmarks/ladder.py."""
+    m = Measured(records)
+    found = {}
+    for name, section in SECTIONS.items():
+        found[name] = section.text(m) or f"Not measured yet: `{section.command}`."
+    for base in ladder.BASES:
+        table = ladder.table(rungs, base)
+        empty = len(table.splitlines()) == 2
+        found[f"ladder: {base}"] = (f"Not measured yet: `python benchmarks/ladder.py --base {base}`." if empty
+                                    else table)
+    return found
+
+
+def charts(records: list[dict]) -> dict[str, Chart]:
+    """By the names of their files in benchmarks/pictures."""
+    m = Measured(records)
+    found = {}
+    for name, section in SECTIONS.items():
+        chart = section.chart(m) if section.chart else None
+        if chart:
+            found[f"compare-{name.removeprefix('compare: ').replace(' ', '-')}.png"] = chart
+    return found
+
+
+def write(readme: Path, pictures: Path, records: list[dict], rungs: list[dict]) -> None:
+    """Bring the README and its charts up to date with the results."""
+    text = fill(readme.read_text(), sections(records, rungs))
+    for name, chart in charts(records).items():
+        figures.save(pictures / name, chart)
+    write_atomically(readme, lambda file: file.write(text.encode()))
+
+

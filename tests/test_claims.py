@@ -1,0 +1,325 @@
+"""benchmarks/claims.py and tables.py: verdicts from numbers and their spread, and a README that agrees with
+the results."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from benchmarks import claims, compare, figures, ladder, measures, studies, tables
+from benchmarks.claims import Comparison, Measured, decide, verdict
+from benchmarks.studies import STUDIES
+from conftest import ROOT
+
+from ddpm import DDPM
+
+# ---- the rule
+
+
+@pytest.mark.parametrize("ours, theirs, options, answer", [
+    ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], {}, True),
+    ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], {}, False),
+    ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], {}, None),                # one apart, with a deviation of one
+    ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], {"higher": True}, False),
+    ([5.0, 5.1, 4.9], [4.6, 4.7, 4.5], {"margin": 1.1}, None),   # 5.0 against at most 5.06
+    ([5.0, 5.1, 4.9], [5.0, 5.1, 4.9], {"margin": 1.1}, True),   # equal is no worse than
+    ([5.0, 5.1, 4.9], [5.0, 5.1, 4.9], {}, None),
+    ([5.0, 5.0], [4.0, 4.0], {}, False),
+])
+def test_a_comparison_is_decided_by_the_spread_of_the_seeds(ours, theirs, options, answer):
+    assert decide(Comparison("", ours, theirs, **options)) is answer
+
+
+def test_equal_seeds_are_rarely_decided_and_distant_ones_nearly_always():
+    """The rule's error: of comparisons between equal cells, one in twenty is decided, by definition."""
+    rng = np.random.default_rng(0)
+    equal = [decide(Comparison("", *rng.normal(5, 0.2, (2, 3)))) for _ in range(4000)]
+    assert np.mean([answer is not None for answer in equal]) == pytest.approx(0.05, abs=0.01)
+    apart = [decide(Comparison("", *(rng.normal(5, 0.2, (2, 3)) + [[0.0], [1.5]]))) for _ in range(500)]
+    assert np.mean([answer is True for answer in apart]) > 0.95 and False not in apart
+
+
+YES = Comparison("a", [1.0, 1.1], [9.0, 9.1])
+NO = Comparison("b", [9.0, 9.1], [1.0, 1.1])
+OPEN = Comparison("c", [1.0, 9.0], [2.0, 8.0])
+
+
+@pytest.mark.parametrize("comparisons, words", [
+    ([YES, YES], "**true**"), ([NO, NO], "**false**"), ([NO, OPEN], "**false**"),
+    ([YES, NO], "**depends** (true: a; false: b)"),
+    ([YES, OPEN], "**depends** (true: a; within the spread: c)"),
+    ([OPEN], "**depends** (within the spread: c)"),
+    ([], "not measured yet"),
+    ([YES._replace(ours=[1.0])], "not measured yet"),            # one seed decides nothing
+    ([YES, NO._replace(theirs=[])], "not measured yet"),         # nor does a part
+])
+def test_verdicts_are_functions_of_the_comparisons(comparisons, words):
+    assert verdict(comparisons) == words
+
+
+# ---- readings of records
+
+@functools.cache
+def evaluations(evaluation):
+    return measures.evaluations(evaluation.sampler, evaluation.steps, evaluation.scale, DDPM())
+
+
+def record(study, cell, seed, rows, **more):
+    found = []
+    for evaluation, frechet in rows:
+        found.append({"label": evaluation.label, "sampler": evaluation.sampler,
+                      "steps": evaluation.steps, "guidance": evaluation.scale, "n": 2000,
+                      "nfe": evaluations(evaluation), "frechet": frechet, "agreement": 0.9})
+    curve = [{"step": step, "x0": 0.1, "velocity": velocity, "velocity_by_time": [velocity] * 4}
+             for step, velocity in ((200, 1.0), (1600, 0.5))]
+    return {"study": study, "cell": cell, "seed": seed, "budget": "cpu", "evaluations": found,
+            "errors": curve, "straightness": 0.2, "grad_norm": {"median": 1.0, "spread": 0.3, "max": 4.0},
+            "steps": 1600, "batch_size": 64, "flops_per_example": 476e6, "parameters": 7.4e6,
+            "processor_seconds": 600.0, "wall_seconds": 620.0, "device": "a machine", "date": "2026-11-26",
+            "commit": "0123456789",
+            "val_loss": 0.5, "commands": [], "versions": {}} | more
+
+
+def made_up(distance, seeds=(0, 1, 2)):
+    """A record for every cell of every study. distance(cell, evaluation, nfe) without the seed's part."""
+    records = []
+    for study in STUDIES.values():
+        for cell in study.cells:
+            for seed in seeds:
+                rows = [(each, distance(cell.name, each, evaluations(each)) + 0.01 * seed)
+                        for each in cell.evaluations]
+                more = {}
+                if cell.study == "sizes":
+                    more = {"flops_per_example": 1e8 * 2.0 ** int(cell.name.partition("size ")[2][0])}
+                records.append(record(cell.study, cell.name, seed, rows, **more))
+    return records
+
+
+def plain(cell, evaluation, nfe):
+    """rf reaches 4 at once; ddpm falls slowly toward 5."""
+    return 4.0 if " rf " in cell else 5.0 + 20 / nfe
+
+
+def by_number(records):
+    m = Measured(records)
+    return {claim.number: verdict(claim.comparisons(m)) for claim in claims.CLAIMS}
+
+
+def test_claims_follow_from_the_records():
+    found = by_number(made_up(plain))
+    assert found["2"] == "**true**" and found["3"] == "**true**" and found["3a"] == "**true**"
+    assert found["2a"].startswith("**depends** (within the spread: unet, dit")
+    upside_down = by_number(made_up(lambda cell, *more: 30.0 if " rf " in cell else plain(cell, *more)))
+    assert upside_down["2"] == "**false**"
+    assert set(by_number(made_up(plain, seeds=(0,))).values()) == {"not measured yet"}
+    assert set(by_number([]).values()) == {"not measured yet"}
+
+
+def test_evaluations_needed_are_the_fewest_within_a_tenth_of_the_best():
+    Evaluation = compare.Evaluation
+    rows = [(Evaluation("euler", 1), 50.0), (Evaluation("euler", 10), 4.5), (Evaluation("heun", 5), 4.3),
+            (Evaluation("euler", 50), 4.0), (Evaluation("heun", 2, 2.0), 0.1)]     # guided: does not count
+    run = record("steps", "a", 0, rows)
+    assert claims.needed(run) == 9
+    assert claims.curve(run) == [(1, 50.0), (9, 4.3), (10, 4.3), (50, 4.0)]
+    assert claims.best_within(10)(run) == 4.3 and claims.best_within(0)(run) is None
+
+
+def test_easier_training_counts_schedules_and_rates():
+    """Distances by schedule 4, 4.4, .. and by learning rate: known deviations, and known usable rates."""
+    level = {"rf mode": 1.1, "ddpm linear": 2.0, "x 4": 1.6, "x 2": 1.4}
+
+    def distance(cell, *more):
+        return 4.0 * math.prod(factor for name, factor in level.items() if name in cell)
+
+    records = made_up(distance)
+    lost = next(r for r in records if r["cell"] == "unet ddpm eps x 0.25" and r["seed"] == 1)
+    del lost["evaluations"]
+    lost["diverged"] = 100
+    found = {c.what: c for c in claims.easier_training(Measured(records))}
+    schedules = found["dit, relative deviation of the distance over its schedules"]
+    assert schedules.ours[0] == pytest.approx(np.std([4, 4, 4.4, 4], ddof=1) / 4.1)
+    assert schedules.theirs[0] == pytest.approx(np.std([4, 8, 4], ddof=1) / (16 / 3))
+    assert found["dit, usable learning rates of 5"].ours == [4, 4, 4]
+    assert found["unet, usable learning rates of 5"].theirs == [4, 3, 4]
+    assert decide(schedules) is True and decide(found["dit, usable learning rates of 5"]) is None
+    assert "1 of 3 diverged" in tables.rate_table(Measured(records))
+    dit_only = [r for r in records if not r["cell"].startswith("unet")]
+    assert {c.what[:3] for c in claims.easier_training(Measured(dit_only))} == {"dit"}
+
+
+def test_shifts_are_compared_in_training_in_sampling_and_in_both():
+    def distance(cell, evaluation, nfe):
+        if cell == "64 px, trained with 2":
+            return 3.0 if evaluation.shift is None else 5.0
+        return 3.5 if cell == "64 px, trained with 1" and evaluation.shift == 2 else 4.0
+
+    m = Measured(made_up(distance))
+    found = {c.what: (decide(c), round(c.ours[0], 2), round(c.theirs[0], 2)) for c in claims.shifted_times(m)}
+    assert found == {"in training and sampling, 10 steps": (True, 3.0, 4.0),
+                     "in training and sampling, 50 steps": (True, 3.0, 4.0),
+                     "in sampling only, 10 steps": (True, 3.5, 4.0),
+                     "in training only, 10 steps": (False, 5.0, 4.0)}
+    rows = tables.shift_rows(m, 64, 10)
+    assert {where: round(np.mean(by_shift[2.0]), 2) for where, by_shift in rows.items()} == {
+        "in both": 3.01, "in sampling only": 3.51, "in training only": 5.01}
+
+
+def test_corners_are_compared_at_the_end_of_the_training():
+    records = made_up(plain)
+    for r in records:
+        if r["study"] == "corners":
+            for row in r["evaluations"]:
+                at_end = "trained" not in row["label"]
+                row["agreement"] = 0.9 if at_end and r["cell"] == "dit" else 0.5 + 0.01 * r["seed"]
+    found = {c.what: decide(c) for c in claims.far_corners(Measured(records))}
+    assert found == {"unet, attention at the bottom": None, "unet, attention everywhere": None, "dit": True}
+
+
+def test_sizes_follow_power_laws_that_cross_where_they_should():
+    """distance = a C^b with known exponents per seed, and a crossover at a known cost."""
+    records = []
+    costs = [1e8, 2e8, 4e8, 1.6e9]
+    for limit in (None, studies.LITTLE):
+        for network, a, b in (("unet", 30.0, -0.1), ("dit", 300.0, -0.2)):
+            for size, cost in enumerate(costs):
+                for seed in (0, 1, 2):
+                    distance = a * (cost * 1600 * 64 / 1e13) ** (b - 0.001 * seed)
+                    records.append(record("sizes", studies.size_name(network, size, limit), seed,
+                                          [(studies.Evaluation("euler", 50), distance)],
+                                          flops_per_example=cost))
+    m = Measured(records)
+    np.testing.assert_allclose(claims.exponents(m, "dit", None, "frechet"), [-0.2, -0.201, -0.202])
+    np.testing.assert_allclose(claims.exponents(m, "unet", studies.LITTLE, "frechet"),
+                               [-0.1, -0.101, -0.102])
+    assert claims.crossover(m, None, "velocity") is None             # both are flat
+    assert claims.crossover(m, None, "frechet") is None              # at ten to the tenth: far outside
+    assert decide(claims.scaling(m)[1]) is True
+    assert [decide(c) for c in claims.little_data(m)] == [True] * 4
+    assert "no crossover near these sizes" in tables.size_table(m)
+    incomplete = [r for r in records if r["seed"] != 1 or "size 2" not in r["cell"]]
+    assert len(claims.exponents(Measured(incomplete), "dit", None, "frechet")) == 2
+
+
+def test_a_crossover_is_found_where_it_is():
+    records = []
+    for network, a, b in (("unet", 30.0, -0.1), ("dit", 30.0 * 10**0.1, -0.2)):        # equal at ten units
+        for size, units in enumerate((1, 3, 9, 27)):
+            for seed in (0, 1):
+                records.append(record("sizes", studies.size_name(network, size, None), seed,
+                                      [(studies.Evaluation("euler", 50), a * units ** b)],
+                                      flops_per_example=units * 1e15 / (1600 * 64)))
+    assert claims.crossover(Measured(records), None, "frechet") == pytest.approx(1e16)
+    assert "the lines cross at 10.0 PFLOP" in tables.size_table(Measured(records))
+
+
+def test_what_contradicts_the_usual_telling_comes_first():
+    table = tables.claims_table(Measured(made_up(lambda cell, *more: 8.0 if " rf logit" in cell else
+                                                  plain(cell, *more))))
+    verdicts = [line.split("|")[4].strip() for line in table.splitlines()[2:] if line.startswith("|")]
+    ranks = [["**false**", "**depends**", "**true**", "not measured yet"].index(text.partition(" (")[0])
+             for text in verdicts]
+    assert ranks == sorted(ranks) and ranks[0] == 0 and len(ranks) == len(claims.CLAIMS)
+    assert claims.RULE in table
+    assert "unet against eps: 8.01 (8.00 to 8.02) against 5.41 (5.40 to 5.42)" in table
+
+
+def test_a_diverged_training_has_no_figures():
+    records = made_up(plain)
+    broken = next(r for r in records if (r["study"], r["cell"]) == ("grid", "dit ddpm eps"))
+    del broken["evaluations"], broken["errors"]
+    broken["diverged"] = 70
+    assert len(claims.distance(Measured(records), "dit", "ddpm eps")) == 2
+    assert all(text for text in tables.sections(records, []).values())
+
+
+# ---- the README
+
+def test_the_readme_agrees_with_the_results():
+    """Written again from the results, it does not change, and its figures were drawn from them."""
+    records = compare.Results(compare.RESULTS / "compare-cpu.jsonl").read()
+    text = (ROOT / "README.md").read_text()
+    remedy = "run python benchmarks/compare.py --readme"
+    assert tables.fill(text, tables.sections(records, compare.Results(ladder.RESULTS).read())) == text, remedy
+    for name, chart in tables.charts(records).items():
+        assert figures.drawn_from(ROOT / "benchmarks/pictures" / name) == chart.digest, remedy
+        assert f"benchmarks/pictures/{name}" in text
+    linked = {file.name for file in (ROOT / "benchmarks/pictures").glob("compare-*.png")}
+    assert linked == set(tables.charts(records)), remedy
+
+
+def test_a_readme_is_filled_from_results(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    tables.write(readme, tmp_path, [], [])
+    empty = readme.read_text()
+    assert empty.count("Not measured yet: `python benchmarks/compare.py --budget cpu") == len(tables.SECTIONS)
+    assert not list(tmp_path.glob("*.png"))
+    records = made_up(plain)
+    tables.write(readme, tmp_path, records, [])
+    text = readme.read_text()
+    assert "Not measured yet: `python benchmarks/compare" not in text
+    assert "| dit rf logit-normal | 0.500 (0.500 to 0.500) |" in text
+    assert "| + transformer | dit, rf logit-normal, euler 50 | 4.01 (4.00 to 4.02) |" in text
+    drawn = tables.charts(records)
+    assert {file.name for file in tmp_path.glob("*.png")} == set(drawn)
+    for name, chart in drawn.items():
+        assert figures.drawn_from(tmp_path / name) == chart.digest and f"pictures/{name}" in text
+    before = (tmp_path / "compare-grid.png").stat().st_mtime_ns
+    tables.write(readme, tmp_path, records, [])                         # again: nothing to do
+    assert readme.read_text() == text and (tmp_path / "compare-grid.png").stat().st_mtime_ns == before
+    records[0]["evaluations"][2 if "rf" in records[0]["cell"] else 0]["frechet"] = 77.0
+    assert tables.charts(records)["compare-grid.png"].digest != drawn["compare-grid.png"].digest
+    tables.write(readme, tmp_path, [], [])                              # and back
+    assert readme.read_text() == empty
+
+
+def test_markers_that_lack_are_named():
+    with pytest.raises(ValueError, match="README.md: needs exactly one line <!-- compare: grid -->"):
+        tables.fill("# Title\n", {"compare: grid": "a table"})
+
+
+# ---- charts
+
+def test_charts_show_every_value_where_its_axis_says(tmp_path):
+    """Marks are found at the pixels that the axes compute, in the colour of their series."""
+    chart = figures.Chart("t", "x", "y", [figures.Series("a", [1, 10, 100], [[1.0], [10.0], [100.0]]),
+                                          figures.Series("b", [1, 100], [[50.0], [8.0]])], True, True)
+    picture = figures.draw(chart)
+    across = figures.Axis([1, 100], figures.LEFT, figures.WIDTH - figures.RIGHT, True)
+    up = figures.Axis([1.0, 100.0], figures.HEIGHT - figures.BOTTOM, figures.TOP, True)
+    assert across(10) == pytest.approx((across(1) + across(100)) / 2)
+    assert up(10) == pytest.approx((up(1) + up(100)) / 2)
+    for x, y, colour in ((1, 1, 0), (10, 10, 0), (1, 50, 1), (100, 8, 1)):
+        found = "#{:02X}{:02X}{:02X}".format(*picture.getpixel((round(across(x)), round(up(y)))))
+        assert found == figures.COLOURS[colour], (x, y)
+
+
+@pytest.mark.parametrize("low, high, log", [(0.3, 40, True), (1, 50, True), (4.1, 5.3, False), (0, 1, False),
+                                            (0.012, 0.019, False), (1e5, 9e8, True), (3, 3, False)])
+def test_ticks_are_a_few_round_numbers_on_the_axis(low, high, log):
+    axis = figures.Axis([low, high], 0, 100, log)
+    ticks = axis.ticks()
+    assert 2 <= len(ticks) <= 12 and ticks == sorted(set(ticks))
+    assert all(0 <= axis(value) <= 100 for value in ticks)
+    assert all(float(figures.number(value)) == pytest.approx(value, rel=0.05) for value in ticks)
+
+
+def test_places_lie_side_by_side_and_empty_charts_are_refused():
+    chart = figures.Chart("t", "x", "y", [figures.Series(name, ["p", "q"], [[1.0, 3.0], [2.0]])
+                                          for name in ("a", "b")])
+    picture = np.asarray(figures.draw(chart))
+    for colour in figures.COLOURS[:2]:
+        rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+        assert (picture == rgb).all(-1).sum() > 500
+    with pytest.raises(ValueError, match="chart 't': has no point"):
+        figures.draw(figures.Chart("t", "x", "y", []))
+
+
+def test_the_quantiles_are_those_of_student():
+    """97.5 % of Student's density, integrated here."""
+    for freedom, quantile in enumerate(claims.STUDENT, 1):
+        x = np.linspace(0, quantile, 200_001)
+        constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        density = constant * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        assert np.trapezoid(density, x) == pytest.approx(0.475, abs=2e-4)
