@@ -18,8 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.studies import (CORNER_NETWORKS, FACTORS, LITTLE, NETWORKS, OBJECTIVES, SCHEDULES, SHIFT_STEPS,
-                                SIZES, size_name)
+from benchmarks.studies import (CORNER_NETWORKS, FACTORS, LITTLE, NETWORKS, OBJECTIVES, SCHEDULES,
+                                SHIFT_STEPS, SIZES, size_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)

@@ -66,7 +66,9 @@ RUNGS = {
     # training
     "short-average": Rung("the weights are averaged over the last 3 % of the training",
                           train=("--ema", "0.03")),
-    "average-0.06": Rung("the same, but over twice as much", train=("--ema", "0.03"),
+    "stronger": Rung("the same, with a little more guidance", train=("--ema", "0.03"),
+                     sample=("--cfg", "2.2", "--interval", "0", "0.8")),
+    "average-0.06": Rung("the average over twice as much", train=("--ema", "0.03"),
                          sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
     "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),

@@ -474,7 +474,7 @@ def test_reflow_from_pairs_that_sample_draws(cwd, monkeypatch):
 
 def test_an_interrupted_reflow_goes_on(cwd, monkeypatch):
     flags = [*REFLOW, "--cooldown", "0"]
-    train.main([*flags, "--name", "whole"])
+    train.main([*flags, "--name", "reflow-whole"])
     plain, calls = PairCache._draw, []
 
     def interrupted(self, samples, done, draw, stamp_path, at_once):
@@ -487,16 +487,17 @@ def test_an_interrupted_reflow_goes_on(cwd, monkeypatch):
 
     monkeypatch.setattr(PairCache, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--steps", "2", "--name", "parts"])
-    assert not open("runs/parts/pairs.json").read() == open("runs/whole/pairs.json").read()
-    train.main([*flags, "--steps", "2", "--name", "parts"])
-    assert open("runs/parts/pairs.npy", "rb").read() == open("runs/whole/pairs.npy", "rb").read()
+        train.main([*flags, "--steps", "2", "--name", "reflow-parts"])
+    assert not open("runs/reflow-parts/pairs.json").read() == open("runs/reflow-whole/pairs.json").read()
+    train.main([*flags, "--steps", "2", "--name", "reflow-parts"])
+    pairs = [open(f"runs/reflow-{name}/pairs.npy", "rb").read() for name in ("parts", "whole")]
+    assert pairs[0] == pairs[1]
     (cwd / "runs/done").rename(cwd / "runs/moved")                     # the run that drew is not needed now
     try:
-        train.main([*flags, "--name", "parts"])
+        train.main([*flags, "--name", "reflow-parts"])
     finally:
         (cwd / "runs/moved").rename(cwd / "runs/done")
-    assert same(weights("runs/parts"), weights("runs/whole"))
+    assert same(weights("runs/reflow-parts"), weights("runs/reflow-whole"))
 
 
 @pytest.mark.parametrize("change, message", [
