@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,9 +124,16 @@ def pieces(shape: tuple[int, ...]) -> list[range]:
 
 # ---- samples
 
+def noise_of(numbers: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape), the noise of the samples with these numbers: sample i has a generator of its own, seeded
+    with i, as in sample.py."""
+    generators = [torch.Generator().manual_seed(int(i)) for i in numbers]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
 class PairCache:
     """Samples, each with the noise that it was drawn from: `samples`, float16 (N, *shape), memory-mapped. The
-    noise is not stored: that of sample i is drawn again, from a generator seeded with i, as in sample.py.
+    noise is not stored, but drawn again by `noise_of`.
 
     draw(part), of a range of numbers, returns their samples (len(part), *shape). The stamp, which names what
     they are drawn from and how, also counts those that are done, so that an interrupted cache goes on where
@@ -181,9 +188,8 @@ class PairCache:
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Samples and their noise, each (B, C, h, w) float32."""
-        generators = [torch.Generator().manual_seed(int(i)) for i in indices]
-        noise = torch.stack([torch.randn(self.samples.shape[1:], generator=g) for g in generators])
-        return torch.from_numpy(self.samples[indices].astype(np.float32)), noise
+        samples = torch.from_numpy(self.samples[indices].astype(np.float32))
+        return samples, noise_of(indices, self.samples.shape[1:])
 
 
 # ---- text

@@ -25,7 +25,7 @@ class DDPM:
     """The path and its loss.
 
     prediction: what the network returns, "eps", "v" or "x0".
-    loss_space: the same three names: of which of them the squared error is the loss. None: of the prediction.
+    loss_space: the quantity whose squared error is the loss, by the same names. None: the predicted one.
     schedule: the noise added at each step; see `betas`.
     min_snr: gamma of Hang et al., or None for the unweighted loss.
     zero_terminal_snr: rescale the schedule so that alpha_1000 = 0.

@@ -194,7 +194,9 @@ def read_reflow(args: argparse.Namespace, plan: Plan, begun: dict | None) -> Non
         raise ValueError("{}: draws pictures of {}x{}; give --image-size {} {}".format(
             what, *theirs["data"]["size"], *theirs["data"]["size"]))
     reflow_scale(args, theirs, conditioning.of_checkpoint(theirs, plan.device))
-    if latent_space(load_vae(args.vae)) != latent_space(unpack_vae(theirs["vae"])):
+    # By default --vae is the same run, which need not be read again.
+    own = settings.place(args.vae) == settings.place(args.reflow)
+    if not own and latent_space(load_vae(args.vae)) != latent_space(unpack_vae(theirs["vae"])):
         raise ValueError(f"{what}: its samples are latents of another VAE than --vae {args.vae}; leave --vae "
                          "out")
     plan.reflow = theirs

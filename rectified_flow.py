@@ -23,7 +23,7 @@ class RectifiedFlow:
     """The path and its loss.
 
     prediction: what the network returns, "velocity", or "v", "x0" or "eps" as on any path.
-    loss_space: the same four names: of which of them the squared error is the loss. None: of the prediction.
+    loss_space: the quantity whose squared error is the loss, by the same four names. None: the predicted one.
     density: the density of the training times, never a weight of the loss; see `density_quantile`.
     mean, std: parameters of the density "logit_normal".
     mode_scale: parameter of the density "mode", between -1 and 2 / (pi - 2).
@@ -76,8 +76,8 @@ class RectifiedFlow:
         """(B,) what the squared error of the prediction is multiplied by to become that of the loss space.
 
         At a given xt, x0 determines eps and with them all the others, so their errors are proportional: those
-        of x0, eps, velocity and v are as sigma : alpha : 1 : alpha^2 + sigma^2. The divisor is at least 0.05:
-        an error in x0 says nothing at sigma = 0 (as Li & He 2025, arXiv:2511.13720, do)."""
+        of x0, eps, velocity and v are as sigma : alpha : 1 : alpha^2 + sigma^2. The divisor is at least 0.05,
+        as in Li & He 2025 (arXiv:2511.13720): at sigma = 0, an error in x0 would have an infinite weight."""
         alpha, sigma = self.alpha_sigma(t)
         sizes = {"x0": sigma, "eps": alpha, "velocity": torch.ones_like(t), "v": alpha**2 + sigma**2}
         return (sizes[self.loss_space] / sizes[self.prediction].clamp(min=0.05)) ** 2

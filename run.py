@@ -171,19 +171,24 @@ class Run:
 
     # ---- metrics
 
-    def rewind_metrics(self, step: int) -> None:
-        """Read the records up to this step and drop later ones, which the resumed run will write again."""
-        self.records = []
+    def read_metrics(self) -> list[dict]:
+        """The records of metrics.jsonl: a loss or a validation each."""
+        records = []
         lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
         for line in lines:
             try:
                 record = json.loads(line)
                 loss = record["loss"] if "loss" in record else record["val_loss"]
-                if record["step"] <= step and is_count(record["step"]) and type(loss) in (int, float):
+                if is_count(record["step"]) and type(loss) in (int, float):
                     float(loss)                        # OverflowError for hundreds of digits
-                    self.records.append(record)
+                    records.append(record)
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 continue                               # truncated by a kill, or not a line of ours
+        return records
+
+    def rewind_metrics(self, step: int) -> None:
+        """Read the records up to this step and drop later ones, which the resumed run will write again."""
+        self.records = [record for record in self.read_metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
 

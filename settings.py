@@ -157,9 +157,9 @@ FLAGS = {
         Flag("--prediction", "what the network predicts: velocity, eps, v, x0 (default: velocity for rf, eps "
                              "for ddpm, v for ddpm with text)",
              one_of(("velocity", "eps", "v", "x0")), needs=NETWORK, option="prediction", settled=True),
-        Flag("--loss", "of what the squared error is the loss: velocity, eps, v, x0 (default: of what the "
-                       "network predicts)", one_of(("velocity", "eps", "v", "x0")), needs=NETWORK,
-             option="loss_space", settled=True),
+        Flag("--loss", "the quantity whose squared error is minimised: velocity, eps, v, x0 (default: the "
+                       "one that the network predicts)", one_of(("velocity", "eps", "v", "x0")),
+             needs=NETWORK, option="loss_space", settled=True),
         Flag("--name", "run folder within --runs-dir (default: DATA-ARCH-OBJECTIVE, with the size unless "
                        "32x32)", folder_name, resumable=True),
         Flag("--runs-dir", "folder that holds the runs (default: runs)", nonempty, "runs", resumable=True),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import conditioning
 import settings
-from cache import LatentCache, PairCache, pieces
+from cache import LatentCache, PairCache, noise_of, pieces
 from cli import program
 from conditioning import VALIDATED
 from data import Dataset, load_shapes, send
@@ -34,7 +34,7 @@ from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare, reflow_scale
 from run import build_model, build_path, encoder_fingerprint
 from sample import draw_batches, picture_bar
-from samplers import SAMPLERS, guided, noise_like
+from samplers import SAMPLERS, guided
 from settings import OBJECTIVES
 from vae import VAE
 
@@ -275,8 +275,7 @@ def draw_pairs(args: argparse.Namespace, plan: Plan, data: Dataset, cache_dir: P
     scale = reflow_scale(args, theirs, condition)
 
     def draw(part: range) -> Tensor:
-        noise = noise_like(torch.empty(len(part), *shape),
-                           [torch.Generator().manual_seed(i) for i in part]).to(plan.device)
+        noise = noise_of(part, shape).to(plan.device)
         cond, uncond = asked.batch(part.start, len(part))
         with plan.autocast():
             return SAMPLERS[row.sampler](guided(model, path, cond, uncond, scale), path, noise,

@@ -38,7 +38,7 @@ from benchmarks import measures
 from benchmarks.studies import BUDGETS, CHECKPOINTS, PICTURES, STUDIES, VAE_FLAGS, Cell, Evaluation
 from cli import program
 from files import locked, read_stamp, write_stamp
-from run import Run, build_path, load_checkpoint
+from run import Run, build_path
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -125,9 +125,20 @@ def diverged_at(error: Stopped) -> int | None:
     return int(found[1]) if found else None
 
 
+def as_typed(command: list[str]) -> str:
+    return shlex.join(["python", *command])
+
+
 class Spent(NamedTuple):
     processor: float                     # seconds, user and system, of the child process
     wall: float
+
+    def on_all(self, steps: int, started: int) -> dict:
+        """What a training of so many steps takes, from what this process took for those from `started` on:
+        one that was killed before leaves no account."""
+        share = steps / (steps - started)
+        return {"processor_seconds": self.processor * share, "wall_seconds": self.wall * share,
+                "measured_steps": steps - started}
 
 
 def call(command: list[str], log: Path) -> Spent:
@@ -148,7 +159,7 @@ def call(command: list[str], log: Path) -> Spent:
             raise
     if status:
         lines = log.read_text(errors="replace").splitlines() or [""]
-        raise Stopped(f"{shlex.join(['python', *command])}: exit status {status}; {lines[-1][-600:]}")
+        raise Stopped(f"{as_typed(command)}: exit status {status}; {lines[-1][-600:]}")
     after = os.times()
     processor = after.children_user + after.children_system - before.children_user - before.children_system
     return Spent(processor, time.monotonic() - began)
@@ -221,9 +232,7 @@ class Comparison:
             return None
         args = settings.parse(self.train_command(cell, 0)[1:])
         flops = flops_per_example(cell)
-        path = build_path(settings.objective_config(args))
-        calls = sum(measures.evaluations(each.sampler, each.steps, each.scale, path)
-                    for each in cell.evaluations)
+        calls = sum(network_calls(cell, evaluation) for evaluation in cell.evaluations)
         total = self.budget.n * calls * flops / 3          # the forward pass is a third
         if cell.run not in trained:
             total += self.budget.steps * args.batch_size * flops
@@ -255,11 +264,11 @@ class Comparison:
             self.judges[data] = measures.JUDGES[pictures.source](self.data_dir, pictures.side)
             if not (folder / "checkpoint.pt").is_file() or not self.results.has("floor", data, 0):
                 command = self.vae_command(data)
-                print(shlex.join(["python", *command]), flush=True)
+                print(as_typed(command), flush=True)
                 call(command, folder.with_name(f"{folder.name}.log"))
                 rows = self.judges[data].floor(folder, self.budget.n)
                 self.results.append({"study": "floor", "cell": data, "seed": 0, "budget": self.name,
-                                     "commands": [shlex.join(["python", *command])], "evaluations": rows,
+                                     "commands": [as_typed(command)], "evaluations": rows,
                                      **stamp()})
         self.held_out[data] = measures.examples(pictures.source, pictures.side, self.data_dir, folder)
 
@@ -270,7 +279,7 @@ class Comparison:
         known = read_stamp(run / "compare.json")
         scores = known.setdefault("scores", {})
         found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
-                 "commands": [shlex.join(["python", *command]) for command in self.commands(cell, seed)]}
+                 "commands": [as_typed(command) for command in self.commands(cell, seed)]}
         missing = [each for each in cell.evaluations if each.label not in scores]
         trained = "training" in known and all(self.source(cell, seed, each).is_file() for each in missing)
         if "diverged" not in known and not trained:
@@ -291,7 +300,7 @@ class Comparison:
         """Train, or go on, and measure what does not depend on a sampler. A training that diverges leaves
         the step of it instead."""
         command = self.train_command(cell, seed)
-        print(shlex.join(["python", *command]), flush=True)
+        print(as_typed(command), flush=True)
         known.setdefault("stamp", stamp())                               # of the code that begins it
         write_stamp(run / "compare.json", known)
         started = last_step(run)
@@ -306,18 +315,14 @@ class Comparison:
             print(f"  diverged at step {step:,}", flush=True)
             return
         if started < self.budget.steps:
-            # For the whole training, from the steps of this process: one that was killed leaves no account.
-            share = self.budget.steps / (self.budget.steps - started)
-            known["spent"] = {"processor_seconds": spent.processor * share,
-                              "wall_seconds": spent.wall * share,
-                              "measured_steps": self.budget.steps - started}
+            known["spent"] = spent.on_all(self.budget.steps, started)
             write_stamp(run / "compare.json", known)
         known["training"] = self.figures(cell, run) | known.get("spent", {}) | known["stamp"]
         write_stamp(run / "compare.json", known)
 
     def figures(self, cell: Cell, run: Path) -> dict:
         """What a finished training has besides samples: losses, errors in common units, costs."""
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        records = Run(run).read_metrics()
         held_out = self.held_out[cell.data]
         curve = []
         for file in sorted(run.glob("checkpoint-*.pt")):
@@ -337,19 +342,23 @@ class Comparison:
 
     def evaluate(self, cell: Cell, seed: int, run: Path, evaluation: Evaluation) -> dict:
         command = self.sample_command(cell, seed, evaluation)
-        print(shlex.join(["python", *command]), flush=True)
+        print(as_typed(command), flush=True)
         out = Path(command[-1])
         spent = call(command, run / "compare.log")
         images = np.load(out)["arr_0"]
-        path = build_path(load_checkpoint(run)["objective"])
-        nfe = measures.evaluations(evaluation.sampler, evaluation.steps, evaluation.scale, path)
         figures = self.judges[cell.data].score(images)
         out.unlink()
         print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
         return {"label": evaluation.label, "sampler": evaluation.sampler, "steps": evaluation.steps,
                 "guidance": evaluation.scale, "shift": evaluation.shift, "checkpoint": evaluation.checkpoint,
-                "n": len(images), "nfe": nfe, **figures, "processor_seconds": spent.processor,
-                "wall_seconds": spent.wall}
+                "n": len(images), "nfe": network_calls(cell, evaluation), **figures,
+                "processor_seconds": spent.processor, "wall_seconds": spent.wall}
+
+
+def network_calls(cell: Cell, evaluation: Evaluation) -> int:
+    """How often an evaluation calls the network for one picture."""
+    path = build_path(settings.objective_config(settings.parse(list(cell.train))))
+    return measures.evaluations(evaluation.sampler, evaluation.steps, evaluation.scale, path)
 
 
 @cache
@@ -386,7 +395,7 @@ def listing(comparison: Comparison, cells: list[tuple[Cell, int]]) -> None:
             trained.add((cell.run, seed))
         print(f"{cell.study}: {cell.name}, seed {seed}: {state}")
         for command in comparison.commands(cell, seed):
-            print(f"    {shlex.join(['python', *command])}")
+            print(f"    {as_typed(command)}")
     if total:
         print(f"about {total / 60:.1f} hours of one process are left, in addition to the VAEs; two processes "
               "side by side take half of it")

@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import Results, Stopped, call, last_step, stamp
+from benchmarks.compare import Results, Stopped, as_typed, call, last_step, stamp
 from benchmarks.measures import JUDGES
 from cli import program
 from files import locked, read_stamp, write_stamp
@@ -39,7 +39,6 @@ class Base(NamedTuple):
     sample: tuple[str, ...]
     agreement: float         # the target, which one and the same rung must reach ...
     frechet: float           # ... with a distance of at most this
-    minutes: float           # on two cores, from nothing
 
 
 class Rung(NamedTuple):
@@ -51,9 +50,9 @@ class Rung(NamedTuple):
 
 BASES = {
     "dit": Base(("--arch", "dit", "--objective", "rf", "--steps", "4000"),
-                ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=5.0, minutes=15),
+                ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=5.0),
     "unet": Base(("--arch", "unet", "--objective", "ddpm", "--steps", "2500"),
-                 ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=8.0, minutes=15),
+                 ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=8.0),
 }
 VAE_STEPS = 4500
 
@@ -66,9 +65,10 @@ RUNGS = {
     # training
     "short-average": Rung("the weights are averaged over the last 3 % of the training",
                           train=("--ema", "0.03")),
-    "stronger": Rung("the same, with a little more guidance", train=("--ema", "0.03"),
+    "stronger": Rung("the same training, a little more guidance", train=("--ema", "0.03"),
                      sample=("--cfg", "2.2", "--interval", "0", "0.8")),
-    "average-0.06": Rung("the average over twice as much", train=("--ema", "0.03"),
+    "average-0.06": Rung("the same training, drawn from the average of twice the width",
+                         train=("--ema", "0.03"),
                          sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
     "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),
@@ -170,16 +170,13 @@ class Ladder:
         if "spent" not in known:
             known.setdefault("stamp", stamp())                     # of the code that begins it
             write_stamp(file, known)
-            print(shlex.join(["python", *command]), flush=True)
+            print(as_typed(command), flush=True)
             started = last_step(run)
             spent = call(command, run / "ladder.log")
             if started >= steps:
                 raise Stopped(f"{run} was trained by another program, so its minutes are not known; remove "
                               "it, or give another --runs-dir")
-            # From the steps of this process: one that was killed leaves no account.
-            share = steps / (steps - started)
-            known["spent"] = {"processor_seconds": spent.processor * share,
-                              "wall_seconds": spent.wall * share, "measured_steps": steps - started}
+            known["spent"] = spent.on_all(steps, started)
             write_stamp(file, known)
         return known["spent"] | known["stamp"]
 
@@ -194,14 +191,13 @@ class Ladder:
 
     def score(self, name: str, rung: Rung, seed: int, spent: dict) -> None:
         command = self.sample_command(rung, seed)
-        print(shlex.join(["python", *command]), flush=True)
+        print(as_typed(command), flush=True)
         call(command, self.run(rung, seed) / "ladder.log")
         out = Path(command[-1])
         figures = self.judge.score(np.load(out)["arr_0"])
         out.unlink()
         self.results.append({"study": self.name, "cell": name, "seed": seed, "n": self.n, **figures, **spent,
-                             "commands": [shlex.join(["python", *each])
-                                          for each in self.commands(rung, seed)], **stamp()})
+                             "commands": [as_typed(each) for each in self.commands(rung, seed)], **stamp()})
         print("  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
 
 
@@ -226,7 +222,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def table(records: list[dict], base: str) -> str:
-    """Markdown: a row per rung, the default first; gains are measured against it."""
+    """Markdown: a row per rung that is measured, the default first."""
     heads = ["change", "processor minutes", "on two cores", "agreement", "Fréchet", "floor", "quality met",
              "commit"]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -237,8 +233,12 @@ def table(records: list[dict], base: str) -> str:
             continue
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
-        flags = shlex.join([*rung.vae, *rung.train, *(rung.sample or ())])
-        what = f"{rung.what} (`{flags}`)" if flags else f"{rung.what} (`{shlex.join(goal.sample)}`)"
+        flags = []
+        if rung.vae or rung.train:
+            flags.append(f"`{shlex.join([*rung.vae, *rung.train])}`")
+        if rung.sample is not None:
+            flags.append(f"drawn with `{shlex.join(rung.sample)}`")
+        what = f"{rung.what} ({', '.join(flags)})" if flags else rung.what
         wall = [minutes(record, "wall") for record in found if had_two_cores(record)]
         two_cores = f"{np.mean(wall):.1f}" if wall else ""
         rows.append(f"| {what} | {np.mean([minutes(record, 'processor') for record in found]):.0f} "
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"---- {name}, seed {seed}: {'done' if done else 'not done'}", flush=True)
             if args.list:
                 for command in ladder.commands(RUNGS[name], seed):
-                    print(f"    {shlex.join(['python', *command])}")
+                    print(f"    {as_typed(command)}")
                 continue
             try:
                 if not done and not ladder.measure(name, seed):

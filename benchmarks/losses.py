@@ -15,7 +15,6 @@ import datetime
 import json
 import math
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,13 +23,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
+from benchmarks.compare import git_commit
 from files import write_atomically
 from run import Run, latent_space, load_checkpoint, unpack_vae
 
 RESULTS = Path(__file__).with_name("results")
 SAME = ("data", "objective", "conditioning")       # of a reference: what makes losses comparable
 # Settings of the VAE: what they have made is compared instead.
-OF_THE_VAE = ("vae", "vae_preset", "vae_widths", "latent_channels", "kl_weight", "vae_steps")
+OF_THE_VAE = ("vae", "vae_steps", *settings.VAE_DEFAULTS)
 
 
 # ---- a run's losses
@@ -45,16 +45,7 @@ def curve(folder: Path, window: int | None = None) -> dict:
     """The losses of a run from its metrics.jsonl: "window", "train" and "validation" as [step, loss] and
     "by time", such a list for each quarter of the times. Training losses are means over windows of that many
     steps, up to the named step. Raises ValueError where the run has no validation yet."""
-    file = folder / "metrics.jsonl"
-    records = []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        try:
-            record = json.loads(line)
-            record["step"] + record.get("loss", record.get("val_loss"))      # both are numbers
-            records.append(record)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue                                   # truncated by a kill, or not a line of train.py
-    records.sort(key=lambda record: record["step"])
+    records = sorted(Run(folder).read_metrics(), key=lambda record: record["step"])
     validated = [record for record in records if "val_loss" in record]
     if not validated:
         raise ValueError(f"{folder}: its metrics.jsonl holds no validation loss; train it for longer, or "
@@ -92,19 +83,10 @@ def identity(folder: Path, checkpoint: dict) -> dict:
 
 
 def versions() -> dict:
-    """What a figure depends on besides settings: the date, the commit ("+" where files have changed since),
-    the version of torch, and the kind of machine."""
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], capture_output=True, text=True, check=True,
-                                  cwd=Path(__file__).parent).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""                                  # no git, or not a clone
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--untracked-files=no"):
-        commit += "+"
-    return {"date": datetime.date.today().isoformat(), "commit": commit, "torch": torch.__version__,
-            "machine": platform.machine()}
+    """What a figure depends on besides settings: the date, the commit, the version of torch, and the kind of
+    machine."""
+    return {"date": datetime.date.today().isoformat(), "commit": git_commit() or "unknown",
+            "torch": torch.__version__, "machine": platform.machine()}
 
 
 # ---- the reference

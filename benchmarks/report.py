@@ -30,20 +30,18 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import conditioning
-import losses
-import neighbours
 import sample
 import settings
+from benchmarks import losses, neighbours
+from benchmarks.fashion_mnist import classify, frechet, frechet_limit, load_classifier
+from benchmarks.neighbours import Vectors
+from benchmarks.report_picture import draw_report
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from data import CLASSES, Dataset, load_data, load_mnist
-from fashion_mnist import classify, frechet, frechet_limit, load_classifier
 from files import digest, fingerprint_tensors, open_array, read_stamp, write_atomically
-from neighbours import Vectors
 from pictures import to_tensor, to_uint8
-from report_picture import draw_report
 from run import Run, encoder_fingerprint, load_checkpoint, unpack_vae
 from samplers import SAMPLERS, TIMES
 from settings import OBJECTIVES

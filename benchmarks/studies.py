@@ -3,7 +3,7 @@
     python benchmarks/compare.py --budget cpu --list         # the same as commands (from the root)
 
 A study answers one question with its cells; a cell is a plain train.py command and some sample.py commands.
-Cells whose trainings are the same name the same run, which is trained once.
+Cells with the same training share one run, by its name, and it is trained once.
 """
 
 from __future__ import annotations

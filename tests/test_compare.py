@@ -322,7 +322,6 @@ def stub(monkeypatch, tmp_path):
                             floor=lambda *more: [{"label": "a", "n": 20, "frechet": 0.1}])
     monkeypatch.setitem(measures.JUDGES, "fashion-mnist", lambda *more: judge)
     monkeypatch.setattr(measures, "examples", lambda *more: None)
-    monkeypatch.setattr(compare, "load_checkpoint", lambda run: {"objective": {"name": "rf"}})
     monkeypatch.setattr(compare.Comparison, "figures", lambda *more: {"steps": 8})
     programs = SimpleNamespace(commands=[], before=lambda command: None)
 

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from data import load_data
 from toys import SHAPE_CLASSES, read_shape
 
 losses, neighbours = report.losses, report.neighbours
-drawing = __import__(report.draw_report.__module__)
+drawing = sys.modules[report.draw_report.__module__]
 
 
 # ---- losses
