@@ -52,10 +52,10 @@ PUBLISHED_BLOCK = dict(norm="layer", mlp="gelu", qk_norm=False, rope=False)   # 
 PRESETS = {
     "tiny": dict(width=64, depth=2, heads=2),
     "small": dict(width=256, depth=6, heads=4),
-    # for benchmarks/compare.py: a sixth to three times the cost of "small"; unet.py has the same sizes
-    "size-1": dict(width=128, depth=4, heads=2),
-    "size-2": dict(width=192, depth=5, heads=3),
-    "size-4": dict(width=384, depth=8, heads=6),
+    # for benchmarks/compare.py: a fourteenth, a sixth and a half of the cost of "small", as in unet.py
+    "size-1": dict(width=96, depth=3, heads=2),
+    "size-2": dict(width=128, depth=4, heads=2),
+    "size-3": dict(width=192, depth=5, heads=3),
     "S": dict(width=384, depth=12, heads=6),
     "B": dict(width=768, depth=12, heads=12),
     "L": dict(width=1024, depth=24, heads=16),

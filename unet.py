@@ -49,14 +49,15 @@ PRESETS = {
     "small": dict(),
     # of the same training FLOPs as dit.py's "small" in a latent of 8 x 8, for benchmarks/compare.py
     "matched": dict(widths=(64, 80, 128), attention=(False, True, True)),
-    # likewise of dit.py's "size-1", "size-2" and "size-4"
-    "size-1": dict(widths=(24, 32, 60), attention=(False, True, True), groups=4),
-    "size-2": dict(widths=(40, 56, 96), attention=(False, True, True), groups=8),
-    "size-4": dict(widths=(112, 136, 216), attention=(False, True, True), groups=8),
-    # as "matched", with attention nowhere, only at the bottom, and at every level
-    "matched-nowhere": dict(widths=(64, 112, 128), attention=(False, False, False), middle_attention=False),
-    "matched-bottom": dict(widths=(64, 96, 160), attention=(False, False, False)),
-    "matched-everywhere": dict(widths=(48, 80, 128), attention=(True, True, True)),
+    # likewise of dit.py's "size-1", "size-2" and "size-3"
+    "size-1": dict(widths=(12, 28, 32), attention=(False, True, True), groups=4),
+    "size-2": dict(widths=(24, 32, 60), attention=(False, True, True), groups=4),
+    "size-3": dict(widths=(40, 56, 96), attention=(False, True, True), groups=8),
+    # as "size-2", with attention nowhere, only at the bottom, and at every level
+    "size-2-nowhere": dict(widths=(24, 44, 68), attention=(False, False, False), groups=4,
+                           middle_attention=False),
+    "size-2-bottom": dict(widths=(24, 40, 72), attention=(False, False, False), groups=4),
+    "size-2-everywhere": dict(widths=(20, 28, 56), attention=(True, True, True), groups=4),
     "sd1": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, groups=32,
                 context_width=768, time_offset=-1.0),
     "sd2": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=(5, 10, 20, 20),

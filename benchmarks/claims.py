@@ -18,8 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.studies import (CORNER_NETWORKS, FACTORS, LITTLE, NETWORKS, OBJECTIVES, SCHEDULES,
-                                SHIFT_STEPS, SIZES, size_name)
+from benchmarks.studies import (CORNER_NETWORKS, FACTORS, LITTLE, LITTLE_SIZES, NETWORKS, OBJECTIVES,
+                                SCHEDULES, SHIFT_STEPS, SIZES, size_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
@@ -231,12 +231,13 @@ class Size(NamedTuple):
 
 
 def sizes(m: Measured, network: str, limit: int | None) -> list[list[Size]]:
-    """Per seed that has all four sizes, these."""
+    """Per seed that has all sizes of a network, these: four, and two with `limit` pictures."""
     def of(record: dict) -> Size:
         flops = record["flops_per_example"] * record["steps"] * record["batch_size"]
         return Size(flops, record["evaluations"][0]["frechet"], record["errors"][-1]["velocity"])
 
-    cells = [size_name(network, size, limit) for size in range(len(SIZES[network]))]
+    measured = LITTLE_SIZES if limit else range(len(SIZES[network]))
+    cells = [size_name(network, size, limit) for size in measured]
     return [found for found in by_seed(m, "sizes", cells, of) if None not in found]
 
 
@@ -246,18 +247,18 @@ def power_law(x: list[float], y: list[float]) -> tuple[float, float]:
     return float(np.exp(log_a)), float(b)
 
 
-def exponents(m: Measured, network: str, limit: int | None, figure: str) -> list[float]:
+def exponents(m: Measured, network: str, figure: str) -> list[float]:
     """One per seed."""
     return [power_law([size.flops for size in found], [getattr(size, figure) for size in found])[1]
-            for found in sizes(m, network, limit)]
+            for found in sizes(m, network, None)]
 
 
-def crossover(m: Measured, limit: int | None, figure: str) -> float | None:
+def crossover(m: Measured, figure: str) -> float | None:
     """The training FLOPs at which the two networks' mean power laws cross; None where there is no data, or
     where it lies more than a factor of ten outside what is measured."""
     laws, costs = [], []
     for network in NETWORKS:
-        points = [size for found in sizes(m, network, limit) for size in found]
+        points = [size for found in sizes(m, network, None) for size in found]
         if not points:
             return None
         costs += [point.flops for point in points]
@@ -271,22 +272,22 @@ def crossover(m: Measured, limit: int | None, figure: str) -> float | None:
 
 
 def scaling(m: Measured) -> list[Comparison]:
-    return [Comparison(f"exponent of the {what}", exponents(m, "dit", None, figure),
-                       exponents(m, "unet", None, figure))
+    return [Comparison(f"exponent of the {what}", exponents(m, "dit", figure),
+                       exponents(m, "unet", figure))
             for what, figure in (("velocity error", "velocity"), ("distance", "frechet"))]
 
 
 def little_data(m: Measured) -> list[Comparison]:
-    """On a tenth of the pictures, every size."""
+    """On a tenth of the pictures."""
     return [Comparison(f"size {size + 1}", *(
         m.values("sizes", size_name(network, size, LITTLE), score("euler 50, guidance 1"))
-        for network in ("unet", "dit"))) for size in range(len(SIZES["unet"]))]
+        for network in ("unet", "dit"))) for size in LITTLE_SIZES]
 
 
 def far_corners(m: Measured) -> list[Comparison]:
     """Share of samples whose corners agree, at the end of the training."""
     networks = list(CORNER_NETWORKS)
-    values = {name: m.values("corners", name, score("euler 50, guidance 1", "agreement"))
+    values = {name: m.values("corners", name, score("euler 25, guidance 1", "agreement"))
               for name in networks}
     return [Comparison(name, values[name], values[networks[0]], higher=True) for name in networks[1:]]
 

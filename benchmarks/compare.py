@@ -219,7 +219,8 @@ class Comparison:
         if source.name == "checkpoint.pt":
             source = run
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
-        return ["sample.py", str(source), *evaluation.flags, "--n", str(self.budget.n), "--batch-size", "250",
+        return ["sample.py", str(source), *evaluation.flags, *self.budget.sample,
+                "--n", str(self.budget.n), "--batch-size", "250",
                 "--seed", str(seed * self.budget.n), "--out", str(run / f"{evaluation.file}.npz")]
 
     def commands(self, cell: Cell, seed: int) -> list[list[str]]:
@@ -406,9 +407,12 @@ def chosen_cells(args: argparse.Namespace) -> list[tuple[Cell, int]]:
     for name in args.only:
         if name not in STUDIES:
             raise ValueError(f"--only {name}: must be one of {', '.join(STUDIES)}")
-    seeds = args.seeds or BUDGETS[args.budget].seeds
     budget = BUDGETS[args.budget]
-    return [(cell, seed) for seed in seeds for name in args.only for cell in budget.cells(STUDIES[name])]
+    if args.seeds:
+        return [(cell, seed) for seed in args.seeds for name in args.only
+                for cell in budget.cells(STUDIES[name])]
+    return [(cell, seed) for i, seed in enumerate(budget.seeds) for name in args.only
+            for cell in budget.cells(STUDIES[name]) if i < STUDIES[name].seeds]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -417,7 +421,8 @@ def main(argv: list[str] | None = None) -> int:
                    help="; ".join(f"{name}: {budget.what}" for name, budget in BUDGETS.items()))
     p.add_argument("--only", nargs="+", default=list(STUDIES), metavar="STUDY",
                    help="; ".join(f"{name}: {study.question}" for name, study in STUDIES.items()))
-    p.add_argument("--seeds", type=int, nargs="+", help="(default: those of the budget)")
+    p.add_argument("--seeds", type=int, nargs="+",
+                   help="(default: those of the budget, of which some studies take only the first two)")
     p.add_argument("--list", action="store_true", help="print the cells and their commands, and stop")
     p.add_argument("--readme", action="store_true",
                    help="write the README's tables and figures from the results (default: of --budget cpu), "

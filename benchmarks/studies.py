@@ -72,6 +72,7 @@ class Cell(NamedTuple):
 class Study(NamedTuple):
     question: str
     cells: tuple[Cell, ...]
+    seeds: int = 3                       # at most so many: what costs most is measured with fewer
 
 
 class Budget(NamedTuple):
@@ -82,6 +83,7 @@ class Budget(NamedTuple):
     n: int                               # samples per evaluation
     seeds: tuple[int, ...]
     straight: int                        # trajectories whose straightness is measured
+    sample: tuple[str, ...] = ()         # flags of sample.py for every evaluation
     speed: float | None = None           # FLOP per second that one process reaches; None: not known
     most_cells: int | None = None        # per study
     most_evaluations: int | None = None  # per cell
@@ -104,18 +106,20 @@ BUDGETS = {
     "minutes": Budget("five minutes: a cell of each study, no figure means anything", ("--steps", "20"),
                       ("--preset", "tiny", "--batch-size", "8"), 16, 40, (0,), 4, most_cells=1,
                       most_evaluations=2),
-    "cpu": Budget("two processes of one thread each: grid and steps take about six and a half hours",
-                  ("--steps", "4500"), ("--ema", "0.03"), 1600, 2000, (0, 1, 2), 100,
-                  speed=9e10),
+    # One thread trains a small network with more examples as far in the same time as a large one with fewer.
+    "cpu": Budget("two processes of one thread each: about nine hours, two of them for grid and steps",
+                  ("--steps", "4500"), ("--ema", "0.03"), 2400, 2000, (0, 1, 2), 100,
+                  sample=("--precision", "bf16"), speed=6e10),
     "gpu": Budget("one GPU: ready, but not run so far",
                   ("--steps", "20000"), ("--ema", "0.03", "--batch-size", "256"), 20_000, 10_000,
                   (0, 1, 2, 3, 4), 500),
 }
 VAE_FLAGS = ("--kl-weight", "1e-5")
 
-# The two networks of equal FLOPs, and the five objectives. Each keeps the learning rate of its defaults.
-NETWORKS = {"unet": ("--arch", "unet", "--preset", "matched"),
-            "dit": ("--arch", "dit", "--preset", "small")}
+# Four sizes of each network, pairwise of equal FLOPs, the five objectives, and the size that they share. Each
+# keeps the learning rate of its defaults.
+SIZES = {"unet": ("size-1", "size-2", "size-3", "matched"), "dit": ("size-1", "size-2", "size-3", "small")}
+NETWORKS = {arch: ("--arch", arch, "--preset", presets[1]) for arch, presets in SIZES.items()}
 OBJECTIVES = {
     "ddpm eps": ("--objective", "ddpm", "--prediction", "eps"),
     "ddpm v": ("--objective", "ddpm", "--prediction", "v"),
@@ -142,20 +146,20 @@ def grid_cells() -> Iterator[Cell]:
         yield grid_cell("grid", network, objective, DEFAULT_SAMPLERS[objective.split()[0]])
 
 
-COUNTS = (1, 2, 4, 6, 8, 10, 15, 20, 30, 50)         # evaluations of the network
+COUNTS = (1, 2, 4, 6, 8, 10, 15, 20, 30, 50, 100)    # evaluations of the network
 
 
 def step_cells() -> Iterator[Cell]:
-    """Runs of the grid, at about 1 to 50 evaluations of the network by each solver."""
+    """Runs of the grid, at about 1 to 100 evaluations of the network by each solver."""
     for network, objective in HEADLINES:
         first = "ddim" if objective.startswith("ddpm") else "euler"
         # All solvers make the same first step, so one of them stands for all at one evaluation.
         rows = [Evaluation(first, steps) for steps in COUNTS]
-        rows += [Evaluation("heun", (count + 1) // 2) for count in COUNTS[2:]]       # 2 steps - 1 evaluations
+        rows += [Evaluation("heun", (count + 1) // 2) for count in COUNTS[2:-1]]     # 2 steps - 1 evaluations
         for solver in ("dpmpp_2m", "unipc_3"):
-            rows += [Evaluation(solver, steps) for steps in COUNTS[1:-1]]
+            rows += [Evaluation(solver, steps) for steps in COUNTS[1:-2]]
         if first == "ddim":
-            rows += [Evaluation("ddpm", steps) for steps in (10, 20, 50)]           # ancestral
+            rows += [Evaluation("ddpm", steps) for steps in (10, 20, 50, 100)]      # ancestral
         yield grid_cell("steps", network, objective, tuple(rows))
 
 
@@ -199,7 +203,7 @@ def rate_cells() -> Iterator[Cell]:
 
 
 SHIFTS = (1.0, 1.5, 2.0, 3.0)
-SHIFT_STEPS = (10, 50)                   # of Euler: few, where the times matter more, and many
+SHIFT_STEPS = (10, 25)                   # of Euler: few, where the times matter more, and many
 
 
 def shift_cells() -> Iterator[Cell]:
@@ -218,13 +222,14 @@ def shift_cells() -> Iterator[Cell]:
             Evaluation("euler", steps, shift=each) for steps in SHIFT_STEPS for each in sampled))
 
 
-SIZES = {"unet": ("size-1", "size-2", "matched", "size-4"), "dit": ("size-1", "size-2", "small", "size-4")}
 LITTLE = 6000                            # a tenth of the pictures
+LITTLE_SIZES = (1, 2)                    # indices of the sizes that are trained on them too
 
 
 def size_cells() -> Iterator[Cell]:
-    """Four sizes of each network, pairwise of equal training FLOPs, on all pictures and on a tenth."""
-    for limit, network, size in itertools.product((None, LITTLE), NETWORKS, range(len(SIZES["unet"]))):
+    """Four sizes of each network, pairwise of equal training FLOPs, and two of them on a tenth of the data."""
+    chosen = [(None, size) for size in range(len(SIZES["unet"]))] + [(LITTLE, size) for size in LITTLE_SIZES]
+    for (limit, size), network in itertools.product(chosen, NETWORKS):
         preset = SIZES[network][size]
         cell = grid_cell("sizes", network, "rf logit-normal", FIRST_ORDER["rf"])
         if preset not in NETWORKS[network]:
@@ -240,9 +245,9 @@ def size_name(network: str, size: int, limit: int | None) -> str:
 
 
 CORNER_NETWORKS = {
-    "unet, attention nowhere": ("--arch", "unet", "--preset", "matched-nowhere"),
-    "unet, attention at the bottom": ("--arch", "unet", "--preset", "matched-bottom"),
-    "unet, attention everywhere": ("--arch", "unet", "--preset", "matched-everywhere"),
+    "unet, attention nowhere": ("--arch", "unet", "--preset", "size-2-nowhere"),
+    "unet, attention at the bottom": ("--arch", "unet", "--preset", "size-2-bottom"),
+    "unet, attention everywhere": ("--arch", "unet", "--preset", "size-2-everywhere"),
     "dit": NETWORKS["dit"],
 }
 
@@ -251,7 +256,7 @@ def corner_cells() -> Iterator[Cell]:
     """One objective for all. Samples are drawn at every checkpoint."""
     for network, flags in CORNER_NETWORKS.items():
         yield Cell("corners", network, f"corners-{flags[-1]}", flags + OBJECTIVES["rf logit-normal"], tuple(
-            Evaluation("euler", 50, checkpoint=part) for part in range(1, CHECKPOINTS + 1)), "corners")
+            Evaluation("euler", 25, checkpoint=part) for part in range(1, CHECKPOINTS + 1)), "corners")
 
 
 # The cells of claim 9, few steps, belong here: reflow and one-step trainings, with 1, 2 and 4 evaluations,
@@ -265,9 +270,9 @@ STUDIES = {
     "schedules": Study("claim 1: what the choice of the training times or of the noise schedule changes",
                        tuple(schedule_cells())),
     "learning rates": Study("claim 1: over how many octaves of the learning rate a training works",
-                            tuple(rate_cells())),
-    "shift": Study("claim 7: whether larger pictures need shifted times", tuple(shift_cells())),
+                            tuple(rate_cells()), seeds=2),
+    "shift": Study("claim 7: whether larger pictures need shifted times", tuple(shift_cells()), seeds=2),
     "sizes": Study("claim 4: which network gains more by its size, and which needs less data",
-                   tuple(size_cells())),
+                   tuple(size_cells()), seeds=2),
     "corners": Study("claim 5: whether two far corners agree in colour and kind", tuple(corner_cells())),
 }

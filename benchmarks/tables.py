@@ -22,7 +22,7 @@ from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, Measured, best_within, crossover, distance, exponents,
                                first_order, needed, score, sizes, verdict)
 from benchmarks.figures import Chart, Series
-from benchmarks.studies import (CHECKPOINTS, DEFAULT_SAMPLERS, FACTORS, HEADLINES, LITTLE, NETWORKS,
+from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, HEADLINES, LITTLE, NETWORKS,
                                 OBJECTIVES, RATES, SCHEDULES, SHIFT_STEPS, SHIFTS, STUDIES)
 from files import write_atomically
 
@@ -158,15 +158,14 @@ def staircase_table(m: Measured) -> str:
 
 
 def steps_table(m: Measured) -> str:
-    counts = (1, 2, 4, 6, 8, 10, 15, 20, 30, 50)
-    rows = ["| the best solver with at most so many evaluations | " + " | ".join(map(str, counts))
-            + " | needed |", "|---" * (len(counts) + 2) + "|"]
+    rows = ["| the best solver with at most so many evaluations | " + " | ".join(map(str, COUNTS))
+            + " | needed |", "|---" * (len(COUNTS) + 2) + "|"]
     for network, objective in HEADLINES:
         cell = f"{network} {objective}"
         if not m.of("steps", cell):
             continue
         texts = []
-        for count in counts:
+        for count in COUNTS:
             values = m.values("steps", cell, best_within(count))
             texts.append(f"{np.mean(values):.1f}" if values else "")
         rows.append(f"| {cell} | {' | '.join(texts)} | {mean_of(m, 'steps', cell, needed, 0)} |")
@@ -257,28 +256,25 @@ def shift_chart(m: Measured) -> Chart | None:
 
 
 def size_table(m: Measured) -> str:
-    rows = ["| | training PFLOP | velocity error | Fréchet |", "|---|---|---|---|"]
+    rows = ["| | training TFLOP | velocity error | Fréchet |", "|---|---|---|---|"]
     for cell in STUDIES["sizes"].cells:
         records = [record for record in m.of("sizes", cell.name) if "diverged" not in record]
         if records:
             first = records[0]
-            cost = first["flops_per_example"] * first["steps"] * first["batch_size"] / 1e15
-            rows.append(f"| {cell.name} | {cost:.1f} "
+            cost = first["flops_per_example"] * first["steps"] * first["batch_size"] / 1e12
+            rows.append(f"| {cell.name} | {cost:.0f} "
                         f"| {mean_of(m, 'sizes', cell.name, lambda r: r['errors'][-1]['velocity'], 3)} "
                         f"| {mean_of(m, 'sizes', cell.name, score('euler 50, guidance 1'), 2)} |")
     if len(rows) == 2:
         return ""
-    laws = []
-    for limit, what in ((None, "all pictures"), (LITTLE, f"{LITTLE:,} pictures")):
-        parts = [f"{network} {ladder.spread(values, 3)}" for network in NETWORKS
-                 if (values := exponents(m, network, limit, "frechet"))]
-        if parts:
-            point = crossover(m, limit, "frechet")
-            where = "no crossover near these sizes"
-            if point:
-                where = f"the lines cross at {point / 1e15:.1f} PFLOP"
-            laws.append(f"Exponents of the distance on {what}: {', '.join(parts)}; {where}.")
-    return "\n".join(rows) + (f"\n\n{' '.join(laws)} {seeds_of(m, 'sizes')}; {made_with(m, 'sizes')}.\n\n"
+    law = ""
+    found = {network: exponents(m, network, "frechet") for network in NETWORKS}
+    if all(found.values()):
+        parts = [f"{network} {ladder.spread(values, 3)}" for network, values in found.items()]
+        point = crossover(m, "frechet")
+        where = f"the lines cross at {point / 1e12:.0f} TFLOP" if point else "no crossover near these sizes"
+        law = f"Exponents of the distance: {', '.join(parts)}; {where}. "
+    return "\n".join(rows) + (f"\n\n{law}{seeds_of(m, 'sizes')}; {made_with(m, 'sizes')}.\n\n"
                               + picture("sizes", "Distance against training FLOPs"))
 
 

@@ -157,7 +157,7 @@ def test_shifts_are_compared_in_training_in_sampling_and_in_both():
     m = Measured(made_up(distance))
     found = {c.what: (decide(c), round(c.ours[0], 2), round(c.theirs[0], 2)) for c in claims.shifted_times(m)}
     assert found == {"in training and sampling, 10 steps": (True, 3.0, 4.0),
-                     "in training and sampling, 50 steps": (True, 3.0, 4.0),
+                     "in training and sampling, 25 steps": (True, 3.0, 4.0),
                      "in sampling only, 10 steps": (True, 3.5, 4.0),
                      "in training only, 10 steps": (False, 5.0, 4.0)}
     rows = tables.shift_rows(m, 64, 10)
@@ -180,25 +180,24 @@ def test_sizes_follow_power_laws_that_cross_where_they_should():
     """distance = a C^b with known exponents per seed, and a crossover at a known cost."""
     records = []
     costs = [1e8, 2e8, 4e8, 1.6e9]
-    for limit in (None, studies.LITTLE):
+    for limit, measured in ((None, range(4)), (studies.LITTLE, studies.LITTLE_SIZES)):
         for network, a, b in (("unet", 30.0, -0.1), ("dit", 300.0, -0.2)):
-            for size, cost in enumerate(costs):
+            for size, cost in [(size, costs[size]) for size in measured]:
                 for seed in (0, 1, 2):
                     distance = a * (cost * 1600 * 64 / 1e13) ** (b - 0.001 * seed)
                     records.append(record("sizes", studies.size_name(network, size, limit), seed,
                                           [(studies.Evaluation("euler", 50), distance)],
                                           flops_per_example=cost))
     m = Measured(records)
-    np.testing.assert_allclose(claims.exponents(m, "dit", None, "frechet"), [-0.2, -0.201, -0.202])
-    np.testing.assert_allclose(claims.exponents(m, "unet", studies.LITTLE, "frechet"),
-                               [-0.1, -0.101, -0.102])
-    assert claims.crossover(m, None, "velocity") is None             # both are flat
-    assert claims.crossover(m, None, "frechet") is None              # at ten to the tenth: far outside
+    np.testing.assert_allclose(claims.exponents(m, "dit", "frechet"), [-0.2, -0.201, -0.202])
+    np.testing.assert_allclose(claims.exponents(m, "unet", "frechet"), [-0.1, -0.101, -0.102])
+    assert claims.crossover(m, "velocity") is None                   # both are flat
+    assert claims.crossover(m, "frechet") is None                    # at ten to the tenth: far outside
     assert decide(claims.scaling(m)[1]) is True
-    assert [decide(c) for c in claims.little_data(m)] == [True] * 4
+    assert [decide(c) for c in claims.little_data(m)] == [True] * 2
     assert "no crossover near these sizes" in tables.size_table(m)
     incomplete = [r for r in records if r["seed"] != 1 or "size 2" not in r["cell"]]
-    assert len(claims.exponents(Measured(incomplete), "dit", None, "frechet")) == 2
+    assert len(claims.exponents(Measured(incomplete), "dit", "frechet")) == 2
 
 
 def test_a_crossover_is_found_where_it_is():
@@ -208,9 +207,9 @@ def test_a_crossover_is_found_where_it_is():
             for seed in (0, 1):
                 records.append(record("sizes", studies.size_name(network, size, None), seed,
                                       [(studies.Evaluation("euler", 50), a * units ** b)],
-                                      flops_per_example=units * 1e15 / (1600 * 64)))
-    assert claims.crossover(Measured(records), None, "frechet") == pytest.approx(1e16)
-    assert "the lines cross at 10.0 PFLOP" in tables.size_table(Measured(records))
+                                      flops_per_example=units * 1e12 / (1600 * 64)))
+    assert claims.crossover(Measured(records), "frechet") == pytest.approx(1e13)
+    assert "the lines cross at 10 TFLOP" in tables.size_table(Measured(records))
 
 
 def test_what_contradicts_the_usual_telling_comes_first():
