@@ -198,7 +198,7 @@ class Denoising:
         losses = []
         size = at_once(self.args, VALIDATED)
         for start in watched(range(0, len(self.x0), size), stop, "validate"):
-            part = slice(start, start + size)
+            part = slice(start, min(start + size, len(self.x0)))
             cond = self.conditioning.validation(model, part)
             cond |= self.guiding(model, torch.zeros(len(self.t[part]), dtype=torch.bool))
             losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part], **cond))

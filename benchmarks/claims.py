@@ -18,8 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.studies import (CORNER_NETWORKS, FACTORS, LITTLE, LITTLE_SIZES, NETWORKS, OBJECTIVES,
-                                SCHEDULES, SHIFT_STEPS, SIZES, size_name)
+from benchmarks.studies import (CORNER_NETWORKS, FACTORS, GUIDANCE, LITTLE, LITTLE_SIZES, NETWORKS,
+                                OBJECTIVES, SCHEDULES, SHIFT_STEPS, SIZES, size_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
@@ -111,9 +111,10 @@ def distance(measured: Measured, network: str, objective: str) -> list[float]:
     return measured.values("grid", f"{network} {objective}", score(first_order(objective)))
 
 
-def curve(record: dict) -> list[tuple[int, float]]:
-    """(evaluations, the smallest distance of any solver with at most so many), without guidance."""
-    rows = sorted((row["nfe"], row["frechet"]) for row in record["evaluations"] if row["guidance"] == 1)
+def curve(record: dict, scales: tuple[float, ...] = (1.0,)) -> list[tuple[int, float]]:
+    """(evaluations, the smallest distance of any solver with at most so many), with guidance of these scales
+    only."""
+    rows = sorted((row["nfe"], row["frechet"]) for row in record["evaluations"] if row["guidance"] in scales)
     best, found = math.inf, []
     for nfe, frechet in rows:
         best = min(best, frechet)
@@ -127,10 +128,10 @@ def needed(record: dict) -> int:
     return next(nfe for nfe, frechet in points if frechet <= WITHIN * points[-1][1])
 
 
-def best_within(nfe: int) -> Callable[[dict], float | None]:
+def best_within(nfe: int, scales: tuple[float, ...] = (1.0,)) -> Callable[[dict], float | None]:
     """For `Measured.values`: the smallest distance with at most so many evaluations."""
     def get(record: dict) -> float | None:
-        found = [frechet for count, frechet in curve(record) if count <= nfe]
+        found = [frechet for count, frechet in curve(record, scales) if count <= nfe]
         return found[-1] if found else None
     return get
 
@@ -305,6 +306,29 @@ def shifted_times(m: Measured) -> list[Comparison]:
             Comparison("in training only, 10 steps", cell(2, f"{few}, shift 1"), cell(1, few))]
 
 
+def parent_at_8(m: Measured) -> list[float]:
+    """What few-step trainings begin from, at 8 evaluations, with or without the guidance that they learn."""
+    return m.values("few steps", "dit rf logit-normal", best_within(8, (1.0, GUIDANCE)))
+
+
+def straightened(m: Measured) -> list[Comparison]:
+    def curvature(record: dict) -> float:
+        return record["straightness"]
+
+    found = []
+    for name in ("reflow", "reflow twice"):
+        found += [Comparison(f"{name}, 4 evaluations, against its parent's 8",
+                             m.values("few steps", name, best_within(4)), parent_at_8(m)),
+                  Comparison(f"{name}, curvature", m.values("few steps", name, curvature),
+                             m.values("few steps", "dit rf logit-normal", curvature))]
+    return found
+
+
+def one_step(m: Measured) -> list[Comparison]:
+    return [Comparison("MeanFlow, one evaluation, against its parent's 8",
+                       m.values("few steps", "meanflow", best_within(1)), parent_at_8(m), margin=1.5)]
+
+
 def logit_normal(m: Measured) -> list[Comparison]:
     return [Comparison(network, distance(m, network, "rf logit-normal"), distance(m, network, "rf uniform"))
             for network in NETWORKS]
@@ -347,4 +371,8 @@ CLAIMS = [
                "same shape, against a U-Net without any", far_corners, 3, "corners"),
     Claim("7", "larger pictures need shifted times: Fréchet distance at 64 pixels, shift 2 against none",
           shifted_times, 2, "shift"),
+    Claim("9", "straightening makes few steps enough: Fréchet distance after reflow, and how curved the paths "
+               "still are", straightened, 2, "few-steps"),
+    Claim("9a", "one step is enough: Fréchet distance of MeanFlow, within 1.5 times its parent's", one_step, 2,
+          "few-steps"),
 ]

@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 import settings
 from benchmarks import measures
-from benchmarks.studies import BUDGETS, CHECKPOINTS, PICTURES, STUDIES, VAE_FLAGS, Cell, Evaluation
+from benchmarks.studies import (BUDGETS, CHECKPOINTS, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
+                                Evaluation)
 from cli import program
 from files import locked, read_stamp, write_stamp
 from run import Run, build_path
@@ -195,22 +196,32 @@ class Comparison:
         return self.runs / f"{cell.run}-{seed}"
 
     def train_command(self, cell: Cell, seed: int) -> list[str]:
-        every = str(self.step(1))
-        return ["train.py", *cell.train, *PICTURES[cell.data].flags, *self.data_flags,
-                "--vae", str(self.vae_run(cell.data)), *self.budget.train, "--steps", str(self.budget.steps),
+        every = str(self.step(cell, 1))
+        steps = str(self.steps(cell))
+        flags = [str(self.runs / f"{cell.parent}-{seed}") if flag == PARENT else flag for flag in cell.train]
+        return ["train.py", *flags, *PICTURES[cell.data].flags, *self.data_flags,
+                "--vae", str(self.vae_run(cell.data)), *self.budget.train, "--steps", steps,
                 "--seed", str(seed), "--val-every", every, "--save-every", every, "--keep", str(CHECKPOINTS),
-                "--preview-every", str(self.budget.steps), "--runs-dir", str(self.runs),
+                "--preview-every", steps, "--runs-dir", str(self.runs),
                 "--name", self.run_folder(cell, seed).name]
 
-    def step(self, checkpoint: int) -> int:
+    def train_commands(self, cell: Cell, seed: int) -> list[list[str]]:
+        """A cell's training, after those that it begins from."""
+        before = self.train_commands(parent_of(cell), seed) if cell.parent else []
+        return [*before, self.train_command(cell, seed)]
+
+    def steps(self, cell: Cell) -> int:
+        return round(self.budget.steps * cell.part)
+
+    def step(self, cell: Cell, checkpoint: int) -> int:
         """The step of the checkpoint-th of CHECKPOINTS; the last one is the end."""
-        return max(1, self.budget.steps // CHECKPOINTS) * checkpoint
+        return max(1, self.steps(cell) // CHECKPOINTS) * checkpoint
 
     def source(self, cell: Cell, seed: int, evaluation: Evaluation) -> Path:
         """The checkpoint that is drawn from."""
         name = "checkpoint.pt"
         if evaluation.checkpoint < CHECKPOINTS:
-            name = f"checkpoint-{self.step(evaluation.checkpoint):06d}.pt"
+            name = f"checkpoint-{self.step(cell, evaluation.checkpoint):06d}.pt"
         return self.run_folder(cell, seed) / name
 
     def sample_command(self, cell: Cell, seed: int, evaluation: Evaluation) -> list[str]:
@@ -224,7 +235,7 @@ class Comparison:
                 "--seed", str(seed * self.budget.n), "--out", str(run / f"{evaluation.file}.npz")]
 
     def commands(self, cell: Cell, seed: int) -> list[list[str]]:
-        return [self.vae_command(cell.data), self.train_command(cell, seed),
+        return [self.vae_command(cell.data), *self.train_commands(cell, seed),
                 *(self.sample_command(cell, seed, evaluation) for evaluation in cell.evaluations)]
 
     def minutes(self, cell: Cell, trained: set[str]) -> float | None:
@@ -236,7 +247,7 @@ class Comparison:
         calls = sum(network_calls(cell, evaluation) for evaluation in cell.evaluations)
         total = self.budget.n * calls * flops / 3          # the forward pass is a third
         if cell.run not in trained:
-            total += self.budget.steps * args.batch_size * flops
+            total += self.steps(cell) * args.batch_size * flops
         return total / self.budget.speed / 60
 
     # -- one cell
@@ -300,6 +311,8 @@ class Comparison:
     def train(self, cell: Cell, seed: int, run: Path, known: dict) -> None:
         """Train, or go on, and measure what does not depend on a sampler. A training that diverges leaves
         the step of it instead."""
+        if cell.parent:
+            self.train_parent(cell, seed)
         command = self.train_command(cell, seed)
         print(as_typed(command), flush=True)
         known.setdefault("stamp", stamp())                               # of the code that begins it
@@ -315,11 +328,23 @@ class Comparison:
             write_stamp(run / "compare.json", known)
             print(f"  diverged at step {step:,}", flush=True)
             return
-        if started < self.budget.steps:
-            known["spent"] = spent.on_all(self.budget.steps, started)
+        if started < self.steps(cell):
+            known["spent"] = spent.on_all(self.steps(cell), started)
             write_stamp(run / "compare.json", known)
         known["training"] = self.figures(cell, run) | known.get("spent", {}) | known["stamp"]
         write_stamp(run / "compare.json", known)
+
+    def train_parent(self, cell: Cell, seed: int) -> None:
+        """See that the run which a cell begins from is trained; another process at it is waited for."""
+        parent = parent_of(cell)
+        run = self.run_folder(parent, seed)
+        with locked(run.with_name(f"{run.name}.lock"), wait=True):
+            run.mkdir(exist_ok=True)
+            known = read_stamp(run / "compare.json")
+            if "training" not in known or not (run / "checkpoint.pt").is_file():
+                self.train(parent, seed, run, known)
+        if "diverged" in known:
+            raise Stopped(f"{run}: diverged, so {cell.name} cannot begin from it")
 
     def figures(self, cell: Cell, run: Path) -> dict:
         """What a finished training has besides samples: losses, errors in common units, costs."""
@@ -354,6 +379,10 @@ class Comparison:
                 "guidance": evaluation.scale, "shift": evaluation.shift, "checkpoint": evaluation.checkpoint,
                 "n": len(images), "nfe": network_calls(cell, evaluation), **figures,
                 "processor_seconds": spent.processor, "wall_seconds": spent.wall}
+
+
+def parent_of(cell: Cell) -> Cell:
+    return next(each for study in STUDIES.values() for each in study.cells if each.run == cell.parent)
 
 
 def network_calls(cell: Cell, evaluation: Evaluation) -> int:

@@ -144,7 +144,7 @@ def evaluations(sampler: str, steps: int, scale: float, path) -> int:
     """How often this sampler evaluates the network for one picture; guidance evaluates it twice."""
     calls = 0
 
-    def count(xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def count(xt: Tensor, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
         return xt, torch.zeros_like(xt)

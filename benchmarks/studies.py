@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 
 CHECKPOINTS = 8      # at which a training is measured, evenly over its steps
+PARENT = "PARENT"    # among a cell's flags: the folder of the run that it begins from
 
 
 class Pictures(NamedTuple):
@@ -67,6 +68,8 @@ class Cell(NamedTuple):
     train: tuple[str, ...]               # flags of train.py, beyond those of the budget
     evaluations: tuple[Evaluation, ...]
     data: str = "fashion-mnist"          # a row of PICTURES
+    parent: str | None = None            # another cell's run, which is trained before
+    part: float = 1.0                    # of the budget's steps
 
 
 class Study(NamedTuple):
@@ -259,8 +262,29 @@ def corner_cells() -> Iterator[Cell]:
             Evaluation("euler", 25, checkpoint=part) for part in range(1, CHECKPOINTS + 1)), "corners")
 
 
-# The cells of claim 9, few steps, belong here: reflow and one-step trainings, with 1, 2 and 4 evaluations,
-# beside those of their parent in "steps".
+GUIDANCE = 1.5                           # of the pairs of reflow, and that MeanFlow learns
+
+
+def few_step_cells() -> Iterator[Cell]:
+    """One step by MeanFlow, and straighter paths by reflow, from a run of the grid; its own samples beside."""
+    parent = grid_cell("few steps", "dit", "rf logit-normal", (
+        *(Evaluation("euler", steps) for steps in (1, 2, 4, 8, 50)),
+        *(Evaluation("unipc_3", steps) for steps in (2, 4, 8)),
+        *(Evaluation("euler", steps, GUIDANCE) for steps in (1, 2, 4, 25)),
+        *(Evaluation("unipc_3", steps, GUIDANCE) for steps in (2, 4, 8))))
+    few = (*(Evaluation("euler", steps) for steps in (1, 2, 4, 8)), Evaluation("unipc_3", 4))
+    common = (*NETWORKS["dit"], "--lr", "1e-3")
+    reflow = (*common, *OBJECTIVES["rf uniform"], "--reflow-pairs", "10000", "--reflow", PARENT)
+
+    def child(name: str, of: str, train: tuple[str, ...], evaluations: tuple[Evaluation, ...]) -> Cell:
+        return Cell("few steps", name, f"dit-{name.replace(' ', '-')}", train, evaluations, parent=of, part=0.5)
+
+    yield child("meanflow", parent.run, (*common, "--objective", "meanflow", "--guidance", f"{GUIDANCE}",
+                                         "--init-from", PARENT),
+                tuple(Evaluation("jump", steps) for steps in (1, 2, 4)))
+    yield child("reflow", parent.run, (*reflow, "--reflow-cfg", f"{GUIDANCE}"), few)
+    yield child("reflow twice", "dit-reflow", (*reflow, "--reflow-cfg", "1"), few)
+    yield parent
 
 
 STUDIES = {
@@ -274,5 +298,6 @@ STUDIES = {
     "shift": Study("claim 7: whether larger pictures need shifted times", tuple(shift_cells()), seeds=2),
     "sizes": Study("claim 4: which network gains more by its size, and which needs less data",
                    tuple(size_cells()), seeds=2),
+    "few steps": Study("claim 9: one step by MeanFlow, a few by reflow", tuple(few_step_cells())),
     "corners": Study("claim 5: whether two far corners agree in colour and kind", tuple(corner_cells())),
 }

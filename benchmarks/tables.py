@@ -22,8 +22,8 @@ from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, Measured, best_within, crossover, distance, exponents,
                                first_order, needed, score, sizes, verdict)
 from benchmarks.figures import Chart, Series
-from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, HEADLINES, LITTLE, NETWORKS,
-                                OBJECTIVES, RATES, SCHEDULES, SHIFT_STEPS, SHIFTS, STUDIES)
+from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
+                                NETWORKS, OBJECTIVES, RATES, SCHEDULES, SHIFT_STEPS, SHIFTS, STUDIES)
 from files import write_atomically
 
 
@@ -379,6 +379,44 @@ def rate_chart(m: Measured) -> Chart | None:
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
 
+FEW_STEPS = [                            # (row, cell, guidance of its samples)
+    ("the parent, unguided", "dit rf logit-normal", 1.0),
+    (f"the parent, guidance {GUIDANCE:g}", "dit rf logit-normal", GUIDANCE),
+    ("reflow", "reflow", 1.0),
+    ("reflow twice", "reflow twice", 1.0),
+    ("MeanFlow", "meanflow", 1.0),
+]
+
+
+def few_step_table(m: Measured) -> str:
+    counts = (1, 2, 4, 8, 50)
+    rows = ["| the best solver with at most so many evaluations | " + " | ".join(map(str, counts))
+            + " | curvature | processor minutes |", "|---" * (len(counts) + 3) + "|"]
+    for name, cell, scale in FEW_STEPS:
+        if m.of("few steps", cell):
+            texts = [mean_of(m, "few steps", cell, best_within(count, (scale,)), 1) for count in counts]
+            texts += [mean_of(m, "few steps", cell, lambda r: r["straightness"], 3),
+                      mean_of(m, "few steps", cell, lambda r: r["processor_seconds"] / 60, 1)]
+            rows.append(f"| {name} | {' | '.join(texts)} |")
+    if len(rows) == 2:
+        return ""
+    notes = ("Fréchet distance; an evaluation with guidance counts twice, and MeanFlow and reflow have learned "
+             f"guidance {GUIDANCE:g}. Minutes are those of the training after the parent's, the pairs of reflow "
+             f"included. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
+    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('few-steps', 'Distance at 1 to 8 evaluations')}"
+
+
+def few_step_chart(m: Measured) -> Chart | None:
+    series = []
+    for name, cell, scale in FEW_STEPS:
+        points = {count: m.values("few steps", cell, best_within(count, (scale,))) for count in (1, 2, 4, 8)}
+        points = {count: values for count, values in points.items() if values}
+        if points:
+            series.append(Series(name, list(points), list(points.values())))
+    return Chart("One to eight evaluations: Fréchet distance", "evaluations of the network",
+                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+
+
 def picture(name: str, text: str) -> str:
     return f"![{text}](benchmarks/pictures/compare-{name}.png)"
 
@@ -404,6 +442,7 @@ SECTIONS = {
     "compare: sizes": Section(size_table, f"{COMPARE} --only sizes", size_chart),
     "compare: corners": Section(corner_table, f"{COMPARE} --only corners", corner_chart),
     "compare: shift": Section(shift_table, f"{COMPARE} --only shift", shift_chart),
+    "compare: few steps": Section(few_step_table, f"{COMPARE} --only 'few steps'", few_step_chart),
 }
 
 

@@ -165,6 +165,31 @@ def test_shifts_are_compared_in_training_in_sampling_and_in_both():
         "in both": 3.01, "in sampling only": 3.51, "in training only": 5.01}
 
 
+def test_few_steps_are_compared_with_the_parent_at_8_evaluations():
+    distances = {"reflow": 3.0, "reflow twice": 5.0, "meanflow": 5.5}
+
+    def distance(cell, evaluation, nfe):
+        if cell != "dit rf logit-normal":
+            return distances.get(cell, 4.0)
+        if evaluation.scale == studies.GUIDANCE and nfe <= 8:
+            return 4.0                                   # the guided parent is the better one at 8
+        return 1.0 if nfe > 8 else 7.0
+
+    records = made_up(distance)
+    for r in records:
+        if r["cell"] == "reflow":
+            r["straightness"] = 0.1 + 0.01 * r["seed"]
+    m = Measured(records)
+    found = {c.what: decide(c) for c in claims.straightened(m)}
+    assert found == {"reflow, 4 evaluations, against its parent's 8": True, "reflow, curvature": True,
+                     "reflow twice, 4 evaluations, against its parent's 8": False,
+                     "reflow twice, curvature": None}
+    assert claims.parent_at_8(m) == [4.0, 4.01, 4.02] and decide(claims.one_step(m)[0]) is True
+    text = tables.few_step_table(m)
+    assert "| the parent, guidance 1.5 |  | 4.0 (4.0 to 4.0) |" in text       # guided: two at least
+    assert "| MeanFlow | 5.5 (5.5 to 5.5) |" in text
+
+
 def test_corners_are_compared_at_the_end_of_the_training():
     records = made_up(plain)
     for r in records:

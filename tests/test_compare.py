@@ -194,7 +194,8 @@ def test_cells_are_plain_commands_that_the_programs_accept(tmp_path):
         comparison = compare.Comparison(name, tmp_path, tmp_path / "r.jsonl", "data", True)
         for study in compare.STUDIES.values():
             for cell in study.cells:
-                vae, network, *samples = comparison.commands(cell, 2)
+                vae, *trainings = comparison.commands(cell, 2)[:-len(cell.evaluations)]
+                network, samples = trainings[-1], comparison.commands(cell, 2)[-len(cell.evaluations):]
                 assert settings.parse(vae[1:]).arch == "vae"
                 args = settings.parse(network[1:])
                 assert args.seed == 2 and args.vae.endswith(settings.parse(vae[1:]).name)
@@ -256,6 +257,18 @@ CELLS = {
     "steps": studies.Study("", (
         compare.Cell("steps", "dit", "dit", ("--arch", "dit", "--preset", "tiny"),
                      (compare.Evaluation("euler", 3), compare.Evaluation("heun", 2))),)),
+}
+TINY_REFLOW = ("--arch", "dit", "--preset", "tiny", "--reflow", compare.PARENT, "--reflow-pairs", "16",
+               "--reflow-steps", "2")
+CHILDREN = {
+    "few": studies.Study("", (
+        compare.Cell("few", "meanflow", "meanflow", ("--arch", "dit", "--preset", "tiny", "--objective",
+                     "meanflow", "--init-from", compare.PARENT), (compare.Evaluation("jump", 1),),
+                     parent="dit", part=0.5),
+        compare.Cell("few", "twice", "twice", TINY_REFLOW, (compare.Evaluation("euler", 2),),
+                     parent="reflow", part=0.5),
+        compare.Cell("few", "reflow", "reflow", TINY_REFLOW, (compare.Evaluation("euler", 2),), parent="dit"),
+        CELLS["grid"].cells[0])),
 }
 
 
@@ -383,6 +396,29 @@ def test_every_cell_is_measured_once(tiny, capsys):
     printed = capsys.readouterr().out
     assert "grid: dit, seed 0: done" in printed and "steps: dit, seed 1: not done\n" in printed
     assert "    python sample.py runs/dit-1 --sampler euler --steps 3" in printed
+
+
+def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
+    monkeypatch.setattr(compare, "STUDIES", CHILDREN)
+    assert compare.main([*FLAGS, "--only", "few"]) == 0
+    trained = [command[command.index("--name") + 1] for command in tiny if command[0] == "train.py"]
+    assert trained == ["fashion-mnist-vae", "dit-0", "meanflow-0", "reflow-0", "twice-0"]
+    found = {r["cell"]: r for r in lines() if r["study"] != "floor"}
+    assert {name: r["steps"] for name, r in found.items()} == {"meanflow": 4, "twice": 4, "reflow": 8, "dit": 8}
+    assert len(found["twice"]["commands"]) == 5          # the VAE, three trainings and the samples
+    assert found["twice"]["commands"][3].count("--reflow runs/reflow-0 ") == 1
+    assert found["meanflow"]["evaluations"][0]["nfe"] == 1
+
+
+def test_nothing_begins_from_a_run_that_diverged(stub, monkeypatch, capsys):
+    def diverging(command):
+        if command[0] == "train.py" and "dit-0" in command:
+            raise failure("loss nan with gradient norm inf", "at step 5, times 0.010 to 0.990")
+
+    monkeypatch.setattr(compare, "STUDIES", CHILDREN)
+    stub.before = diverging
+    assert compare.main([*FLAGS, "--only", "few"]) == 1
+    assert "dit-0: diverged, so meanflow cannot begin from it" in capsys.readouterr().err
 
 
 def test_a_killed_cell_goes_on(stub):
