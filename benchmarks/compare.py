@@ -292,8 +292,10 @@ class Comparison:
         scores = known.setdefault("scores", {})
         found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
                  "commands": [as_typed(command) for command in self.commands(cell, seed)]}
-        missing = [each for each in cell.evaluations if each.label not in scores]
-        trained = "training" in known and all(self.source(cell, seed, each).is_file() for each in missing)
+        missing = [self.source(cell, seed, each) for each in cell.evaluations if each.label not in scores]
+        if cell.batches:
+            missing.append(run / "checkpoint.pt")
+        trained = "training" in known and all(file.is_file() for file in missing)
         if "diverged" not in known and not trained:
             self.train(cell, seed, run, known)
         if "diverged" in known:          # a result like any other, and not tried again
@@ -302,6 +304,8 @@ class Comparison:
             if evaluation.label not in scores:
                 scores[evaluation.label] = self.evaluate(cell, seed, run, evaluation)
                 write_stamp(run / "compare.json", known)
+        if cell.batches:
+            found["speed"] = measures.speed(measures.load_trained(run / "checkpoint.pt"), cell.batches)
         # The last one stays for other cells of this run.
         for file in run.glob("checkpoint-*.pt" if self.keep_runs else "checkpoint*.pt"):
             file.unlink()

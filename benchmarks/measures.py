@@ -8,6 +8,7 @@ then has the same signal-to-noise ratio. Errors and straightness are therefore m
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,6 +152,25 @@ def evaluations(sampler: str, steps: int, scale: float, path) -> int:
 
     SAMPLERS[sampler](count, path, torch.zeros(1, 1), path.times(steps))
     return calls * (1 if scale in (0.0, 1.0) else 2)
+
+
+@torch.no_grad()
+def speed(trained: Trained, batches: tuple[int, ...], least: float = 1.0) -> list[dict]:
+    """Seconds that one evaluation of the network takes, by the size of the batch: the median of at least five
+    and of as many as fit into `least` seconds, in bf16 as samples are drawn."""
+    rows = []
+    for batch in batches:
+        x, t = torch.randn(batch, *trained.shape), torch.full((batch,), 0.5)
+        y = torch.zeros(batch, dtype=torch.long)
+        seconds = []
+        with torch.autocast("cpu", torch.bfloat16):
+            trained.model(x, t, y=y)                       # the first call also chooses kernels
+            while len(seconds) < 5 or sum(seconds) < least:
+                began = time.perf_counter()
+                trained.model(x, t, y=y)
+                seconds.append(time.perf_counter() - began)
+        rows.append({"batch": batch, "seconds": float(np.median(seconds))})
+    return rows
 
 
 def gradient_norms(records: list[dict]) -> dict:

@@ -70,6 +70,7 @@ class Cell(NamedTuple):
     data: str = "fashion-mnist"          # a row of PICTURES
     parent: str | None = None            # another cell's run, which is trained before
     part: float = 1.0                    # of the budget's steps
+    batches: tuple[int, ...] = ()        # sizes of batches whose evaluation is timed
 
 
 class Study(NamedTuple):
@@ -230,7 +231,7 @@ LITTLE_SIZES = (1, 2)                    # indices of the sizes that are trained
 
 
 def size_cells() -> Iterator[Cell]:
-    """Four sizes of each network, pairwise of equal training FLOPs, and two of them on a tenth of the data."""
+    """Four sizes of each network, pairwise of equal training FLOPs; two of them on a tenth of the data."""
     chosen = [(None, size) for size in range(len(SIZES["unet"]))] + [(LITTLE, size) for size in LITTLE_SIZES]
     for (limit, size), network in itertools.product(chosen, NETWORKS):
         preset = SIZES[network][size]
@@ -266,7 +267,7 @@ GUIDANCE = 1.5                           # of the pairs of reflow, and that Mean
 
 
 def few_step_cells() -> Iterator[Cell]:
-    """One step by MeanFlow, and straighter paths by reflow, from a run of the grid; its own samples beside."""
+    """One step by MeanFlow, straighter paths by reflow, from a run of the grid; its own samples beside."""
     parent = grid_cell("few steps", "dit", "rf logit-normal", (
         *(Evaluation("euler", steps) for steps in (1, 2, 4, 8, 50)),
         *(Evaluation("unipc_3", steps) for steps in (2, 4, 8)),
@@ -277,7 +278,8 @@ def few_step_cells() -> Iterator[Cell]:
     reflow = (*common, *OBJECTIVES["rf uniform"], "--reflow-pairs", "10000", "--reflow", PARENT)
 
     def child(name: str, of: str, train: tuple[str, ...], evaluations: tuple[Evaluation, ...]) -> Cell:
-        return Cell("few steps", name, f"dit-{name.replace(' ', '-')}", train, evaluations, parent=of, part=0.5)
+        return Cell("few steps", name, f"dit-{name.replace(' ', '-')}", train, evaluations, parent=of,
+                    part=0.5)
 
     yield child("meanflow", parent.run, (*common, "--objective", "meanflow", "--guidance", f"{GUIDANCE}",
                                          "--init-from", PARENT),
@@ -285,6 +287,12 @@ def few_step_cells() -> Iterator[Cell]:
     yield child("reflow", parent.run, (*reflow, "--reflow-cfg", f"{GUIDANCE}"), few)
     yield child("reflow twice", "dit-reflow", (*reflow, "--reflow-cfg", "1"), few)
     yield parent
+
+
+def speed_cells() -> Iterator[Cell]:
+    """How long an evaluation of the network takes; how many a picture needs is known from "steps"."""
+    for network, objective in (HEADLINES[0], HEADLINES[-1]):
+        yield grid_cell("speed", network, objective, ())._replace(batches=(1, 4, 16, 64, 256))
 
 
 STUDIES = {
@@ -299,5 +307,7 @@ STUDIES = {
     "sizes": Study("claim 4: which network gains more by its size, and which needs less data",
                    tuple(size_cells()), seeds=2),
     "few steps": Study("claim 9: one step by MeanFlow, a few by reflow", tuple(few_step_cells())),
+    "speed": Study("claim 8: seconds per evaluation, on a machine that does nothing else",
+                   tuple(speed_cells())),
     "corners": Study("claim 5: whether two far corners agree in colour and kind", tuple(corner_cells())),
 }

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, Measured, best_within, crossover, distance, exponents,
-                               first_order, needed, score, sizes, verdict)
+                               first_order, needed, paces, score, sizes, verdict)
 from benchmarks.figures import Chart, Series
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, RATES, SCHEDULES, SHIFT_STEPS, SHIFTS, STUDIES)
@@ -379,6 +379,34 @@ def rate_chart(m: Measured) -> Chart | None:
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
 
+def speed_table(m: Measured) -> str:
+    found = {cell: each for cell, each in paces(m).items() if each}
+    if not found:
+        return ""
+    batches = list(next(iter(found.values()))[0].milliseconds)
+    head = ["milliseconds per picture, in batches of", "evaluations", *map(str, batches)]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for cell, each in found.items():
+        texts = [ladder.spread([pace.milliseconds[batch] for pace in each], 1) for batch in batches]
+        calls = ladder.spread([pace.evaluations for pace in each], 0)
+        rows.append(f"| {cell} | {calls} | {' | '.join(texts)} |")
+    notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
+             "best of the network that is worse. Of the network alone, without the VAE, in bf16. "
+             f"{seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
+    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('speed', 'Time per picture against the batch')}"
+
+
+def speed_chart(m: Measured) -> Chart | None:
+    series = []
+    for cell, found in paces(m).items():
+        batches = list(found[0].milliseconds) if found else []
+        if batches:
+            series.append(Series(cell, batches, [[pace.milliseconds[batch] for pace in found]
+                                                 for batch in batches]))
+    return Chart("Equal quality: time per picture", "pictures in a batch", "milliseconds per picture", series,
+                 log_x=True, log_y=True) if series else None
+
+
 FEW_STEPS = [                            # (row, cell, guidance of its samples)
     ("the parent, unguided", "dit rf logit-normal", 1.0),
     (f"the parent, guidance {GUIDANCE:g}", "dit rf logit-normal", GUIDANCE),
@@ -400,9 +428,9 @@ def few_step_table(m: Measured) -> str:
             rows.append(f"| {name} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
-    notes = ("Fréchet distance; an evaluation with guidance counts twice, and MeanFlow and reflow have learned "
-             f"guidance {GUIDANCE:g}. Minutes are those of the training after the parent's, the pairs of reflow "
-             f"included. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
+    notes = ("Fréchet distance; an evaluation with guidance counts twice, and MeanFlow and reflow have "
+             f"learned guidance {GUIDANCE:g}. Minutes are those of the training after the parent's, with the "
+             f"pairs of reflow. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('few-steps', 'Distance at 1 to 8 evaluations')}"
 
 
@@ -442,6 +470,7 @@ SECTIONS = {
     "compare: sizes": Section(size_table, f"{COMPARE} --only sizes", size_chart),
     "compare: corners": Section(corner_table, f"{COMPARE} --only corners", corner_chart),
     "compare: shift": Section(shift_table, f"{COMPARE} --only shift", shift_chart),
+    "compare: speed": Section(speed_table, f"{COMPARE} --only speed", speed_chart),
     "compare: few steps": Section(few_step_table, f"{COMPARE} --only 'few steps'", few_step_chart),
 }
 

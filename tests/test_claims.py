@@ -89,6 +89,8 @@ def made_up(distance, seeds=(0, 1, 2)):
                 rows = [(each, distance(cell.name, each, evaluations(each)) + 0.01 * seed)
                         for each in cell.evaluations]
                 more = {}
+                if cell.study == "speed":
+                    more = {"speed": [{"batch": batch, "seconds": 0.01 * batch} for batch in (1, 64)]}
                 if cell.study == "sizes":
                     more = {"flops_per_example": 1e8 * 2.0 ** int(cell.name.partition("size ")[2][0])}
                 records.append(record(cell.study, cell.name, seed, rows, **more))
@@ -188,6 +190,30 @@ def test_few_steps_are_compared_with_the_parent_at_8_evaluations():
     text = tables.few_step_table(m)
     assert "| the parent, guidance 1.5 |  | 4.0 (4.0 to 4.0) |" in text       # guided: two at least
     assert "| MeanFlow | 5.5 (5.5 to 5.5) |" in text
+
+
+def test_speed_is_compared_at_a_distance_that_both_reach():
+    """The transformer reaches 5.5, 10 % above the U-Net's best, with 4 evaluations, the U-Net with 20."""
+    def distance(cell, evaluation, nfe):
+        if cell == "dit rf logit-normal":
+            return 3.0 if nfe >= 30 else 5.4 if nfe >= 4 else 9.0
+        return 5.0 if nfe >= 20 else 9.0
+
+    records = made_up(distance)
+    for r in records:
+        if r["study"] == "speed":
+            alone = 0.004 if "dit" in r["cell"] else 0.002
+            r["speed"] = [{"batch": batch, "seconds": alone * (1 + r["seed"]) * batch ** 0.5}
+                          for batch in (1, 64)]
+    m = Measured(records)
+    found = claims.paces(m)
+    assert [pace.evaluations for pace in found["dit rf logit-normal"]] == [4] * 3
+    assert [pace.evaluations for pace in found["unet ddpm eps"]] == [20] * 3
+    assert found["unet ddpm eps"][1].milliseconds == pytest.approx({1: 80.0, 64: 10.0})
+    alone, many = claims.faster(m)
+    assert alone.ours == pytest.approx([16, 32, 48]) and alone.theirs == pytest.approx([40, 80, 120])
+    assert many.ours == pytest.approx([2, 4, 6])
+    assert "| unet ddpm eps | 20 (20 to 20) | 80.0 (40.0 to 120.0) |" in tables.speed_table(m)
 
 
 def test_corners_are_compared_at_the_end_of_the_training():

@@ -194,12 +194,13 @@ def test_cells_are_plain_commands_that_the_programs_accept(tmp_path):
         comparison = compare.Comparison(name, tmp_path, tmp_path / "r.jsonl", "data", True)
         for study in compare.STUDIES.values():
             for cell in study.cells:
-                vae, *trainings = comparison.commands(cell, 2)[:-len(cell.evaluations)]
-                network, samples = trainings[-1], comparison.commands(cell, 2)[-len(cell.evaluations):]
+                vae, *trainings = comparison.commands(cell, 2)
+                samples = [command for command in trainings if command[0] == "sample.py"]
+                network = trainings[-1 - len(samples)]
                 assert settings.parse(vae[1:]).arch == "vae"
                 args = settings.parse(network[1:])
                 assert args.seed == 2 and args.vae.endswith(settings.parse(vae[1:]).name)
-                assert len(samples) == len(cell.evaluations) > 0
+                assert len(samples) == len(cell.evaluations) and (samples or cell.batches)
                 comparison.run_folder(cell, 2).mkdir(exist_ok=True)
                 for command in samples:
                     sample.check_flags(sample.parse_args(command[1:]))
@@ -268,7 +269,7 @@ CHILDREN = {
         compare.Cell("few", "twice", "twice", TINY_REFLOW, (compare.Evaluation("euler", 2),),
                      parent="reflow", part=0.5),
         compare.Cell("few", "reflow", "reflow", TINY_REFLOW, (compare.Evaluation("euler", 2),), parent="dit"),
-        CELLS["grid"].cells[0])),
+        CELLS["grid"].cells[0]._replace(batches=(1, 3)))),
 }
 
 
@@ -404,10 +405,12 @@ def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
     trained = [command[command.index("--name") + 1] for command in tiny if command[0] == "train.py"]
     assert trained == ["fashion-mnist-vae", "dit-0", "meanflow-0", "reflow-0", "twice-0"]
     found = {r["cell"]: r for r in lines() if r["study"] != "floor"}
-    assert {name: r["steps"] for name, r in found.items()} == {"meanflow": 4, "twice": 4, "reflow": 8, "dit": 8}
+    assert [found[name]["steps"] for name in ("meanflow", "twice", "reflow", "dit")] == [4, 4, 8, 8]
     assert len(found["twice"]["commands"]) == 5          # the VAE, three trainings and the samples
     assert found["twice"]["commands"][3].count("--reflow runs/reflow-0 ") == 1
     assert found["meanflow"]["evaluations"][0]["nfe"] == 1
+    assert [row["batch"] for row in found["dit"]["speed"]] == [1, 3]
+    assert all(row["seconds"] > 0 for row in found["dit"]["speed"]) and "speed" not in found["reflow"]
 
 
 def test_nothing_begins_from_a_run_that_diverged(stub, monkeypatch, capsys):
