@@ -55,6 +55,7 @@ PUBLISHED_BLOCK = dict(norm="layer", mlp="gelu")
 PRESETS = {
     "tiny": dict(width=64, depth=2, heads=2, rope=(8, 12, 12)),
     "small": dict(),
+    "size-2-text": dict(width=128, depth=4, heads=2),                      # for benchmarks/compare.py
     "sd3-medium": dict(PUBLISHED_BLOCK, channels=16, width=1536, depth=24, heads=24, context_width=4096,
                        pooled_width=2048, qk_norm=False, rope=None, sincos=(64, 192)),
     "sd3.5-medium": dict(PUBLISHED_BLOCK, channels=16, width=1536, depth=24, heads=24, context_width=4096,

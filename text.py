@@ -47,7 +47,8 @@ class TextConfig:
 
 
 # by the name of the network's preset
-PRESETS = {"tiny": dict(width=64, depth=1, heads=2), "small": dict()}
+PRESETS = {"tiny": dict(width=64, depth=1, heads=2), "small": dict(),
+           "size-2-text": dict(width=128, depth=2, heads=2)}
 
 
 # ---- bytes, trained with the network

@@ -58,6 +58,8 @@ PRESETS = {
                            middle_attention=False),
     "size-2-bottom": dict(widths=(24, 40, 72), attention=(False, False, False), groups=4),
     "size-2-everywhere": dict(widths=(20, 28, 56), attention=(True, True, True), groups=4),
+    # of the same training FLOPs as mmdit.py's "size-2-text", with prompts of 54 bytes
+    "size-2-text": dict(widths=(32, 64, 88), attention=(True, True, True), groups=8),
     "sd1": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, groups=32,
                 context_width=768, time_offset=-1.0),
     "sd2": dict(widths=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=(5, 10, 20, 20),

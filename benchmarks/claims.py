@@ -19,7 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.studies import (CORNER_NETWORKS, FACTORS, GUIDANCE, LITTLE, LITTLE_SIZES, NETWORKS,
-                                OBJECTIVES, SCHEDULES, SHIFT_STEPS, SIZES, size_name)
+                                OBJECTIVES, PROMPT_KINDS, PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS,
+                                SIZES, size_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
@@ -306,6 +307,13 @@ def shifted_times(m: Measured) -> list[Comparison]:
             Comparison("in training only, 10 steps", cell(2, f"{few}, shift 1"), cell(1, few))]
 
 
+def follows_prompts(m: Measured) -> list[Comparison]:
+    joint, cross = (f"{network}, {name}" for network, name in PROMPTED.items())
+    return [Comparison(what, m.values("prompts", joint, score(PROMPTED_AT.label, figure)),
+                       m.values("prompts", cross, score(PROMPTED_AT.label, figure)), higher=True)
+            for figure, what in PROMPT_KINDS.items()]
+
+
 FASTER = ("dit rf logit-normal", "unet ddpm eps")            # what claim 8 compares
 
 
@@ -403,6 +411,8 @@ CLAIMS = [
                "same shape, against a U-Net without any", far_corners, 3, "corners"),
     Claim("7", "larger pictures need shifted times: Fréchet distance at 64 pixels, shift 2 against none",
           shifted_times, 2, "shift"),
+    Claim("6", "joint attention follows prompts better than cross-attention, at equal FLOPs: share of "
+               "pictures that show all of their prompt", follows_prompts, 3, "prompts"),
     Claim("8", "the transformer with rectified flow draws faster than the U-Net with diffusion, at equal "
                "quality: milliseconds per picture", faster, 1, "speed"),
     Claim("9", "straightening makes few steps enough: Fréchet distance after reflow, and how curved the "

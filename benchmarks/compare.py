@@ -38,7 +38,7 @@ from benchmarks import measures
 from benchmarks.studies import (BUDGETS, CHECKPOINTS, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
                                 Evaluation)
 from cli import program
-from files import locked, read_stamp, write_stamp
+from files import locked, read_stamp, write_atomically, write_stamp
 from run import Run, build_path
 
 RESULTS = Path(__file__).with_name("results")
@@ -184,6 +184,9 @@ class Comparison:
     def vae_run(self, data: str) -> Path:
         return self.runs / f"{data}-vae"
 
+    def prompts_file(self, data: str) -> Path:
+        return self.runs / f"{data}.txt"
+
     def vae_command(self, data: str) -> list[str]:
         return ["train.py", "--arch", "vae", *PICTURES[data].flags, *self.data_flags, *VAE_FLAGS,
                 *self.budget.vae, "--runs-dir", str(self.runs), "--name", self.vae_run(data).name]
@@ -229,8 +232,9 @@ class Comparison:
         source = self.source(cell, seed, evaluation)
         if source.name == "checkpoint.pt":
             source = run
+        prompts = ["--prompts", str(self.prompts_file(cell.data))] if PICTURES[cell.data].prompts else []
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
-        return ["sample.py", str(source), *evaluation.flags, *self.budget.sample,
+        return ["sample.py", str(source), *prompts, *evaluation.flags, *self.budget.sample,
                 "--n", str(self.budget.n), "--batch-size", "250",
                 "--seed", str(seed * self.budget.n), "--out", str(run / f"{evaluation.file}.npz")]
 
@@ -274,6 +278,9 @@ class Comparison:
         with locked(folder.with_name(f"{folder.name}.compare.lock"), wait=True):
             # may train a classifier, once
             self.judges[data] = measures.JUDGES[pictures.source](self.data_dir, pictures.side)
+            if pictures.prompts:
+                text = "".join(f"{prompt}\n" for prompt in self.judges[data].prompts(self.budget.n))
+                write_atomically(self.prompts_file(data), lambda file: file.write(text.encode()))
             if not (folder / "checkpoint.pt").is_file() or not self.results.has("floor", data, 0):
                 command = self.vae_command(data)
                 print(as_typed(command), flush=True)
@@ -282,7 +289,8 @@ class Comparison:
                 self.results.append({"study": "floor", "cell": data, "seed": 0, "budget": self.name,
                                      "commands": [as_typed(command)], "evaluations": rows,
                                      **stamp()})
-        self.held_out[data] = measures.examples(pictures.source, pictures.side, self.data_dir, folder)
+        self.held_out[data] = measures.examples(pictures.source, pictures.side, self.data_dir, folder,
+                                                captioned=pictures.cond == "text")
 
     def record(self, cell: Cell, seed: int, run: Path) -> dict:
         """All that is known of a cell. What is measured on the way is kept in compare.json in the run's
@@ -400,7 +408,12 @@ def flops_per_example(cell: Cell) -> int:
     """Of a forward and backward pass, by the cell's preset and the size of its latents."""
     args = settings.parse([*cell.train, *PICTURES[cell.data].flags])
     side = PICTURES[cell.data].side // 4                   # what the default VAE makes of it
-    config = settings.ARCHITECTURES[args.arch].presets[args.preset] | {"num_classes": 10}
+    config = settings.ARCHITECTURES[args.arch].presets[args.preset]
+    if args.cond == "text":
+        width = settings.text_config(args)["config"]["width"]
+        config = config | {"context_width": width, "pooled_width": width}
+    elif args.cond == "class":
+        config = config | {"num_classes": 10}
     return measures.training_flops(args.arch, config, (4, side, side))
 
 

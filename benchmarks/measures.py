@@ -21,26 +21,32 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fashion_mnist
+from benchmarks.scenes import score_scene
+from conditioning import network_inputs
 from data import load_corners, load_data, load_mnist
 from pictures import to_tensor
 from published import load_weights
 from run import build_model, build_path, load_checkpoint, load_vae, unpack_vae
 from samplers import SAMPLERS, guided, noise_like
-from toys import read_corners
+from toys import Scene, describe_scene, draw_scene, read_corners
 
 # Times u at which errors are measured: a path of diffusion ends at u = 0.94, before all is noise.
 FIRST, LAST = 0.02, 0.92
+PROMPT = 54          # bytes of the longest caption of scenes in a batch of 32, on average
 
 
 # ---- what a training costs
 
 def training_flops(arch: str, config: dict, shape: tuple[int, int, int]) -> int:
     """FLOPs of the forward and backward pass of one example, attention included; a multiplication and an
-    addition count as two. shape: of a latent, (C, h, w)."""
+    addition count as two, without a text encoder, which all networks share. shape: of a latent, (C, h, w)."""
     with torch.device("meta"):                             # counts without computing
         model = build_model(arch, config)
         x, t = torch.zeros(1, *shape), torch.zeros(1)
         cond = {"y": torch.zeros(1, dtype=torch.long)} if config.get("num_classes") else {}
+        if config.get("context_width"):
+            cond = {"context": torch.zeros(1, PROMPT, config["context_width"]),
+                    "pooled": torch.zeros(1, config["pooled_width"])}
     # written out, as the counter does not know every fused kernel of attention
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, t, **cond).square().mean().backward()
@@ -59,10 +65,13 @@ class Trained(NamedTuple):
 
 class Examples(NamedTuple):
     x0: Tensor                   # (N, C, h, w), normalised latents
-    y: Tensor | None             # (N,) labels, or None
+    y: Tensor | None = None      # (N,) labels, or None
+    captions: list[str] | None = None
 
-    def cond(self, part: Tensor) -> dict:
-        """The conditions of the examples with these indices."""
+    def cond(self, model: torch.nn.Module, part: Tensor) -> dict:
+        """The conditions of the examples with these indices, for this network."""
+        if self.captions is not None and getattr(model, "text", None) is not None:
+            return network_inputs(model, model.text, [self.captions[i] for i in part], torch.device("cpu"))
         return {} if self.y is None else {"y": self.y[part]}
 
 
@@ -77,14 +86,15 @@ def load_trained(file: Path) -> Trained:
 
 
 @torch.no_grad()
-def examples(source: str, side: int, data_dir: Path, vae_run: Path, count: int = 512) -> Examples:
+def examples(source: str, side: int, data_dir: Path, vae_run: Path, captioned: bool = False,
+             count: int = 512) -> Examples:
     """The first validation pictures as latents of this VAE."""
     vae = load_vae(vae_run)
-    val = load_data(source, "val", (side, side), data_dir, vae_run)
+    val = load_data(source, "val", (side, side), data_dir, vae_run, "captions" if captioned else None)
     parts = to_tensor(val.images[:count]).split(64)
     x0 = torch.cat([vae.normalize(vae.encode(part).mean) for part in parts])
     labels = None if val.labels is None else torch.from_numpy(np.asarray(val.labels[:count])).long()
-    return Examples(x0, labels)
+    return Examples(x0, labels, val.captions and val.captions[:count])
 
 
 @torch.no_grad()
@@ -103,7 +113,7 @@ def errors(trained: Trained, held_out: Examples) -> dict:
         x0, time = held_out.x0[part], t[part]
         alpha, sigma = (each[:, None, None, None] for each in trained.path.alpha_sigma(time))
         xt = alpha * x0 + sigma * eps[part]
-        raw = trained.model(xt, time, **held_out.cond(part))
+        raw = trained.model(xt, time, **held_out.cond(trained.model, part))
         guess, _ = trained.path.to_x0_eps(raw, xt, time)
         squares.append((guess - x0).square().flatten(1).mean(1))
     x0_error = torch.cat(squares).double()
@@ -122,7 +132,7 @@ def straightness(trained: Trained, held_out: Examples, count: int = 100, steps: 
     path = trained.path
     velocities = []
     chosen = torch.arange(count) % len(held_out.x0)
-    denoise = guided(trained.model, path, held_out.cond(chosen))
+    denoise = guided(trained.model, path, held_out.cond(trained.model, chosen))
 
     def watched(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         x0, eps = denoise(xt, t)
@@ -256,6 +266,39 @@ class Corners:
         return [{"label": "reconstructions of validation pictures", "n": len(images), **self.score(restored)}]
 
 
+class Scenes:
+    """How much of its prompt each picture shows, by benchmarks/scenes.py: prompts with one shape and with
+    two, of combinations that training contains and of others, in turn."""
+
+    kinds = [(count, unseen) for count in (1, 2) for unseen in (False, True)]
+
+    def __init__(self, data_dir: Path, side: int = 32):
+        self.side = side
+
+    def scene(self, i: int) -> Scene:
+        """The one that picture i is asked to show."""
+        count, unseen = self.kinds[i % len(self.kinds)]
+        return describe_scene(2 * 10**9 + i, count, unseen)
+
+    def prompts(self, n: int) -> list[str]:
+        return [self.scene(i).caption for i in range(n)]
+
+    def score(self, images: np.ndarray) -> dict:
+        """images: uint8 (N, side, side, 3). agreement: the share that shows its whole prompt, also by
+        the kind of prompt."""
+        whole = np.array([score_scene(self.scene(i), image)["all"] for i, image in enumerate(images)])
+        found = {"agreement": float(whole.mean())}
+        for k, (count, unseen) in enumerate(self.kinds):
+            found[f"{count} {'unseen' if unseen else 'seen'}"] = float(whole[k::len(self.kinds)].mean())
+        return found
+
+    def floor(self, vae_run: Path, n: int) -> list[dict]:
+        """What the VAE's reconstructions of pictures drawn by the program score."""
+        images = np.stack([draw_scene(self.scene(i), 0) for i in range(n)])
+        restored = fashion_mnist.reconstruct(load_vae(vae_run), images)
+        return [{"label": "reconstructions", "n": n, **self.score(restored)}]
+
+
 def area_scaled(images: np.ndarray, side: int) -> np.ndarray:
     """uint8 (N, H, W, C) -> (N, side, side, C): each pixel the rounded mean of those it covers. Raises
     ValueError where side does not divide H and W."""
@@ -266,4 +309,4 @@ def area_scaled(images: np.ndarray, side: int) -> np.ndarray:
     return np.round(blocks.mean((2, 4))).astype(np.uint8)
 
 
-JUDGES = {"fashion-mnist": FashionMNIST, "corners": Corners}
+JUDGES = {"fashion-mnist": FashionMNIST, "corners": Corners, "shapes": Scenes}

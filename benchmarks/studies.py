@@ -22,6 +22,7 @@ class Pictures(NamedTuple):
     source: str                          # --data
     side: int = 32
     cond: str | None = None              # --cond, where it is not that of the architecture
+    prompts: bool = False                # samples are drawn for the judge's prompts
 
     @property
     def flags(self) -> list[str]:
@@ -35,6 +36,7 @@ PICTURES = {
     "fashion-mnist": Pictures("fashion-mnist"),
     "fashion-mnist-64": Pictures("fashion-mnist", side=64),
     "corners": Pictures("corners", cond="none"),
+    "scenes": Pictures("shapes", cond="text", prompts=True),
 }
 
 
@@ -289,6 +291,20 @@ def few_step_cells() -> Iterator[Cell]:
     yield parent
 
 
+PROMPTED = {"mmdit": "joint attention", "unet": "cross-attention"}
+PROMPT_KINDS = {"1 seen": "one shape", "1 unseen": "one, new combination", "2 seen": "two shapes",
+                "2 unseen": "two, new combination"}
+PROMPTED_AT = Evaluation("heun", 10, 3.0)
+
+
+def prompt_cells() -> Iterator[Cell]:
+    """Both ways from words to pictures, with one objective and one text encoder."""
+    for network, name in PROMPTED.items():
+        yield Cell("prompts", f"{network}, {name}", f"scenes-{network}",
+                   ("--arch", network, "--preset", "size-2-text", *OBJECTIVES["rf logit-normal"]),
+                   (PROMPTED_AT,), "scenes", part=2.0)
+
+
 def speed_cells() -> Iterator[Cell]:
     """How long an evaluation of the network takes; how many a picture needs is known from "steps"."""
     for network, objective in (HEADLINES[0], HEADLINES[-1]):
@@ -307,6 +323,7 @@ STUDIES = {
     "sizes": Study("claim 4: which network gains more by its size, and which needs less data",
                    tuple(size_cells()), seeds=2),
     "few steps": Study("claim 9: one step by MeanFlow, a few by reflow", tuple(few_step_cells())),
+    "prompts": Study("claim 6: which parts of a prompt the picture shows", tuple(prompt_cells())),
     "speed": Study("claim 8: seconds per evaluation, on a machine that does nothing else",
                    tuple(speed_cells())),
     "corners": Study("claim 5: whether two far corners agree in colour and kind", tuple(corner_cells())),

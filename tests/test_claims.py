@@ -94,6 +94,8 @@ def made_up(distance, seeds=(0, 1, 2)):
                 if cell.study == "sizes":
                     more = {"flops_per_example": 1e8 * 2.0 ** int(cell.name.partition("size ")[2][0])}
                 records.append(record(cell.study, cell.name, seed, rows, **more))
+                if cell.study == "prompts":
+                    records[-1]["evaluations"][0] |= dict.fromkeys(studies.PROMPT_KINDS, 0.5)
     return records
 
 
@@ -190,6 +192,20 @@ def test_few_steps_are_compared_with_the_parent_at_8_evaluations():
     text = tables.few_step_table(m)
     assert "| the parent, guidance 1.5 |  | 4.0 (4.0 to 4.0) |" in text       # guided: two at least
     assert "| MeanFlow | 5.5 (5.5 to 5.5) |" in text
+
+
+def test_prompts_are_compared_by_their_kind():
+    records = made_up(plain)
+    for r in records:
+        if r["study"] == "prompts":
+            joint = r["cell"].startswith("mmdit")
+            for row in r["evaluations"]:
+                row |= {"1 seen": 0.9, "1 unseen": 0.8 + 0.1 * joint, "2 seen": 0.7 - 0.1 * joint,
+                        "2 unseen": 0.5 + 0.2 * r["seed"]}
+    m = Measured(records)
+    assert [decide(c) for c in claims.follows_prompts(m)] == [None, True, False, None]
+    assert "| mmdit, joint attention | 0.900 (0.900 to 0.900) | 0.900" in tables.prompt_table(m)
+    assert tables.prompt_chart(m).series[1].y[1] == [0.8] * 3
 
 
 def test_speed_is_compared_at_a_distance_that_both_reach():

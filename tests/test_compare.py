@@ -2,7 +2,7 @@
 
 import json
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +17,12 @@ import sample
 import settings
 import train
 import unet
+from data import load_scenes
 from ddpm import DDPM
 from files import locked
 from rectified_flow import RectifiedFlow
 from run import build_model
+from text import TextConfig
 from toys import Scene, describe_corners, draw_corners, draw_scene
 
 LATENT = (4, 8, 8)
@@ -68,6 +70,29 @@ def test_corners_are_scored_by_what_they_show(tmp_path):
     lacking = [draw_scene(Scene(first[:1]), 0), np.zeros((32, 32, 3), np.uint8)]
     assert judge.score(np.stack(alike + differing + lacking)) == {
         "agreement": 0.6, "whole": 0.8, "colour": 0.6, "kind": 0.7}
+
+
+def test_prompted_networks_have_equal_flops_and_one_text_encoder():
+    costs = []
+    for cell in compare.STUDIES["prompts"].cells:
+        args = settings.parse([*cell.train, *studies.PICTURES["scenes"].flags])
+        assert settings.text_config(args) == {"encoder": "bytes", "config": asdict(TextConfig(
+            width=128, depth=2, heads=2))}
+        costs.append(compare.flops_per_example(cell))
+    assert abs(costs[0] / costs[1] - 1) < 0.02
+    lengths = np.array([1 + len(caption.encode()) for caption in load_scenes("train", (32, 32)).captions])
+    batches = np.random.default_rng(0).choice(lengths, (500, 32)).max(1)
+    assert measures.PROMPT == pytest.approx(batches.mean(), abs=0.7)
+
+
+def test_scenes_are_scored_by_what_they_were_asked_to_show(tmp_path):
+    judge = measures.JUDGES["shapes"](tmp_path)
+    right = [draw_scene(judge.scene(i), 0) for i in range(8)]
+    assert judge.score(np.stack(right)) == {"agreement": 1.0} | dict.fromkeys(studies.PROMPT_KINDS, 1.0)
+    right[1] = right[0]                                  # one of the two of its kind shows another scene
+    assert judge.score(np.stack(right)) == {
+        "agreement": 7 / 8, "1 seen": 1.0, "1 unseen": 0.5, "2 seen": 1.0, "2 unseen": 1.0}
+    assert judge.prompts(3)[2] == judge.scene(2).caption and len(judge.scene(2).things) == 2
 
 
 def test_flops_are_those_of_a_dit_by_hand():
@@ -330,7 +355,7 @@ def stub(monkeypatch, tmp_path):
     judge = SimpleNamespace(score=lambda images: {"frechet": 1.0, "agreement": 0.5},
                             floor=lambda *more: [{"label": "a", "n": 20, "frechet": 0.1}])
     monkeypatch.setitem(measures.JUDGES, "fashion-mnist", lambda *more: judge)
-    monkeypatch.setattr(measures, "examples", lambda *more: None)
+    monkeypatch.setattr(measures, "examples", lambda *more, **named: None)
     monkeypatch.setattr(compare.Comparison, "figures", lambda *more: {"steps": 8})
     programs = SimpleNamespace(commands=[], before=lambda command: None)
 
@@ -411,6 +436,19 @@ def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
     assert found["meanflow"]["evaluations"][0]["nfe"] == 1
     assert [row["batch"] for row in found["dit"]["speed"]] == [1, 3]
     assert all(row["seconds"] > 0 for row in found["dit"]["speed"]) and "speed" not in found["reflow"]
+
+
+def test_pictures_of_prompts_are_drawn_and_scored(tiny, monkeypatch):
+    cell = compare.Cell("said", "mmdit", "mmdit", ("--arch", "mmdit", "--preset", "tiny"),
+                        (compare.Evaluation("heun", 2, 3.0),), "scenes")
+    monkeypatch.setattr(compare, "STUDIES", {"said": studies.Study("", (cell,))})
+    assert compare.main([*FLAGS, "--only", "said"]) == 0
+    floor, record = lines()
+    assert "--prompts runs/scenes.txt" in record["commands"][-1]
+    assert len(compare.Path("runs/scenes.txt").read_text().splitlines()) == 20
+    for row in (floor["evaluations"][0], record["evaluations"][0]):
+        assert {"agreement", "n", *studies.PROMPT_KINDS} <= set(row) and 0 <= row["agreement"] <= 1
+    assert [each["step"] for each in record["errors"]] == [4, 8] and record["straightness"] > 0
 
 
 def test_nothing_begins_from_a_run_that_diverged(stub, monkeypatch, capsys):
