@@ -36,6 +36,7 @@ DATA = "fashion-mnist"
 class Base(NamedTuple):
     """What all rungs of a family have in common: flags of train.py and of sample.py."""
     train: tuple[str, ...]
+    steps: int
     sample: tuple[str, ...]
     agreement: float         # the target, which one and the same rung must reach ...
     frechet: float           # ... with a distance of at most this
@@ -46,15 +47,23 @@ class Rung(NamedTuple):
     train: tuple[str, ...] = ()              # flags of train.py, in addition to those of the base
     vae: tuple[str, ...] = ()                # the same, but they change the VAE: it is trained anew
     sample: tuple[str, ...] | None = None    # flags of sample.py, instead of those of the base
+    candidate: str | None = None             # no flag, but a row of benchmarks/candidates.py
+    share: float = 1.0                       # of the base's steps, where a step takes longer
+    arch: str | None = None                  # the only family that it goes with
 
 
 BASES = {
-    "dit": Base(("--arch", "dit", "--objective", "rf", "--steps", "4000"),
-                ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=5.0),
-    "unet": Base(("--arch", "unet", "--objective", "ddpm", "--steps", "2500"),
-                 ("--cfg", "2", "--interval", "0", "0.8"), agreement=0.965, frechet=8.0),
+    "dit": Base(("--arch", "dit", "--objective", "rf"), 4000, ("--cfg", "2", "--interval", "0", "0.8"),
+                agreement=0.965, frechet=5.0),
+    "unet": Base(("--arch", "unet", "--objective", "ddpm"), 2500, ("--cfg", "2", "--interval", "0", "0.8"),
+                 agreement=0.965, frechet=8.0),
+    # a third of the training, to choose among many changes: the target stays that of the whole one
+    "dit-short": Base(("--arch", "dit", "--objective", "rf"), 1500, ("--cfg", "2", "--interval", "0", "0.8"),
+                      agreement=0.965, frechet=5.0),
 }
 VAE_STEPS = 4500
+RUN = "RUN"              # among flags of sample.py: the run's folder
+CHECKPOINTS = 8          # that every run keeps, evenly over its steps
 
 RUNGS = {
     "default": Rung("the defaults of today"),
@@ -62,6 +71,12 @@ RUNGS = {
     "no-interval": Rung("guidance 2 at all times", sample=("--cfg", "2")),
     "weaker": Rung("guidance 1.5 at all times", sample=("--cfg", "1.5")),
     "unguided": Rung("no guidance", sample=("--cfg", "1")),
+    "interval-0.1": Rung("no guidance in the last tenth of the time either",
+                         sample=("--cfg", "2", "--interval", "0.1", "0.8")),
+    **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=("--cfg", scale, "--interval", "0", "0.8"))
+       for scale in ("2.1", "2.5", "3")},
+    "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
+                         sample=("--cfg", "2", "--guide", f"{RUN}/checkpoint-QUARTER.pt")),
     # training
     "short-average": Rung("the weights are averaged over the last 3 % of the training",
                           train=("--ema", "0.03")),
@@ -80,15 +95,27 @@ RUNGS = {
     "three-channels": Rung("latents of three channels instead of four", vae=("--latent-channels", "3")),
     "stronger-kl": Rung("ten times the KL weight", vae=("--kl-weight", "1e-4")),
     "patch-1": Rung("four times as many tokens, and so fewer steps in the same time",
-                    train=("--patch", "1", "--steps", "1100")),
+                    train=("--patch", "1"), share=0.275, arch="dit"),
+    # no flags
+    "muon": Rung("Muon for the matrices", candidate="muon", arch="dit"),
+    "direction": Rung("the loss also has the velocity's direction", candidate="direction", arch="dit"),
+    "contrastive": Rung("contrastive flow matching", candidate="contrastive", arch="dit"),
+    "value-residual": Rung("the first block's values are mixed into all others", candidate="value-residual",
+                           arch="dit"),
+    "balanced": Rung("all classes in every batch", candidate="balanced"),
 }
+
+
+def rungs_of(base: str) -> list[str]:
+    """The names of those that go with this base."""
+    return [name for name, rung in RUNGS.items() if rung.arch is None or base.startswith(rung.arch)]
 
 
 class Ladder:
     """The rungs of one base, in one folder of runs."""
 
     def __init__(self, base: str, runs: Path, results: Path, data_dir: Path, n: int,
-                 extra: tuple[str, ...] = (), vae_steps: int = VAE_STEPS):
+                 extra: tuple[str, ...] = (), vae_steps: int = VAE_STEPS, steps: int | None = None):
         self.name = base
         self.base = BASES[base]
         self.runs = runs
@@ -97,6 +124,7 @@ class Ladder:
         self.n = n
         self.extra = extra                   # flags of train.py for every rung: a test makes it tiny
         self.vae_steps = vae_steps
+        self.length = steps                  # None: those of the base
         self.judge = None
 
     # -- commands, as a user would type them
@@ -106,7 +134,12 @@ class Ladder:
         return self.runs / ("-".join(rung.vae).replace("--", "") or "default")
 
     def run(self, rung: Rung, seed: int) -> Path:
-        return self.folder(rung) / "-".join([self.name, *rung.train, str(seed)]).replace("--", "")
+        parts = [self.name, *rung.train, *([rung.candidate] if rung.candidate else []), str(seed)]
+        return self.folder(rung) / "-".join(parts).replace("--", "")
+
+    @staticmethod
+    def program(rung: Rung, name: str) -> list[str]:
+        return ["benchmarks/candidates.py", rung.candidate, name] if rung.candidate else [name]
 
     def shared_flags(self, rung: Rung) -> list[str]:
         """Flags of train.py for the VAE and for the network."""
@@ -120,15 +153,24 @@ class Ladder:
         return ["train.py", "--arch", "vae", *self.shared_flags(rung), "--steps", str(self.vae_steps)]
 
     def train_command(self, rung: Rung, seed: int) -> list[str]:
-        return ["train.py", *self.base.train, *self.shared_flags(rung), "--vae-steps", str(self.vae_steps),
-                *rung.train, *self.extra, "--seed", str(seed), "--name", self.run(rung, seed).name]
+        steps = self.steps(rung)
+        return [*self.program(rung, "train.py"), *self.base.train, *self.shared_flags(rung),
+                "--vae-steps", str(self.vae_steps), "--steps", str(steps), *rung.train, *self.extra,
+                "--save-every", str(self.part(steps)), "--keep", str(CHECKPOINTS),
+                "--seed", str(seed), "--name", self.run(rung, seed).name]
+
+    @staticmethod
+    def part(steps: int) -> int:
+        return max(1, steps // CHECKPOINTS)
 
     def sample_command(self, rung: Rung, seed: int) -> list[str]:
         flags = self.base.sample if rung.sample is None else rung.sample
+        quarter = f"{self.part(self.steps(rung)) * CHECKPOINTS // 4:06d}"
+        flags = [flag.replace(RUN, str(self.run(rung, seed))).replace("QUARTER", quarter) for flag in flags]
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
-        return ["sample.py", str(self.run(rung, seed)), *flags, "--n", str(self.n), "--batch-size", "250",
-                "--precision", "bf16", "--seed", str(seed * self.n),
-                "--out", str(self.run(rung, seed) / "ladder.npz")]
+        return [*self.program(rung, "sample.py"), str(self.run(rung, seed)), *flags,
+                "--n", str(self.n), "--batch-size", "250", "--precision", "bf16",
+                "--seed", str(seed * self.n), "--out", str(self.run(rung, seed) / "ladder.npz")]
 
     def commands(self, rung: Rung, seed: int) -> list[list[str]]:
         return [self.vae_command(rung), self.train_command(rung, seed), self.sample_command(rung, seed)]
@@ -158,9 +200,7 @@ class Ladder:
         return True
 
     def steps(self, rung: Rung) -> int:
-        flags = [*self.base.train, *rung.train, *self.extra]
-        last = len(flags) - 1 - flags[::-1].index("--steps")
-        return int(flags[last + 1])
+        return round((self.length or self.base.steps) * rung.share)
 
     def timed(self, command: list[str], run: Path, steps: int) -> dict:
         """Train, or go on; and what the whole training took. It is kept beside the run, because the rungs
@@ -234,6 +274,8 @@ def table(records: list[dict], base: str) -> str:
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
         flags = []
+        if rung.candidate:
+            flags.append(f"`benchmarks/candidates.py {rung.candidate}`")
         if rung.vae or rung.train:
             flags.append(f"`{shlex.join([*rung.vae, *rung.train])}`")
         if rung.sample is not None:
@@ -255,8 +297,9 @@ def table(records: list[dict], base: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", choices=BASES, default="dit", help="the family (default: dit)")
-    p.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG",
-                   help="; ".join(f"{name}: {rung.what}" for name, rung in RUNGS.items()))
+    p.add_argument("--rungs", nargs="+", choices=RUNGS, metavar="RUNG",
+                   help="; ".join(f"{name}: {rung.what}" for name, rung in RUNGS.items())
+                        + " (default: all that go with the family)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     p.add_argument("--n", type=int, default=2000, help="samples per rung (default: 2000)")
     p.add_argument("--list", action="store_true", help="print the rungs and their commands, and stop")
@@ -272,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     ladder.results.path.parent.mkdir(parents=True, exist_ok=True)
     status = 0
     for seed in args.seeds:                  # all rungs of the first seed, then those of the next
-        for name in args.rungs:
+        for name in args.rungs or rungs_of(args.base):
             done = ladder.results.has(args.base, name, seed)
             print(f"---- {name}, seed {seed}: {'done' if done else 'not done'}", flush=True)
             if args.list:

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import compare, ladder
+from benchmarks import candidates, compare, ladder
 from test_compare import tiny  # noqa: F401  (a fixture: tiny pictures, programs in this process)
 
 import sample
 import settings
 import train
 
-TINY = ("--preset", "tiny", "--steps", "6", "--batch-size", "8", "--vae-preset", "tiny")
+TINY = ("--preset", "tiny", "--batch-size", "8", "--vae-preset", "tiny")
 
 
 def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
@@ -19,13 +19,15 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
     names = set()
     for base in ladder.BASES:
         whole = ladder.Ladder(base, Path("runs"), Path("r.jsonl"), Path("data"), 2000)
-        for name, rung in ladder.RUNGS.items():
+        for name in ladder.rungs_of(base):
+            rung = ladder.RUNGS[name]
             vae, network, drawn = whole.commands(rung, 3)
             vae = settings.parse(vae[1:])
-            flags = network[1:]
-            if base == "unet" and "--patch" in flags:              # not every rung goes with every family
-                continue
-            args = settings.parse(flags)
+            if rung.candidate:
+                assert rung.candidate in candidates.CANDIDATES and network[0] == "benchmarks/candidates.py"
+                assert drawn[:3] == ["benchmarks/candidates.py", rung.candidate, "sample.py"]
+                network, drawn = network[2:], drawn[2:]
+            args = settings.parse(network[1:])
             # the VAE trained apart is the one that the network's own command would train
             own = settings.vae_settings(args, None)
             assert {key: getattr(own, key) for key in settings.SAME_VAE} == {
@@ -33,7 +35,11 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
             assert (own.runs_dir, own.name, own.steps) == (vae.runs_dir, vae.name, 4500)
             assert args.seed == 3 and args.steps == whole.steps(rung)
             whole.run(rung, 3).mkdir(parents=True, exist_ok=True)
-            sample.check_flags(sample.parse_args(drawn[1:]))
+            drawn = sample.parse_args(drawn[1:])
+            sample.check_flags(drawn)
+            if drawn.guide:                                        # a checkpoint that the run keeps
+                assert int(Path(drawn.guide).stem.removeprefix("checkpoint-")) % args.save_every == 0
+                assert args.keep * args.save_every >= args.steps - 8
             names.add((base, name, args.runs_dir, args.name, *(rung.sample or ())))
     assert len(names) == len({entry[:2] for entry in names})
 
@@ -42,7 +48,8 @@ def test_rungs_that_differ_in_training_have_runs_of_their_own():
     whole = ladder.Ladder("dit", Path("runs"), Path("r.jsonl"), Path("data"), 2000)
     runs = {}
     for rung in ladder.RUNGS.values():
-        assert runs.setdefault(whole.run(rung, 0), (rung.vae, rung.train)) == (rung.vae, rung.train)
+        training = (rung.vae, rung.train, rung.candidate)
+        assert runs.setdefault(whole.run(rung, 0), training) == training
     assert len({whole.run(ladder.RUNGS["default"], seed) for seed in range(3)}) == 3
 
 
@@ -51,13 +58,14 @@ def small(tiny, monkeypatch):                                      # noqa: F811
     rungs = {"default": ladder.Rung("the defaults"),
              "weaker": ladder.Rung("less guidance", sample=("--cfg", "1.5")),
              "average": ladder.Rung("a short average", train=("--ema", "0.03")),
+             "guided": ladder.Rung("autoguidance", sample=("--guide", "RUN/checkpoint-QUARTER.pt")),
              "noise": ladder.Rung("noise on the latent", vae=("--latent-noise", "0.5"))}
     monkeypatch.setattr(ladder, "RUNGS", rungs)
     monkeypatch.setattr(ladder, "call", compare.call)
     plain = ladder.Ladder.__init__
 
     def init(self, *args):
-        plain(self, *args, extra=TINY, vae_steps=3)
+        plain(self, *args, extra=TINY, vae_steps=3, steps=8)
 
     monkeypatch.setattr(ladder.Ladder, "__init__", init)
     vae_command = ladder.Ladder.vae_command
@@ -79,16 +87,16 @@ def test_rungs_are_measured_once_and_share_what_they_can(small, capsys):
     # two VAEs; the default's network, which "weaker" shares, that of the average, and that of the noise
     kinds = [command[command.index("--arch") + 1] for command in trained]
     assert kinds == ["vae", "dit", "dit", "vae", "dit"]
-    assert [command[0] for command in small].count("sample.py") == 4
+    assert [command[0] for command in small].count("sample.py") == 5
     records = lines()
-    assert [record["cell"] for record in records] == ["default", "weaker", "average", "noise"]
+    assert [record["cell"] for record in records] == ["default", "weaker", "average", "guided", "noise"]
     for record in records:
         assert record["vae"]["processor_seconds"] == record["network"]["processor_seconds"] == 12
         assert 0 <= record["agreement"] <= 1 and record["frechet"] >= 0 and record["n"] == 20
         assert record["floor"]["psnr"] > 0 and {"device", "date", "versions", "commit"} <= set(record)
         assert {"device", "commit"} <= set(record["network"])
         assert len(record["commands"]) == 3
-    assert records[0]["network"] == records[1]["network"] and records[0]["floor"] != records[3]["floor"]
+    assert records[0]["network"] == records[1]["network"] and records[0]["floor"] != records[4]["floor"]
     assert not [*Path("runs").rglob("*.npz")]
 
     before = open("results/l.jsonl").read()
@@ -100,7 +108,7 @@ def test_rungs_are_measured_once_and_share_what_they_can(small, capsys):
     assert "---- noise, seed 0: done" in printed and "---- noise, seed 1: not done" in printed
     assert "    python sample.py runs/default/dit-1 --cfg 1.5" in printed
     assert ladder.main([*FLAGS, "--table"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 5
 
 
 def test_minutes_of_another_training_are_not_made_up(small, capsys):
