@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import settings
-from benchmarks import measures
+from benchmarks import figures, measures
 from benchmarks.studies import (BUDGETS, CHECKPOINTS, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
                                 Evaluation)
 from cli import program
@@ -227,7 +227,9 @@ class Comparison:
             name = f"checkpoint-{self.step(cell, evaluation.checkpoint):06d}.pt"
         return self.run_folder(cell, seed) / name
 
-    def sample_command(self, cell: Cell, seed: int, evaluation: Evaluation) -> list[str]:
+    def sample_command(self, cell: Cell, seed: int, evaluation: Evaluation,
+                       n: int | None = None) -> list[str]:
+        """n: how many samples; those of the budget where it is left out."""
         run = self.run_folder(cell, seed)
         source = self.source(cell, seed, evaluation)
         if source.name == "checkpoint.pt":
@@ -235,7 +237,7 @@ class Comparison:
         prompts = ["--prompts", str(self.prompts_file(cell.data))] if PICTURES[cell.data].prompts else []
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
         return ["sample.py", str(source), *prompts, *evaluation.flags, *self.budget.sample,
-                "--n", str(self.budget.n), "--batch-size", "250",
+                "--n", str(n or self.budget.n), "--batch-size", "250",
                 "--seed", str(seed * self.budget.n), "--out", str(run / f"{evaluation.file}.npz")]
 
     def commands(self, cell: Cell, seed: int) -> list[list[str]]:
@@ -378,18 +380,40 @@ class Comparison:
                                                          trained.shape),
             "parameters": sum(p.numel() for p in trained.model.parameters())}
 
+    def draw_pictures(self, out: Path) -> None:
+        """Samples of every finished cell of the grid from the same noise, a row each: without guidance, then
+        with it."""
+        rows = []
+        for cell in STUDIES["grid"].cells:
+            if not (self.run_folder(cell, 0) / "checkpoint.pt").is_file():
+                continue
+            parts = []
+            for evaluation in cell.evaluations[:2]:
+                command = self.sample_command(cell, 0, evaluation, n=10)
+                call(command, self.run_folder(cell, 0) / "compare.log")
+                parts.append(np.load(command[-1])["arr_0"])
+                Path(command[-1]).unlink()
+            rows.append((cell.name, np.concatenate(parts)))
+        if not rows:
+            raise ValueError(f"--pictures: {self.runs} has no run of the grid; measure it first, with --only "
+                             "grid")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        picture = figures.rows_of_pictures(rows)
+        write_atomically(out, lambda file: picture.save(file, "PNG", optimize=True))
+        print(f"{out}: {len(rows)} cells")
+
     def evaluate(self, cell: Cell, seed: int, run: Path, evaluation: Evaluation) -> dict:
         command = self.sample_command(cell, seed, evaluation)
         print(as_typed(command), flush=True)
         out = Path(command[-1])
         spent = call(command, run / "compare.log")
         images = np.load(out)["arr_0"]
-        figures = self.judges[cell.data].score(images)
+        scores = self.judges[cell.data].score(images)
         out.unlink()
-        print("  " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+        print("  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()), flush=True)
         return {"label": evaluation.label, "sampler": evaluation.sampler, "steps": evaluation.steps,
                 "guidance": evaluation.scale, "shift": evaluation.shift, "checkpoint": evaluation.checkpoint,
-                "n": len(images), "nfe": network_calls(cell, evaluation), **figures,
+                "n": len(images), "nfe": network_calls(cell, evaluation), **scores,
                 "processor_seconds": spent.processor, "wall_seconds": spent.wall}
 
 
@@ -470,6 +494,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seeds", type=int, nargs="+",
                    help="(default: those of the budget, of which some studies take only the first two)")
     p.add_argument("--list", action="store_true", help="print the cells and their commands, and stop")
+    p.add_argument("--pictures", action="store_true",
+                   help="draw ten samples of each trained cell of the grid, into benchmarks/pictures, and "
+                        "stop")
     p.add_argument("--readme", action="store_true",
                    help="write the README's tables and figures from the results (default: of --budget cpu), "
                         "and stop")
@@ -494,6 +521,9 @@ def main(argv: list[str] | None = None) -> int:
                             Path(args.data_dir), not args.drop_runs)
     if args.list:
         listing(comparison, cells)
+        return 0
+    if args.pictures:
+        comparison.draw_pictures(RESULTS.with_name("pictures") / "compare-samples.png")
         return 0
     comparison.results.path.parent.mkdir(parents=True, exist_ok=True)
     busy = 0

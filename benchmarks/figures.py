@@ -188,6 +188,22 @@ def save(path: Path, chart: Chart) -> None:
     write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=info, optimize=True))
 
 
+def rows_of_pictures(rows: list[tuple[str, np.ndarray]], zoom: int = 2) -> Image.Image:
+    """Rows of equally many pictures, uint8 (N, H, W, C), each behind its name."""
+    n, height, width, channels = rows[0][1].shape
+    font = caption_font("".join(name for name, _ in rows), TEXT)
+    left = int(max(font.getlength(name) for name, _ in rows)) + 30
+    picture = Image.new("RGB", (left + n * (width * zoom + 4), len(rows) * (height * zoom + 4)), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, (name, images) in enumerate(rows):
+        top = i * (height * zoom + 4)
+        pen.text((left - 15, top + height * zoom / 2), name, "black", font, anchor="rm")
+        for j, image in enumerate(images.repeat(3 // channels, -1)):
+            large = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            picture.paste(large, (left + j * (width * zoom + 4), top))
+    return picture
+
+
 def drawn_from(path: Path) -> str | None:
     """The digest of the figures that a chart shows; None where there is no such file."""
     if not path.is_file():

@@ -113,7 +113,7 @@ BUDGETS = {
                       ("--preset", "tiny", "--batch-size", "8"), 16, 40, (0,), 4, most_cells=1,
                       most_evaluations=2),
     # One thread trains a small network with more examples as far in the same time as a large one with fewer.
-    "cpu": Budget("two processes of one thread each: about nine hours, two of them for grid and steps",
+    "cpu": Budget("two processes of one thread each: about ten hours, four of them for grid and steps",
                   ("--steps", "4500"), ("--ema", "0.03"), 2400, 2000, (0, 1, 2), 100,
                   sample=("--precision", "bf16"), speed=6e10),
     "gpu": Budget("one GPU: ready, but not run so far",
@@ -156,16 +156,20 @@ COUNTS = (1, 2, 4, 6, 8, 10, 15, 20, 30, 50, 100)    # evaluations of the networ
 
 
 def step_cells() -> Iterator[Cell]:
-    """Runs of the grid, at about 1 to 100 evaluations of the network by each solver."""
-    for network, objective in HEADLINES:
+    """Runs of the grid, at about 1 to 100 evaluations of the network: the headlines by every solver, then all
+    others by the first-order one and by a multistep one."""
+    others = [pair for pair in itertools.product(NETWORKS, OBJECTIVES) if pair not in HEADLINES]
+    for network, objective in (*HEADLINES, *others):
         first = "ddim" if objective.startswith("ddpm") else "euler"
         # All solvers make the same first step, so one of them stands for all at one evaluation.
         rows = [Evaluation(first, steps) for steps in COUNTS]
-        rows += [Evaluation("heun", (count + 1) // 2) for count in COUNTS[2:-1]]     # 2 steps - 1 evaluations
-        for solver in ("dpmpp_2m", "unipc_3"):
-            rows += [Evaluation(solver, steps) for steps in COUNTS[1:-2]]
-        if first == "ddim":
-            rows += [Evaluation("ddpm", steps) for steps in (10, 20, 50, 100)]      # ancestral
+        rows += [Evaluation("unipc_3", steps) for steps in COUNTS[1:-2]]
+        if (network, objective) in HEADLINES:
+            rows += [Evaluation("dpmpp_2m", steps) for steps in COUNTS[1:-2]]
+            # of 2 steps - 1 evaluations
+            rows += [Evaluation("heun", (count + 1) // 2) for count in COUNTS[2:-1]]
+            if first == "ddim":
+                rows += [Evaluation("ddpm", steps) for steps in (10, 20, 50, 100)]      # ancestral
         yield grid_cell("steps", network, objective, tuple(rows))
 
 

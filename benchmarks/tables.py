@@ -124,6 +124,27 @@ def grid_chart(m: Measured) -> Chart | None:
                  "objective", "Fréchet distance", series) if series else None
 
 
+def error_chart(m: Measured) -> Chart | None:
+    """A colour per objective, a mark per network."""
+    series = []
+    for colour, objective in enumerate(OBJECTIVES):
+        for shape, network in enumerate(NETWORKS):
+            points: dict[int, list[float]] = {}
+            for record in m.of("grid", f"{network} {objective}"):
+                for row in record.get("errors", []):
+                    points.setdefault(row["step"], []).append(row["velocity"])
+            if points:
+                steps = sorted(points)
+                series.append(Series(f"{network} {objective}", steps, [points[step] for step in steps],
+                                     colour, shape))
+    return Chart("One currency for all losses: error of the velocity on held-out latents", "training step",
+                 "mean squared error", series, log_y=True) if series else None
+
+
+def error_section(m: Measured) -> str:
+    return picture("errors", "Error of the velocity over the training") if error_chart(m) else ""
+
+
 # One change at a time: (what changes, network, objective, label of the evaluation).
 STAIRCASE = [
     ("latent diffusion", "unet", "ddpm eps", "ddim 50, guidance 1"),
@@ -161,15 +182,14 @@ def staircase_table(m: Measured) -> str:
 def steps_table(m: Measured) -> str:
     rows = ["| the best solver with at most so many evaluations | " + " | ".join(map(str, COUNTS))
             + " | needed |", "|---" * (len(COUNTS) + 2) + "|"]
-    for network, objective in HEADLINES:
-        cell = f"{network} {objective}"
-        if not m.of("steps", cell):
+    for cell in STUDIES["steps"].cells:
+        if not m.of("steps", cell.name):
             continue
         texts = []
         for count in COUNTS:
-            values = m.values("steps", cell, best_within(count))
+            values = m.values("steps", cell.name, best_within(count))
             texts.append(f"{np.mean(values):.1f}" if values else "")
-        rows.append(f"| {cell} | {' | '.join(texts)} | {mean_of(m, 'steps', cell, needed, 0)} |")
+        rows.append(f"| {cell.name} | {' | '.join(texts)} | {mean_of(m, 'steps', cell.name, needed, 0)} |")
     if len(rows) == 2:
         return ""
     notes = ("Fréchet distance without guidance, means over the seeds. Needed: the fewest evaluations within "
@@ -496,6 +516,7 @@ COMPARE = "python benchmarks/compare.py --budget cpu"
 SECTIONS = {
     "compare: claims": Section(claims_table, COMPARE),
     "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart),
+    "compare: errors": Section(error_section, f"{COMPARE} --only grid", error_chart),
     "compare: staircase": Section(staircase_table, f"{COMPARE} --only grid"),
     "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart),
     "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance"),

@@ -208,6 +208,15 @@ def test_prompts_are_compared_by_their_kind():
     assert tables.prompt_chart(m).series[1].y[1] == [0.8] * 3
 
 
+def test_errors_of_all_cells_are_in_one_chart():
+    records = [r for r in made_up(plain) if r["study"] != "grid" or r["cell"] != "unet ddpm v"]
+    chart = tables.error_chart(Measured(records))
+    assert len(chart.series) == 9 and chart.log_y
+    one = next(series for series in chart.series if series.name == "dit rf uniform")
+    assert one.x == [200, 1600] and one.y == [[1.0] * 3, [0.5] * 3]
+    assert len({(series.colour, series.mark) for series in chart.series}) == 9
+
+
 def test_speed_is_compared_at_a_distance_that_both_reach():
     """The transformer reaches 5.5, 10 % above the U-Net's best, with 4 evaluations, the U-Net with 20."""
     def distance(cell, evaluation, nfe):

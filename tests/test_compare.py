@@ -10,6 +10,7 @@ import pytest
 import torch
 from benchmarks import compare, fashion_mnist, measures, studies
 from conftest import few_samples, write_idx
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
@@ -422,6 +423,25 @@ def test_every_cell_is_measured_once(tiny, capsys):
     printed = capsys.readouterr().out
     assert "grid: dit, seed 0: done" in printed and "steps: dit, seed 1: not done\n" in printed
     assert "    python sample.py runs/dit-1 --sampler euler --steps 3" in printed
+
+
+def test_samples_of_the_grid_side_by_side(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    with pytest.raises(ValueError, match="--pictures: runs has no run of the grid"):
+        compare.main([*FLAGS, "--pictures"])
+    assert compare.main([*FLAGS, "--only", "grid"]) == 0
+    before = open("results/r.jsonl").read()
+    tiny.clear()
+    assert compare.main([*FLAGS, "--pictures"]) == 0 and open("results/r.jsonl").read() == before
+    picture = np.asarray(Image.open(tmp_path / "pictures/compare-samples.png"))
+    assert [command[0] for command in tiny] == ["sample.py"] * 3
+    # two rows; the first sample of the second is that of sample.py, behind the name, twice the size
+    row = 68
+    assert picture.shape[0] == 2 * row and (picture.shape[1] - 20 * row) < 200
+    sample.main([*tiny[2][1:-1], "again.npz"])
+    first = np.load("again.npz")["arr_0"][0, :, :, 0]
+    left = picture.shape[1] - 20 * row
+    np.testing.assert_array_equal(picture[row:row + 64:2, left:left + 64:2, 0], first)
 
 
 def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
