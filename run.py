@@ -27,9 +27,10 @@ from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
+import charts
 import ema
 import published
 import settings
@@ -221,34 +222,13 @@ def loss_curve(records: list[dict]) -> Image.Image | None:
             train.append((record["step"], smooth))
         else:
             validation.append((record["step"], value))
-    points = [(step, max(value, 1e-9)) for step, value in train + validation]
-    if not points:
+    if not train and not validation:
         return None
-
-    last = max(step for step, _ in points)
-    low = min(value for _, value in points)
-    high = 1.05 * max(value for _, value in points)
-    width, height = 900, 420
-    left, right, top, bottom = 70, 30, 30, 40          # margins
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        """Pixel coordinates of a point of the curve."""
-        share = math.log(max(value, 1e-9) / low) / math.log(high / low)
-        return left + step / last * (width - left - right), height - bottom - share * (height - bottom - top)
-
-    for i in range(5):                                 # grid lines and their labels
-        value = low * (high / low) ** (i / 4)
-        step = last * i / 4
-        pen.line([place(0, value), place(last, value)], fill="#dddddd")
-        pen.text((8, place(0, value)[1] - 6), f"{value:.3g}", fill="black")
-        pen.text((place(step, low)[0] - 10, height - bottom + 10), f"{step:.0f}", fill="black")
-    for name, curve, colour, x in (("train", train, "#1f77b4", left),
-                                   ("validation", validation, "#d62728", left + 60)):
-        pen.text((x, 8), name, fill=colour)
-        pen.line([place(*point) for point in curve], fill=colour, width=2)
-    return image
+    floored = [[(step, max(value, 1e-9)) for step, value in points] for points in (train, validation)]
+    lines = [charts.line("training, running mean", floored[0], charts.BLUE),
+             charts.line("validation", floored[1], charts.VERMILLION)]
+    chart = charts.Chart("Loss", "step", "", lines, log_y=True, size=(1800, 840), text=26)
+    return charts.draw(chart).reduce(2)                # smooths edges
 
 
 def describe(record: dict) -> str:

@@ -2,41 +2,29 @@
 
     python benchmarks/report_picture.py report.json report.png     # draws it again, without the pairs
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart, and lines also differ in the
-shape of their marks. Everything is drawn at twice the size and reduced, which smooths edges and letters.
+Everything is drawn at twice the size and reduced, which smooths edges and letters.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import textwrap
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
-SERIES = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY, BLACK)
+from charts import COLOURS, GREY, MARKS, SKY, VERMILLION, Chart, Series, draw, line
+
 SCALE = 2              # everything is drawn this many times larger, and reduced
 WIDTH = 1440           # of the picture, in its own pixels
 COLUMNS = 3            # charts side by side
 CHART = (WIDTH // COLUMNS - 16, 270)
-
-
-class Line(NamedTuple):
-    name: str                              # "" where it has no entry in the legend
-    points: list[tuple[float, float]]
-    colour: str
-    width: int = 2
-    marks: int = 0                         # corners of a mark at each point: 0 none, 3, 4, 5 ...
 
 
 def plain(text: str) -> str:
@@ -48,78 +36,13 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size * SCALE)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from low to high."""
-    rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def chart(title: str, lines: list[Line], across: str, log: bool = False) -> Image.Image:
-    """A chart of these lines on white. across: the name of the horizontal axis; log: whether the vertical
-    one is logarithmic."""
-    width, height = (side * SCALE for side in CHART)
-    left = 58 * SCALE
-    right = 14 * SCALE
-    top = 46 * SCALE
-    bottom = 40 * SCALE
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
-    pen.text((left, 4 * SCALE), title, "black", font(14))
-    points = [point for line in lines for point in line.points if all(map(math.isfinite, point))]
-    if not points:
-        return image
-
-    def scaled(value: float) -> float:
-        return math.log(max(value, 1e-9)) if log else value
-
-    xs = [x for x, _ in points]
-    ys = [scaled(y) for _, y in points]
-    x_low, x_high = min(xs), max(xs)
-    y_low, y_high = min(ys), max(ys)
-    margin = 0.06 * (y_high - y_low) or 0.05 * abs(y_high) or 1.0
-    y_low, y_high = y_low - margin, y_high + margin
-    if x_low == x_high:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x_low) / (x_high - x_low) * (width - left - right),
-                height - bottom - (scaled(y) - y_low) / (y_high - y_low) * (height - top - bottom))
-
-    # ---- axes
-    if log:
-        levels = ticks(math.exp(y_low), math.exp(y_high), 6)
-    else:
-        levels = ticks(y_low, y_high)
-    for value in levels:
-        at = place(x_low, value)[1]
-        pen.line([(left, at), (width - right, at)], "#e4e4e4", SCALE)
-        pen.text((left - 6 * SCALE, at), f"{value:.6g}", "black", font(11), anchor="rm")
-    for value in ticks(x_low, x_high):
-        at = place(value, 1.0)[0]
-        pen.line([(at, height - bottom), (at, height - bottom + 4 * SCALE)], "black", SCALE)
-        pen.text((at, height - bottom + 6 * SCALE), f"{value:,.6g}", "black", font(11), anchor="ma")
-    pen.line([(left, top), (left, height - bottom), (width - right, height - bottom)], "black", SCALE)
-    pen.text((width - right, height - 14 * SCALE), across, "black", font(11), anchor="ra")
-
-    # ---- lines, and their names beside a short piece of each
-    at = left
-    for line in lines:
-        places = [place(*point) for point in line.points if all(map(math.isfinite, point))]
-        pen.line(places, line.colour, line.width * SCALE, joint="curve")
-        for x, y in places if line.marks else ():
-            pen.regular_polygon((x, y, 5 * SCALE), line.marks, fill=line.colour)
-        if line.name:
-            middle = 32 * SCALE
-            pen.line([(at, middle), (at + 16 * SCALE, middle)], line.colour, line.width * SCALE)
-            if line.marks:
-                pen.regular_polygon((at + 8 * SCALE, middle, 5 * SCALE), line.marks, fill=line.colour)
-            at += 20 * SCALE
-            pen.text((at, middle), line.name, "black", font(11), anchor="lm")
-            at += pen.textlength(line.name, font(11)) + 12 * SCALE
-    return image
+def drawn(title: str, lines: list[Series], across: str, log: bool = False) -> list[Image.Image]:
+    """A chart of these lines, or nothing where they have no point. across: the name of the horizontal axis;
+    log: whether the vertical one is logarithmic."""
+    size = (CHART[0] * SCALE, CHART[1] * SCALE)
+    if not any(each.x for each in lines):
+        return []
+    return [draw(Chart(title, across, "", lines, log_y=log, size=size, text=11 * SCALE))]
 
 
 # ---- the charts of each part
@@ -129,18 +52,18 @@ def loss_charts(loss: dict) -> list[Image.Image]:
     curve, reference = loss["curve"], loss["reference"]
     runs = reference["runs"] if reference else []
 
-    def lines(ours: list, theirs: list[list]) -> list[Line]:
+    def lines(ours: list, theirs: list[list]) -> list[Series]:
         name = "reference" if len(theirs) == 1 else f"{len(theirs)} reference seeds"
-        drawn = [Line(name if i == 0 else "", points, SKY, 4) for i, points in enumerate(theirs) if points]
-        return [*drawn, Line("this run", ours, VERMILLION)]
+        below = [line(name if i == 0 else "", points, SKY, width=2) for i, points in enumerate(theirs)]
+        return [*below, line("this run", ours, VERMILLION)]
 
-    charts = [chart("Training loss", lines(curve["train"], [run["train"] for run in runs]), "step", log=True),
-              chart("Validation loss", lines(curve["validation"], [run["validation"] for run in runs]),
-                    "step", log=True)]
+    charts = drawn("Training loss", lines(curve["train"], [run["train"] for run in runs]), "step", log=True)
+    charts += drawn("Validation loss", lines(curve["validation"], [run["validation"] for run in runs]),
+                    "step", log=True)
     for name, points in curve["by time"].items():
         theirs = [run["by time"].get(name, []) for run in runs]
-        charts.append(chart(f"Validation loss, t in {name.replace('-', ' to ')}", lines(points, theirs),
-                            "step", log=True))
+        charts += drawn(f"Validation loss, t in {name.replace('-', ' to ')}", lines(points, theirs), "step",
+                        log=True)
     return charts
 
 
@@ -154,12 +77,12 @@ def sweep_charts(report: dict) -> list[Image.Image]:
         for i, weights in enumerate(dict.fromkeys(row["weights"] for row in rows)):
             points = sorted((row["scale"], row[measure]) for row in rows if row["weights"] == weights)
             name = weights if weights in ("raw", "averaged") else f"width {weights}"
-            lines.append(Line(name, points, SERIES[i % len(SERIES)], marks=3 + i))
+            lines.append(line(name, points, COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]))
         seeds = [row[measure] for row in report.get("seeds", ())]
         if len(seeds) > 1:
             at = report["chosen"]["scale"]
-            lines.append(Line("seeds", [(at, min(seeds)), (at, max(seeds))], GREY, 6))
-        charts.append(chart(f"{measure.capitalize()}, {report['n']} samples each", lines, "guidance scale"))
+            lines.append(line("seeds", [(at, min(seeds)), (at, max(seeds))], GREY, width=3))
+        charts += drawn(f"{measure.capitalize()}, {report['n']} samples each", lines, "guidance scale")
     return charts
 
 
@@ -171,10 +94,10 @@ def neighbour_charts(result: dict) -> list[Image.Image]:
         for i, (name, row) in enumerate(result[space].items()):
             points = [(ratio, j / 100) for j, ratio in enumerate(row["ratio quantiles"]) if ratio <= 2]
             short = name.removeprefix("samples ").replace(" pictures", "").replace(" through the", ",")
-            lines.append(Line(short, points, SERIES[i]))
-        lines.insert(0, Line("", [(1.0, 0.0), (1.0, 1.0)], GREY, 1))
-        charts.append(chart(f"Nearest training picture in {space}: below 1 is close", lines,
-                            "distance / distance of that picture to its own nearest"))
+            lines.append(line(short, points, COLOURS[i % len(COLOURS)]))
+        lines.insert(0, line("", [(1.0, 0.0), (1.0, 1.0)], GREY, width=0.5))
+        charts += drawn(f"Nearest training picture in {space}: below 1 is close", lines,
+                        "distance / distance of that picture to its own nearest")
     return charts
 
 

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, Measured, best_within, crossover, distance, exponents,
                                first_order, needed, paces, score, sizes, verdict)
-from benchmarks.figures import Chart, Series
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
+from charts import COLOURS, MARKS, Chart, Series
 from files import write_atomically
 
 
@@ -127,8 +127,8 @@ def grid_chart(m: Measured) -> Chart | None:
 def error_chart(m: Measured) -> Chart | None:
     """A colour per objective, a mark per network."""
     series = []
-    for colour, objective in enumerate(OBJECTIVES):
-        for shape, network in enumerate(NETWORKS):
+    for colour, objective in zip(COLOURS, OBJECTIVES):
+        for mark, network in zip(MARKS, NETWORKS):
             points: dict[int, list[float]] = {}
             for record in m.of("grid", f"{network} {objective}"):
                 for row in record.get("errors", []):
@@ -136,7 +136,7 @@ def error_chart(m: Measured) -> Chart | None:
             if points:
                 steps = sorted(points)
                 series.append(Series(f"{network} {objective}", steps, [points[step] for step in steps],
-                                     colour, shape))
+                                     colour, mark))
     return Chart("One currency for all losses: error of the velocity on held-out latents", "training step",
                  "mean squared error", series, log_y=True) if series else None
 
@@ -200,9 +200,10 @@ def steps_table(m: Measured) -> str:
 def steps_chart(m: Measured) -> Chart | None:
     series = []
     # Lines of one colour are of one network, marks of one shape of one order.
-    for colour, (network, objective) in enumerate(HEADLINES):
+    for colour, (network, objective) in zip(COLOURS, HEADLINES):
         cell = f"{network} {objective}"
-        for solver, shape in (("ddim", 0), ("euler", 0), ("heun", 1), ("dpmpp_2m", 2)):
+        for solver, mark in (("ddim", MARKS[0]), ("euler", MARKS[0]), ("heun", MARKS[1]),
+                             ("dpmpp_2m", MARKS[2])):
             points: dict[int, list[float]] = {}
             for record in m.of("steps", cell):
                 for row in record.get("evaluations", []):
@@ -211,7 +212,7 @@ def steps_chart(m: Measured) -> Chart | None:
             if points:
                 order = sorted(points)
                 series.append(Series(f"{cell}, {solver}", order, [points[nfe] for nfe in order],
-                                     colour, shape))
+                                     colour, mark))
     return Chart("Few steps: Fréchet distance without guidance", "evaluations of the network",
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
@@ -266,12 +267,12 @@ def shift_table(m: Measured) -> str:
 
 def shift_chart(m: Measured) -> Chart | None:
     series = []
-    for colour, side in enumerate((32, 64)):
-        for shape, (where, by_shift) in enumerate(shift_rows(m, side, SHIFT_STEPS[0]).items()):
+    for colour, side in zip(COLOURS, (32, 64)):
+        for mark, (where, by_shift) in zip(MARKS, shift_rows(m, side, SHIFT_STEPS[0]).items()):
             points = {shift: values for shift, values in by_shift.items() if values}
             if points:
                 series.append(Series(f"{side} px, {where}", list(points), list(points.values()), colour,
-                                     shape))
+                                     mark))
     return Chart("Shifted times: Fréchet distance, 10 Euler steps", "shift", "Fréchet distance",
                  series) if series else None
 
@@ -301,14 +302,14 @@ def size_table(m: Measured) -> str:
 
 def size_chart(m: Measured) -> Chart | None:
     series = []
-    for shape, limit in enumerate((None, LITTLE)):
-        for colour, network in enumerate(NETWORKS):
+    for mark, limit in zip(MARKS, (None, LITTLE)):
+        for colour, network in zip(COLOURS, NETWORKS):
             found = sizes(m, network, limit)
             if found:
                 costs = [size.flops for size in found[0]]
                 values = [[size.frechet for size in column] for column in zip(*found)]
                 name = network + (f", {limit:,} pictures" if limit else "")
-                series.append(Series(name, costs, values, colour, shape))
+                series.append(Series(name, costs, values, colour, mark))
     return Chart("Four sizes of each network: Fréchet distance, 50 first-order steps", "training FLOPs",
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 

@@ -435,29 +435,6 @@ def test_report_refuses(cwd, text_runs, tmp_path, flags, message):
 
 # ---- the picture
 
-@pytest.mark.parametrize("low, high, expected", [
-    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.46, 0.555, [0.46, 0.48, 0.5, 0.52, 0.54]),
-    (13, 29, [15, 20, 25]), (100, 4000, [1000, 2000, 3000, 4000]), (-1, 1, [-1, -0.5, 0, 0.5, 1]),
-])
-def test_ticks_are_round(low, high, expected):
-    assert drawing.ticks(low, high) == pytest.approx(expected)
-
-
-def test_chart_draws_points_where_their_values_are():
-    """A mark at the middle of both axes is in the middle of the frame, on a linear and a logarithmic axis."""
-    colour = (213, 94, 0)
-    for log, middle in ((False, 2.0), (True, 3**0.5)):
-        line = drawing.Line("", [(0.0, 1.0), (10.0, 3.0)], drawing.GREY, 1)
-        point = drawing.Line("", [(5.0, middle), (5.0, middle)], drawing.VERMILLION, 1, marks=4)
-        pixels = np.asarray(drawing.chart("t", [line, point], "x", log))
-        rows, columns = np.nonzero((pixels == colour).all(-1))
-        left, right, top, bottom = (side * drawing.SCALE for side in (58, 14, 46, 40))
-        height, width = pixels.shape[:2]
-        assert abs(columns.mean() - (left + width - right) / 2) < 2
-        assert abs(rows.mean() - (top + height - bottom) / 2) < 2
-    assert drawing.chart("none", [drawing.Line("a", [(1.0, float("nan"))], "#000000")], "x").size
-
-
 def test_words_without_letters_of_other_fonts():
     assert drawing.plain("Fréchet, 1 — 2") == "Frechet, 1  2"
 

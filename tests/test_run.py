@@ -214,7 +214,7 @@ def test_loss_curve():
                {"step": 10, "val_loss": 0.0}]                            # 0 has no logarithm
     picture = run.loss_curve(records)
     colours = {colour for _, colour in picture.getcolors(1 << 16)}
-    assert picture.size == (900, 420) and {(31, 119, 180), (214, 39, 40)} <= colours
+    assert picture.size == (900, 420) and {(0, 114, 178), (213, 94, 0)} <= colours
 
 
 def test_lines_for_the_terminal():

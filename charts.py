@@ -1,0 +1,232 @@
+"""Charts of lines, drawn with Pillow: over linear or logarithmic axes, or over named places.
+
+    python charts.py                     # writes chart.png, a chart of made-up figures
+
+A point has one value, or those of several seeds: its mark is their mean, and a bar spans their range. Colours
+are those of Okabe and Ito (jfly.uni-koeln.de/color), which people with any colour vision can tell apart, and
+marks differ too. Charts are drawn at twice the size at which they are shown, as Pillow smooths no edges.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pictures import caption_font
+
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, BLACK, YELLOW, GREY = "#E69F00", "#56B4E9", "#000000", "#F0E442", "#888888"
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
+MARKS = ("circle", "square", "triangle", "diamond")
+
+
+class Series(NamedTuple):
+    name: str                        # "": not in the legend
+    x: list                          # numbers, or names of places
+    y: list[list[float]]             # per x, one value or those of all seeds
+    colour: str | None = None        # None: that of its place among the series
+    mark: str | None = None          # None: likewise; "": without marks
+    width: float = 1.0               # of the line, relative
+
+
+class Chart(NamedTuple):
+    title: str
+    x: str                           # the axes' names, with units
+    y: str
+    series: list[Series]
+    log_x: bool = False
+    log_y: bool = False
+    size: tuple[int, int] = (1600, 900)          # pixels
+    text: int = 30                   # height of a letter, from which all other sizes follow
+
+
+class Frame(NamedTuple):
+    """Where the axes are, in pixels."""
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+
+def line(name: str, points: list[tuple[float, float]], colour: str | None = None, mark: str = "",
+         width: float = 1.0) -> Series:
+    """A series of single values; points that are not finite are left out."""
+    known = [point for point in points if all(map(math.isfinite, point))]
+    return Series(name, [x for x, _ in known], [[y] for _, y in known], colour, mark, width)
+
+
+def frame_of(chart: Chart) -> Frame:
+    width, height = chart.size
+    return Frame(5 * chart.text, width - 4 * chart.text // 3, 3 * chart.text, height - 13 * chart.text // 3)
+
+
+class Axis:
+    """From values to pixels, and where to write numbers."""
+
+    def __init__(self, values: list[float], begin: int, end: int, log: bool):
+        self.log = log
+        low, high = min(values), max(values)
+        if log:
+            low, high = math.log10(low), math.log10(high)
+        margin = 0.04 * (high - low) or 0.5
+        self.low = low - margin
+        self.high = high + margin
+        self.begin = begin
+        self.end = end
+
+    def __call__(self, value: float) -> float:
+        value = math.log10(value) if self.log else value
+        return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
+
+    def ticks(self) -> list[float]:
+        """A few round numbers on the axis."""
+        if not self.log:
+            return round_numbers(self.low, self.high)
+        low, high = 10**self.low, 10**self.high
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+        found = [value for value in found if low <= value <= high]
+        if len(found) > 8:
+            found = [value for value in found if f"{value:e}".startswith("1.0")]
+        return found if len(found) > 2 else round_numbers(low, high)
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    step = 10.0 ** math.floor(math.log10(high - low))
+    for finer in (5, 2):
+        if (high - low) / step < 4:
+            step /= finer if finer == 2 else 2.5
+    first = math.ceil(low / step)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]
+
+
+def number(value: float) -> str:
+    """As short as it can be written on an axis."""
+    if value >= 1e6 or 0 < abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    return f"{value:g}"
+
+
+def look(i: int, series: Series) -> tuple[str, str]:
+    """The colour and the mark of series i."""
+    colour = COLOURS[i % len(COLOURS)] if series.colour is None else series.colour
+    kind = MARKS[i % len(MARKS)] if series.mark is None else series.mark
+    return colour, kind
+
+
+def draw_mark(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, colour: str, size: float) -> None:
+    if kind == "circle":
+        pen.ellipse((x - size, y - size, x + size, y + size), fill=colour)
+    elif kind == "square":
+        pen.rectangle((x - size, y - size, x + size, y + size), fill=colour)
+    elif kind == "triangle":
+        pen.polygon([(x, y - 1.3 * size), (x - 1.2 * size, y + size), (x + 1.2 * size, y + size)],
+                    fill=colour)
+    elif kind == "diamond":
+        pen.polygon([(x, y - 1.4 * size), (x + 1.4 * size, y), (x, y + 1.4 * size), (x - 1.4 * size, y)],
+                    fill=colour)
+
+
+def draw(chart: Chart) -> Image.Image:
+    """RGB. Raises ValueError for a chart without a point."""
+    values = [value for series in chart.series for seeds in series.y for value in seeds]
+    if not values:
+        raise ValueError(f"chart {chart.title!r}: has no point")
+    picture = Image.new("RGB", chart.size, "white")
+    pen = ImageDraw.Draw(picture)
+    frame = frame_of(chart)
+    places = list(dict.fromkeys(x for series in chart.series for x in series.x))
+    named = isinstance(places[0], str)
+    # Places lie side by side, and the series of one place a little apart.
+    across = Axis([-0.5, len(places) - 0.5] if named else places, frame.left, frame.right, chart.log_x)
+    up = Axis(values, frame.bottom, frame.top, chart.log_y)
+    draw_axes(picture, chart, across, up, places if named else [])
+    thick = chart.text / 6
+    points = []                                        # of all series, in pixels
+    for i, series in enumerate(chart.series):
+        if not series.x:
+            continue
+        colour, kind = look(i, series)
+        aside = (i - (len(chart.series) - 1) / 2) * 0.12 if named else 0.0
+        corners = []
+        for x, seeds in zip(series.x, series.y):
+            where = across(places.index(x) + aside if named else x)
+            corners.append((where, up(float(np.mean(seeds)))))
+            if len(seeds) > 1:
+                pen.line((where, up(min(seeds)), where, up(max(seeds))), colour, round(thick))
+        if not named:
+            pen.line(corners, colour, max(1, round(thick * series.width)), joint="curve")
+        for x, y in corners:
+            draw_mark(pen, kind, x, y, colour, 2.2 * thick)
+        points += corners
+    draw_legend(pen, chart, frame, points)
+    return picture
+
+
+def draw_axes(picture: Image.Image, chart: Chart, across: Axis, up: Axis, places: list[str]) -> None:
+    """The axes with their numbers and names, and the title."""
+    pen = ImageDraw.Draw(picture)
+    left, right, top, bottom = frame_of(chart)
+    width, height = chart.size
+    text = chart.text
+    font = caption_font(chart.title + chart.x + chart.y, text)
+    for value in up.ticks():
+        y = up(value)
+        pen.line((left, y, right, y), "#dddddd", text // 15)
+        pen.text((left - text // 2, y), number(value), "black", font, anchor="rm")
+    named = [(across(i), name) for i, name in enumerate(places)]
+    for x, name in named or [(across(value), number(value)) for value in across.ticks()]:
+        pen.line((x, bottom, x, bottom + text // 3), "black", text // 15)
+        pen.text((x, bottom + text // 2), name, "black", font, anchor="ma")
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black", text // 10)
+    pen.text((width / 2, text // 2), chart.title, "black", caption_font(chart.title, text + text // 8),
+             anchor="ma")
+    pen.text((width / 2, height - text // 2), chart.x, "black", font, anchor="md")
+    # The name of the vertical axis is written along it: on a strip of its own, which is then turned.
+    strip = Image.new("RGB", (bottom - top, text + text // 2), "white")
+    ImageDraw.Draw(strip).text((strip.width / 2, 4), chart.y, "black", font, anchor="ma")
+    picture.paste(strip.rotate(90, expand=True), (text // 5, top))
+
+
+def draw_legend(pen: ImageDraw.ImageDraw, chart: Chart, frame: Frame,
+                points: list[tuple[float, float]]) -> None:
+    """The names of the series, in the corner that has the fewest points, the upper right one first."""
+    entries = [(look(i, series), series) for i, series in enumerate(chart.series)
+               if series.name and series.x]
+    if not entries:
+        return
+    text = chart.text
+    font = caption_font("".join(series.name for _, series in entries), text - text // 15)
+    wide = max(pen.textlength(series.name, font) for _, series in entries) + 2.5 * text
+    row = text + text // 3
+    high = row * len(entries) + text // 2
+    boxes = [(x, y, x + wide, y + high)
+             for y in (frame.top, frame.bottom - high - text // 3)
+             for x in (frame.right - wide, frame.left + text // 3)]
+    covered = [sum(x0 <= x <= x1 and y0 <= y <= y1 for x, y in points) for x0, y0, x1, y1 in boxes]
+    box = boxes[covered.index(min(covered))]
+    pen.rectangle(box, fill="white", outline="#bbbbbb")
+    for i, ((colour, kind), series) in enumerate(entries):
+        x, y = box[0] + text, box[1] + text // 4 + row * (i + 0.5)
+        if kind:
+            draw_mark(pen, kind, x, y, colour, 2.2 * text / 6)
+        else:
+            pen.line((x - text / 2, y, x + text / 2, y), colour, max(1, round(text / 6 * series.width)))
+        pen.text((x + 0.9 * text, y), series.name, "black", font, anchor="lm")
+
+
+def demo() -> None:
+    """Draw two made-up series of three seeds."""
+    rng = np.random.default_rng(0)
+    x = [1, 2, 4, 8, 16, 32]
+    series = [Series(name, x, [[scale / i + 2 + spread for spread in rng.normal(0, 0.2, 3)] for i in x])
+              for name, scale in (("one", 40.0), ("the other", 25.0))]
+    draw(Chart("An example", "evaluations of the network", "distance", series, log_x=True)).save("chart.png")
+    print("chart.png written")
+
+
+if __name__ == "__main__":
+    demo()
