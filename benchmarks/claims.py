@@ -3,7 +3,8 @@
     python benchmarks/compare.py --readme                    # writes the claims' table (from the root)
 
 A claim is a list of comparisons, each between two sets of values, one value per seed. A comparison is decided
-by the seeds' spread: `decide`. The verdict is a function of these decisions: `verdict`.
+by the seeds' spread: `decide`. The verdict is a function of these decisions: `verdict`. The first comparison
+is the one that the opening table shows.
 """
 
 from __future__ import annotations
@@ -60,22 +61,25 @@ def measured(comparison: Comparison) -> bool:
     return min(len(comparison.ours), len(comparison.theirs)) >= 2
 
 
+VERDICTS = ("false", "depends", "true", "not measured yet")      # the usual telling's contrary first
+ANSWERS = {True: "yes", False: "no", None: "within the spread"}
+
+
 def verdict(comparisons: list[Comparison]) -> str:
-    """true, false, depends (on what), or not measured yet."""
-    found = [(comparison.what, decide(comparison)) for comparison in comparisons if measured(comparison)]
-    if not found or len(found) < len(comparisons):
+    """One of VERDICTS."""
+    if not comparisons or not all(map(measured, comparisons)):
         return "not measured yet"
-    answers = [answer for _, answer in found]
+    answers = [decide(comparison) for comparison in comparisons]
     if all(answers):
-        return "**true**"
-    if True not in answers and False in answers:
-        return "**false**"
-    groups = []
-    for answer, name in ((True, "true"), (False, "false"), (None, "within the spread")):
-        whats = [what for what, given in found if given is answer]
-        if whats:
-            groups.append(f"{name}: {', '.join(whats)}")
-    return f"**depends** ({'; '.join(groups)})"
+        return "true"
+    return "false" if True not in answers and False in answers else "depends"
+
+
+def counted(comparisons: list[Comparison]) -> str:
+    """How the comparisons were decided: "2 yes, 1 no"."""
+    answers = [decide(comparison) for comparison in comparisons]
+    return ", ".join(f"{answers.count(answer)} {name}" for answer, name in ANSWERS.items()
+                     if answer in answers)
 
 
 # ---- the results, by study, cell and seed

@@ -523,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
         listing(comparison, cells)
         return 0
     if args.pictures:
-        comparison.draw_pictures(RESULTS.with_name("pictures") / "compare-samples.png")
+        comparison.draw_pictures(RESULTS.with_name("pictures") / "grid-samples.png")
         return 0
     comparison.results.path.parent.mkdir(parents=True, exist_ok=True)
     busy = 0

@@ -19,8 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (CLAIMS, RULE, Measured, best_within, crossover, distance, exponents,
-                               first_order, needed, paces, score, sizes, verdict)
+from benchmarks.claims import (ANSWERS, CLAIMS, RULE, VERDICTS, Claim, Comparison, Measured, best_within,
+                               counted, crossover, decide, distance, exponents, first_order, measured, needed,
+                               paces, score, sizes, verdict)
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
@@ -29,23 +30,44 @@ from files import write_atomically
 
 
 def claims_table(m: Measured) -> str:
-    """A row per claim: what contradicts the usual telling first, what is not measured last."""
+    """A line per claim: what contradicts the usual telling first, what is not measured last."""
     rows = []
-    ranks = ["**false**", "**depends**", "**true**", "not measured yet"]
     for claim in CLAIMS:
         comparisons = claim.comparisons(m)
         found = verdict(comparisons)
-        lines = [f"{each.what}: {ladder.spread(each.ours, claim.digits)} against "
-                 f"{ladder.spread(each.theirs, claim.digits)}"
-                 for each in comparisons if each.ours and each.theirs]
-        shows = f"[{claim.figure}](benchmarks/pictures/compare-{claim.figure}.png)" if lines else ""
-        rank = ranks.index(found.partition(" (")[0])
-        rows.append((rank, f"| {claim.number} | {claim.text} | {'<br>'.join(lines)} | {found} | {shows} |"))
-    if all(rank == len(ranks) - 1 for rank, _ in rows):
+        first, shows = "", ""
+        if found != "not measured yet":
+            first = f"{comparisons[0].what}: {compared(claim, comparisons[0])}"
+            shows = f"[{claim.figure}](benchmarks/pictures/compare-{claim.figure}.png)"
+            found = f"**{found}** ({counted(comparisons)})"
+        rank = VERDICTS.index(verdict(comparisons))
+        rows.append((rank, f"| {claim.number} | {claim.text} | {first} | {found} | {shows} |"))
+    if all(rank == len(VERDICTS) - 1 for rank, _ in rows):
         return ""
     rows.sort(key=lambda pair: pair[0])              # stable: else in the order of CLAIMS
-    head = ["| | claim | mean (range over the seeds) | verdict | figure |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *(row for _, row in rows)]) + f"\n\n{RULE}"
+    head = ["| | what people say | the first comparison: mean (range over the seeds) | verdict | figure |",
+            "|---|---|---|---|---|"]
+    return "\n".join([*head, *(row for _, row in rows)])
+
+
+def compared(claim: Claim, comparison: Comparison) -> str:
+    """The two sides, "2.1 (2.0 to 2.2) against 3.4 (3.3 to 3.5)"."""
+    return " against ".join(ladder.spread(values, claim.digits)
+                            for values in (comparison.ours, comparison.theirs))
+
+
+def comparison_table(m: Measured) -> str:
+    """A line per comparison of every claim."""
+    rows = []
+    for claim in CLAIMS:
+        for each in claim.comparisons(m):
+            if each.ours and each.theirs:
+                answer = ANSWERS[decide(each)] if measured(each) else "one seed decides nothing"
+                rows.append(f"| {claim.number} | {each.what} | {compared(claim, each)} | {answer} |")
+    if not rows:
+        return ""
+    head = ["| claim | comparison | mean (range over the seeds) | as claimed |", "|---|---|---|---|"]
+    return "\n".join(head + rows) + f"\n\n{RULE}"
 
 
 # ---- tables and figures of the studies
@@ -516,6 +538,7 @@ class Section(NamedTuple):
 COMPARE = "python benchmarks/compare.py --budget cpu"
 SECTIONS = {
     "compare: claims": Section(claims_table, COMPARE),
+    "compare: comparisons": Section(comparison_table, COMPARE),
     "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart),
     "compare: errors": Section(error_section, f"{COMPARE} --only grid", error_chart),
     "compare: staircase": Section(staircase_table, f"{COMPARE} --only grid"),

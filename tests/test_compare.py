@@ -433,7 +433,7 @@ def test_samples_of_the_grid_side_by_side(tiny, monkeypatch, tmp_path):
     before = open("results/r.jsonl").read()
     tiny.clear()
     assert compare.main([*FLAGS, "--pictures"]) == 0 and open("results/r.jsonl").read() == before
-    picture = np.asarray(Image.open(tmp_path / "pictures/compare-samples.png"))
+    picture = np.asarray(Image.open(tmp_path / "pictures/grid-samples.png"))
     assert [command[0] for command in tiny] == ["sample.py"] * 3
     # two rows; the first sample of the second is that of sample.py, behind the name, twice the size
     row = 68
