@@ -91,14 +91,14 @@ ARCHITECTURES = {
         dict(steps=4000)),
     "dit": Architecture(
         dit.DiT, dit.DiTConfig, dit.PRESETS, (dit.Block,), ("class", "none"),
-        dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.998, weight_decay=0.01)),
+        dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.03, weight_decay=0.01)),
     "mmdit": Architecture(
         mmdit.MMDiT, mmdit.MMDiTConfig, mmdit.PRESETS, (mmdit.JointBlock, mmdit.SingleBlock), ("text",),
         dict(steps=10500, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01)),
     "unet": Architecture(
         unet.UNet, unet.UNetConfig, unet.PRESETS, (unet.ResnetBlock, unet.SpatialTransformer),
         ("class", "text", "none"),
-        dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.998, weight_decay=0.01),
+        dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.03, weight_decay=0.01),
         dict(steps=10000, batch_size=32, lr=1e-3)),
 }
 BLOCKS = tuple(block for row in ARCHITECTURES.values() for block in row.blocks) + (text.TextBlock,)

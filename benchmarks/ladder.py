@@ -2,7 +2,7 @@
 
     python benchmarks/ladder.py --list                       # the rungs and their commands (from the root)
     python benchmarks/ladder.py --base dit --seeds 0 1       # measures every rung against the defaults
-    OMP_NUM_THREADS=1 python benchmarks/ladder.py --rungs default short-average     # two of them side by side
+    OMP_NUM_THREADS=1 python benchmarks/ladder.py --rungs default no-cooldown       # two of them side by side
     python benchmarks/ladder.py --table                      # the rows measured so far
 
 A rung is one flag, or two that only make sense together, added to a plain train.py or sample.py command. A
@@ -74,16 +74,13 @@ RUNGS = {
     "interval-0.1": Rung("no guidance in the last tenth of the time either",
                          sample=("--cfg", "2", "--interval", "0.1", "0.8")),
     **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=("--cfg", scale, "--interval", "0", "0.8"))
-       for scale in ("2.1", "2.5", "3")},
+       for scale in ("2.1", "2.2", "2.5", "3")},
     "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
                          sample=("--cfg", "2", "--guide", f"{RUN}/checkpoint-QUARTER.pt")),
     # training
-    "short-average": Rung("the weights are averaged over the last 3 % of the training",
-                          train=("--ema", "0.03")),
-    "stronger": Rung("the same training, a little more guidance", train=("--ema", "0.03"),
-                     sample=("--cfg", "2.2", "--interval", "0", "0.8")),
-    "average-0.06": Rung("the same training, drawn from the average of twice the width",
-                         train=("--ema", "0.03"),
+    "constant-average": Rung("the weights are averaged with a constant decay, the default before",
+                             train=("--ema", "0.998")),
+    "average-0.06": Rung("drawn from the average of twice the width",
                          sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
     "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),

@@ -70,21 +70,25 @@ def test_settings_of_an_earlier_version(tmp_path):
     folder = run.Run(tmp_path)
     folder.settings.write_text(json.dumps(EARLIER, indent=1))
     # paths, intervals and the machine may change; and, where they are asked for, rate, batch and length
+    begun = ["--arch", "dit", "--ema", "0.998"]            # which was the default
     for flags in ([], ["--device", "cpu", "--log-every", "1", "--compile", "--runs-dir", "elsewhere",
                        "--cache-dir", "x"], ["--lr", "0.1"], ["--batch-size", "8"], ["--steps", "2401"]):
-        folder.check_settings(settings.parse(["--arch", "dit", *flags]))
+        folder.check_settings(settings.parse([*begun, *flags]))
     for flags, message in ((["--seed", "1"], "--seed 0, not 1; repeat its settings to continue it"),
                            (["--image-size", "64"], r"--image-size \[32, 32\], not \[64, 64\]; repeat"),
                            (["--conv"], "--conv False, not True"), (["--vae", "x"], "--vae None, not x"),
                            (["--steps", "2399"], "--steps 2400, not 2399; .*, or raise --steps, to")):
         with pytest.raises(ValueError, match=f"{tmp_path} holds a run with {message}"):
-            folder.check_settings(settings.parse(["--arch", "dit", *flags]))
+            folder.check_settings(settings.parse([*begun, *flags]))
     folder.settings.write_text(json.dumps(EARLIER | {"lr": 0.1}))
     with pytest.raises(ValueError, match="--lr 0.1, not 0.004; repeat its settings"):      # by a default only
+        folder.check_settings(settings.parse(begun))
+    folder.settings.write_text(json.dumps(EARLIER))
+    with pytest.raises(ValueError, match="--ema 0.998, not 0.03; repeat its settings"):
         folder.check_settings(settings.parse(["--arch", "dit"]))
     folder.settings.write_text(json.dumps(EARLIER | {"steps": 20}))
     with pytest.raises(ValueError, match="--steps 20, not the default 2400; give --steps 20 to continue it"):
-        folder.check_settings(settings.parse(["--arch", "dit"]))
+        folder.check_settings(settings.parse(begun))
 
 
 def test_a_frozen_encoder_may_move(tmp_path):

@@ -137,7 +137,7 @@ def test_every_kind_of_block_is_compiled():
 @pytest.mark.parametrize("flags, expected", [
     (["--arch", "dit"],
      dict(objective="rf", prediction=None, cond="class", preset="small", steps=2400, batch_size=64, lr=4e-3,
-          warmup=100, ema=0.998, weight_decay=0.01, image_size=[32, 32], name="shapes-dit-rf",
+          warmup=100, ema=0.03, weight_decay=0.01, image_size=[32, 32], name="shapes-dit-rf",
           label_dropout=0.1, cooldown=0.5, clip=1.0, text_encoder=None, vae_preset=None, precision="auto")),
     (["--arch", "mmdit"],
      dict(cond="text", text_encoder="bytes", prediction=None, steps=10500, batch_size=32, lr=1e-3,
