@@ -51,6 +51,7 @@ def test_the_length_of_the_average_is_chosen_afterwards(cwd):
     flags = ["--arch", "dit", *ON_VAE, "--steps", "40", "--save-every", "10"]
     train.main([*flags, "--ema", "0.1", "--name", "widths", "--keep", "4"])
     train.main([*flags, "--ema", "0.13", "--name", "direct"])
+    train.main(["--arch", "dit", *ON_VAE, "--ema", "0.998", "--name", "constant"])
 
     def drawn(run_or_file, *more):
         sample.main([run_or_file, "--n", "4", "--steps", "3", *more, "--out", "w.npz"])
@@ -73,7 +74,7 @@ def test_the_length_of_the_average_is_chosen_afterwards(cwd):
             ("alone.pt", "0.01", r"--ema 0.01: the averages that alone.pt has kept make those between "
                                  r"0\.0\d+ and 0\.2\d*; give one of these, or train with --keep"),
             ("runs/widths", "0.29", "--ema 0.29: must be above 0 and at most 0.28"),
-            ("runs/done", "0.1", "--ema 0.1: runs/done has no averages of which another can be made; its")):
+            ("runs/constant", "0.1", "--ema 0.1: runs/constant has no averages of which another can be")):
         with pytest.raises(ValueError, match=message):
             sample.main([source, "--ema", width])
     with pytest.raises(ValueError, match="--raw with --ema 0.1: the weights themselves, or an average"):

@@ -514,8 +514,9 @@ def test_text_runs_resume_bit_for_bit(cwd, text_runs, monkeypatch):
 
 
 def test_a_run_of_an_earlier_version_resumes(cwd, monkeypatch):
-    """As it was written before settings.py existed: the settings then also held vae_name."""
-    flags = ["--arch", "unet", "--objective", "ddpm", *ON_VAE, "--save-every", "1"]
+    """As it was written before settings.py existed: the settings then also held vae_name, and there was one
+    average, of a constant decay."""
+    flags = ["--arch", "unet", "--objective", "ddpm", *ON_VAE, "--save-every", "1", "--ema", "0.998"]
     train.main([*flags, "--name", "in-one-go"])
     with monkeypatch.context() as patch:
         signal_at(patch, 2)
