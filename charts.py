@@ -96,9 +96,9 @@ class Axis:
 
 def round_numbers(low: float, high: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10(high - low))
-    for finer in (5, 2):
+    for divisor in (2.5, 2):                           # from powers of ten to 4 and then to 2 of them
         if (high - low) / step < 4:
-            step /= finer if finer == 2 else 2.5
+            step /= divisor
     first = math.ceil(low / step)
     return [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]
 

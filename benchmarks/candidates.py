@@ -89,17 +89,22 @@ def muon() -> None:
 
 def with_term(term: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Add term(raw, target), (B,), to the training loss of the straight path."""
+    plain = RectifiedFlow.loss
+
     def loss(self: RectifiedFlow, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None,
              **cond) -> Tensor:
         if t is None:
             t = self.sample_t(len(x0), x0.device)
         if eps is None:
             eps = torch.randn_like(x0)
-        alpha, sigma = self.alpha_sigma(t[:, None, None, None])
-        raw = model(alpha * x0 + sigma * eps, t, **cond).float()
-        target = self.target(x0, eps, t)
-        error = (raw - target).square().flatten(1).mean(1)
-        return error + term(raw, target) if model.training else error
+        raws = []
+
+        def watched(xt: Tensor, t: Tensor, **cond) -> Tensor:
+            raws.append(model(xt, t, **cond))
+            return raws[0]
+
+        error = plain(self, watched, x0, t=t, eps=eps, **cond)
+        return error + term(raws[0].float(), self.target(x0, eps, t)) if model.training else error
 
     RectifiedFlow.loss = loss
 

@@ -229,16 +229,17 @@ class Comparison:
 
     def sample_command(self, cell: Cell, seed: int, evaluation: Evaluation,
                        n: int | None = None) -> list[str]:
-        """n: how many samples; those of the budget where it is left out."""
+        """n: how many samples, to a file of their own; without it, as many as the budget says."""
         run = self.run_folder(cell, seed)
         source = self.source(cell, seed, evaluation)
         if source.name == "checkpoint.pt":
             source = run
+        out = evaluation.file if n is None else f"{evaluation.file}-first-{n}"
         prompts = ["--prompts", str(self.prompts_file(cell.data))] if PICTURES[cell.data].prompts else []
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
         return ["sample.py", str(source), *prompts, *evaluation.flags, *self.budget.sample,
                 "--n", str(n or self.budget.n), "--batch-size", "250",
-                "--seed", str(seed * self.budget.n), "--out", str(run / f"{evaluation.file}.npz")]
+                "--seed", str(seed * self.budget.n), "--out", str(run / f"{out}.npz")]
 
     def commands(self, cell: Cell, seed: int) -> list[list[str]]:
         return [self.vae_command(cell.data), *self.train_commands(cell, seed),

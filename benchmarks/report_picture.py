@@ -130,8 +130,8 @@ def text_picture(title: str, words: list[str]) -> Image.Image:
     image = Image.new("RGB", (WIDTH * SCALE, (30 + 17 * len(lines)) * SCALE), "white")
     pen = ImageDraw.Draw(image)
     pen.text((10 * SCALE, 6 * SCALE), plain(title), "black", font(15))
-    for i, line in enumerate(lines):
-        pen.text((10 * SCALE, (28 + 17 * i) * SCALE), line, "black", font(12))
+    for i, text in enumerate(lines):
+        pen.text((10 * SCALE, (28 + 17 * i) * SCALE), text, "black", font(12))
     return image
 
 

@@ -262,11 +262,14 @@ CORNER_NETWORKS = {
 }
 
 
+CORNERS_AT = Evaluation("euler", 25)
+
+
 def corner_cells() -> Iterator[Cell]:
     """One objective for all. Samples are drawn at every checkpoint."""
     for network, flags in CORNER_NETWORKS.items():
         yield Cell("corners", network, f"corners-{flags[-1]}", flags + OBJECTIVES["rf logit-normal"], tuple(
-            Evaluation("euler", 25, checkpoint=part) for part in range(1, CHECKPOINTS + 1)), "corners")
+            CORNERS_AT._replace(checkpoint=part) for part in range(1, CHECKPOINTS + 1)), "corners")
 
 
 GUIDANCE = 1.5                           # of the pairs of reflow, and that MeanFlow learns

@@ -35,12 +35,12 @@ def claims_table(m: Measured) -> str:
     for claim in CLAIMS:
         comparisons = claim.comparisons(m)
         found = verdict(comparisons)
+        rank = VERDICTS.index(found)
         first, shows = "", ""
         if found != "not measured yet":
             first = f"{comparisons[0].what}: {compared(claim, comparisons[0])}"
             shows = f"[{claim.figure}](benchmarks/pictures/compare-{claim.figure}.png)"
             found = f"**{found}** ({counted(comparisons)})"
-        rank = VERDICTS.index(verdict(comparisons))
         rows.append((rank, f"| {claim.number} | {claim.text} | {first} | {found} | {shows} |"))
     if all(rank == len(VERDICTS) - 1 for rank, _ in rows):
         return ""
@@ -135,13 +135,18 @@ def floor(m: Measured) -> str:
     return f"\n\nReferences for the distance: {'; '.join(texts)}."
 
 
+def series_of(name: str, points: dict, colour: str | None = None, mark: str | None = None) -> list[Series]:
+    """The series of these points, x -> the values of all seeds, without those that have none; no series where
+    no point is left."""
+    points = {x: values for x, values in points.items() if values}
+    return [Series(name, list(points), list(points.values()), colour, mark)] if points else []
+
+
 def grid_chart(m: Measured) -> Chart | None:
     series = []
     for network in NETWORKS:
-        found = {objective: distance(m, network, objective) for objective in OBJECTIVES}
-        found = {objective: values for objective, values in found.items() if values}
-        series.append(Series(network, list(found), list(found.values())))
-    series = [each for each in series if each.x]
+        series += series_of(network, {objective: distance(m, network, objective)
+                                      for objective in OBJECTIVES})
     return Chart("Equal data, equal FLOPs: Fréchet distance, 50 first-order steps, no guidance",
                  "objective", "Fréchet distance", series) if series else None
 
@@ -155,10 +160,7 @@ def error_chart(m: Measured) -> Chart | None:
             for record in m.of("grid", f"{network} {objective}"):
                 for row in record.get("errors", []):
                     points.setdefault(row["step"], []).append(row["velocity"])
-            if points:
-                steps = sorted(points)
-                series.append(Series(f"{network} {objective}", steps, [points[step] for step in steps],
-                                     colour, mark))
+            series += series_of(f"{network} {objective}", dict(sorted(points.items())), colour, mark)
     return Chart("One currency for all losses: error of the velocity on held-out latents", "training step",
                  "mean squared error", series, log_y=True) if series else None
 
@@ -231,10 +233,7 @@ def steps_chart(m: Measured) -> Chart | None:
                 for row in record.get("evaluations", []):
                     if row["sampler"] == solver and row["guidance"] == 1:
                         points.setdefault(row["nfe"], []).append(row["frechet"])
-            if points:
-                order = sorted(points)
-                series.append(Series(f"{cell}, {solver}", order, [points[nfe] for nfe in order],
-                                     colour, mark))
+            series += series_of(f"{cell}, {solver}", dict(sorted(points.items())), colour, mark)
     return Chart("Few steps: Fréchet distance without guidance", "evaluations of the network",
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
@@ -291,10 +290,7 @@ def shift_chart(m: Measured) -> Chart | None:
     series = []
     for colour, side in zip(COLOURS, (32, 64)):
         for mark, (where, by_shift) in zip(MARKS, shift_rows(m, side, SHIFT_STEPS[0]).items()):
-            points = {shift: values for shift, values in by_shift.items() if values}
-            if points:
-                series.append(Series(f"{side} px, {where}", list(points), list(points.values()), colour,
-                                     mark))
+            series += series_of(f"{side} px, {where}", by_shift, colour, mark)
     return Chart("Shifted times: Fréchet distance, 10 Euler steps", "shift", "Fréchet distance",
                  series) if series else None
 
@@ -308,7 +304,7 @@ def size_table(m: Measured) -> str:
             cost = first["flops_per_example"] * first["steps"] * first["batch_size"] / 1e12
             rows.append(f"| {cell.name} | {cost:.0f} "
                         f"| {mean_of(m, 'sizes', cell.name, lambda r: r['errors'][-1]['velocity'], 3)} "
-                        f"| {mean_of(m, 'sizes', cell.name, score('euler 50, guidance 1'), 2)} |")
+                        f"| {mean_of(m, 'sizes', cell.name, score(first_order('rf')), 2)} |")
     if len(rows) == 2:
         return ""
     law = ""
@@ -357,12 +353,10 @@ def corner_table(m: Measured) -> str:
 def corner_chart(m: Measured) -> Chart | None:
     series = []
     for cell in STUDIES["corners"].cells:
-        points = {evaluation.checkpoint / CHECKPOINTS: m.values("corners", cell.name,
-                                                                score(evaluation.label, "agreement"))
-                  for evaluation in cell.evaluations}
-        points = {share: values for share, values in points.items() if values}
-        if points:
-            series.append(Series(cell.name, list(points), list(points.values())))
+        series += series_of(cell.name, {
+            evaluation.checkpoint / CHECKPOINTS: m.values("corners", cell.name,
+                                                          score(evaluation.label, "agreement"))
+            for evaluation in cell.evaluations})
     return Chart("Two far corners: share of samples in which they agree", "share of the training",
                  "share that agrees", series) if series else None
 
@@ -414,11 +408,9 @@ def rate_table(m: Measured) -> str:
 def rate_chart(m: Measured) -> Chart | None:
     series = []
     for network, objective, _ in rate_rows(m):
-        points = {factor: m.values("learning rates", f"{network} {objective} x {factor:g}",
-                                   score(first_order(objective))) for factor in FACTORS}
-        points = {factor: values for factor, values in points.items() if values}
-        series.append(Series(f"{network} {objective}", list(points), list(points.values())))
-    series = [each for each in series if each.x]
+        series += series_of(f"{network} {objective}", {
+            factor: m.values("learning rates", f"{network} {objective} x {factor:g}",
+                             score(first_order(objective))) for factor in FACTORS})
     return Chart("Learning rates an octave apart: Fréchet distance", "learning rate, relative to the default",
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
@@ -514,10 +506,8 @@ def few_step_table(m: Measured) -> str:
 def few_step_chart(m: Measured) -> Chart | None:
     series = []
     for name, cell, scale in FEW_STEPS:
-        points = {count: m.values("few steps", cell, best_within(count, (scale,))) for count in (1, 2, 4, 8)}
-        points = {count: values for count, values in points.items() if values}
-        if points:
-            series.append(Series(name, list(points), list(points.values())))
+        series += series_of(name, {count: m.values("few steps", cell, best_within(count, (scale,)))
+                                   for count in (1, 2, 4, 8)})
     return Chart("One to eight evaluations: Fréchet distance", "evaluations of the network",
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 

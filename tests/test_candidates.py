@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from benchmarks import candidates
 from conftest import ON_VAE
 
@@ -113,7 +112,8 @@ def test_a_run_goes_on_and_is_drawn_from(cwd, monkeypatch, name, capsys):
         monkeypatch.setattr(sys, "argv", ["candidates.py", name, *argv])
         with pytest.MonkeyPatch.context() as patch:        # as a process of its own
             for owner, part in ((tasks.Denoising, "build"), (tasks.Denoising, "__init__"),
-                                (torch.optim, "AdamW"), (dit.DiT, "__init__")):
+                                (torch.optim, "AdamW"), (RectifiedFlow, "loss"), (dit.DiT, "__init__"),
+                                (dit.SelfAttention, "forward")):
                 patch.setattr(owner, part, getattr(owner, part))
             return candidates.main()
 
