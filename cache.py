@@ -104,14 +104,17 @@ class LatentCache:
         mean = total / count
         return torch.from_numpy(mean), torch.from_numpy(total_of_squares / count - mean**2)
 
-    def batch(self, indices: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+    def batch(self, indices: np.ndarray, part: slice = slice(None),
+              generator: torch.Generator | None = None) -> Tensor:
         """z (B, C, h, w) float32, not normalised: drawn from the posteriors of the chosen pictures, each of
-        which is mirrored or not at random where the cache holds both."""
+        which is mirrored or not at random where the cache holds both. part: which of them are returned; the
+        random numbers are drawn for all."""
         # Runs resume bit for bit only as long as the order of these two draws stays: flip, then noise.
         flip = torch.randint(self.latents.shape[1], (len(indices),), generator=generator)
-        chosen = torch.from_numpy(self.latents[indices, flip.numpy()]).float()            # (B, 2, C, h, w)
-        mean, std = chosen.unbind(1)
-        return mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn((len(indices), *self.latents.shape[3:]), generator=generator)
+        chosen = torch.from_numpy(self.latents[indices[part], flip.numpy()[part]]).float()
+        mean, std = chosen.unbind(1)                                                      # (B, 2, C, h, w)
+        return mean + std * noise[part]
 
 
 def pieces(shape: tuple[int, ...]) -> list[range]:

@@ -201,6 +201,13 @@ def monotonic_bars() -> None:
     tqdm._monitor.time = time.monotonic                    # its thread compares with the times of bars
 
 
+def print_error(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+report: Callable[[str], None] = print_error     # ranks.py replaces it where several processes have one error
+
+
 def program(name: str, main: Callable[[], int | None]) -> int:
     """Run main and return the exit status: 0 done, 2 bad input (one line on stderr), 128 + N after signal N.
     Any other exception is a fault of ours: a traceback, and Python's status 1."""
@@ -236,7 +243,7 @@ def program(name: str, main: Callable[[], int | None]) -> int:
             print(f"{name}: stopped by {signal.Signals(received[0]).name}; the same command begins or "
                   "continues it", file=sys.stderr)
         raise
-    print(f"{name}: error: {message}", file=sys.stderr)
+    report(f"{name}: error: {message}")
     return 2
 
 

@@ -118,8 +118,10 @@ class Conditioning:
             options["context_width"] = None    # the presets of Stable Diffusion expect text
         return options
 
-    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
-        """The conditions of training pictures; where `dropped` (B,) is True, the null condition."""
+    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor,
+              part: slice = slice(None)) -> dict[str, Tensor]:
+        """The conditions of training pictures; where `dropped` (B,) is True, the null condition. part: which
+        of the pictures they are returned for; random numbers are drawn for all."""
         return {}
 
     def validation(self, model: nn.Module, part: slice = slice(None)) -> dict[str, Tensor]:
@@ -191,11 +193,12 @@ class Labels(Conditioning):
             turn = torch.arange(pairs + VALIDATED) % len(self.classes)
             self.labels, self.val_labels = turn[:pairs], turn[pairs:]
 
-    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
+    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor,
+              part: slice = slice(None)) -> dict[str, Tensor]:
         if not self.classes:
             return {}
         null = len(self.classes)
-        y = torch.where(dropped, null, self.labels[torch.from_numpy(indices)])
+        y = torch.where(dropped[part], null, self.labels[torch.from_numpy(indices[part])])
         return {"y": send(y, self.device)}
 
     def validation(self, model: nn.Module, part: slice = slice(None)) -> dict[str, Tensor]:
@@ -366,19 +369,22 @@ class Words(Conditioning):
         """The conditions of these captions, in training."""
         return network_inputs(model, self.table or model.text, prompts, self.device)
 
-    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor) -> dict[str, Tensor]:
+    def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor,
+              part: slice = slice(None)) -> dict[str, Tensor]:
+        seeds = torch.zeros(len(indices), dtype=torch.long)
+        if self.vary:
+            # By torch's generator, whose state the checkpoint holds: a resumed run rewords the same way.
+            seeds[~dropped] = torch.randint(2**31, (int((~dropped).sum()),))
         prompts = []
-        for index, drop in zip(indices, dropped.tolist()):
-            prompts.append("" if drop else self.caption(index))
+        for index, drop, seed in zip(indices[part], dropped[part].tolist(), seeds[part].tolist()):
+            prompts.append("" if drop else self.caption(index, seed))
         return self.encode(model, prompts)
 
-    def caption(self, index: int) -> str:
+    def caption(self, index: int, seed: int) -> str:
         """The caption of a training picture, reworded if the data has a function for that."""
         caption = self.captions[index]
         if self.vary:
-            # Seeded by torch's generator, whose state the checkpoint holds: a resumed run rewords the same
-            # way.
-            caption = self.vary(caption, np.random.default_rng(torch.randint(2**31, ()).item()))
+            caption = self.vary(caption, np.random.default_rng(seed))
         return caption
 
     def validation(self, model: nn.Module, part: slice = slice(None)) -> dict[str, Tensor]:

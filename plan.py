@@ -34,7 +34,9 @@ from conditioning import Conditioning
 from data import find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
+from parallel import check_tensor_parallel
 from published import check_weights
+from ranks import ALONE, Ranks
 from run import (Run, build_model, build_path, checkpoint_blocks, latent_space, load_checkpoint, load_vae,
                  make_config, unpack_vae)
 from settings import ARCHITECTURES
@@ -58,6 +60,7 @@ class Plan:
     reflow: dict | None = None                   # the checkpoint of the run that draws the pairs of --reflow
     pairs_stamp: dict | None = None              # what the pairs were drawn from, where this run goes on
     memory: int = 0                              # bytes that training needs at least
+    ranks: Ranks = ALONE                         # the processes that share the training
 
     @property
     def number_format(self) -> str:
@@ -67,10 +70,12 @@ class Plan:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
+def prepare(args: argparse.Namespace, folder: Folder | None = None, ranks: Ranks = ALONE) -> Plan:
     """The plan of a run, made without writing anything. folder: the listing of --data, if it was made before.
-    Raises ValueError with a line for the user if something cannot work."""
-    run = Run(Path(args.runs_dir) / args.name)
+    ranks: the processes that share the training. Raises ValueError with a line for the user if something
+    cannot work."""
+    run = Run(Path(args.runs_dir) / args.name, writes=ranks.first)
+    check_ranks(args, ranks)
     check_names({"--runs-dir": Path(args.runs_dir), "--cache-dir": Path(args.cache_dir or "."),
                  "--name": run.folder, "--data": Path(args.runs_dir) / settings.vae_name(args)})
     if args.keep_best and (run.folder / "best.pt").is_dir():
@@ -79,7 +84,7 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
     begun = run.load()
     if begun:
         check_begun(args, run, begun)
-    device = settings.pick_device(args.device)
+    device = settings.pick_device(args.device, ranks.local)
     if args.compile:
         settings.check_compiler(device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and settings.has_bf16(device))
@@ -90,7 +95,7 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
     condition = conditioning.of_settings(cond, settings.text_config(args), args.label_dropout, device)
     if args.preview_prompts:
         condition.preview_prompts = conditioning.read_prompts("--preview-prompts", args.preview_prompts)
-    plan = Plan(run, device, bf16, condition, words, run.folder, folder=folder)
+    plan = Plan(run, device, bf16, condition, words, run.folder, folder=folder, ranks=ranks)
     if begun and begun["training"]["finished"] and begun["step"] >= args.steps:
         earlier = run.read_settings() or {}
         for name in args.asked:
@@ -127,6 +132,22 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None) -> Plan:
         check_initial(args, initial, plan)
     check_shapes(args, vae_config, condition, plan)
     return plan
+
+
+def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Refuse what these processes cannot share."""
+    if args.shard and ranks.size == 1:
+        raise ValueError("--shard: cuts the weights over several processes; start them with torchrun, or "
+                         "leave it out")
+    if ranks.size % args.tensor_parallel:
+        raise ValueError(f"--tensor-parallel {args.tensor_parallel}: does not divide the {ranks.size} "
+                         "processes; give a divisor, or 1")
+    ranks.tensor = args.tensor_parallel
+    pieces = args.accumulate * ranks.shares
+    if args.batch_size % pieces:
+        raise ValueError(f"--batch-size {args.batch_size}: {ranks.shares} processes or groups of them, each "
+                         f"with {args.accumulate} pieces (--accumulate), cannot share it; give a multiple of "
+                         f"{pieces}")
 
 
 def check_begun(args: argparse.Namespace, run: Run, begun: dict) -> None:
@@ -350,6 +371,8 @@ def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Con
         why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
         raise ValueError("--image-size {} {}: height must be a multiple of {} and width of {} ({})".format(
             *args.image_size, *need, why))
+    if args.arch != "vae":
+        check_tensor_parallel(network, ARCHITECTURES[args.arch].blocks, plan.ranks.tensor)
     check_size(args, plan, autoencoder, network)
 
 
@@ -483,14 +506,16 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     for trained, model in ((plan.vae_args, autoencoder), (args, network)):
         if trained is None:                                # no VAE is trained first
             continue
-        piece = trained.batch_size // trained.accumulate
+        piece = trained.batch_size // trained.accumulate // plan.ranks.shares
         batch = piece * bytes_per_picture(trained, model, latent, plan.conditioning)
         if plan.bf16:
             batch //= 2                                    # autocast keeps most in bf16
         if trained.compile:
             batch //= 2                                    # a compiled block keeps less, computes it again
-        copies = 4 + len(ema.widths_kept(trained.ema))
-        need = {"the weights and their optimizer": 4 * copies * sum(p.numel() for p in model.parameters()),
+        weights = 4 * (4 + len(ema.widths_kept(trained.ema))) * sum(p.numel() for p in model.parameters())
+        if trained.shard:
+            weights //= plan.ranks.size
+        need = {"the weights and their optimizer": weights,
                 f"a batch of {piece:,}": batch}
         if plan.device.type == "cpu" and not plan.folder:  # a folder's pictures are memory-mapped
             need |= pictures

@@ -22,8 +22,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.utils.checkpoint
@@ -32,10 +33,12 @@ from torch import Tensor
 
 import charts
 import ema
+import parallel
 import published
 import settings
 from cli import Flag, make_parser, nonempty, program
 from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
+from parallel import Sharding
 from published import check_finite, check_weights, load_weights
 from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
 from text import TextConfig, TextEncoder
@@ -45,10 +48,12 @@ from vae import VAE
 # ---- the folder
 
 class Run:
-    """The folder of one run."""
+    """The folder of one run. writes: False in a process that shares the training with the one that writes;
+    it reads the files, and keeps its records, but leaves all files as they are."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, writes: bool = True):
         self.folder = folder
+        self.writes = writes
         self.checkpoint = folder / "checkpoint.pt"
         self.settings = folder / "settings.json"
         self.metrics = folder / "metrics.jsonl"
@@ -57,6 +62,9 @@ class Run:
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Keep other processes from training in the folder."""
+        if not self.writes:
+            yield
+            return
         with ExitStack() as stack:
             try:
                 written = (self.checkpoint, self.settings, self.metrics, self.folder / "loss.png",
@@ -82,12 +90,24 @@ class Run:
                 raise damaged(self.checkpoint, f"training.{part}", training[part])
         return checkpoint
 
+    def write(self, name: str, content: Callable[[IO[bytes]], object]) -> None:
+        """Replace a file of the folder as a whole."""
+        if self.writes:
+            write_atomically(self.folder / name, content)
+
     def save(self, checkpoint: dict) -> None:
-        write_atomically(self.checkpoint, lambda file: torch.save(checkpoint, file))
+        self.write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        # What several processes have written beside earlier checkpoints, unless these are kept.
+        for folder in self.folder.glob("optimizer-*") if self.writes else ():
+            step = folder.name.removeprefix("optimizer-")
+            if step != f"{checkpoint['step']:06d}" and not (self.folder / f"checkpoint-{step}.pt").exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, name: str) -> None:
         """Keep the present checkpoint under this name too. A second name of the same file takes no space
         until the checkpoint is replaced."""
+        if not self.writes:
+            return
         target = self.folder / name
         fresh = fresh_file(self.folder / "kept.pt")
         try:
@@ -115,13 +135,15 @@ class Run:
 
     def keep_latest(self, step: int, count: int) -> None:
         """Keep the present checkpoint as checkpoint-STEP.pt, and of those so named the latest `count`."""
+        if not self.writes:
+            return
         self.keep(f"checkpoint-{step:06d}.pt")
         kept = [path for path in self.folder.glob("checkpoint-*.pt") if path.stem[11:].isdecimal()]
         for path in sorted(kept, key=lambda path: int(path.stem[11:]))[:-count]:
             path.unlink()
 
     def save_picture(self, name: str, picture: Image.Image) -> None:
-        write_atomically(self.folder / name, lambda file: picture.save(file, "PNG"))
+        self.write(name, lambda file: picture.save(file, "PNG"))
 
     # ---- settings
 
@@ -145,7 +167,7 @@ class Run:
 
     def write_settings(self, args: argparse.Namespace) -> None:
         text = json.dumps({name: getattr(args, name) for name in settings.ROWS}, indent=1)
-        write_atomically(self.settings, lambda file: file.write(text.encode()))
+        self.write("settings.json", lambda file: file.write(text.encode()))
 
     def check_settings(self, args: argparse.Namespace) -> None:
         """Refuse a folder that holds a run with other settings."""
@@ -191,10 +213,12 @@ class Run:
         """Read the records up to this step and drop later ones, which the resumed run will write again."""
         self.records = [record for record in self.read_metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in self.records)
-        write_atomically(self.metrics, lambda file: file.write(text.encode()))
+        self.write("metrics.jsonl", lambda file: file.write(text.encode()))
 
     def record(self, entry: dict) -> None:
         self.records.append(entry)
+        if not self.writes:
+            return
         try:
             with open(self.metrics, "a") as out:
                 out.write(json.dumps(entry) + "\n")
@@ -203,7 +227,7 @@ class Run:
                       "training goes on without")
 
     def plot_loss(self) -> None:
-        picture = loss_curve(self.records)
+        picture = loss_curve(self.records) if self.writes else None
         if picture is not None:
             self.save_picture("loss.png", picture)
 
@@ -463,34 +487,72 @@ class State:
     """The parts of a run that training steps change."""
     model: torch.nn.Module
     averages: dict[float, torch.nn.Module]             # by --ema's length: the model with averaged weights
-    optimizer: torch.optim.Optimizer
     device: torch.device
+    optimizer: torch.optim.Optimizer | None = None     # made last, of the weights as they are then
+    # Where several processes train, models are called by way of a step: see parallel.py.
+    steps: dict[torch.nn.Module, torch.nn.Module] = field(default_factory=dict)
+    sharding: Sharding | None = None
 
     @property
     def ema(self) -> torch.nn.Module:
         """The average that is validated, drawn from and exported."""
         return next(iter(self.averages.values()))
 
+    def shard(self, sharding: Sharding) -> None:
+        """Keep only this process's share of all weights."""
+        self.sharding = sharding
+        for network in (self.model, *self.averages.values()):
+            self.steps[network] = sharding.shard(network, trained=network is self.model)
+
+    def run(self, network: torch.nn.Module, call: Callable, *inputs):
+        """call(network, *inputs)."""
+        return parallel.run(self.steps.get(network), network, call, *inputs)
+
+    def clip_gradients(self, most: float) -> Tensor:
+        """Scale the gradients so that their norm is at most this. Returns that norm before."""
+        if self.sharding is not None:
+            return self.sharding.finish_gradients(self.model, most)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
+
     @torch.no_grad()
     def average(self, step: int) -> None:
         """Add the weights of this step, from 1, to the averages."""
-        weights = list(self.model.parameters())
+        weights = list(map(parallel.local, self.model.parameters()))
         for length, network in self.averages.items():
             # average = share * average + (1 - share) * weights, for all weights in one call
-            torch._foreach_lerp_(list(network.parameters()), weights, 1 - ema.remains(length, step))
+            torch._foreach_lerp_(list(map(parallel.local, network.parameters())), weights,
+                                 1 - ema.remains(length, step))
+
+    def whole(self, network: torch.nn.Module) -> dict[str, Tensor]:
+        """The state dict, with whole weights also where each process has a share of them."""
+        return network.state_dict() if self.sharding is None else self.sharding.state_of(network)
+
+    def whole_average(self, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+        """The average, with all of its weights in this process. build: makes such a network."""
+        if self.sharding is None:
+            return self.ema
+        with torch.random.fork_rng():                  # its initial weights are replaced
+            network = build()
+        network.load_state_dict(self.sharding.state_of(self.ema, everywhere=True))
+        return network.to(self.device).eval().requires_grad_(False)
 
     def weights(self) -> dict:
-        parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
-        if len(self.averages) > 1:                     # "ema" is one of them; a file holds a tensor only once
-            parts["averages"] = [{"width": length, "state": network.state_dict()}
-                                 for length, network in self.averages.items()]
+        states = {length: self.whole(network) for length, network in self.averages.items()}
+        parts = {"model": self.whole(self.model), "ema": next(iter(states.values()))}
+        if len(states) > 1:                            # "ema" is one of them; a file holds a tensor only once
+            parts["averages"] = [{"width": length, "state": state} for length, state in states.items()]
         return parts
 
-    def training(self) -> dict:
+    def training(self, run: Run, step: int) -> dict:
         """What a resumed run needs besides the weights. The position in the data is not among it, because
         data.batch_indices is a function of the step."""
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        if self.sharding is None:
+            optimizer = self.optimizer.state_dict()
+        else:                                          # never whole in one process: a folder beside the file
+            optimizer = {"folder": f"optimizer-{step:06d}", "tensor": self.sharding.tensor}
+            parallel.save_moments(run.folder / optimizer["folder"], self.model, self.optimizer)
+        return {"optimizer": optimizer, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
     def restore(self, saved: dict, what: str) -> None:
         theirs = make_config(saved["arch"], type(self.model.config), saved["config"])
@@ -498,17 +560,18 @@ class State:
             if getattr(theirs, name) != value:
                 raise ValueError(f"{what}: its network has {name} {getattr(theirs, name)}, where these "
                                  f"settings make it {value}; give the settings that it began with")
-        load_weights(self.model, saved["model"], what)
+        self.load(self.model, saved["model"], what)
         kept = {average["width"]: average["state"] for average in saved.get("averages", ())}
         for length, network in self.averages.items():
             state = saved["ema"] if network is self.ema else kept.get(length)
             if state is None:
                 raise ValueError(f"{what}: damaged, or of another version: it lacks the average of width "
                                  f"{length:g}; use another --name")
-            load_weights(network, state, what)
+            self.load(network, state, what)
         training = saved["training"]
         try:
-            self.optimizer.load_state_dict(training["optimizer"])
+            self.restore_optimizer(training["optimizer"], Path(what).parent,
+                                   ARCHITECTURES[saved["arch"]].blocks)
             torch.set_rng_state(training["rng"])
             if self.device.type == "cuda" and training.get("cuda_rng") is not None:
                 torch.cuda.set_rng_state(training["cuda_rng"], self.device)
@@ -516,11 +579,32 @@ class State:
             raise ValueError(f"{what}: damaged, or of another version: its optimizer or generator does not "
                              f"fit ({type(error).__name__}); use another --name") from None
         for values in self.optimizer.state.values():
-            check_finite({f"the optimizer's {name}": value for name, value in values.items()
+            check_finite({f"the optimizer's {name}": parallel.local(value) for name, value in values.items()
                           if isinstance(value, Tensor)}, what)
 
+    def load(self, network: torch.nn.Module, state: dict[str, Tensor], what: str) -> None:
+        if self.sharding is None:
+            load_weights(network, state, what)
+        else:
+            check_weights(network, state, what)
+            self.sharding.load(network, state)
+
+    def restore_optimizer(self, saved: dict, folder: Path, blocks: tuple[type, ...]) -> None:
+        """saved: what `training` stored, in this or in another layout of processes. folder: of the run.
+        blocks: those of the network that can be tensor parallel."""
+        if "folder" in saved:
+            is_cut = self.sharding is not None and self.sharding.tensor > 1
+            cuts = self.sharding.cuts if is_cut else parallel.cuts_of(self.model, blocks)
+            parallel.load_moments(folder / saved["folder"], saved["tensor"], self.model, self.optimizer,
+                                  self.sharding, cuts)
+        elif self.sharding is not None:
+            parallel.share_moments(saved, self.model, self.optimizer, self.sharding)
+        else:
+            self.optimizer.load_state_dict(saved)
+
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters())
+        finite = all(bool(torch.isfinite(parallel.local(weight)).all()) for weight in self.model.parameters())
+        return finite if self.sharding is None else self.sharding.everywhere(finite)
 
 
 # ---- building what a checkpoint holds

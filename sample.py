@@ -39,6 +39,7 @@ from conditioning import Asked
 from ema import WIDEST
 from files import (Unfinished, check_space, check_writable, digest, fingerprint_tensors, unfinished_file,
                    write_atomically, write_npz)
+from ranks import ALONE, Ranks, launched
 from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
 from published import load_weights
 from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
@@ -185,18 +186,26 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
 
 def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], asked: Asked, seeds: range,
                  batch_size: int, first: int = 0, progress: Callable[[float], None] = lambda done: None,
-                 guide: Guide | None = None, **how) -> Iterator[np.ndarray]:
+                 guide: Guide | None = None, ranks: Ranks = ALONE, **how) -> Iterator[np.ndarray]:
     """The pictures that were asked for, from the first on, batch by batch; `how` is passed to `draw`.
-    progress(done) is called after each step with how many are done; of the present batch, a share."""
+    progress(done) is called after each step with how many are done; of the present batch, a share. ranks: the
+    processes that draw one batch each at a time; rank 0 gets the pictures of all, in their order."""
     weak = None if guide is None else guide.network
-    for start in range(first, len(seeds), batch_size):
-        part = seeds[start:start + batch_size]
-        cond, uncond = asked.batch(start, len(part))       # uncond: the null condition, once per picture
-        if guide is not None:
-            uncond, _ = guide.asked.batch(start, len(part))         # the same conditions as cond
-        yield draw(model, vae, path, shape, part, cond, uncond, weak=weak,
-                   progress=lambda share: progress(start + share * len(part)), **how)
-        progress(start + len(part))
+    for begin in range(first, len(seeds), batch_size * ranks.size):
+        end = min(begin + batch_size * ranks.size, len(seeds))         # of the batches drawn side by side
+        start = begin + ranks.rank * batch_size
+        part = seeds[start:min(start + batch_size, end)]   # may be empty for the last ranks
+        images = None
+        if len(part) > 0:
+            cond, uncond = asked.batch(start, len(part))   # uncond: the null condition, once per picture
+            if guide is not None:
+                uncond, _ = guide.asked.batch(start, len(part))     # the same conditions as cond
+            images = draw(model, vae, path, shape, part, cond, uncond, weak=weak,
+                          progress=lambda share: progress(begin + share * (end - begin)), **how)
+        for found in ranks.gathered(images):
+            if found is not None:
+                yield found
+        progress(end)
 
 
 def picture_bar(total: int, first: int = 0, **options) -> tqdm:
@@ -212,7 +221,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     """Refuse flags that contradict each other, whatever the run."""
     # Where the output goes is checked first, so that nothing is drawn that cannot be written.
     out = Path(args.out)
@@ -222,6 +231,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if kind and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     check_writable(out)
+    if kind == ".gif" and ranks.size > 1:
+        raise ValueError(f"--out {out}: a .gif is drawn by one process; start it with python")
     if out.exists() and out.is_dir() == bool(kind):        # a name without an ending means a folder
         found = "folder" if kind else "file"
         raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
@@ -269,6 +280,22 @@ def check_size(args: argparse.Namespace, size: tuple[int, int], channels: int, f
             raise ValueError(f"--n {args.n} --steps {frames} --out {out}: {frames:,} frames, each {error}, "
                              "or give fewer --steps") from None
         raise ValueError(f"--n {args.n} --out {out}: {error}") from None
+
+
+def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, device: torch.device) -> None:
+    """Refuse a batch that the VAE cannot decode in the memory of the device."""
+    # Input and output, in fp32, of a convolution of the decoder's last level: the very least.
+    at_once = min(args.batch_size, args.n)
+    need = {f"decoding {at_once:,} pictures": at_once * math.prod(size) * vae.config.widths[0] * 2 * 4}
+    check_room(f"--batch-size {args.batch_size}", need, memory(device), f"memory ({device.type})",
+               "give a smaller one")
+
+
+def read_network(args: argparse.Namespace) -> dict:
+    """The checkpoint to draw with."""
+    if args.published:
+        return load_published(args.published, args.weights, args.vae)
+    return load_checkpoint(args.run)
 
 
 def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
@@ -515,21 +542,24 @@ def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device
 # ---- the program
 
 def main(argv: list[str] | None = None) -> None:
+    with launched() as ranks:              # of one process, or of several that torchrun has started
+        run_command(argv, ranks)
+
+
+def run_command(argv: list[str] | None, ranks: Ranks) -> None:
+    """What this process does of the command."""
     args = parse_args(argv)
-    check_flags(args)
-    device = pick_device(args.device)
+    check_flags(args, ranks)
+    device = pick_device(args.device, ranks.local)
     if args.compile:
         check_compiler(device)
 
     # ---- the checkpoint, and what the flags mean for it; nothing is built until they are checked
-    if args.published:
-        what = args.weights
-        checkpoint = load_published(args.published, args.weights, args.vae)
-    else:
-        what = args.run
-        checkpoint = load_checkpoint(args.run)
+    what = args.run or args.weights
+    checkpoint = read_network(args)
     if checkpoint["arch"] == "vae":
-        reconstruct(args, checkpoint, device)
+        if ranks.first:
+            reconstruct(args, checkpoint, device)
         return
     if args.init_image and len(args.init_image) > 1:
         raise ValueError(f"--init-image {' '.join(args.init_image)}: a network begins with one picture; give "
@@ -546,11 +576,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
     weaker = read_guide(args, checkpoint, vae)
     check_size(args, size, vae.config.image_channels, steps)
-    # Input and output, in fp32, of a convolution of the decoder's last level: the very least.
-    at_once = min(args.batch_size, args.n)
-    need = {f"decoding {at_once:,} pictures": at_once * math.prod(size) * vae.config.widths[0] * 2 * 4}
-    check_room(f"--batch-size {args.batch_size}", need, memory(device), f"memory ({device.type})",
-               "give a smaller one")
+    check_decoding(args, size, vae, device)
 
     # ---- the network, the VAE and their inputs
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
@@ -580,13 +606,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # A generator, so that each batch can be written before the next is drawn.
     def batches(first: int = 0, on_step: Callable | None = None) -> Iterator[np.ndarray]:
+        first = ranks.highest(first)                       # rank 0 knows how many are there
         written.append(first)
         seeds = range(args.seed, args.seed + args.n)
         with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {scale:g}") as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")):
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
                                        progress=lambda done: bar.update(done - bar.n),
-                                       image=image, mask=mask, on_step=on_step, guide=guide, **how):
+                                       image=image, mask=mask, on_step=on_step, guide=guide,
+                                       ranks=ranks, **how):
                 yield images
                 written.append(written[-1] + len(images))
 
@@ -601,7 +629,10 @@ def main(argv: list[str] | None = None) -> None:
                  "pictures": digest(*(part.numpy() for part in (image, mask) if part is not None))}
         return {flag: getattr(args, flag) for flag in flags} | how | parts | {"device": device.type}
 
-    # ---- draw and write
+    # ---- draw, and write on rank 0
+    if not ranks.first:
+        list(batches())                                    # nothing, but its share has been drawn
+        return
     write(args, batches, asked, (*size, vae.config.image_channels), settings, written)
     print(args.out)
 

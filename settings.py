@@ -250,6 +250,11 @@ FLAGS = {
         Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", nonempty, "auto", resumable=True),
         Flag("--precision", "auto (default: bf16 where the hardware multiplies it), bf16, fp32",
              one_of(("auto", "bf16", "fp32")), "auto"),
+        Flag("--shard", "of several processes (torchrun), let each hold only a share of weights, gradients, "
+                        "optimizer and averages", resumable=True),
+        Flag("--tensor-parallel", "dit, mmdit: so many processes work on the same pictures, each with a part "
+                                  "of the heads and hidden channels; implies --shard (default: 1)",
+             integer(1), 1, metavar="N", resumable=True),
         Flag("--compile", "torch.compile the network, block by block", resumable=True),
         Flag("--grad-checkpoint", "keep only the input of each block and recompute the rest in the backward "
                                   "pass", resumable=True),
@@ -326,6 +331,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     # A run that goes on changes only what its command names; a default changes nothing.
     args.asked = [name for name in CHANGEABLE if given(ROWS[name], args)]
     fill_defaults(args)
+    if args.tensor_parallel > 1:
+        if args.arch not in TRANSFORMER["arch"]:
+            raise ValueError(f"--tensor-parallel {args.tensor_parallel}: cuts the blocks of dit and mmdit, "
+                             f"not of {args.arch}; leave it out")
+        args.shard = True
     if args.batch_size % args.accumulate:
         raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
     return args
@@ -614,16 +624,26 @@ def text_config(args: argparse.Namespace) -> dict | None:
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """"auto" takes CUDA, then MPS, then the CPU. Raises ValueError for a device that is not available."""
+def pick_device(name: str = "auto", local: int | None = None) -> torch.device:
+    """"auto" takes CUDA, then MPS, then the CPU. local: the number of this process among several on this
+    machine, each of which has a GPU of its own. Raises ValueError for a device that is not available."""
     present = ["cpu"]
     if torch.backends.mps.is_available():
         present.insert(0, "mps")
     if torch.cuda.is_available():
         present.insert(0, "cuda")
+    several = local is not None and name in ("auto", "cuda")
+    if several and "cuda" in present:
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU of its own, as there are "
+                             f"{torch.cuda.device_count()}; start as many by --nproc-per-node, or give "
+                             "--device cpu")
+        return torch.device("cuda", local)
     if name == "auto":
         return torch.device(present[0])
     kind, _, index = name.partition(":")
+    if index and local is not None:
+        raise ValueError(f"--device {name}: each of several processes takes a GPU of its own; give cuda")
     known = kind in present
     if index:
         known = known and kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()

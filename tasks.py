@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from cli import program
 from conditioning import VALIDATED
 from data import Dataset, load_shapes, send
 from files import fingerprint_tensors
+from ranks import Ranks
 from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare, reflow_scale
 from run import build_model, build_path, encoder_fingerprint
@@ -43,16 +44,16 @@ PREVIEW_BATCH = 64     # pictures drawn at a time, for samples.png and previews
 
 # ---- what is done outside training steps: in how many pieces, and when it ends
 
-def at_once(args: argparse.Namespace, most: int, size: tuple[int, int] | None = None) -> int:
-    """How many of `most` pictures to take at a time where no gradients are kept. size: of pictures that pass
-    the VAE, which needs much memory for large ones.
+def at_once(args: argparse.Namespace, ranks: Ranks, most: int, size: tuple[int, int] | None = None) -> int:
+    """How many of `most` pictures to take at a time where no gradients are kept. ranks: the processes that
+    share each batch. size: of pictures that pass the VAE, which needs much memory for large ones.
 
     What fits is known from the training step. It keeps the outputs of all layers, dozens of them, where a
     pass without gradients holds two or three at a time: at least four times as many pictures fit. A step with
     --grad-checkpoint keeps few, so no more pictures than it has may fit."""
     if size is not None:
         most = len(pieces((most, *size, 1))[0])
-    piece = args.batch_size // args.accumulate
+    piece = args.batch_size // args.accumulate // ranks.shares
     return min(most, piece if args.grad_checkpoint else 4 * piece)
 
 
@@ -83,6 +84,7 @@ class Autoencoding:
         self.data = data
         self.cache_dir = cache_dir
         self.device = plan.device
+        self.ranks = plan.ranks
         self.count = len(data)
         self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
 
@@ -90,17 +92,20 @@ class Autoencoding:
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
 
     def loss(self, model: VAE, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B,) loss, and (B,) zeros in place of times, which a VAE does not have."""
-        x = to_tensor(self.data.images[indices])                       # (B, C, H, W) in [-1, 1]
+        """(B,) loss, and (B,) zeros in place of times, which a VAE does not have; of this rank's part of the
+        batch."""
+        part = self.ranks.part(len(indices))
+        x = to_tensor(self.data.images[indices[part]])                 # (B, C, H, W) in [-1, 1]
         if self.args.flip:                                             # each picture independently
-            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+            mirrored = torch.rand(len(indices), 1, 1, 1) < 0.5
+            x = torch.where(mirrored[part], x.flip(-1), x)
         loss, _ = model.loss(send(x, self.device), self.args.kl_weight, noise=self.args.latent_noise,
-                             equivariance=self.args.equivariance)
+                             equivariance=self.args.equivariance, rows=(len(indices), part))
         return loss, loss.new_zeros(len(x))
 
     def validate(self, model: VAE, stop: list[int]) -> dict:
         generator = torch.Generator(self.device).manual_seed(0)        # the same noise each time
-        size = at_once(self.args, VALIDATED, self.val.shape[2:])
+        size = at_once(self.args, self.ranks, VALIDATED, self.val.shape[2:])
         losses, latents = [], []
         totals = {"psnr": 0.0, "kl": 0.0}
         for x in watched(self.val.split(size), stop, "validate"):
@@ -117,16 +122,16 @@ class Autoencoding:
     def preview(self, model: VAE, stop: list[int], rows: int = 0) -> Image.Image:
         """Pictures, each with its reconstruction below."""
         x = self.val[:32]                                              # 16 pictures per row
-        parts = x.split(at_once(self.args, 16, x.shape[2:]))
+        parts = x.split(at_once(self.args, self.ranks, 16, x.shape[2:]))
         again = torch.cat([model.decode(model.encode(part).mean)
                            for part in watched(parts, stop, "reconstruct")])
         pairs = [torch.cat(pair) for pair in zip(x.split(16), again.split(16))]
         return grid(to_uint8(torch.cat(pairs)), columns=min(16, len(x)))
 
-    def finish(self, networks: list[VAE]) -> None:
-        """Measure the scale of the latents, once, with the averaged weights, which later runs use. networks:
-        the trained one and its averages, of which later runs use the first."""
-        mean, var = encode_latents(self.args, networks[1], self.data, self.cache_dir).statistics()
+    def finish(self, networks: list[VAE], average: Callable[[], VAE]) -> None:
+        """Measure the scale of the latents, once. networks: the trained one and its averages. average: makes
+        the first of these, which later runs use, with all of its weights in this process."""
+        mean, var = encode_latents(self.args, self.ranks, average(), self.data, self.cache_dir).statistics()
         for network in networks:
             network.set_latent_statistics(mean, var)
 
@@ -137,6 +142,7 @@ class Denoising:
     def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
         self.args = args
         self.device = plan.device
+        self.ranks = plan.ranks
         self.vae = plan.vae.to(plan.device)
         self.conditioning = plan.conditioning
         self.objective = settings.objective_config(args)
@@ -147,11 +153,11 @@ class Denoising:
             self.count = len(self.pairs) - VALIDATED
             self.conditioning.take_turns(self.count)
         else:
-            self.cache = encode_latents(args, self.vae, data, cache_dir)
+            self.cache = encode_latents(args, self.ranks, self.vae, data, cache_dir)
             self.count = len(data)
         # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
         # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.
-        parts = to_tensor(val.images[:VALIDATED]).split(at_once(args, 32, val.images.shape[1:3]))
+        parts = to_tensor(val.images[:VALIDATED]).split(at_once(args, self.ranks, 32, val.images.shape[1:3]))
         with torch.no_grad():
             self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
                                  for x in tqdm(parts, desc="encode validation pictures", leave=False)])
@@ -168,21 +174,23 @@ class Denoising:
         return build_model(self.args.arch, config, self.conditioning.text)
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B,) loss and the (B,) times at which it was taken."""
+        """(B,) loss and the (B,) times at which it was taken; of this rank's part of the batch."""
         # Keep the order of the random draws (latent, dropout, rewording, time, noise): otherwise a seed would
         # mean another run, and runs that began before the change would not resume bit for bit.
-        fixed = {}
+        n = len(indices)
+        part = self.ranks.part(n)                                      # of numbers that are drawn for all
         if self.pairs is not None:
-            x0, eps = (send(part, self.device) for part in self.pairs.batch(indices))
-            fixed["eps"] = eps                                         # the one that x0 was drawn from
+            x0, eps = (send(half, self.device) for half in self.pairs.batch(indices[part]))
         else:
-            z = self.cache.batch(indices)                              # a fresh draw from the posterior
+            z = self.cache.batch(indices, part)                        # a fresh draw from the posterior
             x0 = self.vae.normalize(send(z, self.device))              # (B, C, h, w), mean 0 and std 1
-        dropped = torch.rand(len(x0)) < self.args.label_dropout        # each example independently
-        cond = self.conditioning.batch(model, indices, dropped)        # y, or context, mask, pooled
-        times = {name: send(part, self.device) for name, part in self.path.sample_times(len(x0)).items()}
-        fixed |= self.guiding(model, dropped)
-        return self.path.loss(model, x0, **times, **fixed, **cond), times["t"]
+        dropped = torch.rand(n) < self.args.label_dropout              # each example independently
+        cond = self.conditioning.batch(model, indices, dropped, part)  # y, or context, mask, pooled
+        times = {name: send(t[part], self.device) for name, t in self.path.sample_times(n).items()}
+        if self.pairs is None:                                         # else the one that x0 was drawn from
+            eps = torch.randn(n, *x0.shape[1:], device=self.device)[part]
+        fixed = self.guiding(model, dropped[part])
+        return self.path.loss(model, x0, eps=eps, **times, **fixed, **cond), times["t"]
 
     def guiding(self, model: torch.nn.Module, dropped: Tensor) -> dict:
         """Further arguments of a loss that learns guided velocities. dropped (B,), bool: where there is no
@@ -196,7 +204,7 @@ class Denoising:
 
     def validate(self, model: torch.nn.Module, stop: list[int]) -> dict:
         losses = []
-        size = at_once(self.args, VALIDATED)
+        size = at_once(self.args, self.ranks, VALIDATED)
         for start in watched(range(0, len(self.x0), size), stop, "validate"):
             part = slice(start, min(start + size, len(self.x0)))
             cond = self.conditioning.validation(model, part)
@@ -216,7 +224,8 @@ class Denoising:
         defaults = OBJECTIVES[self.objective["name"]]
         # Picture i is drawn with seed i in every preview, so that previews of two steps can be compared.
         seeds = range(len(asked.turn))
-        size = max(1, at_once(self.args, 2 * PREVIEW_BATCH) // 2)      # guidance takes each picture twice
+        # Guidance takes each picture twice.
+        size = max(1, at_once(self.args, self.ranks, 2 * PREVIEW_BATCH) // 2)
         with picture_bar(len(seeds), desc="draw samples", delay=2, leave=False) as bar:
             def progress(done: float) -> None:                         # after each step of the sampler
                 if stop:
@@ -228,19 +237,20 @@ class Denoising:
                                        scale=defaults.scale if self.conditioning.guidable else 1.0))
         return grid(np.concatenate(images), asked.columns, captions=asked.captions)
 
-    def finish(self, networks: list[torch.nn.Module]) -> None:
+    def finish(self, networks: list[torch.nn.Module], average: Callable[[], torch.nn.Module]) -> None:
         pass                                                           # nothing is left to measure
 
 
 Task = Autoencoding | Denoising
 
 
-def encode_latents(args: argparse.Namespace, vae: VAE, data: Dataset, cache_dir: Path) -> LatentCache:
+def encode_latents(args: argparse.Namespace, ranks: Ranks, vae: VAE, data: Dataset,
+                   cache_dir: Path) -> LatentCache:
     device = next(vae.parameters()).device
 
     def encode(images: np.ndarray, mirrored: bool) -> tuple[Tensor, Tensor]:
         means, stds = [], []
-        for x in to_tensor(images).split(at_once(args, len(images))):
+        for x in to_tensor(images).split(at_once(args, ranks, len(images))):
             # The picture is mirrored, not the latent: an encoder does not commute with mirroring.
             x = x.to(device)
             posterior = vae.encode(x.flip(-1) if mirrored else x)
@@ -250,8 +260,9 @@ def encode_latents(args: argparse.Namespace, vae: VAE, data: Dataset, cache_dir:
 
     shape = latent_shape(vae, data)
     stamp = {"vae": encoder_fingerprint(vae), "data": data.fingerprint}
-    return LatentCache(cache_dir / "latents.npy", data.images, encode, shape, stamp, args.flip,
-                       former=data.former_fingerprints)
+    with ranks.in_turn():
+        return LatentCache(cache_dir / "latents.npy", data.images, encode, shape, stamp, args.flip,
+                           former=data.former_fingerprints)
 
 
 def draw_pairs(args: argparse.Namespace, plan: Plan, data: Dataset, cache_dir: Path) -> PairCache:
@@ -288,8 +299,9 @@ def draw_pairs(args: argparse.Namespace, plan: Plan, data: Dataset, cache_dir: P
         raise ValueError(f"--reflow {args.reflow}: has changed since this run began; restore it, or use "
                          "another --name")
     plan.reflow = None                                         # frees memory, as the model will
-    return PairCache(cache_dir / "pairs.npy", count, shape, draw, stamp,
-                     at_once=max(1, at_once(args, 2 * PREVIEW_BATCH) // 2))
+    size = max(1, at_once(args, plan.ranks, 2 * PREVIEW_BATCH) // 2)
+    with plan.ranks.in_turn():
+        return PairCache(cache_dir / "pairs.npy", count, shape, draw, stamp, at_once=size)
 
 
 def latent_shape(vae: VAE, data: Dataset) -> tuple[int, int, int]:

@@ -38,11 +38,13 @@ import ema
 import settings
 from cli import program, signals
 from data import Dataset, batch_indices, load_data, some_pictures
+from parallel import Sharding, replicate, synchronised
 from plan import Plan, data_changed, fit_weights, prepare
 from published import load_weights
+from ranks import Ranks, launched
 from run import (Run, State, checkpoint_blocks, compile_blocks, describe, load_checkpoint, load_vae, pack_vae,
                  unpack_vae)
-from settings import CHANGEABLE, OBJECTIVES
+from settings import ARCHITECTURES, BLOCKS, CHANGEABLE, OBJECTIVES
 from tasks import Autoencoding, Denoising, Interrupted, Task
 
 SAMPLE_ROWS = 10       # rows of samples.png
@@ -100,16 +102,30 @@ def how_far(args: argparse.Namespace, rise: int) -> str:
 
 def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     torch.manual_seed(args.seed)                       # after the caches, which are not built every time
-    model = task.build().to(plan.device)
+    model = task.build()
     if plan.initial is not None:
         load_weights(model, fit_weights(model, plan.initial, args.init_from, plan.initial_classes,
                                          plan.conditioning.classes), args.init_from)
         plan.initial = None                            # frees memory: these may be several GB
-    # Convolutions are faster with the channels last, except in a bf16 U-Net on the CPU.
-    if args.arch == "vae" or (args.arch == "unet" and plan.device.type == "cuda"):
-        model = model.to(memory_format=torch.channels_last)
+    if not args.shard:                                 # else each piece moves there when the model is cut
+        model = model.to(plan.device)
+        # Convolutions are faster with the channels last, except in a bf16 U-Net on the CPU.
+        if args.arch == "vae" or (args.arch == "unet" and plan.device.type == "cuda"):
+            model = model.to(memory_format=torch.channels_last)
     averages = {length: copy.deepcopy(model).eval().requires_grad_(False)
                 for length in ema.widths_kept(args.ema)}
+    # After the copies, because an averaged model is never trained and needs neither.
+    if args.grad_checkpoint:
+        checkpoint_blocks(model)
+    if args.compile:
+        compile_blocks(model)
+        print("--compile: the first step compiles the network, which can take minutes", flush=True)
+    state = State(model, averages, plan.device)
+    if args.shard:
+        state.shard(Sharding(plan.ranks.size, plan.ranks.tensor, plan.device, BLOCKS,
+                             ARCHITECTURES[args.arch].blocks, plan.bf16 and args.arch != "vae"))
+    elif plan.ranks.size > 1:
+        state.steps[model] = replicate(model)
     # Weight decay applies to matrices only, as usual; biases and the gains of norms are not decayed.
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -117,14 +133,9 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
               {"params": others, "weight_decay": 0.0}]
     # The second beta is 0.95, because 0.999 would average over more steps than a short run has. A fused
     # optimizer updates all weights in one kernel; it is not used on MPS.
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=plan.device.type != "mps", betas=(0.9, 0.95))
-    # After the copies, because an averaged model is never trained and needs neither.
-    if args.grad_checkpoint:
-        checkpoint_blocks(model)
-    if args.compile:
-        compile_blocks(model)
-        print("--compile: the first step compiles the network, which can take minutes", flush=True)
-    return State(model, averages, optimizer, plan.device)
+    state.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=plan.device.type != "mps",
+                                        betas=(0.9, 0.95))
+    return state
 
 
 def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False) -> int:
@@ -135,9 +146,13 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
 
     # ---- data, in memory or memory-mapped; its caches lie beside the VAE, for all networks on this VAE
-    run, cache_dir = plan.run, plan.cache_dir
-    data, val = [load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,
-                           plan.words, plan.folder, crop=args.crop) for split in ("train", "val")]
+    run, cache_dir, ranks = plan.run, plan.cache_dir, plan.ranks
+    if ranks.size > 1:
+        print(f"{ranks.size} processes; where caches are missing, this one makes them and the others wait",
+              flush=True)
+    with ranks.in_turn():
+        data, val = [load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,
+                               plan.words, plan.folder, crop=args.crop) for split in ("train", "val")]
     if plan.vae and plan.vae.config.image_channels != data.images.shape[-1]:
         raise ValueError(f"--vae {args.vae}: for pictures with {plan.vae.config.image_channels} channels; "
                          f"those of --data {args.data} have {data.images.shape[-1]}")
@@ -147,6 +162,9 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
         if not run.settings.is_file():
             run.write_settings(args)
         saved = run.load()
+        ranks.agree({"the data": data.identity, "the step saved": saved["step"] if saved else None}
+                    | {f"--{name.replace('_', '-')}": getattr(args, name) for name in settings.ROWS},
+                    "start all processes with the same command, on the same folders")
         if saved:
             training = saved["training"]
             if training["data"] not in (data.identity, *data.former_identities):
@@ -203,15 +221,12 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     # Print what runs, where and from which step: it may not be what the user remembers.
     for line in changed:
         print(f"{run.folder}: {line}")
-    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-    kind = "pictures" if task.pairs is None else "pairs of noise and sample"
-    print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(chosen):,} {kind}; "
-          f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory for "
-          f"weights, optimizer and a batch; step {start:,} of {args.steps:,}", flush=True)
+    print(f"{described(args, plan, task, state, len(chosen))}; step {start:,} of {args.steps:,}", flush=True)
 
     # ---- the loop
     unread: list[Tensor] = []     # (4,) per step: loss, gradient norm, min and max time; see read_losses
-    with signals() as stop:       # a list that is empty until a signal comes
+    with signals() as received:   # a list that is empty until a signal comes
+        stop = plan.ranks.agreed(received)
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step",
                    mininterval=0.5)
         for step in bar:
@@ -232,8 +247,9 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
                     bar.write(forecast(seconds, args.steps - done, plan.device, rest))
 
             # -- log, also before each checkpoint, so that weights that are not finite are never saved
-            last = done == args.steps or bool(stop)             # an interrupted run saves, and only that
-            validates = (last or done % args.val_every == 0) and not stop
+            stopping = bool(stop)
+            last = done == args.steps or stopping               # an interrupted run saves, and only that
+            validates = (last or done % args.val_every == 0) and not stopping
             previews = last or done % args.preview_every == 0
             saves = last or done % args.save_every == 0 or (validates and args.keep_best)
             if done % args.log_every == 0 or validates or previews or saves:
@@ -255,13 +271,23 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
                 return 128 + stop[0]
 
     # ---- finish: samples from the averaged weights, in fp32, which any machine reproduces
-    task.finish([state.model, *state.averages.values()])
+    task.finish([state.model, *state.averages.values()], lambda: state.whole_average(task.build))
     with torch.no_grad():
-        attempt("samples.png", lambda: run.save_picture("samples.png",
-                                                        task.preview(state.ema, [], SAMPLE_ROWS)))
+        attempt("samples.png", lambda: run.save_picture("samples.png", state.run(state.ema, task.preview, [],
+                                                                                 SAMPLE_ROWS)))
     attempt("loss.png", run.plot_loss)
     save(args.steps, finished=True)
+    plan.ranks.meet()                  # what comes next reads this checkpoint
     return 0
+
+
+def described(args: argparse.Namespace, plan: Plan, task: Task, state: State, count: int) -> str:
+    """What is trained, on what, and how."""
+    millions = sum(p.numel() for p in state.model.parameters()) / 1e6
+    kind = "pictures" if task.pairs is None else "pairs of noise and sample"
+    return (f"{plan.run.folder}: {args.arch} with {millions:.1f} M parameters on {count:,} {kind}; "
+            f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory "
+            "for weights, optimizer and a batch")
 
 
 def validate(plan: Plan, task: Task, state: State, step: int, stop: list[int], bar: tqdm) -> None:
@@ -269,7 +295,7 @@ def validate(plan: Plan, task: Task, state: State, step: int, stop: list[int], b
     # With the training's autocast, so that both losses mean the same.
     with torch.no_grad(), plan.autocast():
         try:
-            plan.run.record({"step": step, **task.validate(state.ema, stop)})
+            plan.run.record({"step": step, **state.run(state.ema, task.validate, stop)})
         except Interrupted:
             return
     bar.write(describe(plan.run.records[-1]))
@@ -281,7 +307,7 @@ def preview(plan: Plan, task: Task, state: State, step: int, stop: list[int]) ->
     with torch.no_grad(), plan.autocast():
         for kind, network in (("ema", state.ema), ("raw", state.model)):
             name = f"preview-{step:06d}-{kind}.png"
-            attempt(name, lambda: plan.run.save_picture(name, task.preview(network, stop)))
+            attempt(name, lambda: plan.run.save_picture(name, state.run(network, task.preview, stop)))
     attempt("loss.png", plan.run.plot_loss)
 
 
@@ -307,19 +333,21 @@ def stopped(step: int, steps: int) -> str:
 def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch: np.ndarray,
            rate: float) -> Tensor:
     """One step of the optimizer, on the batch with these indices. Returns (4,): the loss, the norm of its
-    gradient before clipping, and the lowest and highest time."""
+    gradient before clipping, and the lowest and highest time; loss and times of this process's part."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.model.train()
     losses, times = [], []
-    for indices in np.split(batch, args.accumulate):    # in pieces, each of which needs a share of the memory
-        with plan.autocast():
-            loss, t = task.loss(state.model, indices)
-        (loss.mean() / args.accumulate).backward()      # outside autocast, as PyTorch recommends
+    pieces = np.split(batch, args.accumulate)           # each of which needs a share of the memory
+    for number, indices in enumerate(pieces, 1):
+        with synchronised(state.steps.get(state.model), number == len(pieces)):
+            with plan.autocast():
+                loss, t = state.run(state.model, task.loss, indices)
+            (loss.mean() / len(pieces)).backward()      # outside autocast, as PyTorch recommends
         losses.append(loss.detach().mean())             # stays on the device: nothing waits for it
         times.append(t)
     # Scaled as a whole where it is too long, which keeps the direction of the step.
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip)
+    norm = state.clip_gradients(args.clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     times = torch.cat(times)
@@ -349,21 +377,22 @@ def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State
         training["pairs"] = task.pairs.drawn_from
     return {"arch": args.arch, "config": asdict(state.model.config), "objective": task.objective,
             "step": step, "data": data_entry, **conditions, "vae": pack_vae(task.vae) if task.vae else None,
-            **state.weights(), "training": training | state.training()}
+            **state.weights(), "training": training | state.training(plan.run, step)}
 
 
 def read_losses(unread: list[Tensor], done: int, plan: Plan) -> dict[str, float]:
     """Return the mean loss and gradient norm of `unread`, whose last step is `done`, and empty it. This makes
     the CPU wait for the GPU, so the loop does it only now and then. Raises FloatingPointError if one of them
     is not finite."""
-    values = torch.stack(unread).tolist()
+    loss, norm, low, high = plan.ranks.stacked(torch.stack(unread)).unbind(2)      # each (ranks, steps)
     unread.clear()
-    for step, (loss, norm, low, high) in enumerate(values, done + 1 - len(values)):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise diverged(f"loss {loss} with gradient norm {norm}",
-                           f"at step {step}, times {low:.3f} to {high:.3f}", plan)
-    return {"loss": sum(row[0] for row in values) / len(values),
-            "grad_norm": sum(row[1] for row in values) / len(values)}
+    losses, norms = loss.mean(0).tolist(), norm[0].tolist()                        # the norm is that of all
+    for i, step in enumerate(range(done + 1 - len(losses), done + 1)):
+        if not (math.isfinite(losses[i]) and math.isfinite(norms[i])):
+            times = f"{low[:, i].min():.3f} to {high[:, i].max():.3f}"
+            raise diverged(f"loss {losses[i]} with gradient norm {norms[i]}",
+                           f"at step {step}, times {times}", plan)
+    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
 
 
 def forecast(seconds: float, steps: int, device: torch.device, rest: str) -> str:
@@ -391,10 +420,16 @@ def diverged(what: str, where: str, plan: Plan) -> FloatingPointError:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 128 + N where signal N interrupted the training."""
+    with launched() as ranks:          # of one process, or of several that torchrun has started
+        return run_command(argv, ranks)
+
+
+def run_command(argv: list[str] | None, ranks: Ranks) -> int:
+    """What this process does of the command."""
     started = time.monotonic()         # unlike the time of day, it never jumps
     # Whatever can be refused is refused here, before a file is written or a minute spent.
     args = settings.parse(argv)
-    plan = prepare(args)
+    plan = prepare(args, ranks=ranks)
     if plan.finished:
         print(f"{plan.run.folder} is finished: {args.steps:,} steps")
     # The VAE comes first: a run of its own, as a rule on the same pictures without their captions.
@@ -402,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
         pictures = None                            # a VAE begun with --cond text lists them with captions
         if plan.folder and plan.vae_args.cond != "text":
             pictures = plan.folder._replace(words=None)
-        status = execute(plan.vae_args, prepare(plan.vae_args, pictures), network_follows=True)
+        status = execute(plan.vae_args, prepare(plan.vae_args, pictures, ranks), network_follows=True)
         if status:
             return status
         plan.vae = load_vae(Path(plan.vae_args.runs_dir) / plan.vae_args.name)

@@ -52,11 +52,13 @@ class Posterior:
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.exp(0.5 * self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw (B, C, h, w), differentiable in mean and std."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device,
+    def sample(self, generator: torch.Generator | None = None,
+               rows: tuple[int, slice] | None = None) -> Tensor:
+        """One draw (B, C, h, w), differentiable in mean and std. rows: as in `VAE.loss`."""
+        count, part = rows or (len(self.mean), slice(None))
+        noise = torch.randn((count, *self.mean.shape[1:]), generator=generator, device=self.mean.device,
                             dtype=self.mean.dtype)
-        return self.mean + self.std * noise
+        return self.mean + self.std * noise[part]
 
     def kl(self) -> Tensor:
         """(B,) KL(q(z|x) || N(0, I)) in nats, summed over the latent."""
@@ -310,7 +312,8 @@ class VAE(nn.Module):
         self.latent_std.copy_(var.clamp_min(1e-12).sqrt())   # a dead channel must not divide by zero
 
     def loss(self, x: Tensor, kl_weight: float, generator: torch.Generator | None = None, *,
-             noise: float = 0.0, equivariance: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+             noise: float = 0.0, equivariance: float = 0.0,
+             rows: tuple[int, slice] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) |error| + 2 error^2 per image value, plus kl_weight times KL per image value; and a dict to
         log: "psnr" in dB, "kl" in nats, "latent_std" (C,).
 
@@ -319,6 +322,8 @@ class VAE(nn.Module):
         equivariance: weight of the same error where latent and image are both scaled to half their size,
         which removes detail from the latent that scaling would destroy (Kouzelis et al. 2025,
         arXiv:2502.09509; Skorokhodov et al. 2025, arXiv:2502.14831).
+        rows: (count, part) where x is a part of a batch of `count` pictures that several processes share. The
+        random numbers of that whole batch are drawn, so that they do not depend on how it is shared.
 
         With the absolute error alone, training is stuck for long at a plain background without the small
         objects. Both terms are divided by the number of image values, so that `kl_weight` can be compared
@@ -329,10 +334,12 @@ class VAE(nn.Module):
             return (difference.abs() + 2 * difference.square()).mean(1), decoded
 
         posterior = self.encode(x)
-        z = posterior.sample(generator)
+        z = posterior.sample(generator, rows)
         if noise:
-            share = noise * torch.rand(len(z), 1, 1, 1, device=z.device)
-            z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * torch.randn_like(z)
+            count, part = rows or (len(z), slice(None))
+            share = noise * torch.rand(count, 1, 1, 1, device=z.device)[part]
+            whole = z.new_empty_strided((count, *z.shape[1:]), z.stride())     # in z's order in memory
+            z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * torch.randn_like(whole)[part]
         reconstruction, recon = error(z, x)
         if equivariance:
             half = [F.interpolate(part, scale_factor=0.5, mode="area") for part in (z, x)]

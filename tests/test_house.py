@@ -28,6 +28,8 @@ ROOMS = {
     "toys": set(),
     "files": set(),
     "cli": set(),
+    "ranks": {"cli"},
+    "parallel": set(),
     "pictures": {"files"},
     "charts": {"pictures"},
     "folder": {"files", "pictures"},
@@ -41,15 +43,16 @@ ROOMS = {
     "conditioning": {"cache", "data", "files", "folder", "text", "unet"},
     "settings": {"cli", "data", "ddpm", "dit", "ema", "mmdit", "published", "rectified_flow", "text", "unet",
                  "vae"},
-    "run": {"charts", "cli", "ema", "files", "published", "settings", "text", "vae"},
+    "run": {"charts", "cli", "ema", "files", "parallel", "published", "settings", "text", "vae"},
     "export": {"cli", "ddpm", "dit", "files", "mmdit", "published", "run", "unet", "vae"},
-    "plan": {"cli", "conditioning", "data", "ema", "files", "folder", "published", "run", "settings",
-             "vae"},
-    "sample": {"cli", "conditioning", "ema", "files", "pictures", "published", "run", "samplers", "settings",
-               "vae"},
-    "tasks": {"cache", "cli", "conditioning", "data", "files", "pictures", "plan", "run", "sample",
+    "plan": {"cli", "conditioning", "data", "ema", "files", "folder", "parallel", "published", "ranks", "run",
+             "settings", "vae"},
+    "sample": {"cli", "conditioning", "ema", "files", "pictures", "published", "ranks", "run", "samplers",
+               "settings", "vae"},
+    "tasks": {"cache", "cli", "conditioning", "data", "files", "pictures", "plan", "ranks", "run", "sample",
               "samplers", "settings", "vae"},
-    "train": {"cli", "conditioning", "data", "ema", "plan", "published", "run", "settings", "tasks"},
+    "train": {"cli", "conditioning", "data", "ema", "parallel", "plan", "published", "ranks", "run",
+              "settings", "tasks"},
 }
 PACKAGES = {name: {"torch"} for name in ROOMS} | {
     "toys": {"numpy", "PIL"},
@@ -179,7 +182,7 @@ def readme_commands():
                   + re.findall(r"(?:^    .*\n)+", text, re.M)):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&&"):
-                if match := re.match(r"\s*python (train|sample)\.py (.*)", part):
+                if match := re.match(r"\s*(?:python|.*torchrun .*) (train|sample)\.py (.*)", part):
                     yield match.group(1), shlex.split(match.group(2))
 
 

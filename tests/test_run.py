@@ -512,9 +512,9 @@ def test_an_objective_of_another_version(objective, message):
 def test_a_network_that_only_its_configuration_shows_to_be_another():
     model = run.build_model("dit", {"width": 32, "depth": 1, "heads": 2})
     averages = {0.1: copy.deepcopy(model), 0.2: copy.deepcopy(model)}
-    state = run.State(model, averages, torch.optim.AdamW(model.parameters()), torch.device("cpu"))
+    state = run.State(model, averages, torch.device("cpu"), torch.optim.AdamW(model.parameters()))
     saved = {"arch": "dit", "config": {"width": 32, "depth": 1, "heads": 2}, **copy.deepcopy(state.weights()),
-             "training": state.training()}
+             "training": state.training(None, 0)}
     state.restore(saved, "c.pt")                                   # a field that it lacks has its default
     for other in ({"heads": 4}, {"qk_norm": False}, {"rope_theta": 1e4}):
         with pytest.raises(ValueError, match=f"c.pt: its network has {next(iter(other))}"):
@@ -527,7 +527,7 @@ def test_a_network_that_only_its_configuration_shows_to_be_another():
             state.restore(saved | {"training": saved["training"] | part}, "c.pt")
     model(torch.randn(1, 4, 4, 4), torch.rand(1)).square().sum().backward()
     state.optimizer.step()
-    training = copy.deepcopy(state.training())
+    training = copy.deepcopy(state.training(None, 0))
     training["optimizer"]["state"][0]["exp_avg"].view(-1)[0] = float("nan")
     with pytest.raises(ValueError, match="c.pt: damaged: the optimizer's exp_avg has values that are"):
         state.restore(saved | {"training": training}, "c.pt")

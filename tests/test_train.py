@@ -31,6 +31,7 @@ import toys
 import train
 import vae as vae_file
 from ema import gamma_of
+from ranks import ALONE
 
 TINY_VAE = ["--vae-preset", "tiny", "--vae-steps", "2"]       # of tests that train one themselves
 KILLS = int(os.environ.get("KILLS", 2))   # KILLS=20 for the long version
@@ -247,7 +248,7 @@ def test_memory_outside_training_steps_follows_the_batch(cwd, monkeypatch, flags
         found = task.validate(network, [])
         assert max(sizes) == most and sum(sizes) == 256
         with monkeypatch.context() as patch:
-            patch.setattr(tasks, "at_once", lambda args, most, size=None: most)
+            patch.setattr(tasks, "at_once", lambda args, ranks, most, size=None: most)
             whole = task.validate(network, [])
     assert abs(found["val_loss"] / whole["val_loss"] - 1) < 1e-5
     assert found["val_by_time"].keys() == whole["val_by_time"].keys()
@@ -280,13 +281,13 @@ def test_memory_of_the_vae_follows_the_batch(cwd, monkeypatch, tmp_path):
             records.append(task.validate(model, []))
             task.preview(model, [])
             cut = replace(task.data, images=task.data.images[:300])
-            cache = tasks.encode_latents(task.args, model, cut, tmp_path / str(most))
+            cache = tasks.encode_latents(task.args, ALONE, model, cut, tmp_path / str(most))
         assert max(sizes) == most and sum(sizes) == 2 * 256 + 32 + 300
         records[-1]["latents"] = cache.latents.astype(float).sum()
     for record in records[1:]:
         for name, value in record.items():
             np.testing.assert_allclose(value, records[0][name], rtol=1e-4, err_msg=name)
-    assert tasks.at_once(task.args, 256, (512, 1024)) == 1               # the VAE needs memory by the pixel
+    assert tasks.at_once(task.args, ALONE, 256, (512, 1024)) == 1        # the VAE needs memory by the pixel
 
 
 def test_a_jump_of_the_clock_is_not_in_the_minutes(cwd, monkeypatch, capsys):

@@ -1,0 +1,383 @@
+"""Which rank holds what: data parallel, sharded (FSDP2) and tensor parallel training, on PyTorch's engine.
+
+    torchrun --nproc-per-node 8 train.py --arch dit --preset XL/2 --objective rf --shard --tensor-parallel 2
+    python parallel.py                          # one loss and gradient of four processes, in three layouts
+
+Data parallel (DDP): every rank has all weights and a part of the batch; gradients are averaged. Sharded: a
+rank keeps a share of each weight, its gradient, optimizer state and average; a block's weights are gathered
+when it runs. Tensor parallel: the ranks of a group have the same pictures and compute a part of each product,
+for which attention is cut by heads and the MLP by hidden channels (Shoeybi et al. 2019, arXiv:1909.08053).
+
+The mesh is (data, tensor): neighbouring ranks form a tensor group, and the groups share the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+# ---- a step, whole or in parts
+
+class Step(nn.Module):
+    """A model together with whatever is done with it, as one forward pass: DDP and FSDP prepare weights and
+    gradients there. The model may then be called several times, or by other methods than its `forward`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: Callable, *inputs):
+        try:
+            return call(self.model, *inputs)
+        except Exception as error:       # raised by `run`, once the weights that were gathered are freed
+            return error
+
+
+def run(step: nn.Module | None, model: nn.Module, call: Callable, *inputs):
+    """call(model, *inputs), as a forward pass of `step` where the model is distributed."""
+    if step is None:
+        return call(model, *inputs)
+    result = step(call, *inputs)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """Data parallel: the step of a model that is whole on every rank. The ranks must begin with the same
+    weights, as the same seed or checkpoint gives them."""
+    return nn.parallel.DistributedDataParallel(Step(model), gradient_as_bucket_view=True)
+
+
+@contextmanager
+def synchronised(step: nn.Module | None, last: bool) -> Iterator[None]:
+    """Where a batch is taken in pieces, gradients are averaged over the ranks with the last of them only."""
+    if isinstance(step, nn.parallel.DistributedDataParallel) and not last:
+        with step.no_sync():
+            yield
+        return
+    if step is not None and not isinstance(step, nn.parallel.DistributedDataParallel):
+        step.set_requires_gradient_sync(last)
+    yield
+
+
+# ---- tensor parallel: where the linear layers of a block are cut
+
+class Cut(NamedTuple):
+    """A weight is cut along `dim`, which consists of parts of these sizes, like q, k and v. Each rank of a
+    tensor group has an equal share of every part."""
+    dim: int
+    sizes: tuple[int, ...]
+
+    def order(self, ranks: int) -> Tensor:
+        """The index that puts the first rank's shares of all parts first, then the second rank's: so ordered,
+        the weight is cut into contiguous pieces."""
+        order, starts = [], [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        for rank in range(ranks):
+            for start, size in zip(starts, self.sizes):
+                share = size // ranks
+                order.append(torch.arange(start + rank * share, start + (rank + 1) * share))
+        return torch.cat(order)
+
+
+def linears_of(module: nn.Module) -> dict[str, Cut]:
+    """The linear layers of an attention, an MLP or a single-stream block that are cut. A layer cut along its
+    outputs (dim 0) is followed by one cut along its inputs (dim 1), whose products are added up."""
+    if isinstance(getattr(module, "qkv", None), nn.Linear):
+        width = (module.qkv.in_features,)
+        cuts = {"qkv": Cut(0, 3 * width)}
+        if module.proj is not None:
+            cuts["proj"] = Cut(1, width)
+        return cuts
+    if hasattr(module, "fc1"):
+        hidden = module.fc2.in_features
+        return {"fc1": Cut(0, (hidden,) * (module.fc1.out_features // hidden)), "fc2": Cut(1, (hidden,))}
+    if hasattr(module, "linear1"):
+        width = module.width
+        hidden = module.linear2.in_features - width
+        return {"linear1": Cut(0, (width, width, width, hidden)), "linear2": Cut(1, (width, hidden))}
+    return {}
+
+
+def cut_modules(model: nn.Module, blocks: tuple[type, ...]) -> dict[str, nn.Module]:
+    """The modules inside the model's blocks whose linear layers are cut, by name."""
+    found = {}
+    for name, block in model.named_modules():
+        if isinstance(block, blocks):
+            for inner, module in block.named_modules(prefix=name):
+                if linears_of(module):
+                    found[inner] = module
+    return found
+
+
+def cuts_of(model: nn.Module, blocks: tuple[type, ...]) -> dict[str, Cut]:
+    """The cut of every weight and bias that has one, by its name."""
+    cuts = {}
+    for name, module in cut_modules(model, blocks).items():
+        for linear, cut in linears_of(module).items():
+            cuts[f"{name}.{linear}.weight"] = cut
+            if cut.dim == 0:
+                cuts[f"{name}.{linear}.bias"] = cut
+    return cuts
+
+
+def check_tensor_parallel(model: nn.Module, blocks: tuple[type, ...], ranks: int) -> None:
+    """Raises ValueError where `ranks` cannot share the heads or the hidden channels of the blocks."""
+    for module in cut_modules(model, blocks).values():
+        counts = {"hidden channels": size for cut in linears_of(module).values() for size in cut.sizes}
+        if hasattr(module, "heads"):
+            counts["heads"] = module.heads
+        for what, count in counts.items():
+            if count % ranks:
+                raise ValueError(f"--tensor-parallel {ranks}: does not divide the {count} {what} of this "
+                                 "network; give a divisor, or 1")
+        if getattr(module, "conv", None) is not None:
+            raise ValueError(f"--tensor-parallel {ranks}: not with --conv, whose channels are not cut; leave "
+                             "one of them out")
+
+
+# ---- sharded, and tensor parallel
+
+class Sharding:
+    """How models of one architecture are cut over `size` ranks, `tensor` of which form a tensor group.
+
+    blocks: the classes whose weights are gathered together; cut: those of them that are tensor parallel.
+    bf16: whether trained blocks are gathered in bfloat16, as autocast would round them anyway."""
+
+    def __init__(self, size: int, tensor: int, device: torch.device, blocks: tuple[type, ...],
+                 cut: tuple[type, ...], bf16: bool):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        # An advice that a gathering could be one operation; it happens when a checkpoint is saved.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        self.mesh = init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        self.size = size
+        self.tensor = tensor
+        self.blocks = blocks
+        self.cut = cut
+        self.bf16 = bf16
+        self.cuts: dict[str, Cut] = {}
+
+    def shard(self, model: nn.Module, trained: bool) -> nn.Module:
+        """Cut the weights of a model, which must be whole and equal on all ranks, in place. Returns its step.
+        trained: False for an average, which has no backward pass and keeps its precision."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        if self.tensor > 1:
+            self.cut_linears(model)
+        mesh = self.mesh["data"]
+        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+        rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        blocks = [block for block in model.modules() if isinstance(block, self.blocks)]
+        for block in blocks:
+            # The backward pass begins with the last block, so its weights are kept until then.
+            again = not (trained and block is blocks[-1])
+            fully_shard(block, mesh=mesh, reshard_after_forward=again,
+                        mp_policy=rounded if trained and self.bf16 else exact)
+        return fully_shard(Step(model), mesh=mesh, reshard_after_forward=True, mp_policy=exact)
+
+    @torch.no_grad()
+    def cut_linears(self, model: nn.Module) -> None:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        self.cuts = cuts_of(model, self.cut)
+        for name, weight in model.named_parameters():
+            if name in self.cuts:
+                weight.copy_(weight.index_select(self.cuts[name].dim, self.order(name).to(weight.device)))
+        for module in cut_modules(model, self.cut).values():
+            styles = {name: RowwiseParallel() if cut.dim else ColwiseParallel()
+                      for name, cut in linears_of(module).items()}
+            parallelize_module(module, self.mesh["tensor"], styles)
+            for size in ("heads", "width"):            # of this rank
+                if hasattr(module, size):
+                    setattr(module, size, getattr(module, size) // self.tensor)
+
+    def order(self, name: str) -> Tensor:
+        return self.cuts[name].order(self.tensor)
+
+    # ---- whole weights and this rank's share of them
+
+    def share(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's piece of the weight of this name, or of a moment of it, as `shard` has cut it."""
+        data, tensor = self.mesh.get_coordinate()
+        if name in self.cuts:
+            dim = self.cuts[name].dim
+            whole = whole.index_select(dim, self.order(name)).chunk(self.tensor, dim)[tensor]
+        pieces = whole.chunk(self.size // self.tensor)
+        return pieces[data] if data < len(pieces) else whole[:0]
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The weight of this name, put together on the CPU. All ranks have to ask for it."""
+        found = gathered(part)
+        if name in self.cuts:
+            found = found.index_select(self.cuts[name].dim, self.order(name).argsort())
+        return found
+
+    def state_of(self, model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+        """The state dict of a model that has been cut, put together weight by weight: on rank 0, or
+        everywhere."""
+        state = {}
+        for name, part in model.state_dict().items():
+            found = self.whole(name, part)
+            if everywhere or dist.get_rank() == 0:
+                state[name] = found
+        return state
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Copy this rank's share of whole weights."""
+        for name, part in model.state_dict().items():
+            value = self.share(name, state[name]) if is_cut(part) else state[name]
+            local(part).copy_(value)
+
+    def everywhere(self, here: bool) -> bool:
+        """Whether it is so on all ranks."""
+        flag = torch.tensor(int(here))
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag)
+
+    # ---- gradients
+
+    @torch.no_grad()
+    def finish_gradients(self, model: nn.Module, most: float) -> Tensor:
+        """Complete the gradients, and scale them as a whole so that their norm is at most `most`. Returns
+        that norm before."""
+        parameters = dict(model.named_parameters())
+        total = 0.0
+        for name, parameter in parameters.items():
+            gradient = local(parameter.grad)
+            if self.tensor > 1 and name.endswith(("q_norm", "k_norm")):
+                # Each rank of a tensor group has the gradient by its own heads.
+                dist.all_reduce(gradient, group=self.mesh["tensor"].get_group())
+            copies = 1 if name in self.cuts else self.tensor       # of this piece, in a tensor group
+            total = total + gradient.double().square().sum() / copies
+        dist.all_reduce(total)
+        norm = total.sqrt()
+        scale = (most / (norm + 1e-6)).clamp(max=1.0)              # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_([local(parameter.grad) for parameter in parameters.values()], scale.float())
+        return norm.float()
+
+
+def is_cut(part: Tensor) -> bool:
+    return hasattr(part, "to_local")                               # a DTensor
+
+
+def local(part: Tensor) -> Tensor:
+    """What this rank has of a tensor: all of it, where it is not cut."""
+    return part.to_local() if is_cut(part) else part
+
+
+def gathered(part: Tensor) -> Tensor:
+    found = part.detach()
+    return (found.full_tensor() if is_cut(found) else found).cpu()
+
+
+# ---- the optimizer's state as a folder, of which every rank writes its share
+
+MOMENTS = ("exp_avg", "exp_avg_sq")      # what AdamW keeps of each weight, besides the number of steps
+
+
+def save_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write what AdamW keeps of every weight, by name, with torch.distributed.checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    state = {name: dict(optimizer.state[weight]) for name, weight in model.named_parameters()
+             if weight in optimizer.state}
+    dcp.save(state, checkpoint_id=folder)
+
+
+def load_moments(folder: Path, tensor: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+                 sharding: Sharding | None, cuts: dict[str, Cut]) -> None:
+    """Read what `save_moments` wrote in tensor groups of this size, into a model in any other layout. cuts:
+    of the model, whether or not it is cut now. Raises ValueError where the folder is not complete."""
+    import torch.distributed.checkpoint as dcp
+
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"{folder} is missing or not complete")
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, weight in model.named_parameters():
+        if f"{name}.step" not in saved:                # before the first step
+            continue
+        # One weight at a time, whole: another layout cuts it at other places.
+        found = {"step": torch.zeros(())} | {key: torch.empty(weight.shape) for key in MOMENTS}
+        dcp.load({name: found}, checkpoint_id=folder, no_dist=True)
+        for key in MOMENTS:
+            if tensor > 1 and name in cuts:
+                found[key] = found[key].index_select(cuts[name].dim, cuts[name].order(tensor).argsort())
+        place_moments(name, weight, found, optimizer, sharding)
+
+
+def share_moments(saved: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+                  sharding: Sharding) -> None:
+    """The same from the state dict of an optimizer whose weights were whole."""
+    names = {weight: name for name, weight in model.named_parameters()}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, found in saved["state"].items():
+        place_moments(names[weights[number]], weights[number], found, optimizer, sharding)
+
+
+@torch.no_grad()
+def place_moments(name: str, weight: nn.Parameter, whole: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+                  sharding: Sharding | None) -> None:
+    optimizer.state[weight] = {"step": whole["step"].to(weight.device)}
+    for key in MOMENTS:
+        optimizer.state[weight][key] = target = torch.zeros_like(weight)
+        local(target).copy_(sharding.share(name, whole[key]) if sharding else whole[key])
+
+
+# ---- demonstration
+
+def demo() -> None:
+    """One loss and gradient, by every layout of four processes."""
+    if "WORLD_SIZE" not in os.environ:
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+                        __file__], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        return
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc2(self.fc1(x).relu())
+
+    def error(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    for name, tensor in (("replicated", None), ("sharded", 1), ("sharded, tensor parallel", 2)):
+        torch.manual_seed(0)
+        model = nn.Sequential(Block(), Block())
+        x = torch.randn(16, 8)
+        groups = size // (tensor or 1)
+        if tensor is None:
+            step = replicate(model)
+        else:
+            sharding = Sharding(size, tensor, torch.device("cpu"), (Block,), (Block,), bf16=False)
+            step = sharding.shard(model, trained=True)
+        loss = run(step, model, error, x.chunk(groups)[rank // (tensor or 1)])
+        loss.backward()
+        held = sum(local(weight).numel() for weight in model.parameters())
+        gradient = gathered(model[0].fc1.weight.grad).double().square().sum().sqrt()
+        dist.all_reduce(loss.detach_())
+        if rank == 0:
+            print(f"{name}: rank 0 holds {held:,} weights; loss {loss / size:.6f}, gradient of the first "
+                  f"layer {gradient:.6f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(demo())
