@@ -11,8 +11,10 @@ tensors are (B, heads, rows, head_dim).
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -64,25 +66,42 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 # ---- what the networks call
 
+@dataclass(eq=False)
+class Packing:
+    """S sequences of different lengths, one after another in a single batch entry, so that nothing is padded
+    ("Patch n' Pack": Dehghani et al. 2023, arXiv:2307.06304). Sequence i has the rows from offsets[i] up to
+    offsets[i + 1]. Not a tuple, whose every number torch.compile would compile for."""
+    lengths: list[int]                # of the sequences, on the host, so that nothing waits for a device
+    offsets: Tensor                   # (S + 1,) int32
+    owner: Tensor                     # (N,) int64: the sequence of each row
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+def pack(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
+    """The packing of sequences of these lengths, at least one and none of them 0."""
+    counts = torch.tensor(lengths)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    return Packing(list(lengths), offsets.to(device, non_blocking=True), owner.to(device, non_blocking=True))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-              rope: Rope | None = None, mask: Tensor | None = None, offsets: Tensor | None = None,
-              max_length: int | None = None) -> Tensor:
+              rope: Rope | None = None, mask: Tensor | None = None,
+              packing: Packing | None = None) -> Tensor:
     """Multi-head attention; q (B, heads, N, head_dim), k and v (B, heads, M, head_dim)
     -> (B, heads, N, head_dim).
 
     q_norm, k_norm: RMS-norm weights (head_dim,), applied before the rotation; give both or neither.
     rope: cos and sin, each (N, head_dim / 2), for the rows of q and k alike.
     mask: (B, M), bool, True where a key may be attended to; every batch entry needs at least one such key.
-    offsets: (S + 1,), int32, for S sequences packed one after another in a single batch entry (B = 1, N = M):
-    sequence i occupies the rows from offsets[i] up to offsets[i + 1] and attends only to itself.
-    max_length: given together with offsets, an upper bound on the sequence length; smaller values leave rows
-    uncomputed.
+    packing: of sequences in a single batch entry (B = 1, N = M), each of which attends only to itself.
     Raises ValueError if these arguments contradict one another."""
-    if offsets is not None and (mask is not None or q.shape[0] != 1 or q.shape[2] != k.shape[2]):
-        raise ValueError("offsets pack sequences into one batch entry, with as many rows in q as in k, and "
-                         "exclude a mask")
-    if (offsets is None) != (max_length is None):
-        raise ValueError("offsets and max_length must be given together")
+    if packing is not None and (mask is not None or q.shape[0] != 1
+                                or not q.shape[2] == k.shape[2] == len(packing.owner)):
+        raise ValueError("packed sequences lie in one batch entry, fill q and k alike, and exclude a mask")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together")
 
@@ -94,8 +113,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
     # the kernels have no float64, and tiles of larger heads would not fit into a GPU's registers
     fits = q.dtype != torch.float64 and q.shape[-1] <= 128
     if KERNEL and (q.is_cuda or INTERPRETED) and fits and not tangents:
-        return fused_attention(q, k, v, q_norm=q_norm, k_norm=k_norm, rope=rope, mask=mask, offsets=offsets,
-                               max_length=max_length)
+        where = {}
+        if packing is not None:
+            where = dict(offsets=packing.offsets, max_length=packing.longest)
+        return fused_attention(q, k, v, q_norm=q_norm, k_norm=k_norm, rope=rope, mask=mask, **where)
 
     if q_norm is not None:
         q = rms_norm(q, q_norm)
@@ -103,16 +124,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
     if rope is not None:
         q = rotate(q, rope)
         k = rotate(k, rope)
-    if offsets is not None:
-        # number every row's sequence; a query may attend to the keys with its own number
-        sequence = torch.searchsorted(offsets, torch.arange(q.shape[2], device=q.device), right=True)
-        mask = sequence[:, None] == sequence                                   # (N, N)
-    elif mask is not None:
+    if packing is not None:
+        return attention_apart(q, k, v, packing, tangents)
+    if mask is not None:
         mask = mask[:, None, None, :]                                          # (B, 1, 1, M)
+    return softmax_attention(q, k, v, mask, tangents)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tangents: bool) -> Tensor:
+    """attention_formula by whichever of PyTorch's ways is fastest. tangents: whether a derivative is taken in
+    forward mode."""
     if tangents or (q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 128 * 128):
         # few rows: the backward pass of the CPU's SDPA takes 7 times as long at N = 16 in bf16
         return attention_formula(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention_apart(q: Tensor, k: Tensor, v: Tensor, packing: Packing, tangents: bool) -> Tensor:
+    """Packed sequences without a kernel for them, each by itself: a mask of N x N would cost the square of
+    their sum. Neighbours of one length are computed as a batch, so sequences are best packed in order of
+    their length."""
+    parts, start = [], 0
+    for length, run in itertools.groupby(packing.lengths):
+        count = len(list(run))
+        rows = slice(start, start + count * length)
+        batch = [x[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v)]
+        out = softmax_attention(*batch, None, tangents)                        # (count, heads, length, dim)
+        parts.append(out.transpose(1, 2).flatten(0, 1))                        # (count * length, heads, dim)
+        start = rows.stop
+    return torch.cat(parts).transpose(0, 1)[None]
 
 
 # ---- the kernels

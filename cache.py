@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from files import (amount, digest, locked, new_array, open_array, read_stamp, replacing, shortened,
                    write_atomically, write_stamp)
+from ragged import Ragged, groups_of_equal
 
 
 # ---- latents
@@ -115,6 +116,89 @@ class LatentCache:
         chosen = torch.from_numpy(self.latents[indices[part], flip.numpy()[part]]).float()
         mean, std = chosen.unbind(1)                                                      # (B, 2, C, h, w)
         return mean + std * noise[part]
+
+
+PIECE = 256 * 32 * 32       # pixels that are encoded at a time
+
+
+class MixedLatentCache:
+    """LatentCache for pictures of different sizes: `latents`, a Ragged of float16 (flips, 2, C, h, w) for
+    each. images: a Ragged of (H, W, channels) uint8. channels, factor: of the VAE. encode, stamp, flip: as
+    there; it is called with pictures of one size."""
+
+    def __init__(self, path: Path, images: Ragged,
+                 encode: Callable[[np.ndarray, bool], tuple[Tensor, Tensor]], channels: int,
+                 factor: int, stamp: dict[str, str], flip: bool = False):
+        sides = images.shapes[:, :2] // factor
+        ahead = np.tile([2 if flip else 1, 2, channels], (len(images), 1))
+        shapes = np.concatenate([ahead, sides], axis=1)                 # (N, 5)
+        numbers = int(shapes.prod(1).sum())
+        stamp = stamp | {"shapes": digest(shapes)}
+        stamp_path = path.with_suffix(".json")
+        with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
+            found = read_stamp(stamp_path)
+            flat = open_array(path, np.float16, (numbers,)) if found == stamp else None
+            if flat is None:
+                if found:
+                    why = "was made from another VAE or other data"
+                    if found == stamp:
+                        why = f"is {'damaged' if path.exists() else 'missing'}"
+                    print(f"{path} {why}: rebuilding it")
+                stamp_path.unlink(missing_ok=True)                      # never an old stamp and a new array
+                self._build(path, images, encode, shapes, numbers)
+                write_stamp(stamp_path, stamp)
+                flat = np.load(path, mmap_mode="r")
+            self.latents = Ragged(flat, shapes)
+
+    @staticmethod
+    @torch.no_grad()
+    def _build(path: Path, images: Ragged, encode: Callable, shapes: np.ndarray, numbers: int) -> None:
+        flat = new_array(path, np.float16, (numbers,))
+        store, partial = Ragged(flat, shapes), Path(flat.filename)
+        try:
+            groups = groups_of_equal(images.shapes[:, :2], PIECE)
+            for group in tqdm(groups, desc="encode latents", unit="batch"):
+                pictures = images.stack(group)
+                for flip in range(shapes[0, 0]):
+                    mean, std = encode(pictures, flip == 1)
+                    for i, *pair in zip(group, mean.cpu().numpy(), std.cpu().numpy()):
+                        store[i][flip] = pair
+            flat.flush()
+            flat = store = None              # Windows does not rename a file that is still mapped
+            partial.replace(path)
+        except BaseException:                # also Ctrl-C: leave no half-built file behind
+            flat = store = None
+            partial.unlink(missing_ok=True)
+            raise
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """As LatentCache: over all pixels, so that a large picture counts more than a small one."""
+        total = total_of_squares = count = 0
+        for i in range(len(self)):
+            mean, std = self.latents[i].astype(np.float64).swapaxes(0, 1)       # each (flips, C, h, w)
+            total = total + mean.sum((0, 2, 3))
+            total_of_squares = total_of_squares + (mean**2 + std**2).sum((0, 2, 3))
+            count += mean.size // mean.shape[1]
+        mean = total / count
+        return torch.from_numpy(mean), torch.from_numpy(total_of_squares / count - mean**2)
+
+    def batch(self, indices: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+        """z of the chosen pictures, float32 and not normalised, one after another in (n,): `split` cuts it
+        into them."""
+        flip = torch.randint(int(self.latents.shapes[0, 0]), (len(indices),), generator=generator)
+        chosen = [torch.from_numpy(self.latents[int(i)][f].astype(np.float32)).flatten(1)
+                  for i, f in zip(indices, flip)]
+        mean, std = torch.cat(chosen, dim=1).unbind()
+        return mean + std * torch.randn(mean.shape, generator=generator)
+
+    def split(self, z: Tensor, indices: np.ndarray) -> list[Tensor]:
+        """Views of it, (C, h, w) each."""
+        shapes = self.latents.shapes[indices, 2:].tolist()
+        parts = z.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes)]
 
 
 def pieces(shape: tuple[int, ...]) -> list[range]:
@@ -285,10 +369,15 @@ class TextCache:
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         """-> context (B, L, D), mask (B, L), and pooled (B, P) where the encoder has one. L is the longest of
         these prompts."""
+        cond = self.packed(prompts)
+        return pad_context(cond["context"], cond.get("pooled"))
+
+    def packed(self, prompts: list[str]) -> dict[str, list[Tensor] | Tensor]:
+        """The same with context as a list of (L, D) without padding, and no mask."""
         chosen = [self.index[prompt] for prompt in prompts]
         rows = [torch.from_numpy(self.rows[self.ends[i]:self.ends[i + 1]].astype(np.float32)) for i in chosen]
-        pooled = None if self.pooled is None else torch.from_numpy(self.pooled[chosen])
-        return pad_context(rows, pooled)
+        pooled = {} if self.pooled is None else {"pooled": torch.from_numpy(self.pooled[chosen])}
+        return {"context": rows} | pooled
 
 
 def _check_numbers(prompts: list[str], cond: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Charts of lines, drawn with Pillow: over linear or logarithmic axes, or over named places.
+"""Charts of lines, drawn with Pillow: over linear or logarithmic axes, or over named places; and heat maps.
 
     python charts.py                     # writes chart.png, a chart of made-up figures
 
@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from pictures import caption_font
 
@@ -216,6 +216,29 @@ def draw_legend(pen: ImageDraw.ImageDraw, chart: Chart, frame: Frame,
         else:
             pen.line((x - text / 2, y, x + text / 2, y), colour, max(1, round(text / 6 * series.width)))
         pen.text((x + 0.9 * text, y), series.name, "black", font, anchor="lm")
+
+
+def heat_map(title: str, rows: list[tuple[str, list[float]]], text: int = 15) -> Image.Image:
+    """A named row of cells for each list of values of at least 0, as long as one another: white at 1, toward
+    vermillion below, toward blue up to 2 and beyond."""
+    font = caption_font("".join(name for name, _ in rows) + title, text)
+    names = max(font.getlength(name) for name, _ in rows)
+    left, top, cell = round(names) + 2 * text, 3 * text, 3 * text
+    width = max(left + cell * len(rows[0][1]), round(font.getlength(title))) + text
+    picture = Image.new("RGB", (width, top + 2 * text * len(rows) + text), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((text, text), title, "black", font)
+    for i, (name, values) in enumerate(rows):
+        y = top + 2 * text * i
+        pen.text((text, y + text), name, "black", font, anchor="lm")
+        for j, value in enumerate(values):
+            share = min(abs(value - 1), 1.0)                       # of the full colour
+            full = ImageColor.getrgb(BLUE if value > 1 else VERMILLION)
+            colour = tuple(round(255 + share * (part - 255)) for part in full)
+            x = left + cell * j
+            pen.rectangle((x, y, x + cell - 2, y + 2 * text - 2), fill=colour)
+            pen.text((x + cell / 2, y + text), f"{value:.1f}", "black", font, anchor="mm")
+    return picture
 
 
 def demo() -> None:

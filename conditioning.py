@@ -80,6 +80,7 @@ class Conditioning:
     guiding: tuple[str, ...] = ()         # flags that act on guidance alone
     required = ""                         # the flag without which there is nothing to draw
     fingerprint: str | None = None        # identifies encoder outputs, which must not change on resume
+    packed = False                        # whether training and validation give texts without padding
 
     def __init__(self, checkpoint: dict, device: torch.device):
         self.classes: list[str] = checkpoint["data"]["classes"]
@@ -367,7 +368,7 @@ class Words(Conditioning):
 
     def encode(self, model: nn.Module, prompts: list[str]) -> dict[str, Tensor]:
         """The conditions of these captions, in training."""
-        return network_inputs(model, self.table or model.text, prompts, self.device)
+        return network_inputs(model, self.table or model.text, prompts, self.device, self.packed)
 
     def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor,
               part: slice = slice(None)) -> dict[str, Tensor]:
@@ -538,20 +539,25 @@ def read_prompts(flag: str, file: str) -> list[str]:
     return prompts
 
 
-def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str],
-                   device: torch.device) -> dict[str, Tensor]:
+def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str], device: torch.device,
+                   packed: bool = False) -> dict[str, Tensor]:
     """The outputs of the encoder that the network takes, on the device, in float32 whatever the encoder
-    computes in. Raises ValueError if their width is not the one that the network was built for."""
-    cond = encode(prompts)
+    computes in. packed: without padding, with context as a list. Raises ValueError if their width is not the
+    one that the network was built for."""
+    cond = encode.packed(prompts) if packed else encode(prompts)
     wanted = {"context": model.config.context_width, "pooled": getattr(model.config, "pooled_width", None)}
     for name, width in wanted.items():
-        found = cond[name].shape[-1] if name in cond else None
+        found = cond[name][0].shape[-1] if name in cond else None
         if width and found != width:
             raise ValueError(f"text vectors ({name}) of width {found}: this network takes {width}")
-    inputs = {"context": cond["context"].float(), "mask": cond["mask"]}
+    inputs = {} if packed else {"context": cond["context"].float(), "mask": cond["mask"]}
     if wanted["pooled"]:
         inputs["pooled"] = cond["pooled"].float()
-    return {name: send(part, device) for name, part in inputs.items()}
+    inputs = {name: send(part, device) for name, part in inputs.items()}
+    if packed:                                             # sent as one
+        rows = send(torch.cat(cond["context"]).float(), device)
+        inputs["context"] = list(rows.split([len(part) for part in cond["context"]]))
+    return inputs
 
 
 # The value of --cond -> the kind.

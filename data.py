@@ -33,15 +33,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from files import amount, digest, replacing
-from folder import RANDOM_CROPS, Folder, Rows, clean_text, list_folder, open_pictures, split_rows
+from folder import (RANDOM_CROPS, Folder, Rows, clean_text, list_folder, open_mixed, open_pictures,
+                    split_rows)
 from pictures import Size, grid, to_tensor, to_uint8
-from toys import (SHAPE_CLASSES, describe_corners, describe_scene, draw_corners, draw_scene, draw_shape,
-                  find_emoji_font, omit_details, render_emoji, vary_caption)
+from ragged import Ragged, fitted, ragged
+from toys import (SHAPE_CLASSES, any_size, describe_corners, describe_scene, draw_corners, draw_scene,
+                  draw_shape, find_emoji_font, omit_details, render_emoji, vary_caption)
 
 
 @dataclass
 class Dataset:
-    images: np.ndarray          # (N, H, W, C) uint8, in memory or memory-mapped
+    images: np.ndarray | Ragged # (N, H, W, C) uint8, in memory or memory-mapped; Ragged where sizes differ
     labels: np.ndarray | None   # (N,) int64, or None where there are no classes
     classes: list[str]          # names; empty where there are no classes
     fingerprint: str            # changes whenever a pixel or a label may have changed
@@ -88,6 +90,65 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     k = np.arange(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: _order(n, int(epoch), seed) for epoch in np.unique(k // n)}
     return np.array([orders[epoch][i] for epoch, i in zip(k // n, k % n)])
+
+
+def packed_indices(tokens: np.ndarray, budget: int, step: int, seed: int) -> np.ndarray:
+    """Indices into pictures of so many tokens each, (n,), for one step of `budget` tokens: a pure function of
+    step and seed, as batch_indices, with every picture once an epoch.
+
+    All pictures of an epoch, in its random order, lie on one line, each as long as its tokens, and epochs
+    follow one another without a gap. Step k takes those that begin in [k * budget, (k + 1) * budget): the
+    budget on average, and less than one picture more or less than it. As all epochs are equally long, the
+    place of a step is known without the steps before. Raises ValueError for a budget below the largest
+    picture, with which a step could be empty."""
+    if budget < tokens.max():
+        raise ValueError(f"a budget of {budget:,} tokens is less than the largest picture's "
+                         f"{tokens.max():,}")
+    length = int(tokens.sum())
+    chosen = []
+    for epoch in range(step * budget // length, ((step + 1) * budget - 1) // length + 1):
+        order = _order(len(tokens), epoch, seed)
+        starts = np.cumsum(tokens[order]) - tokens[order] + epoch * length
+        first, end = np.searchsorted(starts, (step * budget, (step + 1) * budget))
+        chosen.append(order[first:end])
+    return np.concatenate(chosen)
+
+
+def shares(tokens: np.ndarray, count: int) -> list[slice]:
+    """Cut a step's pictures, in their order, into `count` contiguous parts of nearly equal tokens: each part
+    ends within half a picture of its place. Raises ValueError for fewer pictures than parts."""
+    if len(tokens) < count:
+        raise ValueError(f"{len(tokens)} pictures in a step cannot be cut into {count} parts; give more "
+                         "--tokens")
+    ends = np.cumsum(tokens)
+    middles = ends - tokens / 2
+    cuts = np.searchsorted(middles, ends[-1] * np.arange(count + 1) / count)
+    for i in range(1, count):               # none is empty
+        cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(tokens) - (count - i))
+    return [slice(int(a), int(b)) for a, b in zip(cuts, cuts[1:])]
+
+
+def grouped_indices(shapes: np.ndarray, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """batch_indices for pictures of different sizes (n, 2), where a batch should have few of them: within
+    every 64 batches of an epoch's order, pictures are sorted by size, and the batches are shuffled again."""
+    k = np.arange(step * batch_size, (step + 1) * batch_size)
+    n = len(shapes)
+    orders = {int(epoch): _grouped_order(shapes, batch_size, int(epoch), seed) for epoch in np.unique(k // n)}
+    return np.array([orders[epoch][i] for epoch, i in zip((k // n).tolist(), k % n)])
+
+
+def _grouped_order(shapes: np.ndarray, batch_size: int, epoch: int, seed: int) -> np.ndarray:
+    order = _order(len(shapes), epoch, seed)
+    rng = np.random.default_rng([seed, epoch, 1])
+    parts = []
+    for start in range(0, len(order), 64 * batch_size):
+        window = order[start:start + 64 * batch_size]
+        window = window[np.lexsort(shapes[window].T)]
+        batches = [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+        # A shorter last batch stays last, so that the others keep their pictures.
+        rest = [batches.pop()] if len(window) % batch_size else []
+        parts += [batches[i] for i in rng.permutation(len(batches))] + rest
+    return np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=4)     # a batch needs one order, two across the end of an epoch
@@ -138,6 +199,28 @@ def load_corners(split: str, size: Size, data_dir: Path | None = None, count: in
     things = [describe_corners(first + i).things[0] for i in range(count)]
     captions = [f"two {thing.colour} {thing.kind}s" for thing in things]
     return Dataset(images, None, [], digest("corners", split, images), captions)
+
+
+@functools.lru_cache(maxsize=2)
+def load_any_size(source: str, split: str, pixels: int, multiple: Size, count: int, words: bool) -> Dataset:
+    """Pictures of an endless source at different sizes, each a function of its index."""
+    first, count = _range_of(split, count)
+    labels, classes, captions, vary = None, [], None, None
+    numbers = range(first, first + count)
+    if source == "shapes" and not words:
+        first -= first % len(SHAPE_CLASSES)
+        numbers = range(first, first + count)
+        draw, labels, classes = draw_shape, np.arange(count) % len(SHAPE_CLASSES), SHAPE_CLASSES
+    elif source == "shapes":
+        draw, vary = (lambda i, size: draw_scene(describe_scene(i), i, size)), omit_details
+        captions = [describe_scene(i).caption for i in numbers]
+    else:
+        draw = draw_corners
+        things = [describe_corners(i).things[0] for i in numbers]
+        captions = [f"two {thing.colour} {thing.kind}s" for thing in things]
+    images = ragged([draw(i, fitted(any_size(i, pixels), pixels, multiple)) for i in numbers])
+    fingerprint = digest(source, split, "mixed", words, images.shapes, images.flat)
+    return Dataset(images, labels, classes, fingerprint, captions, vary=vary)
 
 
 def _range_of(split: str, count: int) -> tuple[int, int]:
@@ -315,11 +398,15 @@ def find_folder(source: str, words: str | None) -> Folder | None:
     return list_folder(Path(source), words)
 
 
-def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: str = "centre") -> Dataset:
+def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: str = "centre",
+                multiple: Size | None = None) -> Dataset:
     """The pictures of a folder, decoded once into cache_dir/images.npy and memory-mapped from then on. With
-    crop "random", the training part holds several crops of each picture."""
+    crop "random", the training part holds several crops of each picture. multiple: as in load_data."""
     crops = RANDOM_CROPS if crop == "random" else 1
-    images, keep, fingerprint, former = open_pictures(folder, size, cache_dir, crops)
+    if multiple is not None:
+        images, keep, fingerprint, former = open_mixed(folder, math.prod(size), multiple, cache_dir)
+    else:
+        images, keep, fingerprint, former = open_pictures(folder, size, cache_dir, crops)
     classes, labels = folder.classes, None
     if folder.labels is not None:
         present, labels = np.unique(np.array(folder.labels)[keep], return_inverse=True)
@@ -332,7 +419,8 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
     if split == "train":
         chosen = train.repeat(crops)
         rows = crops * chosen + np.tile(np.arange(crops), len(train))
-        images = Rows(images, rows)         # images[rows] would copy the whole file into memory
+        # images[rows] of an array would copy the whole file into memory
+        images = Rows(images, rows) if multiple is None else images[rows]
     else:
         chosen = val
         images = images[crops * chosen]     # the first crop is that in the centre
@@ -367,18 +455,21 @@ SOURCES = {
 
 def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_dir: Path,
               words: str | None = None, folder: Folder | None = None, count: int = 20_000,
-              crop: str = "centre") -> Dataset:
+              crop: str = "centre", multiple: Size | None = None) -> Dataset:
     """The part `split` of a source at `size`, by default 32 x 32.
 
     words: None; "captions", which are class names where a source has no others; or "embeddings", where the
     captions are the names of the .npz files beside a folder's pictures. folder: what `find_folder` returned,
     if it was called before. count: how many pictures an endless source draws for training. crop: "centre" or,
-    for a folder, "random"."""
+    for a folder, "random". multiple: pictures keep their aspect ratio, with sides that are multiples of this
+    and at most as many pixels as `size` has."""
     size = tuple(size or (32, 32))
     if folder is None:
         folder = find_folder(source, words)
     if folder is not None:
-        data = load_folder(folder, split, size, cache_dir, crop)
+        data = load_folder(folder, split, size, cache_dir, crop, multiple)
+    elif multiple is not None:
+        data = load_any_size(source, split, math.prod(size), multiple, count, words is not None)
     else:
         row = SOURCES[source]
         load = row.load

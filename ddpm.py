@@ -74,13 +74,25 @@ class DDPM:
     def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None,
              **cond) -> Tensor:
         """(B,) weighted mean squared error at random times, eq. 14, plus the loss of a learned variance.
-        t (B,) and eps may be fixed, as validation does."""
+        t (B,) and eps may be fixed, as validation does. x0 and eps may be lists of B latents (C, H, W) of
+        different sizes; each counts as much as the others."""
+        mixed = not isinstance(x0, Tensor)
         if t is None:
-            t = self.sample_t(len(x0), x0.device)
+            t = self.sample_t(len(x0), x0[0].device)
         if eps is None:
-            eps = torch.randn_like(x0)
+            eps = [torch.randn_like(x) for x in x0] if mixed else torch.randn_like(x0)
+        if mixed:
+            # As batches of one, but for the network, which is called once for all.
+            parts = [(x[None], e[None], time) for x, e, time in zip(x0, eps, t.split(1))]
+            xt = [self.add_noise(*part) for part in parts]
+            raws = model([x[0] for x in xt], t, **cond)
+            return torch.cat([self.error(raw[None], x, *part) for raw, x, part in zip(raws, xt, parts)])
         xt = self.add_noise(x0, eps, t)
-        raw = model(xt, t, **cond).float()
+        return self.error(model(xt, t, **cond), xt, x0, eps, t)
+
+    def error(self, raw: Tensor, xt: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(B,) the loss of the network's output at xt."""
+        raw = raw.float()
         prediction = raw[:, :x0.shape[1]]
         error = (prediction - self.target(x0, eps, t)).square().flatten(1).mean(1)
         loss = self.weight(t) * error
@@ -128,8 +140,9 @@ class DDPM:
         """(n,) float32 training times, uniform over 1/1000 .. 1. `generator` is a CPU generator."""
         return (torch.randint(1, STEPS + 1, (n,), generator=generator) / STEPS).to(device)
 
-    def sample_times(self, n: int) -> dict[str, Tensor]:
-        """Training times, on the CPU, as keyword arguments of `loss`."""
+    def sample_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """Training times, on the CPU, as keyword arguments of `loss`. tokens (n,) of each picture change
+        nothing on this path."""
         return {"t": self.sample_t(n)}
 
     def times(self, steps: int, spacing: str = "trailing") -> Tensor:

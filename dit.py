@@ -13,6 +13,7 @@ Shapes: N = h * w tokens (patches) in h rows and w columns, D the width, (p, q) 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Rope, attention
+from attention import Packing, Rope, attention, pack
 
 
 @dataclass
@@ -44,6 +45,12 @@ class DiTConfig:
     time_scale: float = 1000.0        # the embedding sees time_scale * t + time_offset: published DiT counts
     time_offset: float = 0.0          # 0..999 (1000, -1); SiT's time runs from noise to data (-1, 1)
     second_time: bool = False         # also embed s <= t: the network predicts the mean velocity from t to s
+    experts: int = 0                  # in the blocks of `moe_blocks`, the MLP is a mixture of so many: moe.py
+    top_k: int = 2                    # experts per token, beside
+    shared_experts: int = 1           # those that all tokens use
+    expert_ratio: float | None = None   # the mlp_ratio of an expert; None: all that a token uses make one MLP
+    moe_blocks: str = "deep"          # "all", "deep" (the second half) or "every-other"
+    router: str = "token"             # what chooses: "token", "expert" or "race"
 
 
 GAP_SCALE = 10.0     # fastest sinusoid of t - s, in radians per unit: its derivative by t enters the loss
@@ -128,7 +135,7 @@ def rope_tables(h: int, w: int, head_dim: int, theta: float, device: torch.devic
 
 class Modulation(NamedTuple):
     """How the condition acts on one branch of a block: its input is shifted and scaled, its output gated.
-    Each (B, 1, D), the same for all tokens."""
+    Each (B, 1, D), the same for all tokens of a picture; (1, N, D) where pictures are packed."""
     shift: Tensor
     scale: Tensor
     gate: Tensor
@@ -137,6 +144,12 @@ class Modulation(NamedTuple):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     # 1 + scale, so that a network whose modulation starts at zero leaves x as it is
     return x * (1 + scale) + shift
+
+
+def per_token(rows: Tensor, packing: Packing | None) -> Tensor:
+    """A row for each picture, (B, D), as it acts on the tokens: (B, 1, D), or (1, N, D) for B pictures that
+    are packed."""
+    return rows[:, None] if packing is None else rows.index_select(0, packing.owner)[None]
 
 
 class QKV(NamedTuple):
@@ -181,10 +194,11 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                 # (B, N, 3, heads, head_dim)
         return QKV(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None = None,
+                packing: Packing | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D). mask (B, N), bool: True where a token may be attended to."""
         q, k, v = self.split(x)
-        x = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
+        x = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask, packing=packing)
         return self.proj(x.transpose(1, 2).flatten(2))                       # (B, N, D)
 
 
@@ -202,6 +216,14 @@ class TokenConv(nn.Conv2d):
         return x + super().forward(image).flatten(2).transpose(1, 2)         # (B, N, D)
 
 
+def hidden_width(kind: str, width: int, ratio: float) -> int:
+    if kind != "swiglu":
+        return int(ratio * width)
+    # SwiGLU has three matrices where GELU has two, so 2/3 of the width gives as many parameters. Rounded up
+    # to a multiple of 16, which suits the hardware.
+    return math.ceil(int(ratio * width * 2 / 3) / 16) * 16
+
+
 class MLP(nn.Module):
     """The feed-forward layers of a block. conv: put a TokenConv between them; forward then needs the grid
     (h, w) of the tokens. Raises ValueError for another kind than "swiglu" or "gelu"."""
@@ -211,14 +233,8 @@ class MLP(nn.Module):
         if kind not in ("swiglu", "gelu"):
             raise ValueError(f"mlp {kind!r}: must be 'swiglu' or 'gelu'")
         self.gated = kind == "swiglu"
-        if self.gated:
-            # SwiGLU has three matrices where GELU has two, so 2/3 of the width gives as many parameters.
-            # Rounded up to a multiple of 16, which suits the hardware.
-            hidden = math.ceil(int(ratio * width * 2 / 3) / 16) * 16
-            self.fc1 = nn.Linear(width, 2 * hidden)
-        else:
-            hidden = int(ratio * width)
-            self.fc1 = nn.Linear(width, hidden)
+        hidden = hidden_width(kind, width, ratio)
+        self.fc1 = nn.Linear(width, 2 * hidden if self.gated else hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.conv = TokenConv(hidden) if conv else None
 
@@ -233,24 +249,45 @@ class MLP(nn.Module):
         return self.fc2(x)
 
 
-class Block(nn.Module):
-    """Attention and MLP. The condition modulates the input of each and gates its output (adaLN-Zero)."""
+def feed_forward(c, block: int, depth: int, conv: bool) -> nn.Module:
+    """The MLP of a block of a DiT or MM-DiT, or its experts. Raises ValueError for experts that cannot be."""
+    if not c.experts:
+        return MLP(c.mlp, c.width, c.mlp_ratio, conv)
+    from moe import MoE, has_experts         # only here, so that a network without experts does without
 
-    def __init__(self, c: DiTConfig):
+    if conv:
+        raise ValueError(f"experts {c.experts} with conv: the tokens of an expert lie on no grid; leave one "
+                         "out")
+    if not has_experts(c.moe_blocks, block, depth):
+        return MLP(c.mlp, c.width, c.mlp_ratio)
+    if c.expert_ratio is not None:
+        hidden = hidden_width(c.mlp, c.width, c.expert_ratio)
+    else:                                    # a multiple of 8, as kernels for products in groups need it
+        used = c.top_k + c.shared_experts
+        hidden = max(8, round(hidden_width(c.mlp, c.width, c.mlp_ratio) / used / 8) * 8)
+    return MoE(c.width, hidden, c.experts, c.top_k, c.shared_experts, c.router, gated=c.mlp == "swiglu")
+
+
+class Block(nn.Module):
+    """Attention and MLP. The condition modulates the input of each and gates its output (adaLN-Zero).
+    index: of the block, counted from 0."""
+
+    def __init__(self, c: DiTConfig, index: int = 0):
         super().__init__()
         self.norm1 = Norm(c.norm, c.width)
         self.norm2 = Norm(c.norm, c.width)
         self.attn = SelfAttention(c.width, c.heads, c.qk_norm)
-        self.mlp = MLP(c.mlp, c.width, c.mlp_ratio, c.conv)
+        self.mlp = feed_forward(c, index, c.depth, c.conv)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 6 * c.width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Rope | None,
-                grid: tuple[int, int] | None = None) -> Tensor:
-        """x (B, N, D) and the condition (B, D) -> (B, N, D)."""
-        chunks = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)  # each (B, 1, D)
+                grid: tuple[int, int] | None = None, packing: Packing | None = None) -> Tensor:
+        """x (B, N, D) and the condition (B, D) -> (B, N, D). packing: of B pictures in x (1, N, D)."""
+        chunks = per_token(self.adaLN_modulation(condition), packing).chunk(6, dim=-1)   # each (B, 1, D)
         attn = Modulation(*chunks[:3])
         mlp = Modulation(*chunks[3:])
-        x = x + attn.gate * self.attn(modulate(self.norm1(x), attn.shift, attn.scale), rope)
+        x = x + attn.gate * self.attn(modulate(self.norm1(x), attn.shift, attn.scale), rope,
+                                      packing=packing)
         return x + mlp.gate * self.mlp(modulate(self.norm2(x), mlp.shift, mlp.scale), grid)
 
 
@@ -300,6 +337,11 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)                       # (B, N, D)
 
+    def packed(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Latents (C, H, W) of any sizes -> (1, N, D), their tokens one after another."""
+        patches = torch.cat([patchify(x, self.proj.stride) for x in pictures])           # (N, C * p * q)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)[None]
+
 
 class FinalLayer(nn.Module):
     """Tokens to the values of their patches: (B, N, D) and the condition (B, D) -> (B, N, p * q * C)."""
@@ -310,8 +352,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch[0] * patch[1] * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor, packing: Packing | None = None) -> Tensor:
+        shift, scale = per_token(self.adaLN_modulation(condition), packing).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -319,6 +361,47 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tens
     """(B, h * w, p * q * C) tokens -> (B, C, h * p, w * q)."""
     x = x.unflatten(1, grid).unflatten(-1, (*patch, -1))                     # (B, h, w, p, q, C)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def patchify(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """(C, h * p, w * q) -> (h * w, C * p * q): its patches, row by row, with values as in a convolution."""
+    p, q = patch
+    x = x.unflatten(2, (-1, q)).unflatten(1, (-1, p))                        # (C, h, p, w, q)
+    return x.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+
+
+# ---- pictures of different sizes in one batch
+
+class Mixed(NamedTuple):
+    """The tokens of latents of different sizes, packed into one sequence, and what goes with each token."""
+    x: Tensor                          # (1, N, D)
+    grids: list[tuple[int, int]]       # rows and columns of each picture
+    packing: Packing
+    sincos: Tensor | None              # (N, D), or None where no positions are added
+    rope: Rope | None                  # each (N, head_dim / 2)
+
+    def unpack(self, x: Tensor, patch: tuple[int, int]) -> list[Tensor]:
+        """(1, N, p * q * C) -> a picture (C, H, W) each."""
+        parts = x.split(self.packing.lengths, dim=1)
+        return [unpatchify(part, grid, patch)[0] for part, grid in zip(parts, self.grids)]
+
+
+def mix(model: nn.Module, pictures: Sequence[Tensor], positions: Callable) -> Mixed:
+    """Latents (C, H, W) as tokens of a DiT or MMDiT. positions(h, w, device): the added and the rotary
+    positions of a grid, each of which may be None. Raises ValueError where the patch does not divide a
+    latent, and for a network with convolutions, which need the grid of a single picture."""
+    if model.config.conv:
+        raise ValueError("conv: a convolution between tokens needs latents of one size; leave it out")
+    embed = model.x_embedder
+    grids = [embed.grid(picture) for picture in pictures]
+    device = pictures[0].device
+    tables = [positions(h, w, device) for h, w in grids]
+    sincos, rope = None, None
+    if tables[0][0] is not None:
+        sincos = torch.cat([table for table, _ in tables])
+    if tables[0][1] is not None:
+        rope = (torch.cat([rope[0] for _, rope in tables]), torch.cat([rope[1] for _, rope in tables]))
+    return Mixed(embed.packed(pictures), grids, pack([h * w for h, w in grids], device), sincos, rope)
 
 
 def initialize_transformer(model: nn.Module) -> None:
@@ -356,7 +439,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
         self.gap_embedder = TimestepEmbedder(c.width, GAP_SCALE, 0.0) if c.second_time else None
         self.y_embedder = LabelEmbedder(c.num_classes, c.width) if c.num_classes else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.depth))
         self.final_layer = FinalLayer(c.norm, c.width, c.patch, self.out_channels)
         self._positions: dict[tuple, tuple[Tensor, Rope | None]] = {}
         self.initialize()
@@ -394,19 +477,27 @@ class DiT(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, s: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes, s (B,) in [0, t] or None, which is t
-        -> raw (B, out_channels, H, W). Raises ValueError where the patch does not divide the latent."""
-        h, w = self.x_embedder.grid(xt)
-        sincos, rope = self.positions(h, w, xt.device)
-
-        x = self.x_embedder(xt)                                              # (B, N, D), N = h * w
+        -> raw (B, out_channels, H, W). xt may also be a list of B latents (C, H, W) of different sizes: raw
+        is then a list as well. Raises ValueError where the patch does not divide a latent."""
+        mixed, packing, grid = None, None, None
+        if isinstance(xt, Tensor):
+            grid = self.x_embedder.grid(xt)
+            sincos, rope = self.positions(*grid, xt.device)
+            x = self.x_embedder(xt)                                          # (B, N, D), N = h * w
+        else:
+            mixed = mix(self, xt, self.positions)
+            x, packing = mixed.x, mixed.packing                              # (1, N, D), of all pictures
+            sincos, rope = mixed.sincos, mixed.rope
         x = x + sincos.to(self.x_embedder.proj.weight.dtype)                 # under autocast: float32
         condition = self.time_condition(t, s)                                # (B, D)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(y)
         for block in self.blocks:
-            x = block(x, condition, rope, (h, w))                            # (B, N, D)
-        x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
-        return unpatchify(x, (h, w), self.config.patch)                      # (B, C, H, W)
+            x = block(x, condition, rope, grid, packing)                     # (B, N, D)
+        x = self.final_layer(x, condition, packing)                          # (B, N, p * q * C)
+        if mixed is not None:
+            return mixed.unpack(x, self.config.patch)
+        return unpatchify(x, grid, self.config.patch)                        # (B, C, H, W)
 
 
 def demo() -> None:

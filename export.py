@@ -165,7 +165,8 @@ def vae_config(c: VAEConfig, size: tuple[int, int]) -> dict:
             "scaling_factor": 1.0, "shift_factor": 0.0}                # see published.vae_to_diffusers
 
 
-PUBLISHED = {"norm": "layer", "mlp": "gelu", "mlp_ratio": 4.0, "conv": False, "time_scale": 1000.0}
+PUBLISHED = {"experts": 0, "norm": "layer", "mlp": "gelu", "mlp_ratio": 4.0, "conv": False,
+             "time_scale": 1000.0}
 SECOND_TIME = {"second_time": False}
 LAYOUTS = {
     "dit": Layout("DiTTransformer2DModel", "transformer",
@@ -194,6 +195,9 @@ def scheduler_config(objective: dict) -> dict:
         if path.prediction != "velocity":
             raise ValueError(f"prediction {path.prediction} on the straight path: diffusers' "
                              "FlowMatchEulerDiscreteScheduler has only velocity")
+        if path.shift_tokens is not None:
+            raise ValueError(f"--shift-tokens {path.shift_tokens}: diffusers' scheduler has another rule for "
+                             "shifts that follow the size; export the weights alone")
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
                 "shift": path.shift, "use_dynamic_shifting": False}
     # A checkpoint names only the options that were given.

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from files import digest, locked, new_array, open_array, read_stamp, shortened, write_stamp
 from pictures import FORMATS, Size, cover, open_header, read_image, srgb_transform
+from ragged import Ragged, fitted, open_ragged, write_ragged
 
 
 # ---- the listing
@@ -262,7 +263,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 class Decoded(NamedTuple):
     """The pictures of a folder that could be decoded."""
-    images: np.ndarray          # memory-mapped; one row each, or as many as there are crops
+    images: np.ndarray | Ragged # memory-mapped; one row each, or as many as there are crops
     keep: np.ndarray            # the index of each in folder.pictures
     fingerprint: str
     former: str | None          # the fingerprint of these rows when it was computed from file times
@@ -298,6 +299,52 @@ def open_pictures(folder: Folder, size: Size, cache_dir: Path, crops: int = 1) -
         if found != read_stamp(stamp_path):         # which a rebuilding has removed
             write_stamp(stamp_path, found)
     return Decoded(images[:crops * len(keep)], np.array(keep), fingerprint, former)
+
+
+def open_mixed(folder: Folder, pixels: int, multiple: Size, cache_dir: Path) -> Decoded:
+    """The pictures of a folder at their own aspect ratios, each at its size of ragged.fitted, from a cache
+    that is kept as that of open_pictures. Raises ValueError where none can be decoded."""
+    name = "images-{}x{}".format(*multiple)
+    stamp_path, array_path = cache_dir / f"{name}.json", cache_dir / f"{name}.bin"
+    if not stamp_path.exists():
+        _check_one_decodes(folder)
+    with locked(cache_dir / f"{name}.lock", wait=True, clean=(stamp_path, array_path)):
+        stamp = read_stamp(stamp_path)
+        files = _contents(folder, stamp.get("files"))
+        named = [(name, entry[0], entry[-1]) for name, entry in files.items()]      # size and hash
+        fingerprint = digest("folder", "mixed", pixels, multiple, named)
+        keep, shapes = stamp.get("keep"), stamp.get("shapes")
+        images = open_ragged(array_path, np.uint8, shapes)
+        fits = stamp.get("fingerprint") == fingerprint
+        if not fits or images is None or not (_are_indices(keep, len(folder.pictures))
+                                              and len(keep) == len(images)):
+            if fits:
+                print(f"{array_path} is {'damaged' if array_path.exists() else 'missing'}: rebuilding it")
+            stamp_path.unlink(missing_ok=True)      # never an old stamp beside a new array
+            keep = []
+            shapes = write_ragged(array_path, _decode_mixed(folder, pixels, multiple, keep))
+            images = open_ragged(array_path, np.uint8, shapes)
+        found = {"fingerprint": fingerprint, "keep": keep, "shapes": shapes, "files": files}
+        if found != read_stamp(stamp_path):
+            write_stamp(stamp_path, found)
+    return Decoded(images, np.array(keep), fingerprint, None)
+
+
+def _decode_mixed(folder: Folder, pixels: int, multiple: Size, keep: list[int]) -> Iterator[np.ndarray]:
+    """Every picture that can be decoded, uint8 (H, W, 3), one at a time; `keep` takes their indices."""
+    useless: list[str] = []                 # colour profiles
+    for i, picture in enumerate(tqdm(folder.pictures, desc="decode pictures", unit="img")):
+        try:
+            image = read_image(picture, "white", useless)
+            array = cover(image, fitted(image.size[::-1], pixels, multiple))
+        except Exception as error:          # Pillow raises a dozen types; each means: skip this file
+            _tell_of_skipped(picture, error)
+            continue
+        keep.append(i)
+        yield array
+    if not keep:
+        raise _none_decodes(folder)
+    _tell_of_decoding(folder, keep, useless)
 
 
 def _are_indices(keep: object, count: int) -> bool:
@@ -397,12 +444,16 @@ def _decode(folder: Folder, size: Size, path: Path, crops: int) -> tuple[Path, l
         store = None                        # Windows does not delete a file that is still mapped
         partial.unlink(missing_ok=True)
         raise
+    _tell_of_decoding(folder, decoded, useless)
+    return partial, decoded
+
+
+def _tell_of_decoding(folder: Folder, decoded: list[int], useless: list[str]) -> None:
     _tell(f"--data {folder.path}: colours taken as sRGB, because a colour profile cannot be used", useless)
     if folder.labels is not None:
         empty = sorted(set(folder.labels) - {folder.labels[i] for i in decoded})
         _tell(f"--data {folder.path}: classes left out, because none of their pictures can be decoded",
               [folder.classes[i] for i in empty])
-    return partial, decoded
 
 
 def _check_one_decodes(folder: Folder) -> None:

@@ -7,7 +7,8 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 (arXiv:2403.03206), section 4 and figure 2; with `single_depth`, FLUX's single-stream blocks after those.
 Contract: model(xt, t, context, mask, pooled) -> raw, with xt (B, C, H, W), t (B,) in [0, 1], 0 = data, and
 the output of a text encoder: context (B, L, context_width), mask (B, L), True at valid positions, and pooled
-(B, pooled_width). Shapes: L text tokens, then N = h * w image tokens, D the width.
+(B, pooled_width). Shapes: L text tokens, then N = h * w image tokens, D the width. Pictures of different
+sizes with texts of different lengths: see `Joint`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Rope, attention, rms_norm
+from attention import Packing, Rope, attention, pack, rms_norm
 from dit import (MLP, QKV, FinalLayer, Modulation, Norm, PatchEmbed, SelfAttention, TimestepEmbedder,
-                 TokenConv, grid_coordinates, initialize_transformer, modulate, position_angles,
-                 sincos_positions, unpatchify)
+                 TokenConv, feed_forward, grid_coordinates, initialize_transformer, mix, modulate, per_token,
+                 position_angles, sincos_positions, unpatchify)
 
 
 @dataclass
@@ -49,6 +50,12 @@ class MMDiTConfig:
     guidance: bool = False                   # FLUX.1-dev: distilled, so the guidance scale is an input
     time_scale: float = 1000.0
     time_offset: float = 0.0
+    experts: int = 0                         # in the image stream of joint blocks; these six as in DiTConfig
+    top_k: int = 2
+    shared_experts: int = 1
+    expert_ratio: float | None = None
+    moe_blocks: str = "deep"
+    router: str = "token"
 
 
 PUBLISHED_BLOCK = dict(norm="layer", mlp="gelu")
@@ -90,9 +97,32 @@ class VectorEmbedder(nn.Module):
         return self.mlp(x)
 
 
+@dataclass(eq=False)
+class Joint:
+    """B pictures and their texts, packed: (1, N, D) tokens of all pictures, (1, L, D) of all texts, and the
+    joint sequence (1, L + N, D), in which each text stands before its picture."""
+    image: Packing
+    text: Packing
+    both: Packing
+    order: Tensor        # (L + N,): the joint sequence from all texts, then all pictures
+    text_rows: Tensor    # (L,) and (N,): where their tokens are in the joint sequence
+    image_rows: Tensor
+
+
+def join(image: Packing, text: Packing) -> Joint:
+    device = image.owner.device
+    both = pack([a + b for a, b in zip(text.lengths, image.lengths)], device)
+    # A stable sort by picture keeps the order within each text and each picture, and texts come first.
+    order = torch.cat([text.owner, image.owner]).argsort(stable=True)
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(len(order), device=device)
+    return Joint(image, text, both, order, rows[:len(text.owner)], rows[len(text.owner):])
+
+
 class StreamModulation(NamedTuple):
-    """How the condition acts on one stream, each (B, 1, D). The context stream of the last block has only the
-    first two: its tokens enter the attention but are not updated any more."""
+    """How the condition acts on one stream, each (B, 1, D), or (1, n, D) where it is packed. The context
+    stream of the last block has only the first two: its tokens enter the attention but are not updated any
+    more."""
     shift: Tensor                    # for the input of the joint attention
     scale: Tensor
     gate: Tensor | None = None       # for its output
@@ -105,9 +135,10 @@ class Stream(nn.Module):
 
     last: the text of the last joint block. No layer reads its tokens afterwards, so they give queries, keys
     and values but are not updated, and the weights that would update them do not exist. dual: a second
-    attention, in which the image attends to itself alone (SD 3.5)."""
+    attention, in which the image attends to itself alone (SD 3.5). index: the block's, for the image, whose
+    MLP may have a convolution or experts."""
 
-    def __init__(self, c: MMDiTConfig, last: bool = False, dual: bool = False, conv: bool = False):
+    def __init__(self, c: MMDiTConfig, last: bool = False, dual: bool = False, index: int | None = None):
         super().__init__()
         self.last = last
         self.norm1 = Norm(c.norm, c.width)
@@ -115,7 +146,10 @@ class Stream(nn.Module):
         self.attn2 = SelfAttention(c.width, c.heads, c.qk_norm) if dual else None
         if not last:
             self.norm2 = Norm(c.norm, c.width)
-            self.mlp = MLP(c.mlp, c.width, c.mlp_ratio, conv)
+            if index is None:
+                self.mlp = MLP(c.mlp, c.width, c.mlp_ratio)
+            else:
+                self.mlp = feed_forward(c, index, c.depth, c.conv)
         self.chunks = 6                      # shift, scale and gate of the attention and of the MLP
         if last:
             self.chunks = 2                  # shift and scale of the attention's input
@@ -123,9 +157,9 @@ class Stream(nn.Module):
             self.chunks = 9
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, self.chunks * c.width))
 
-    def modulation(self, condition: Tensor) -> StreamModulation:
+    def modulation(self, condition: Tensor, packing: Packing | None = None) -> StreamModulation:
         """condition (B, D)."""
-        chunks = self.adaLN_modulation(condition)[:, None].chunk(self.chunks, dim=-1)    # each (B, 1, D)
+        chunks = per_token(self.adaLN_modulation(condition), packing).chunk(self.chunks, dim=-1)
         if self.last:
             return StreamModulation(*chunks)
         attn2 = None
@@ -143,43 +177,53 @@ class Stream(nn.Module):
         return QKV(q, k, v)
 
     def update(self, x: Tensor, m: StreamModulation, attended: Tensor,
-               grid: tuple[int, int] | None = None) -> Tensor:
+               grid: tuple[int, int] | None = None, packing: Packing | None = None) -> Tensor:
         """x (B, n, D) and its rows of the joint attention's output, (B, n, D) -> the tokens of the next
         block."""
         out = x + m.gate * self.attn.proj(attended)
         if self.attn2 is not None:           # beside the joint attention: both read x
             image = modulate(self.norm1(x), m.attn2.shift, m.attn2.scale)
-            out = out + m.attn2.gate * self.attn2(image, None)
+            out = out + m.attn2.gate * self.attn2(image, None, packing=packing)
         return out + m.mlp.gate * self.mlp(modulate(self.norm2(out), m.mlp.shift, m.mlp.scale), grid)
 
 
 class JointBlock(nn.Module):
-    """Text and image, each with its own weights, in one attention (Esser et al. 2024, figure 2b)."""
+    """Text and image, each with its own weights, in one attention (Esser et al. 2024, figure 2b). index: of
+    the block, counted from 0."""
 
-    def __init__(self, c: MMDiTConfig, last: bool, dual: bool):
+    def __init__(self, c: MMDiTConfig, last: bool, dual: bool, index: int = 0):
         super().__init__()
         self.last = last
         self.context_block = Stream(c, last=last)
-        self.x_block = Stream(c, dual=dual, conv=c.conv)
+        self.x_block = Stream(c, dual=dual, index=index)
 
     def forward(self, x: Tensor, context: Tensor, condition: Tensor, rope: Rope | None, mask: Tensor | None,
-                grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+                grid: tuple[int, int] | None, joint: Joint | None = None) -> tuple[Tensor, Tensor]:
         """x (B, N, D), context (B, L, D), the condition (B, D) and mask (B, L + N), bool, True where a token
-        may be attended to -> x and context."""
-        text_modulation = self.context_block.modulation(condition)
+        may be attended to -> x and context. joint: of B pictures in x (1, N, D) and context (1, L, D)."""
+        packed = joint is not None
+        text_modulation = self.context_block.modulation(condition, joint.text if packed else None)
         text = self.context_block.qkv(context, text_modulation)
-        image_modulation = self.x_block.modulation(condition)
+        image_modulation = self.x_block.modulation(condition, joint.image if packed else None)
         image = self.x_block.qkv(x, image_modulation)
 
         q = torch.cat([text.q, image.q], dim=2)                              # (B, heads, L + N, head_dim)
         k = torch.cat([text.k, image.k], dim=2)
         v = torch.cat([text.v, image.v], dim=2)
-        attended = attention(q, k, v, rope=rope, mask=mask).transpose(1, 2).flatten(2)   # (B, L + N, D)
+        if packed:                           # each text before its picture
+            q, k, v = (part.index_select(2, joint.order) for part in (q, k, v))
+        attended = attention(q, k, v, rope=rope, mask=mask, packing=joint.both if packed else None)
+        attended = attended.transpose(1, 2).flatten(2)                       # (B, L + N, D)
+        if packed:
+            text_attended = attended.index_select(1, joint.text_rows)
+            image_attended = attended.index_select(1, joint.image_rows)
+        else:
+            length = context.shape[1]
+            text_attended, image_attended = attended[:, :length], attended[:, length:]
 
-        length = context.shape[1]
-        x = self.x_block.update(x, image_modulation, attended[:, length:], grid)
+        x = self.x_block.update(x, image_modulation, image_attended, grid, joint.image if packed else None)
         if not self.last:
-            context = self.context_block.update(context, text_modulation, attended[:, :length])
+            context = self.context_block.update(context, text_modulation, text_attended)
         return x, context
 
 
@@ -205,13 +249,15 @@ class SingleBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 3 * c.width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Rope | None, mask: Tensor | None,
-                grid: tuple[int, int]) -> Tensor:
-        """x (B, L + N, D), the condition (B, D) and mask (B, L + N) -> (B, L + N, D)."""
-        m = Modulation(*self.adaLN_modulation(condition)[:, None].chunk(3, dim=-1))
+                grid: tuple[int, int] | None, packing: Packing | None = None) -> Tensor:
+        """x (B, L + N, D), the condition (B, D) and mask (B, L + N) -> (B, L + N, D). packing: of B joint
+        sequences in x."""
+        m = Modulation(*per_token(self.adaLN_modulation(condition), packing).chunk(3, dim=-1))
         projected = self.linear1(modulate(self.norm(x), m.shift, m.scale))
         qkv, hidden = projected.tensor_split([3 * self.width], dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
+        attended = attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask,
+                             packing=packing)
         attended = attended.transpose(1, 2).flatten(2)                       # (B, L + N, D)
         hidden = F.gelu(hidden, approximate="tanh")
         if self.conv is not None:            # only image tokens, which come last, lie on a grid
@@ -244,7 +290,7 @@ class MMDiT(nn.Module):
         # Single blocks, if any, use the text tokens of the last joint block, which must then update them.
         last = c.depth - 1 if c.single_depth == 0 else None
         self.joint_blocks = nn.ModuleList(
-            JointBlock(c, last=i == last, dual=i < c.dual_attention) for i in range(c.depth))
+            JointBlock(c, last=i == last, dual=i < c.dual_attention, index=i) for i in range(c.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.single_depth))
         self.final_layer = FinalLayer(c.norm, c.width, c.patch, self.out_channels)
         self._positions: dict[tuple, tuple[Tensor | None, Rope | None]] = {}
@@ -266,7 +312,16 @@ class MMDiT(nn.Module):
                 pooled: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], context (B, L, context_width), mask (B, L), True at valid
         positions (None: all are), pooled (B, pooled_width), guidance (B,) -> raw (B, out_channels, H, W).
-        Raises ValueError where the patch does not divide the latent."""
+        xt may also be a list of B latents (C, H, W) of different sizes; raw is then a list as well, and
+        context may be a list of (L, context_width) without padding.
+        Raises ValueError where the patch does not divide a latent."""
+        condition = self.t_embedder(t)                                       # (B, D)
+        if self.guidance_embedder is not None:
+            condition = condition + self.guidance_embedder(guidance)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(pooled)
+        if not isinstance(xt, Tensor):
+            return self.forward_mixed(xt, condition, context, mask)
         length = context.shape[1]
         h, w = self.x_embedder.grid(xt)
         sincos, rope = self.positions(length, h, w, xt.device)
@@ -275,11 +330,6 @@ class MMDiT(nn.Module):
         if sincos is not None:
             x = x + sincos.to(self.x_embedder.proj.weight.dtype)
         text = self.context_embedder(context)                                # (B, L, D)
-        condition = self.t_embedder(t)                                       # (B, D)
-        if self.guidance_embedder is not None:
-            condition = condition + self.guidance_embedder(guidance)
-        if self.y_embedder is not None:
-            condition = condition + self.y_embedder(pooled)
         if mask is not None:                                                 # every image token is valid
             mask = torch.cat([mask, mask.new_ones(len(x), h * w)], dim=1)    # (B, L + N)
 
@@ -292,6 +342,33 @@ class MMDiT(nn.Module):
             x = x[:, length:]                                                # (B, N, D)
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
         return unpatchify(x, (h, w), self.config.patch)                      # (B, C, H, W)
+
+    def forward_mixed(self, xt: list[Tensor], condition: Tensor, context: Tensor | list[Tensor],
+                      mask: Tensor | None) -> list[Tensor]:
+        """`forward` for latents of different sizes, with nothing padded. condition: (B, D)."""
+        mixed = mix(self, xt, lambda h, w, device: self.positions(0, h, w, device))
+        if isinstance(context, Tensor):
+            valid = [slice(None)] * len(context) if mask is None else mask
+            context = [rows[chosen] for rows, chosen in zip(context, valid)]
+        joint = join(mixed.packing, pack([len(rows) for rows in context], condition.device))
+        rope = None
+        if mixed.rope is not None:           # text tokens are at the origin, where nothing is rotated
+            cos, sin = mixed.rope
+            still = cos.new_ones(len(joint.text.owner), cos.shape[1])
+            rope = (torch.cat([still, cos])[joint.order], torch.cat([still * 0, sin])[joint.order])
+
+        x = mixed.x                                                          # (1, N, D)
+        if mixed.sincos is not None:
+            x = x + mixed.sincos.to(self.x_embedder.proj.weight.dtype)
+        text = self.context_embedder(torch.cat(context))[None]               # (1, L, D)
+        for block in self.joint_blocks:
+            x, text = block(x, text, condition, rope, None, None, joint)
+        if self.single_blocks:
+            x = torch.cat([text, x], dim=1).index_select(1, joint.order)     # (1, L + N, D)
+            for block in self.single_blocks:
+                x = block(x, condition, rope, None, None, joint.both)
+            x = x.index_select(1, joint.image_rows)                          # (1, N, D)
+        return mixed.unpack(self.final_layer(x, condition, mixed.packing), self.config.patch)
 
 
 def demo() -> None:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 import conditioning
 import ema
+import moe
 import published
 import settings
 from cli import program
@@ -36,6 +37,7 @@ from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
 from parallel import check_tensor_parallel
 from published import check_weights
+from ragged import fitted
 from ranks import ALONE, Ranks
 from run import (Run, build_model, build_path, checkpoint_blocks, latent_space, load_checkpoint, load_vae,
                  make_config, unpack_vae)
@@ -61,6 +63,10 @@ class Plan:
     pairs_stamp: dict | None = None              # what the pairs were drawn from, where this run goes on
     memory: int = 0                              # bytes that training needs at least
     ranks: Ranks = ALONE                         # the processes that share the training
+    size: tuple[int, int] = (0, 0)               # of pictures; with --aspect, of a square one at the budget
+    multiple: tuple[int, int] | None = None      # --aspect: of the sides, so the pixels of a token
+    tokens: int = 0                              # --aspect: of a step
+    pixels_at_once: int = 0                      # --aspect: what passes a VAE at a time, without gradients
 
     @property
     def number_format(self) -> str:
@@ -105,6 +111,9 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None, ranks: Ranks
                                  f"with {flag.name} {earlier.get(name)}; raise --steps to train on with "
                                  "another")
         plan.finished = True                               # said without the data or a VAE
+        if args.arch == "vae" and args.aspect:             # of a VAE, the data are compared all the same
+            config = VAEConfig(**settings.vae_config(args, image_channels=3))
+            plan_sizes(args, plan, [2 ** (len(config.widths) - 1)] * 2)
         return plan
     folders = {"--runs-dir": run.folder}
     if args.cache_dir:
@@ -142,6 +151,8 @@ def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.size % args.tensor_parallel:
         raise ValueError(f"--tensor-parallel {args.tensor_parallel}: does not divide the {ranks.size} "
                          "processes; give a divisor, or 1")
+    if args.aspect and ranks.size > 1:
+        raise ValueError(f"--aspect: is trained by one process, not by {ranks.size}; start it with python")
     ranks.tensor = args.tensor_parallel
     pieces = args.accumulate * ranks.shares
     if args.batch_size % pieces:
@@ -211,6 +222,8 @@ def read_reflow(args: argparse.Namespace, plan: Plan, begun: dict | None) -> Non
         raise ValueError(f"{what}: is a run of {name}; give one of --objective rf")
     if theirs["text"] is not None:
         raise ValueError(f"{what}: is conditioned on text; give one with --cond class or none")
+    if "aspect" in theirs["data"]:
+        raise ValueError(f"{what}: draws pictures of different sizes; give one without --aspect")
     if list(theirs["data"]["size"]) != args.image_size:
         raise ValueError("{}: draws pictures of {}x{}; give --image-size {} {}".format(
             what, *theirs["data"]["size"], *theirs["data"]["size"]))
@@ -278,10 +291,15 @@ def check_initial(args: argparse.Namespace, initial: dict, plan: Plan) -> None:
     config = settings.network_config(args, initial["config"].get("channels", 4), plan.conditioning)
     kind = ARCHITECTURES[args.arch].config
     before, now = [make_config(args.arch, kind, values) for values in (initial["config"], config)]
+    dense = args.experts and not before.experts            # every expert begins as the MLP
+    if dense and now.expert_ratio != now.mlp_ratio:
+        refuse("without experts", "with", f"give --expert-ratio {now.mlp_ratio:g}, for experts of that width")
     for field in fields(kind):
         pair = [getattr(values, field.name) for values in (before, now)]
         if field.name in ("num_classes", "channels") or (field.name == "second_time" and grows):
             continue                                       # checked by their shapes; begins without effect
+        if dense and field.name in settings.EXPERT_FIELDS:
+            continue
         if pair[0] != pair[1]:
             refuse(f"with {field.name} {pair[0]}", pair[1], flag_of(args.arch, field.name, before))
     text = plan.conditioning.text
@@ -309,6 +327,9 @@ def flag_of(arch: str, name: str, config) -> str:
         return f"give --patch {' '.join(map(str, dict.fromkeys(config.patch)))}"
     if name == "conv":
         return f"{'give' if config.conv else 'leave out'} --conv"
+    if name in settings.EXPERT_FIELDS:
+        flag = f"--{name.replace('_', '-')}"
+        return f"leave out {flag}" if values[name] in (0, None) else f"give {flag} {values[name]}"
     if name in settings.dit.PUBLISHED_BLOCK and arch == "dit":
         published_block = all(values[key] == value for key, value in settings.dit.PUBLISHED_BLOCK.items())
         return f"give --block {'published' if published_block else 'modern'}"
@@ -327,7 +348,7 @@ def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str, the
     takes the row of its name, and a new one keeps the model's own initial values; the last row, of the null
     class, is always taken. Otherwise the table is taken as it is, or left out where its size differs."""
     own = model.state_dict()
-    state = dict(state)
+    state = moe.upcycled(model, state)                     # a copy; dense layers where this has experts
     for name in own:                                       # a second time, where the state has one only
         if name.startswith("gap_embed") and name not in state:
             state[name] = own[name]
@@ -367,13 +388,41 @@ def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Con
                 fit_weights(network, plan.initial, args.init_from)
             factors[args.arch] = (network.factor,) * 2 if args.arch == "unet" else network.config.patch
     need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
-    if any(side % multiple for side, multiple in zip(args.image_size, need)):
+    plan.size = tuple(args.image_size)
+    if args.aspect:
+        plan_sizes(args, plan, need)
+    elif any(side % multiple for side, multiple in zip(args.image_size, need)):
         why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
         raise ValueError("--image-size {} {}: height must be a multiple of {} and width of {} ({})".format(
             *args.image_size, *need, why))
     if args.arch != "vae":
         check_tensor_parallel(network, ARCHITECTURES[args.arch].blocks, plan.ranks.tensor)
     check_size(args, plan, autoencoder, network)
+
+
+def plan_sizes(args: argparse.Namespace, plan: Plan, need: list[int]) -> None:
+    """Set what --aspect needs. need: the multiples of the sides, which make up a token."""
+    if args.arch == "vae":                                 # those of a network with the usual patch
+        need = [2 * side for side in need]
+    pixels = math.prod(args.image_size)
+    try:
+        plan.size = fitted(args.image_size, pixels, tuple(need))
+    except ValueError as error:
+        raise ValueError("--image-size {} {} with --aspect: {}; give a larger one".format(
+            *args.image_size, error)) from None
+    plan.multiple = tuple(need)
+    full = pixels // math.prod(need)                       # no picture has more tokens
+    plan.tokens = args.tokens or args.batch_size * full
+    # A step may have almost a picture less than its budget, and every piece of it needs one.
+    least = full if args.accumulate == 1 else 2 * args.accumulate * full
+    if plan.tokens < least:
+        what = f"--tokens {args.tokens}" if args.tokens else f"--batch-size {args.batch_size}"
+        pieces = f" in {args.accumulate} pieces" if args.accumulate > 1 else ""
+        raise ValueError(f"{what}: {plan.tokens:,} tokens a step{pieces} are too few for pictures of up to "
+                         f"{full:,}; give --tokens {least} or more")
+    times = 1 if args.grad_checkpoint else 4               # see tasks.at_once
+    plan.pixels_at_once = min(256 * 32 * 32, max(1, times * plan.tokens // args.accumulate)
+                              * math.prod(need))
 
 
 def data_changed(args: argparse.Namespace, run: Run, finished: bool) -> str:
@@ -464,14 +513,12 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[int], object]) -> int:
     return totals[1] - totals[0]
 
 
-def bytes_per_picture(args: argparse.Namespace, model: torch.nn.Module, latent: tuple[int, ...],
-                      condition: Conditioning) -> int:
+def bytes_per_picture(args: argparse.Namespace, model: torch.nn.Module, size: tuple[int, int],
+                      latent: tuple[int, ...], condition: Conditioning) -> int:
     """What training keeps of each picture, in fp32. model: on the meta device; latent: (C, h, w)."""
-    height, width = args.image_size
-
     def forward(count: int) -> object:
         if args.arch == "vae":                 # not `loss`: autocast does not know the meta device
-            return (model.encoder(torch.empty(count, model.config.image_channels, height, width)),
+            return (model.encoder(torch.empty(count, model.config.image_channels, *size)),
                     model.decoder(torch.empty(count, *latent)))
         cond = {}
         if args.cond == "text":                # a few words; pooled only where the network takes it
@@ -492,7 +539,7 @@ def bytes_per_picture(args: argparse.Namespace, model: torch.nn.Module, latent: 
 
 def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: torch.nn.Module) -> None:
     """Refuse what the machine cannot hold. The estimates are lower bounds: what is refused could not work."""
-    height, width = args.image_size
+    height, width = plan.size
     pixels = height * width
     latent = (autoencoder.config.latent_channels, height // autoencoder.factor, width // autoencoder.factor)
     count = 1_300 if args.data == "emoji" else 20_000      # no built-in source has fewer
@@ -507,7 +554,10 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
         if trained is None:                                # no VAE is trained first
             continue
         piece = trained.batch_size // trained.accumulate // plan.ranks.shares
-        batch = piece * bytes_per_picture(trained, model, latent, plan.conditioning)
+        if args.aspect and trained.arch != "vae":          # as many tokens as so many full pictures
+            share = plan.tokens // trained.accumulate // plan.ranks.shares
+            piece = max(1, share // (pixels // math.prod(plan.multiple)))
+        batch = piece * bytes_per_picture(trained, model, plan.size, latent, plan.conditioning)
         if plan.bf16:
             batch //= 2                                    # autocast keeps most in bf16
         if trained.compile:

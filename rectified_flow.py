@@ -28,12 +28,17 @@ class RectifiedFlow:
     mean, std: parameters of the density "logit_normal".
     mode_scale: parameter of the density "mode", between -1 and 2 / (pi - 2).
     shift: applied once, to training times and to sampling times alike; see `shift_time`.
+    shift_tokens: n, where the shift follows each picture's number of tokens, m; see `shift_of`.
     Raises ValueError if any of them is out of range."""
 
     def __init__(self, prediction: str = "velocity", density: str = "logit_normal", mean: float = 0.0,
                  std: float = 1.0, mode_scale: float = 1.29, shift: float = 1.0,
-                 loss_space: str | None = None):
+                 loss_space: str | None = None, shift_tokens: int | None = None):
         check_options(prediction, density, mean, std, mode_scale, shift, loss_space)
+        if shift_tokens is not None and (shift_tokens < 1 or shift != 1):
+            raise ValueError(f"shift_tokens {shift_tokens}: must be at least 1, and without a shift of its "
+                             f"own ({shift:g}); give one of them")
+        self.shift_tokens = shift_tokens
         self.prediction = prediction
         self.loss_space = loss_space or prediction
         self.density = density
@@ -61,14 +66,28 @@ class RectifiedFlow:
 
     def loss(self, model, x0: Tensor, *, t: Tensor | None = None, eps: Tensor | None = None,
              **cond) -> Tensor:
-        """(B,) mean squared error at random times. t (B,) and eps may be fixed, as validation does."""
+        """(B,) mean squared error at random times. t (B,) and eps may be fixed, as validation does. x0 and
+        eps may be lists of B latents (C, H, W) of different sizes; each counts as much as the others."""
+        mixed = not isinstance(x0, Tensor)
         if t is None:
-            t = self.sample_t(len(x0), x0.device)
+            t = self.sample_t(len(x0), x0[0].device)
         if eps is None:
-            eps = torch.randn_like(x0)
+            eps = [torch.randn_like(x) for x in x0] if mixed else torch.randn_like(x0)
+        if mixed:
+            # As batches of one, but for the network, which is called once for all.
+            parts = [(x[None], e[None], time) for x, e, time in zip(x0, eps, t.split(1))]
+            raws = model([self.add_noise(*part)[0] for part in parts], t, **cond)
+            return torch.cat([self.error(raw[None], *part) for raw, part in zip(raws, parts)])
+        return self.error(model(self.add_noise(x0, eps, t), t, **cond), x0, eps, t)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """xt, of the shape of x0; t (B,)."""
         alpha, sigma = self.alpha_sigma(like(t, x0))
-        xt = alpha * x0 + sigma * eps
-        raw = model(xt, t, **cond)[:, :x0.shape[1]]
+        return alpha * x0 + sigma * eps
+
+    def error(self, raw: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(B,) the loss of the network's output at xt."""
+        raw = raw[:, :x0.shape[1]]
         error = (raw.float() - self.target(x0, eps, t)).square().flatten(1).mean(1)
         return error if self.loss_space == self.prediction else self.weight(t) * error
 
@@ -98,18 +117,25 @@ class RectifiedFlow:
 
     # ---- times: where to train, and where to sample
 
-    def sample_t(self, n: int, device: torch.device | str = "cpu",
-                 generator: torch.Generator | None = None) -> Tensor:
-        """(n,) float32 training times from the density, shifted. `generator` is a CPU generator."""
+    def shift_of(self, tokens: Tensor | float) -> Tensor | float:
+        """The shift of pictures of so many tokens: sqrt(m / n) (Esser et al. below eq. 23), or the same for
+        all where it does not follow them."""
+        return self.shift if self.shift_tokens is None else (tokens / self.shift_tokens) ** 0.5
+
+    def sample_t(self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None,
+                 tokens: Tensor | None = None) -> Tensor:
+        """(n,) float32 training times from the density, shifted. `generator` is a CPU generator. tokens (n,):
+        of each picture, where the shift follows them."""
         # on the CPU, as not every device has float64; inside (0, 1), as both ends map to infinity
         u = torch.rand(n, dtype=torch.float64, generator=generator).clamp(1e-6, 1 - 1e-6)
         t = density_quantile(self.density, u, self.mean, self.std, self.mode_scale)
         # an x0 prediction is divided by sigma to obtain eps, so t = 0 is excluded
-        return shift_time(t, self.shift).clamp(1e-5, self.t_max).to(torch.float32).to(device)
+        shift = self.shift if tokens is None else self.shift_of(tokens)
+        return shift_time(t, shift).clamp(1e-5, self.t_max).to(torch.float32).to(device)
 
-    def sample_times(self, n: int) -> dict[str, Tensor]:
-        """Training times, on the CPU, as keyword arguments of `loss`."""
-        return {"t": self.sample_t(n)}
+    def sample_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """Training times, on the CPU, as keyword arguments of `loss`. tokens: as in sample_t."""
+        return {"t": self.sample_t(n, tokens=tokens)}
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,) float64 sampling times from t_max to 0, evenly spaced and then shifted. t_max is 1,
@@ -222,7 +248,7 @@ class MeanFlow(RectifiedFlow):
         return rate
 
 
-def shift_time(t: Tensor, shift: float) -> Tensor:
+def shift_time(t: Tensor, shift: float | Tensor) -> Tensor:
     """Esser et al. eq. 23: move times toward the noise, monotonically from 0 to 1; shift 1 is the identity.
 
     More pixels need more noise to hide the same picture. With shift = sqrt(m / n) an image of m pixels (or

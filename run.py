@@ -31,6 +31,7 @@ import torch.utils.checkpoint
 from PIL import Image
 from torch import Tensor
 
+import attention
 import charts
 import ema
 import parallel
@@ -231,6 +232,22 @@ class Run:
         if picture is not None:
             self.save_picture("loss.png", picture)
 
+    def plot_experts(self) -> None:
+        picture = expert_loads(self.records)
+        if picture is not None:
+            self.save_picture("experts.png", picture)
+
+
+def expert_loads(records: list[dict]) -> Image.Image | None:
+    """The loads of the last validation, of every expert by layer and quarter of the time. None without."""
+    for record in reversed(records):
+        layers = record.get("expert_load")
+        if layers:
+            rows = [(f"{layer}, t {quarter}", loads) for layer, quarters in layers.items()
+                    for quarter, loads in quarters.items()]
+            return charts.heat_map(f"Load of each expert, 1 is even, step {record['step']:,}", rows)
+    return None
+
 
 def loss_curve(records: list[dict]) -> Image.Image | None:
     """Training loss (running mean) and validation loss over steps, on a logarithmic axis."""
@@ -263,6 +280,11 @@ def describe(record: dict) -> str:
         line += f", PSNR {record['psnr']:.1f} dB, KL {record['kl']:.0f} nats, latent std {stds}"
     if "val_by_time" in record:
         line += ", by time " + "  ".join(f"{name} {loss:.3f}" for name, loss in record["val_by_time"].items())
+    if "expert_load" in record:
+        loads = [load for layer in record["expert_load"].values() for row in layer.values() for load in row]
+        shares = [share for layer in record["without_expert"].values() for share in layer.values()]
+        line += (f", loads of the experts {min(loads):.2f} to {max(loads):.2f} of an even one, "
+                 f"{sum(shares) / len(shares):.1%} of the tokens without")
     return line
 
 
@@ -311,6 +333,8 @@ PARTS = {                                              # of every checkpoint: wh
                                            and is_state(value.get("state"))),
     "model": is_state, "ema": is_state}
 OPTIONAL = {                                           # and of some
+    "data.aspect": lambda value: is_config(value) and is_count(value.get("pixels")) and all(
+        is_size(value.get(name)) for name in ("multiple", "smallest", "largest")),
     "text": is_text, "averages": is_averages, "training": lambda value: value is None or is_config(value),
     "data.prompts": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)}
 TRAINING = ("optimizer", "rng", "data", "finished")    # under "training", to continue it
@@ -677,6 +701,8 @@ def compile_blocks(model: torch.nn.Module, **options) -> None:
     class share the compiled code. It is compiled for the first size and, when a second one appears, once more
     for all sizes."""
     torch._dynamo.config.cache_size_limit = 64         # a U-Net's blocks have many widths
+    # The lengths of packed pictures differ in every step: what goes by them is not compiled.
+    attention.attention_apart = torch.compiler.disable(attention.attention_apart)
     for block in model.modules():
         if isinstance(block, BLOCKS):
             block.compile(**options)

@@ -45,7 +45,7 @@ from published import load_weights
 from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
                  load_published, unpack_vae)
 from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
-from settings import OBJECTIVES, check_compiler, check_room, memory, pick_device, published_model
+from settings import OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device, published_model
 from vae import VAE
 
 # Flags that are options of one sampler, and that sampler.
@@ -69,6 +69,8 @@ FLAGS = {
         Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
         # What a run is conditioned on decides which of these it takes.
         *(Flag(name, **{"type": str} | fields) for name, fields in conditioning.FLAGS.items()),
+        Flag("--size", "height and width of the pictures (default: those of the training; of --aspect, a "
+                       "square)", integer(1, SIZE), nargs=2, metavar=("H", "W")),
         Flag("--init-image", "begin with this picture instead of noise; the run of a VAE reconstructs all "
                              "pictures given here", nonempty, nargs="+", metavar="FILE"),
         Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone. At 0.6 a fifth of "
@@ -397,9 +399,48 @@ def build_guide(args: argparse.Namespace, checkpoint: dict | None, condition: co
     return Guide(graphed(model) if args.compile else model, condition.ask_again(asked, model))
 
 
-def sampling_path(args: argparse.Namespace, objective: dict) -> dict:
-    """The objective whose path is sampled along: the run's own, with the shift asked for. It moves only the
-    times at which the network is evaluated. Raises ValueError on a path that has no shift."""
+def multiple_of(checkpoint: dict, vae: VAE) -> tuple[int, int]:
+    """What the sides of a network's pictures must be multiples of."""
+    if checkpoint["arch"] == "unet":
+        with torch.device("meta"):                         # only its number of levels is needed
+            unet = build_model("unet", checkpoint["config"], checkpoint["text"])
+        return (vae.factor * unet.factor,) * 2
+    p, q = checkpoint["config"].get("patch", (2, 2))
+    return vae.factor * p, vae.factor * q
+
+
+def chosen_size(args: argparse.Namespace, checkpoint: dict,
+                multiple: tuple[int, int]) -> tuple[tuple[int, int], float]:
+    """--size, or the size of the training, and its tokens, of a `multiple` each. Raises ValueError for sides
+    that the network cannot have, and says where it was trained on others."""
+    data = checkpoint["data"]
+    size = tuple(args.size or data["size"])
+    if any(side % part for side, part in zip(size, multiple)):
+        raise ValueError("--size {} {}: height must be a multiple of {} and width of {}".format(
+            *size, *multiple))
+    trained = None
+    if "aspect" in data:
+        low, high = data["aspect"]["smallest"], data["aspect"]["largest"]
+        pixels = data["aspect"]["pixels"]
+        if math.prod(size) > pixels or any(not a <= side <= b for side, a, b in zip(size, low, high)):
+            trained = "heights of {} to {}, widths of {} to {} and at most {:,} pixels".format(
+                low[0], high[0], low[1], high[1], pixels)
+    elif size != tuple(data["size"]):
+        trained = "{}x{} only".format(*data["size"])
+    if trained:
+        print(f"--size {size[0]} {size[1]}: the run was trained on {trained}; other sizes work, but may look "
+              "worse", file=sys.stderr)
+    return size, math.prod(size) / math.prod(multiple)
+
+
+def sampling_path(args: argparse.Namespace, objective: dict, tokens: float = 1) -> dict:
+    """The objective whose path is sampled along: the run's own, with the shift asked for or, where it follows
+    the tokens of a picture, that of so many. It moves only the times at which the network is evaluated.
+    Raises ValueError on a path that has no shift."""
+    base = objective.get("shift_tokens")
+    if base is not None:
+        objective = {name: value for name, value in objective.items() if name != "shift_tokens"}
+        objective["shift"] = (tokens / base) ** 0.5        # as rectified_flow.RectifiedFlow.shift_of
     if args.shift is None:
         return objective
     if objective["name"] != "rf":
@@ -508,7 +549,7 @@ def write(args: argparse.Namespace, batches: Callable[..., Iterator[np.ndarray]]
 
 def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
     """What sample.py does with the run of a VAE: every --init-image, and its reconstruction beside it."""
-    taken = ("run", "raw", "init_image", "out", "device")
+    taken = ("run", "raw", "init_image", "size", "out", "device")
     for flag in (flag for group in FLAGS.values() for flag in group):
         if flag.key not in taken and getattr(args, flag.key) not in (flag.default, False):
             raise ValueError(f"{flag.name}: this run is a VAE, which reconstructs but does not draw; leave "
@@ -519,7 +560,8 @@ def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device
     kind = Path(args.out).suffix.lower()
     if kind not in PICTURES:
         raise ValueError(f"--out {args.out}: a VAE's reconstruction is a .png, .jpg or .webp")
-    size = tuple(checkpoint["data"]["size"])
+    factor = 2 ** (len(checkpoint["config"]["widths"]) - 1)
+    size, _ = chosen_size(args, checkpoint, (factor, factor))
     zoom = enlargement(size[1])
     count = len(args.init_image)
     try:
@@ -570,10 +612,10 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     scale = conditioning.guidance_scale(condition, args, objective.scale)
     sampler, options = choose_sampler(args, checkpoint["objective"])
     steps = args.steps or objective.steps
-    path = build_path(sampling_path(args, checkpoint["objective"]))
-    TIMES[args.times](path, steps)                         # refuses more steps than the path has
-    size = tuple(checkpoint["data"]["size"])
     vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
+    size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae))
+    path = build_path(sampling_path(args, checkpoint["objective"], tokens))
+    TIMES[args.times](path, steps)                         # refuses more steps than the path has
     weaker = read_guide(args, checkpoint, vae)
     check_size(args, size, vae.config.image_channels, steps)
     check_decoding(args, size, vae, device)
@@ -625,7 +667,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
                  "VAE": fingerprint_tensors(vae.state_dict()), "objective": checkpoint["objective"],
                  "conditions": digest(asked.names, asked.turn.numpy(),
                                       *(part.cpu().numpy() for part in asked.every.values())),
-                 "guide": fingerprint_tensors(weaker["ema"]) if weaker else None,
+                 "guide": fingerprint_tensors(weaker["ema"]) if weaker else None, "size": list(size),
                  "pictures": digest(*(part.numpy() for part in (image, mask) if part is not None))}
         return {flag: getattr(args, flag) for flag in flags} | how | parts | {"device": device.type}
 

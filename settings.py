@@ -27,6 +27,7 @@ import torch
 import dit
 import ema
 import mmdit
+import moe
 import published
 import text
 import unet
@@ -121,6 +122,8 @@ OBJECTIVES = {
              needs=STRAIGHT | {"density": ("mode",)}),
         Flag("--shift", "shift of the times toward noise, for larger pictures (default: 1)",
              number(0, 1e9, above=True), needs=STRAIGHT),
+        Flag("--shift-tokens", "with --aspect: the shift follows each picture's tokens, sqrt(tokens / N)",
+             integer(1), metavar="N"),
     )),
     "meanflow": Objective(MeanFlow, sampler="jump", steps=1, flags=(
         Flag("--guidance", "guidance scale that is learned, so that a sample takes one evaluation (default: "
@@ -148,6 +151,25 @@ def objective_flags() -> list[Flag]:
     return rows
 
 
+# What --experts can be given with.
+EXPERTS = [
+    Flag("--top-k", "experts that a token uses, on average unless --router token (default: 2)", integer(1),
+         metavar="K"),
+    Flag("--shared-experts", "experts that every token uses besides (default: 1)", integer(0, SIZE),
+         metavar="N"),
+    Flag("--expert-ratio", "hidden width of an expert, relative to the network's (default: such that a token "
+                           "costs what the MLP would; 4: as wide as the MLP)", number(0, 64, above=True),
+         metavar="RATIO"),
+    Flag("--moe-blocks", "blocks that have experts: all, deep (default: the second half), every-other",
+         one_of(moe.BLOCKS)),
+    Flag("--router", "token (default): each token chooses its experts; expert: each expert its tokens; race: "
+                     "the best pairs; each within a picture", one_of(moe.ROUTERS)),
+    Flag("--balance", "token, race: weight of the loss that makes the experts' loads even (default: 0.01)",
+         number(0, 1e6), metavar="WEIGHT"),
+]
+EXPERT_FIELDS = ("experts", "top_k", "shared_experts", "expert_ratio", "moe_blocks", "router")   # of networks
+EXPERT_DEFAULTS = {"top_k": 2, "shared_experts": 1, "moe_blocks": "deep", "router": "token", "balance": 0.01}
+
 FLAGS = {
     "what to train": [
         Flag("--arch", "network: dit, mmdit or unet; vae trains only the autoencoder", one_of(ARCHITECTURES)),
@@ -173,6 +195,9 @@ FLAGS = {
              most=2),
         Flag("--crop", "where to crop a folder's pictures that have another shape: centre (default), or "
                        "random, at several places of each", one_of(("centre", "random")), "centre"),
+        Flag("--aspect", "dit, mmdit: keep each picture's own aspect ratio, at most N x N pixels of "
+                         "--image-size N, and pack pictures of different sizes into one batch",
+             needs={"arch": ("dit", "mmdit", "vae")}),
         Flag("--flip", "mirror pictures at random"),
         Flag("--limit", "train the network on only so many of the pictures, chosen at random (default: all; "
                         "the VAE is always trained on all)", integer(1), needs=NETWORK),
@@ -195,6 +220,10 @@ FLAGS = {
              one_of(("modern", "published")), needs={"arch": ("dit",)}, settled=True),
         Flag("--conv", "dit, mmdit: a depthwise 3x3 convolution between the tokens in every MLP",
              needs=TRANSFORMER, settled=True),
+        Flag("--experts", "dit, mmdit: how many experts take the place of the MLP in the blocks of "
+                          "--moe-blocks (mmdit: for the image tokens of joint blocks)", integer(2, SIZE),
+             metavar="N", needs=TRANSFORMER, settled=True),
+        *EXPERTS,
         Flag("--vae", "a trained VAE: run, checkpoint, published file or diffusers folder (default: train "
                       "one on this data)", nonempty, needs=NETWORK),
         Flag("--init-from", "start from the weights of this run or published file (default lr: 1e-4)",
@@ -234,6 +263,9 @@ FLAGS = {
     "optimisation (the defaults depend on --arch: ARCHITECTURES in settings.py)": [
         Flag("--steps", "optimizer steps; a run goes on where they are raised", integer(1), changeable=True),
         Flag("--batch-size", "examples per optimizer step", integer(1), changeable=True),
+        Flag("--tokens", "with --aspect, instead of --batch-size: tokens per optimizer step (default: as "
+                         "many as --batch-size pictures of N x N have)", integer(1), metavar="N",
+             needs=TRANSFORMER),
         Flag("--accumulate", "pieces that a batch is split into, to save memory (default: 1)", integer(1), 1),
         Flag("--lr", "peak learning rate of AdamW", number(1e-12, 1e3), changeable=True),
         Flag("--warmup", "steps of linear warm-up", integer(0)),
@@ -277,9 +309,9 @@ RESUMABLE = {flag.key for flag in ROWS.values() if flag.resumable}
 # Settings that may change on resume where the command names them, with effect from the next step on.
 CHANGEABLE = [flag.key for flag in ROWS.values() if flag.changeable]
 # What makes two VAEs different: not the seed, the precision or mirrored pictures.
-SAME_VAE = ("data", "image_size", "crop", "vae_preset", "vae_widths", "latent_channels", "kl_weight",
-            "latent_noise", "equivariance", "steps", "batch_size", "lr", "warmup", "cooldown", "weight_decay",
-            "clip", "ema")
+SAME_VAE = ("data", "image_size", "aspect", "crop", "vae_preset", "vae_widths", "latent_channels",
+            "kl_weight", "latent_noise", "equivariance", "steps", "batch_size", "lr", "warmup", "cooldown",
+            "weight_decay", "clip", "ema")
 # What `resolve` fills in, so that it is never None.
 ALWAYS = ("arch", "image_size", "cond", "label_dropout", "steps", "batch_size", "lr", "warmup",
           "weight_decay", "ema")
@@ -323,11 +355,13 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.published:
         check_published(args)
     resolve_reflow(args)
+    resolve_experts(args)
     if args.vae:
         for name in (*VAE_DEFAULTS, "vae_steps"):
             if given(ROWS[name], args):
                 raise ValueError(f"{shown(ROWS[name], args)}: --vae {args.vae} is trained already; give one "
                                  "or the other")
+    check_aspect(args)
     # A run that goes on changes only what its command names; a default changes nothing.
     args.asked = [name for name in CHANGEABLE if given(ROWS[name], args)]
     fill_defaults(args)
@@ -336,9 +370,40 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"--tensor-parallel {args.tensor_parallel}: cuts the blocks of dit and mmdit, "
                              f"not of {args.arch}; leave it out")
         args.shard = True
-    if args.batch_size % args.accumulate:
+    if args.batch_size % args.accumulate and not args.tokens:
         raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
     return args
+
+
+def check_aspect(args: argparse.Namespace) -> None:
+    """Refuse what does not go with pictures of different sizes, and what is only for them."""
+    if not args.aspect:
+        if args.tokens:
+            raise ValueError(f"--tokens {args.tokens}: belongs to --aspect; give --batch-size")
+        if args.shift_tokens:
+            raise ValueError(f"--shift-tokens {args.shift_tokens}: belongs to --aspect; where all pictures "
+                             "have one size, give --shift")
+        return
+    if args.data in SOURCES and not SOURCES[args.data].endless:
+        raise ValueError(f"--aspect: the pictures of --data {args.data} all have one size; leave it out, or "
+                         "give a folder, shapes or corners")
+    refused = {"crop": args.crop == "random" and "its pictures keep their shape, so there is nothing to crop",
+               "conv": args.conv and "a convolution needs tokens of one grid",
+               "reflow": args.reflow and "its pairs are of one size",
+               "router": args.router in ("expert", "race") and "it chooses among the tokens of one picture; "
+                         "use token",
+               "objective": args.objective == "meanflow" and "its derivative needs a batch of one size; "
+                            "use rf or ddpm"}
+    for name, why in refused.items():
+        if why:
+            remedy = "" if name in ("objective", "router") else "; leave one of them out"
+            raise ValueError(f"{shown(ROWS[name], args)} with --aspect: {why}{remedy}")
+    if args.tokens and args.batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} with --tokens {args.tokens}: both say how much a "
+                         "step takes; give one of them")
+    if args.shift_tokens and args.shift:
+        raise ValueError(f"--shift {args.shift:g} with --shift-tokens {args.shift_tokens}: the shift follows "
+                         "the tokens, or is one for all; give one of them")
 
 
 def resolve_conditioning(args: argparse.Namespace) -> None:
@@ -374,6 +439,29 @@ def resolve_reflow(args: argparse.Namespace) -> None:
     args.reflow_steps = args.reflow_steps or OBJECTIVES["rf"].steps
     if args.label_dropout is None:
         args.label_dropout = 0.0          # guidance is in the pairs already
+
+
+def resolve_experts(args: argparse.Namespace) -> None:
+    if not args.experts:
+        for flag in EXPERTS:
+            if given(flag, args):
+                raise ValueError(f"{shown(flag, args)}: belongs to --experts N; give that too, or leave it "
+                                 "out")
+        return
+    if args.conv:
+        raise ValueError(f"--conv: not with --experts {args.experts}, whose tokens lie on no grid; leave one "
+                         "out")
+    defaults = dict(EXPERT_DEFAULTS)
+    if args.router == "expert":
+        if given(ROWS["balance"], args):
+            raise ValueError(f"{shown(ROWS['balance'], args)}: --router expert is balanced as it is; leave "
+                             "it out")
+        del defaults["balance"]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.top_k > args.experts:
+        raise ValueError(f"--top-k {args.top_k}: there are only --experts {args.experts}; give at most that")
 
 
 def check_published(args: argparse.Namespace) -> None:
@@ -434,6 +522,8 @@ def data_name(args: argparse.Namespace) -> str:
     name = Path(args.data).name or "data"
     if shows_other_pictures(args):
         name += "-text"
+    if args.aspect:
+        name += "-aspect"
     if args.image_size != [32, 32]:
         name += "-{}x{}".format(*args.image_size)
     return name
@@ -527,7 +617,7 @@ def vae_settings(args: argparse.Namespace, begun: dict | None,
     for longer. is_finished: whether that run is, asked only for a refusal, as its checkpoint must be read."""
     folder = Path(args.runs_dir) / vae_name(args)
     result = make_parser("", FLAGS).parse_args(["--arch", "vae"])
-    for name in ("data", "image_size", "crop", "flip", "precision", "seed", *VAE_DEFAULTS):
+    for name in ("data", "image_size", "aspect", "crop", "flip", "precision", "seed", *VAE_DEFAULTS):
         setattr(result, name, getattr(args, name))
     result.steps = args.vae_steps
     result.cond = "text" if shows_other_pictures(args) else "class"
@@ -604,7 +694,11 @@ def network_config(args: argparse.Namespace, latent_channels: int, condition) ->
         config["conv"] = True
     if OBJECTIVES[args.objective].second_time:
         config["second_time"] = True
-    return config
+    return config | expert_config(args)
+
+
+def expert_config(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in EXPERT_FIELDS} if args.experts else {}
 
 
 def text_config(args: argparse.Namespace) -> dict | None:

@@ -24,11 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import conditioning
+import moe
 import settings
 from cache import LatentCache, PairCache, noise_of, pieces
 from cli import program
 from conditioning import VALIDATED
-from data import Dataset, load_shapes, send
+from data import Dataset, batch_indices, load_shapes, send
 from files import fingerprint_tensors
 from ranks import Ranks
 from pictures import grid, to_tensor, to_uint8
@@ -87,6 +88,14 @@ class Autoencoding:
         self.ranks = plan.ranks
         self.count = len(data)
         self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
+
+    def batch(self, chosen: np.ndarray, step: int) -> np.ndarray:
+        """The indices of a step's examples, of those chosen to train on: a pure function of the step."""
+        return chosen[batch_indices(len(chosen), self.args.batch_size, step, self.args.seed)]
+
+    def split(self, batch: np.ndarray) -> list[np.ndarray]:
+        """The pieces of --accumulate."""
+        return np.split(batch, self.args.accumulate)
 
     def build(self) -> VAE:
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
@@ -169,9 +178,15 @@ class Denoising:
             held_out = self.pairs.batch(np.arange(self.count, self.count + n))
             self.x0, self.eps = (part.to(self.device) for part in held_out)
 
+    batch = Autoencoding.batch
+    split = Autoencoding.split
+
     def build(self) -> torch.nn.Module:
         config = settings.network_config(self.args, self.vae.config.latent_channels, self.conditioning)
-        return build_model(self.args.arch, config, self.conditioning.text)
+        model = build_model(self.args.arch, config, self.conditioning.text)
+        # The losses of the pieces of a batch are averaged, and so is this one.
+        moe.set_balance(model, (self.args.balance or 0.0) / self.args.accumulate)
+        return model
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and the (B,) times at which it was taken; of this rank's part of the batch."""
@@ -205,12 +220,17 @@ class Denoising:
     def validate(self, model: torch.nn.Module, stop: list[int]) -> dict:
         losses = []
         size = at_once(self.args, self.ranks, VALIDATED)
-        for start in watched(range(0, len(self.x0), size), stop, "validate"):
-            part = slice(start, min(start + size, len(self.x0)))
-            cond = self.conditioning.validation(model, part)
-            cond |= self.guiding(model, torch.zeros(len(self.t[part]), dtype=torch.bool))
-            losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part], **cond))
-        loss = torch.cat(losses)                                       # (N,)
+        with moe.counted(model) as loads:                              # of experts, where there are any
+            for start in watched(range(0, len(self.x0), size), stop, "validate"):
+                part = slice(start, min(start + size, len(self.x0)))
+                cond = self.conditioning.validation(model, part)
+                cond |= self.guiding(model, torch.zeros(len(self.t[part]), dtype=torch.bool))
+                losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part],
+                                             **cond))
+        return self.record(torch.cat(losses)) | loads.record()
+
+    def record(self, loss: Tensor) -> dict:
+        """The record of a validation with these losses (N,)."""
         # A mean over all times hides where a network fails: near noise, near data or in between.
         quarter = (self.t * 4).long()
         by_time = {}

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from attention import Rope
+from attention import Packing, Rope, pack
 from dit import MLP, Norm, SelfAttention, position_angles
 
 # A token is one word with the space before it, up to 16 bytes, which is enough for nearly all words of
@@ -93,9 +93,9 @@ class TextBlock(nn.Module):
         self.norm2 = Norm(c.norm, c.width)
         self.mlp = MLP(c.mlp, c.width, c.mlp_ratio)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
-        """x (B, L, D), mask (B, L) -> (B, L, D)."""
-        x = x + self.attn(self.norm1(x), rope, mask)
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, packing: Packing | None = None) -> Tensor:
+        """x (B, L, D), mask (B, L) -> (B, L, D). packing: of the prompts in x (1, L, D)."""
+        x = x + self.attn(self.norm1(x), rope, mask, packing)
         return x + self.mlp(self.norm2(x))
 
 
@@ -134,6 +134,25 @@ class TextEncoder(nn.Module):
             self._rope[key] = angles.cos().float().to(device), angles.sin().float().to(device)
         return self._rope[key]
 
+    def packed(self, prompts: list[str]) -> dict[str, list[Tensor] | Tensor]:
+        """`forward` with nothing padded: context is a list of (L, D), and there is no mask."""
+        device = self.embedding.weight.device
+        ids, mask = tokenize(prompts, self.config.limit)
+        packing = pack(mask.sum(1).tolist(), device)
+        place = mask.nonzero()[:, 1].to(device)                    # of each token in its prompt
+        cos, sin = self.positions(mask.shape[1], device)
+        x = self.embed(ids[mask][None].to(device))                 # (1, L, D), of all prompts
+        for block in self.blocks:
+            x = block(x, (cos[place], sin[place]), None, packing)
+        x = self.norm(x)[0]
+        return {"context": list(x.split(packing.lengths)), "pooled": x[packing.offsets[:-1].long()]}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, L, WORD) codes -> (B, L, D)."""
+        tables = CODES * torch.arange(WORD, device=ids.device)     # where the table of each position begins
+        letters = self.embedding(ids + tables)                     # (B, L, WORD, D)
+        return (letters * (ids != PAD)[..., None]).sum(2)          # (B, L, D)
+
     def forward(self, prompts: list[str]) -> dict[str, Tensor]:
         """-> context (B, L, D), 0 where padded; mask (B, L), True at valid positions; and pooled (B, D), the
         output at START, which learns to summarise the prompt."""
@@ -147,9 +166,7 @@ class TextEncoder(nn.Module):
             mask = mask.to(device)
         rope = self.positions(ids.shape[1], device)
 
-        tables = CODES * torch.arange(WORD, device=device)         # where the table of each position begins
-        letters = self.embedding(ids + tables)                     # (B, L, WORD, D)
-        x = (letters * (ids != PAD)[..., None]).sum(2)             # (B, L, D)
+        x = self.embed(ids)                                        # (B, L, D)
         for block in self.blocks:
             x = block(x, rope, mask)
         x = self.norm(x) * mask[..., None]

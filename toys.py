@@ -67,6 +67,14 @@ def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
     return np.round(alpha * np.array(COLOURS[colour]) + (1 - alpha) * background).astype(np.uint8)
 
 
+def any_size(index: int, pixels: int) -> tuple[int, int]:
+    """A size for picture `index`, where they are of different sizes: an aspect ratio from 1:2 to 2:1 and from
+    half of the pixels to all of them."""
+    rng = np.random.default_rng([44, index])
+    ratio, area = 2 ** rng.uniform(-1, 1), pixels * rng.uniform(0.5, 1)
+    return round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+
+
 class Fit(NamedTuple):
     """The shape that explains an observed coverage best, with its centroid in pixels."""
     kind: str

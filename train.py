@@ -37,7 +37,8 @@ import conditioning
 import ema
 import settings
 from cli import program, signals
-from data import Dataset, batch_indices, load_data, some_pictures
+from data import Dataset, load_data, some_pictures
+from mixed import MixedAutoencoding, MixedDenoising
 from parallel import Sharding, replicate, synchronised
 from plan import Plan, data_changed, fit_weights, prepare
 from published import load_weights
@@ -152,7 +153,8 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
               flush=True)
     with ranks.in_turn():
         data, val = [load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,
-                               plan.words, plan.folder, crop=args.crop) for split in ("train", "val")]
+                               plan.words, plan.folder, crop=args.crop, multiple=plan.multiple)
+                     for split in ("train", "val")]
     if plan.vae and plan.vae.config.image_channels != data.images.shape[-1]:
         raise ValueError(f"--vae {args.vae}: for pictures with {plan.vae.config.image_channels} channels; "
                          f"those of --data {args.data} have {data.images.shape[-1]}")
@@ -179,12 +181,14 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
 
         # ---- the task, with its caches
         if args.arch == "vae":
-            task = Autoencoding(args, data, val, plan, cache_dir)
+            kind = MixedAutoencoding if args.aspect else Autoencoding
+            task = kind(args, data, val, plan, cache_dir)
         else:
             if saved:
                 plan.vae = unpack_vae(saved["vae"])        # the one that the run began with
             plan.conditioning.attach(data, val, cache_dir, resumed=saved is not None)
-            task = Denoising(args, data, val, plan, cache_dir)
+            kind = MixedDenoising if args.aspect else Denoising
+            task = kind(args, data, val, plan, cache_dir)
         rest = "and then the samples" if args.arch != "vae" else "and then the scale of its latents"
         if network_follows:
             rest += "; the network follows"
@@ -232,8 +236,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         for step in bar:
             # -- one step; then its weights join the averages
             rate = learning_rate(step, args, rise)
-            # a pure function of the step
-            batch = chosen[batch_indices(len(chosen), args.batch_size, step, args.seed)]
+            batch = task.batch(chosen, step)                   # a pure function of the step
             unread.append(update(args, plan, task, state, batch, rate))
             done = step + 1
             state.average(done)
@@ -276,6 +279,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         attempt("samples.png", lambda: run.save_picture("samples.png", state.run(state.ema, task.preview, [],
                                                                                  SAMPLE_ROWS)))
     attempt("loss.png", run.plot_loss)
+    attempt("experts.png", run.plot_experts)
     save(args.steps, finished=True)
     plan.ranks.meet()                  # what comes next reads this checkpoint
     return 0
@@ -309,6 +313,7 @@ def preview(plan: Plan, task: Task, state: State, step: int, stop: list[int]) ->
             name = f"preview-{step:06d}-{kind}.png"
             attempt(name, lambda: plan.run.save_picture(name, state.run(network, task.preview, stop)))
     attempt("loss.png", plan.run.plot_loss)
+    attempt("experts.png", plan.run.plot_experts)
 
 
 def attempt(name: str, draw: Callable[[], None]) -> None:
@@ -338,12 +343,13 @@ def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch
         group["lr"] = rate
     state.model.train()
     losses, times = [], []
-    pieces = np.split(batch, args.accumulate)           # each of which needs a share of the memory
+    pieces = task.split(batch)                          # each of which needs a share of the memory
     for number, indices in enumerate(pieces, 1):
         with synchronised(state.steps.get(state.model), number == len(pieces)):
             with plan.autocast():
                 loss, t = state.run(state.model, task.loss, indices)
-            (loss.mean() / len(pieces)).backward()      # outside autocast, as PyTorch recommends
+            # Every picture counts the same. Outside autocast, as PyTorch recommends.
+            (loss.mean() / (len(batch) / (len(loss) * plan.ranks.shares))).backward()
         losses.append(loss.detach().mean())             # stays on the device: nothing waits for it
         times.append(t)
     # Scaled as a whole where it is too long, which keeps the direction of the step.
@@ -369,7 +375,9 @@ def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State
     if not state.is_finite():          # the last update may have overflowed, after a loss that was finite
         raise diverged("weights that are not finite", f"after step {step}", plan)
     conditions = plan.conditioning.stored()
-    data_entry = {"source": args.data, "size": args.image_size} | conditions.pop("data")
+    data_entry = {"source": args.data, "size": list(plan.size)} | conditions.pop("data")
+    if args.aspect:
+        data_entry["aspect"] = task.sizes()
     # the identities of the data and of a frozen encoder's outputs: neither may change on resume
     training = {"data": data.identity, "encoder": plan.conditioning.fingerprint, "steps": args.steps,
                 "rise": rise, "finished": finished}

@@ -433,7 +433,7 @@ def flops_per_example(cell: Cell) -> int:
     """Of a forward and backward pass, by the cell's preset and the size of its latents."""
     args = settings.parse([*cell.train, *PICTURES[cell.data].flags])
     side = PICTURES[cell.data].side // 4                   # what the default VAE makes of it
-    config = settings.ARCHITECTURES[args.arch].presets[args.preset]
+    config = settings.ARCHITECTURES[args.arch].presets[args.preset] | settings.expert_config(args)
     if args.cond == "text":
         width = settings.text_config(args)["config"]["width"]
         config = config | {"context_width": width, "pooled_width": width}

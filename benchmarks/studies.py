@@ -312,6 +312,25 @@ def prompt_cells() -> Iterator[Cell]:
                    (PROMPTED_AT,), "scenes", part=2.0)
 
 
+# All that a token uses is as wide as the MLP of the grid's network: 4 experts of 88 units for 352.
+MIXTURE = ("--experts", "8", "--top-k", "2", "--shared-experts", "2")
+MIXTURES = {
+    "8 experts, token choice": ("--moe-blocks", "all"),
+    "8 experts in the deeper half, token choice": ("--moe-blocks", "deep"),
+    "8 experts, expert choice": ("--moe-blocks", "all", "--router", "expert"),
+    "8 experts, race": ("--moe-blocks", "all", "--router", "race"),
+}
+
+
+def expert_cells() -> Iterator[Cell]:
+    """A network of the grid, and the same with experts, at equal active FLOPs."""
+    dense = grid_cell("experts", "dit", "rf logit-normal", DEFAULT_SAMPLERS["rf"])
+    yield dense._replace(name="dense")
+    for name, flags in MIXTURES.items():
+        run = f"{dense.run}-{'-'.join(flags)}".replace("--", "")
+        yield dense._replace(name=name, run=run, train=dense.train + MIXTURE + flags)
+
+
 def speed_cells() -> Iterator[Cell]:
     """How long an evaluation of the network takes; how many a picture needs is known from "steps"."""
     for network, objective in (HEADLINES[0], HEADLINES[-1]):
@@ -331,6 +350,8 @@ STUDIES = {
                    tuple(size_cells()), seeds=2),
     "few steps": Study("claim 9: one step by MeanFlow, a few by reflow", tuple(few_step_cells())),
     "prompts": Study("claim 6: which parts of a prompt the picture shows", tuple(prompt_cells())),
+    "experts": Study("mixture of experts against the dense network of equal active FLOPs",
+                     tuple(expert_cells())),
     "speed": Study("claim 8: seconds per evaluation, on a machine that does nothing else",
                    tuple(speed_cells())),
     "corners": Study("claim 5: whether two far corners agree in colour and kind", tuple(corner_cells())),

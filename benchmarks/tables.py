@@ -512,6 +512,30 @@ def few_step_chart(m: Measured) -> Chart | None:
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
 
+def expert_table(m: Measured) -> str:
+    head = ["", "velocity error", "Fréchet, 50 first-order steps", "agreement", "Fréchet, guidance 1.5",
+            "agreement", "MFLOP", "parameters", "processor minutes"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    plain = first_order("rf logit-normal")
+    guided = DEFAULT_SAMPLERS["rf"][1].label
+    for cell in STUDIES["experts"].cells:
+        records = m.of("experts", cell.name)
+        if records:
+            columns = [(lambda r: r["errors"][-1]["velocity"], 3), (score(plain), 2),
+                       (score(plain, "agreement"), 3), (score(guided), 2), (score(guided, "agreement"), 3)]
+            texts = [mean_of(m, "experts", cell.name, get, digits) for get, digits in columns]
+            texts += [f"{records[0]['flops_per_example'] / 1e6:.0f}",
+                      f"{records[0]['parameters'] / 1e6:.1f} M",
+                      mean_of(m, "experts", cell.name, lambda r: r["processor_seconds"] / 60, 0)]
+            rows.append(f"| {cell.name} | {' | '.join(texts)} |")
+    if len(rows) == 2:
+        return ""
+    return "\n".join(rows) + (
+        "\n\nA token uses two of the eight experts, on average unless it chooses them itself, and two that "
+        "all tokens share. MFLOP per example, forward and backward. "
+        f"{seeds_of(m, 'experts')}; {made_with(m, 'experts')}.")
+
+
 def picture(name: str, text: str) -> str:
     return f"![{text}](benchmarks/pictures/compare-{name}.png)"
 
@@ -542,6 +566,7 @@ SECTIONS = {
     "compare: prompts": Section(prompt_table, f"{COMPARE} --only prompts", prompt_chart),
     "compare: speed": Section(speed_table, f"{COMPARE} --only speed", speed_chart),
     "compare: few steps": Section(few_step_table, f"{COMPARE} --only 'few steps'", few_step_chart),
+    "compare: experts": Section(expert_table, f"{COMPARE} --only experts"),
 }
 
 

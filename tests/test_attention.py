@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import attention as attention_file
 import dit
-from attention import attention, attention_formula, fused_attention, rms_norm, rotate
+from attention import attention, attention_formula, fused_attention, pack, rms_norm, rotate
 from conftest import ROOT
 
 CUDA = torch.cuda.is_available()
@@ -80,12 +80,14 @@ def test_rope_scores_depend_on_the_offset_only():
 def test_packed_sequences_attend_to_themselves():
     lengths = [3, 1, 5]
     q, k, v = torch.randn(3, 1, 2, sum(lengths), 8, dtype=torch.float64)
-    offsets = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-    got = attention(q, k, v, offsets=offsets, max_length=5).split(lengths, 2)
+    packing = pack(lengths)
+    assert packing.offsets.tolist() == [0, 3, 4, 9] and packing.owner.tolist() == [0] * 3 + [1] + [2] * 5
+    got = attention(q, k, v, packing=packing).split(lengths, 2)
     for part, *qkv in zip(got, *(x.split(lengths, 2) for x in (q, k, v))):
         torch.testing.assert_close(part, attention_formula(*qkv))
-    right = dict(offsets=offsets, max_length=5)
-    for wrong in (dict(mask=torch.ones(1, 9).bool()), dict(q_norm=torch.ones(8)), dict(max_length=None)):
+    right = dict(packing=packing)
+    for wrong in (dict(mask=torch.ones(1, 9).bool()), dict(q_norm=torch.ones(8)),
+                  dict(packing=pack([3, 5]))):
         with pytest.raises(ValueError):
             attention(q, k, v, **right | wrong)
 
@@ -109,10 +111,14 @@ def compare(n, m, dim, *, norm=False, rope=False, mask=None, offsets=None, max_l
     results = []
     for wide in (torch.float64, None):
         leaves = [x.detach().to(wide or x.dtype).requires_grad_() for x in (q, k, v, *weights)]
-        call = fused_attention if wide is None else attention
+        call, where = attention, {}
+        if wide is None:
+            call = fused_attention
+            where = dict(offsets=offsets, max_length=max_length)
+        elif offsets is not None:
+            where = dict(packing=pack(offsets.diff().tolist(), DEVICE))
         angles = tables and tuple(table.to(wide or torch.float32) for table in tables)
-        out = call(*leaves[:3], **dict(zip(names, leaves[3:])), rope=angles, mask=mask, offsets=offsets,
-                   max_length=max_length)
+        out = call(*leaves[:3], **dict(zip(names, leaves[3:])), rope=angles, mask=mask, **where)
         torch.manual_seed(n)
         grad = torch.randn(out.shape, device=DEVICE, dtype=torch.float64)
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))])

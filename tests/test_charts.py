@@ -84,3 +84,11 @@ def test_the_legend_covers_no_line(points, free):
     outline = np.argwhere((np.asarray(picture) == 0xbb).all(-1))
     middle = outline[:, 1].mean()
     assert (middle < 800) == (free == "left") and outline[:, 0].mean() < 450
+
+
+def test_a_heat_map_is_white_where_even_vermillion_below_and_blue_above():
+    picture = charts.heat_map("t", [("a", [1.0, 0.0, 2.0]), ("b", [9.0, 0.5, 1.0])], text=15)
+    colours = {count_colour[1] for count_colour in picture.getcolors(100_000)}
+    assert (0x00, 0x72, 0xB2) in colours and (0xD5, 0x5E, 0x00) in colours
+    assert (234, 174, 128) in colours                     # halfway between white and vermillion
+    assert picture.height == 45 + 2 * 30 + 15

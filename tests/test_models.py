@@ -109,7 +109,7 @@ def test_dit_patches_are_put_back_where_they_came_from():
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
     tokens = F.unfold(x, (2, 4), stride=(2, 4)).mT                     # (B, N, C * p * q), channel slowest
     order = torch.arange(24).view(3, 2, 4).permute(1, 2, 0).flatten()  # the final layer has channel fastest
-    model.final_layer.forward = lambda _, c: tokens[..., order]
+    model.final_layer.forward = lambda _, c, packing: tokens[..., order]
     torch.testing.assert_close(model(x, torch.zeros(2)), x)
     weight = torch.eye(24, dtype=torch.float64).view(24, 3, 2, 4)
     model.x_embedder.proj.weight.data, model.x_embedder.proj.bias.data = (

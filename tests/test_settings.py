@@ -78,11 +78,11 @@ def test_names_of_flags_are_unique():
 
 @pytest.mark.parametrize("name", settings.OBJECTIVES)
 def test_options_are_arguments_of_their_path(name):
-    """Every flag of an objective sets one option; those of the straight path belong to both of its
-    objectives, and no others to two."""
+    """Every flag of an objective sets one option; those of the straight path, except for the shift by tokens,
+    belong to both of its objectives, and no others to two."""
     own = [flag for flag in settings.ROWS.values()
            if flag.option and name in flag.needs.get("objective", settings.OBJECTIVES)]
-    shared = len(settings.OBJECTIVES["rf"].flags) if name == "meanflow" else 0
+    shared = len(settings.OBJECTIVES["rf"].flags) - 1 if name == "meanflow" else 0
     assert len(own) == len(settings.OBJECTIVES[name].flags) + shared + 2                # --prediction, --loss
     for flag in own:
         assert flag.option in settings.OBJECTIVES[name].path.__init__.__code__.co_varnames, flag.name
@@ -108,8 +108,8 @@ def test_what_a_command_asks_for():
 def test_settings_that_a_published_model_decides():
     assert {flag.key for flag in settings.ROWS.values() if flag.settled} == {
         "preset", "prediction", "loss", "schedule", "min_snr", "zero_terminal_snr", "density",
-        "density_mean", "density_std", "mode_scale", "shift", "guidance", "jumps", "patch", "block", "conv",
-        "text_encoder"}
+        "density_mean", "density_std", "mode_scale", "shift", "shift_tokens", "guidance", "jumps", "patch",
+        "block", "conv", "experts", "text_encoder"}
 
 
 @pytest.mark.parametrize("name", settings.ARCHITECTURES)
