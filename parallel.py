@@ -100,7 +100,7 @@ def linears_of(module: nn.Module) -> dict[str, Cut]:
         if module.proj is not None:
             cuts["proj"] = Cut(1, width)
         return cuts
-    if hasattr(module, "fc1"):
+    if isinstance(getattr(module, "fc1", None), nn.Linear):
         hidden = module.fc2.in_features
         return {"fc1": Cut(0, (hidden,) * (module.fc1.out_features // hidden)), "fc2": Cut(1, (hidden,))}
     if hasattr(module, "linear1"):
@@ -171,21 +171,24 @@ class Sharding:
 
     def shard(self, model: nn.Module, trained: bool) -> nn.Module:
         """Cut the weights of a model, which must be whole and equal on all ranks, in place. Returns its step.
-        trained: False for an average, which has no backward pass and keeps its precision."""
+        trained: False for an average, which has no backward pass and keeps its precision. Weights that have
+        been distributed over the data dimension already, as experts may be, stay as they are."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        mesh = self.mesh["data"]
+        apart = set(filter(is_cut, model.parameters()))
         if self.tensor > 1:
             self.cut_linears(model)
-        mesh = self.mesh["data"]
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         blocks = [block for block in model.modules() if isinstance(block, self.blocks)]
         for block in blocks:
             # The backward pass begins with the last block, so its weights are kept until then.
             again = not (trained and block is blocks[-1])
-            fully_shard(block, mesh=mesh, reshard_after_forward=again,
+            fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=apart,
                         mp_policy=rounded if trained and self.bf16 else exact)
-        return fully_shard(Step(model), mesh=mesh, reshard_after_forward=True, mp_policy=exact)
+        return fully_shard(Step(model), mesh=mesh, reshard_after_forward=True, ignored_params=apart,
+                           mp_policy=exact)
 
     @torch.no_grad()
     def cut_linears(self, model: nn.Module) -> None:

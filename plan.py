@@ -154,8 +154,11 @@ def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     if args.aspect and ranks.size > 1:
         raise ValueError(f"--aspect: is trained by one process, not by {ranks.size}; start it with python")
     ranks.tensor = args.tensor_parallel
+    if args.expert_parallel and args.experts and args.experts % ranks.shares:
+        raise ValueError(f"--expert-parallel: {ranks.shares} processes or groups of them cannot share "
+                         f"--experts {args.experts}; give a multiple of {ranks.shares}")
     pieces = args.accumulate * ranks.shares
-    if args.batch_size % pieces:
+    if ranks.size > 1 and args.batch_size % pieces:
         raise ValueError(f"--batch-size {args.batch_size}: {ranks.shares} processes or groups of them, each "
                          f"with {args.accumulate} pieces (--accumulate), cannot share it; give a multiple of "
                          f"{pieces}")

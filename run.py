@@ -34,6 +34,7 @@ from torch import Tensor
 import attention
 import charts
 import ema
+import moe
 import parallel
 import published
 import settings
@@ -522,10 +523,13 @@ class State:
         """The average that is validated, drawn from and exported."""
         return next(iter(self.averages.values()))
 
-    def shard(self, sharding: Sharding) -> None:
-        """Keep only this process's share of all weights."""
+    def shard(self, sharding: Sharding, experts: bool) -> None:
+        """Keep only this process's share of all weights. experts: whether each process keeps whole experts,
+        to which the tokens travel, in place of a share of all of them."""
         self.sharding = sharding
         for network in (self.model, *self.averages.values()):
+            if experts:
+                moe.distribute_experts(network, sharding.mesh["data"])
             self.steps[network] = sharding.shard(network, trained=network is self.model)
 
     def run(self, network: torch.nn.Module, call: Callable, *inputs):

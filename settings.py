@@ -287,6 +287,8 @@ FLAGS = {
         Flag("--tensor-parallel", "dit, mmdit: so many processes work on the same pictures, each with a part "
                                   "of the heads and hidden channels; implies --shard (default: 1)",
              integer(1), 1, metavar="N", resumable=True),
+        Flag("--expert-parallel", "with --experts and --shard: each process holds whole experts, and tokens "
+                                  "travel to theirs", resumable=True),
         Flag("--compile", "torch.compile the network, block by block", resumable=True),
         Flag("--grad-checkpoint", "keep only the input of each block and recompute the rest in the backward "
                                   "pass", resumable=True),
@@ -370,6 +372,12 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"--tensor-parallel {args.tensor_parallel}: cuts the blocks of dit and mmdit, "
                              f"not of {args.arch}; leave it out")
         args.shard = True
+    if args.shard and OBJECTIVES[args.objective].second_time and args.arch != "vae":
+        raise ValueError(f"--shard: not with --objective {args.objective}, which calls the network another "
+                         "number of times in each process; leave it out, and each holds the whole network")
+    if args.expert_parallel and not (args.shard and (args.experts or args.arch == "vae")):
+        raise ValueError("--expert-parallel: goes with --experts N and --shard; give those too, or leave it "
+                         "out")
     if args.batch_size % args.accumulate and not args.tokens:
         raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
     return args

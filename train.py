@@ -124,7 +124,8 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     state = State(model, averages, plan.device)
     if args.shard:
         state.shard(Sharding(plan.ranks.size, plan.ranks.tensor, plan.device, BLOCKS,
-                             ARCHITECTURES[args.arch].blocks, plan.bf16 and args.arch != "vae"))
+                             ARCHITECTURES[args.arch].blocks, plan.bf16 and args.arch != "vae"),
+                    experts=args.expert_parallel)
     elif plan.ranks.size > 1:
         state.steps[model] = replicate(model)
     # Weight decay applies to matrices only, as usual; biases and the gains of norms are not decayed.

@@ -200,7 +200,7 @@ CHECK = """
 import copy, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
-import parallel, run, settings
+import moe, parallel, run, settings
 
 dist.init_process_group("gloo")
 rank, size, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
@@ -209,7 +209,8 @@ CONFIGS = {
     "unet": dict(widths=(16, 32), heads=4, num_classes=3, groups=8, attention=(False, True)),
     "mmdit": dict(width=32, depth=2, single_depth=1, heads=4, rope=(4, 2, 2), context_width=8, pooled_width=8,
                   dual_attention=1),
-    "vae": dict(widths=(8, 16), groups=4)}
+    "vae": dict(widths=(8, 16), groups=4),
+    "dit, experts": dict(width=32, depth=2, heads=4, num_classes=3, experts=4, moe_blocks="all")}
 
 
 def loss(model, arch, part):
@@ -226,6 +227,7 @@ def loss(model, arch, part):
 
 
 for arch, config in CONFIGS.items():
+    experts, arch = "experts" in arch, arch.split(",")[0]
     row = settings.ARCHITECTURES[arch]
     torch.manual_seed(0)
     whole = run.build_model(arch, config)
@@ -246,6 +248,8 @@ for arch, config in CONFIGS.items():
             step = parallel.replicate(model)
         else:
             sharding = parallel.Sharding(size, tensor, cpu, settings.BLOCKS, row.blocks, bf16=False)
+            if experts and 4 % groups == 0:
+                moe.distribute_experts(model, sharding.mesh["data"])
             step = sharding.shard(model, trained=True)
         for last in (False, True):             # the gradient of half the loss, twice
             with parallel.synchronised(step, last):
@@ -256,7 +260,8 @@ for arch, config in CONFIGS.items():
             measured = sharding.finish_gradients(model, 1e9)
             assert abs(measured / norm - 1) < 1e-5, (arch, tensor, measured, norm)
             held = sum(parallel.local(weight).numel() for weight in model.parameters())
-            assert held < 0.75 * sum(weight.numel() for weight in whole.parameters())
+            if not (experts and groups == 1):              # tensor parallelism does not cut experts
+                assert held < 0.75 * sum(weight.numel() for weight in whole.parameters())
             assert list(sharding.state_of(model)) == (list(whole.state_dict()) if rank == 0 else [])
         total = found.detach().clone()
         dist.all_reduce(total)
@@ -364,11 +369,14 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
     ([["--arch", "dit", "--preset", "tiny", "--batch-size", "6", "--tensor-parallel", "3"]] * 3,
      "--tensor-parallel 3: does not divide the"),
     ([["--arch", "dit", "--tensor-parallel", "3"]] * 2, "--tensor-parallel 3: does not divide the 2"),
+    ([["--arch", "dit", "--experts", "5", "--shard", "--expert-parallel"]] * 2,
+     "--expert-parallel: 2 processes or groups of them cannot share --experts 5"),
+    ([["--arch", "dit", "--objective", "meanflow", "--shard"]] * 2, "--shard: not with --objective meanflow"),
     ([["--arch", "unet", "--tensor-parallel", "2"]] * 2, "cuts the blocks of dit and mmdit, not of unet"),
     ([["--arch", "vae", *QUICK[:4], "--lr", "1e-3"], ["--arch", "vae", *QUICK[:4], "--lr", "2e-3"]],
      "--lr: 0.001 on rank 0, 0.002 on rank 1; start all processes with the same command"),
     ([["--arch", "vae"], ["--arch", "vae", "--data", "missing"]], "rank 1: train.py: error: --data missing"),
-], ids=["all", "batch", "heads", "mesh", "unet", "differ", "one"])
+], ids=["all", "batch", "heads", "mesh", "experts", "meanflow", "unet", "differ", "one"])
 def test_bad_input_is_one_line_and_ends_all_processes(tmp_path, flags, message):
     statuses, printed = Launch(tmp_path, *flags).end()
     assert statuses == [2] * len(flags)

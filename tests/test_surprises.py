@@ -23,6 +23,7 @@ from conftest import DONE
 
 import run
 import train
+from ranks import ALONE
 
 KINDS = {
     # ---- people lose hours
@@ -304,9 +305,9 @@ def test_training_says_that_it_compiles(monkeypatch, capsys, arch):
     compiled = []
     monkeypatch.setattr(train, "compile_blocks", compiled.append)
     args = SimpleNamespace(seed=0, arch=arch, weight_decay=0.0, lr=0.1, grad_checkpoint=False, compile=True,
-                           ema=0.99)
+                           ema=0.99, shard=False, expert_parallel=False)
     task = SimpleNamespace(build=lambda: torch.nn.Linear(2, 2))
-    plan = SimpleNamespace(device=torch.device("cpu"), initial=None)
+    plan = SimpleNamespace(device=torch.device("cpu"), initial=None, ranks=ALONE)
     model = train.new_state(args, task, plan).model
     assert compiled == [model] and capsys.readouterr().out == (
         "--compile: the first step compiles the network, which can take minutes\n")
