@@ -494,9 +494,10 @@ class _WithoutKernels(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def kept_bytes(model: torch.nn.Module, forward: Callable[[int], object]) -> int:
-    """What the backward pass keeps of each example, in fp32, found without data or memory: forward(B) runs a
-    model of the meta device on a batch of B. Tables that all examples share are not counted, nor weights."""
+def kept_bytes(model: torch.nn.Module, forward: Callable[[int], object], device: str = "meta") -> int:
+    """What the backward pass keeps of each example, found without data or memory: forward(B) runs a model of
+    the meta device, or of another under FakeTensorMode, on a batch of B. Tables that all examples share are
+    not counted, nor weights."""
     weights = {part.untyped_storage()._cdata for part in (*model.parameters(), *model.buffers())}
     totals = []
     for count in (1, 2):
@@ -508,7 +509,7 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[int], object]) -> int:
                 kept[storage._cdata] = storage
             return x
 
-        with (torch.device("meta"), _WithoutKernels(),
+        with (torch.device(device), _WithoutKernels(),
               torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)):
             result = forward(count)                        # holds on to what was kept
         totals.append(sum(storage.nbytes() for storage in kept.values()))
