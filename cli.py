@@ -191,6 +191,9 @@ def quiet_imports(module: str) -> None:
     ends it without a traceback. module: its __name__; where it is imported, nothing changes."""
     if module == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)       # not where the shell ignores it: a background job
+    if module == "__main__" and "WORLD_SIZE" in os.environ:
+        # Where a process ends, torch warns the others of it with a page of addresses; one line is enough.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def monotonic_bars() -> None:

@@ -13,12 +13,17 @@ The mesh is (data, tensor): neighbouring ranks form a tensor group, and the grou
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import pickle
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +99,7 @@ class Cut(NamedTuple):
 def linears_of(module: nn.Module) -> dict[str, Cut]:
     """The linear layers of an attention, an MLP or a single-stream block that are cut. A layer cut along its
     outputs (dim 0) is followed by one cut along its inputs (dim 1), whose products are added up."""
-    if isinstance(getattr(module, "qkv", None), nn.Linear):
+    if isinstance(getattr(module, "qkv", None), nn.Linear):        # a block may have a method of that name
         width = (module.qkv.in_features,)
         cuts = {"qkv": Cut(0, 3 * width)}
         if module.proj is not None:
@@ -153,15 +158,19 @@ class Sharding:
     """How models of one architecture are cut over `size` ranks, `tensor` of which form a tensor group.
 
     blocks: the classes whose weights are gathered together; cut: those of them that are tensor parallel.
-    bf16: whether trained blocks are gathered in bfloat16, as autocast would round them anyway."""
+    bf16: whether trained blocks are gathered in bfloat16, as autocast would round them anyway. patience: how
+    long a rank waits for the others of its groups; without it, as long as PyTorch does."""
 
     def __init__(self, size: int, tensor: int, device: torch.device, blocks: tuple[type, ...],
-                 cut: tuple[type, ...], bf16: bool):
+                 cut: tuple[type, ...], bf16: bool, patience: timedelta | None = None):
         from torch.distributed.device_mesh import init_device_mesh
 
         # An advice that a gathering could be one operation; it happens when a checkpoint is saved.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.mesh = init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        if patience is not None:                       # a mesh has no argument for it
+            for group in self.mesh.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(patience, group)
         self.size = size
         self.tensor = tensor
         self.blocks = blocks
@@ -291,13 +300,115 @@ def gathered(part: Tensor) -> Tensor:
 MOMENTS = ("exp_avg", "exp_avg_sq")      # what AdamW keeps of each weight, besides the number of steps
 
 
-def save_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write what AdamW keeps of every weight, by name, with torch.distributed.checkpoint."""
+def save_moments(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Write what AdamW keeps of every weight, by name, with torch.distributed.checkpoint, to a new folder
+    within `run`. Returns what the checkpoint has to say of it: its name, and the SHA-256 of each of its
+    files. Raises OSError with one line, on all ranks, where one of them cannot write."""
     import torch.distributed.checkpoint as dcp
 
+    # Never the folder of an earlier checkpoint, which has to stay whole until the new one is complete.
+    chosen = [None]
+    if dist.get_rank() == 0:
+        names = [f"optimizer-{step:06d}", *(f"optimizer-{step:06d}-{again}" for again in range(2, 10_000))]
+        chosen = [next(name for name in names if not os.path.lexists(run / name))]
+    dist.broadcast_object_list(chosen)
+    folder = run / chosen[0]
     state = {name: dict(optimizer.state[weight]) for name, weight in model.named_parameters()
              if weight in optimizer.state}
-    dcp.save(state, checkpoint_id=folder)
+    try:
+        dcp.save(state, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:       # the same one on all ranks
+        reason = list(error.failures.values())[0][0]
+        reason = getattr(reason, "strerror", None) or str(reason).split("\n")[0]
+        if "enforce fail" in reason or "PytorchStreamWriter" in reason:
+            reason = "the disk is full or the file too large"
+        raise OSError(f"cannot write {folder}: {reason}") from None
+    files = sorted(file.name for file in folder.iterdir())
+    sums = {name: sha256_of(folder / name) for name in files[dist.get_rank()::dist.get_world_size()]}
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, sums)
+    merged = {name: value for part in everywhere for name, value in part.items()}
+    return {"folder": chosen[0], "sha256": merged}
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, as the disk holds it."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        if hasattr(os, "posix_fadvise"):               # not what the memory still has of it
+            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while piece := content.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def damage_of(run: Path, saved: dict, part: slice = slice(None)) -> str | None:
+    """What is wrong with the folder that `save_moments` described so, as far as these of its files go; None
+    if nothing is."""
+    name, tensor, sums = (saved.get(key) for key in ("folder", "tensor", "sha256"))
+    sums = {} if sums is None else sums                # of any type, in a checkpoint that was changed
+    if not (isinstance(name, str) and re.fullmatch(r"optimizer-\d+(-\d+)?", name)
+            and type(tensor) is int and 0 < tensor < 2**16 and isinstance(sums, dict)
+            and all(isinstance(file, str) and Path(file).name == file for file in sums)):
+        return f"its optimizer is {str(saved)[:80]!r}"
+    folder = run / name
+    if not (folder / ".metadata").is_file():
+        return f"{folder} is missing or not complete"
+    for file in sorted(sums)[part]:
+        try:
+            if sha256_of(folder / file) != sums[file]:
+                return f"the checksum of {folder / file} does not fit"
+        except OSError as error:
+            return f"{folder / file} cannot be read ({error.strerror})"
+    return None
+
+
+def check_moments(run: Path, saved: dict) -> None:
+    """Raises ValueError, on all ranks, where the folder of the optimizer is not as it was saved."""
+    if not dist.is_initialized():
+        found = [damage_of(run, saved)]
+    else:                                              # each reads a part, as there may be many gigabytes
+        found = [None] * dist.get_world_size()
+        part = slice(dist.get_rank(), None, dist.get_world_size())
+        dist.all_gather_object(found, damage_of(run, saved, part))
+    for problem in found:
+        if problem:
+            raise ValueError(problem)
+
+
+class Plain(pickle.Unpickler):
+    """Reads what PyTorch writes of a folder, and nothing else: a pickle from elsewhere may start programs."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata", "ChunkStorageMetadata",
+            "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        "torch.serialization": ("_get_layout",), "collections": ("OrderedDict",),
+        "torch": ("Size", "float32", "float64", "bfloat16", "float16"),
+        "pathlib": ("PosixPath", "WindowsPath"), "pathlib._local": ("PosixPath", "WindowsPath")}
+
+    def find_class(self, module: str, name: str):
+        if name not in self.ALLOWED.get(module, ()):
+            raise ValueError(f"{module}.{name} is no part of a checkpoint")
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: Path) -> dict:
+    """What the folder holds, by name. Raises ValueError with one line where it is not of `save_moments`."""
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            metadata = Plain(file).load()
+        found = metadata.state_dict_metadata
+        # PyTorch reads what is no tensor as a pickle of any kind.
+        good = all(hasattr(entry, "chunks") for entry in found.values()) and all(
+            Path(info.relative_path).name == info.relative_path for info in metadata.storage_data.values())
+    except Exception as error:                         # a dozen types for a damaged pickle
+        raise ValueError(f"{folder / '.metadata'}: damaged, or changed by another program "
+                         f"({' '.join(str(error).split())[:80]})") from None
+    if not good:
+        raise ValueError(f"{folder / '.metadata'}: changed by another program")
+    return found
 
 
 def load_moments(folder: Path, tensor: int, model: nn.Module, optimizer: torch.optim.Optimizer,
@@ -306,15 +417,19 @@ def load_moments(folder: Path, tensor: int, model: nn.Module, optimizer: torch.o
     of the model, whether or not it is cut now. Raises ValueError where the folder is not complete."""
     import torch.distributed.checkpoint as dcp
 
-    if not (folder / ".metadata").is_file():
-        raise ValueError(f"{folder} is missing or not complete")
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = read_metadata(folder)
     for name, weight in model.named_parameters():
         if f"{name}.step" not in saved:                # before the first step
             continue
         # One weight at a time, whole: another layout cuts it at other places.
         found = {"step": torch.zeros(())} | {key: torch.empty(weight.shape) for key in MOMENTS}
-        dcp.load({name: found}, checkpoint_id=folder, no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")        # of a single process, which is as intended
+                dcp.load({name: found}, checkpoint_id=folder, no_dist=True)
+        except dcp.api.CheckpointException as error:
+            reason = str(list(error.failures.values())[0][0]).split("\n")[0]
+            raise ValueError(f"{folder}: damaged ({reason[:80]})") from None
         for key in MOMENTS:
             if tensor > 1 and name in cuts:
                 found[key] = found[key].index_select(cuts[name].dim, cuts[name].order(tensor).argsort())

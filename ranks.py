@@ -12,15 +12,18 @@ One process, without torchrun, needs none of this: its Ranks do nothing and cost
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -29,18 +32,22 @@ from torch import Tensor
 
 import cli
 
-PATIENCE = timedelta(minutes=10)     # how long a rank may take for what the others wait for
+PATIENCE = 600       # seconds that a rank may take for what the others wait for; RANK_PATIENCE gives another
+GRACE = 30           # seconds, at most, after the end of a launch until a process that hangs is ended
 
 
 class Ranks:
     """The processes of one launch; this one is number `rank`, from 0, of `size`."""
 
     def __init__(self, rank: int = 0, size: int = 1, local: int | None = None,
-                 store: dist.Store | None = None):
+                 store: dist.Store | None = None, watch: Watch | None = None):
         self.rank = rank
         self.size = size
         self.local = local               # the number of this one among several on the same machine
         self.store = store               # small values that all ranks see, also while one of them is away
+        self.watch = watch               # which knows what the others do where they do not come
+        self.patience: timedelta | None = None         # of what the ranks exchange in a step
+        self.meetings: dist.ProcessGroup | None = None # for values on the CPU, if weights are elsewhere
         self.tensor = 1                  # ranks that share the work on the same pictures: see parallel.py
         self.turns = 0
 
@@ -67,7 +74,7 @@ class Ranks:
             return values.cpu()[None]
         mine = values.detach().cpu().contiguous()
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine)
+        dist.all_gather(found, mine, group=self.meetings)
         return torch.stack(found)
 
     def gathered(self, mine: object) -> list:
@@ -75,7 +82,7 @@ class Ranks:
         if self.size == 1:
             return [mine]
         found = [None] * self.size if self.first else None
-        dist.gather_object(mine, found)
+        dist.gather_object(mine, found, group=self.meetings)
         return found or []
 
     # ---- what all ranks must do alike
@@ -94,7 +101,7 @@ class Ranks:
         if self.size == 1:
             return
         everywhere = [None] * self.size
-        dist.all_gather_object(everywhere, found)
+        dist.all_gather_object(everywhere, found, group=self.meetings)
         for rank, theirs in enumerate(everywhere):
             for name, value in everywhere[0].items():
                 if theirs[name] != value:
@@ -156,6 +163,130 @@ class Agreed(list):
         return len(self) > 0
 
 
+# ---- a rank that does not come
+
+class Watch(threading.Thread):
+    """Writes into the store, now and then, what this rank does, so that the others can name it where it keeps
+    them waiting. Ends a process that hangs where the launch has ended."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, patience: float):
+        super().__init__(daemon=True)
+        self.store = store
+        self.rank = rank
+        self.size = size
+        self.patience = patience
+        self.pause = min(5.0, patience / 10)           # seconds between two entries
+        self.entries = 0
+        self.over = threading.Event()                  # this rank needs it no more
+        self.enter()
+
+    def enter(self) -> None:
+        """Write whether this rank waits for others, and what it does, with a number that grows."""
+        self.entries += 1
+        waits, place = doing(sys._current_frames()[threading.main_thread().ident])
+        self.store.set(f"doing {self.rank}", f"{self.entries}|{int(waits)}|{place}")
+
+    def run(self) -> None:
+        ended = None
+        while not self.over.wait(self.pause):
+            try:
+                self.enter()
+                launch_has_ended = self.store.check(["late"])
+            except RuntimeError:                       # whoever holds the store is gone
+                launch_has_ended = True
+            if launch_has_ended and ended is None:
+                ended = time.monotonic()
+            # The main thread learns of it as soon as it needs another rank, unless it hangs.
+            if ended is not None and time.monotonic() - ended > min(GRACE, 5 * self.patience):
+                os._exit(2)
+
+    def who_is_late(self) -> str:
+        """Which rank the others have waited for in vain, and what it does."""
+        entries = asked(self.compare, 10 * self.pause)
+        if entries is None:
+            return (f"rank 0 has not come within {self.patience:g} seconds to what all wait for: it does not "
+                    "answer")
+        earlier, found = entries
+        lines = {}
+        for rank, (number, waits, place) in enumerate(found):
+            if number == earlier[rank][0]:             # it writes no more
+                lines[rank] = f"rank {rank}, which does not answer"
+            elif waits == "0":
+                lines[rank] = f"rank {rank}, which is at {place}"
+        lines.pop(self.rank, None)
+        if lines:
+            who = "; ".join(list(lines.values())[:8])
+            return f"within {self.patience:g} seconds, these have not come to what all wait for: {who}"
+        who = "; ".join(f"rank {rank} is at {place}" for rank, (_, _, place) in enumerate(found[:8]))
+        return f"the ranks have not come together within {self.patience:g} seconds: {who}"
+
+    def compare(self) -> list[list[list[str]]]:
+        """What all ranks do, and what they do a little later."""
+        self.store.set("late", "")
+        entries = []
+        for _ in range(2):
+            time.sleep(2.5 * self.pause)
+            entries.append([self.store.get(f"doing {rank}").decode().split("|")
+                            for rank in range(self.size)])
+        return entries
+
+
+def asked(call: Callable, seconds: float):
+    """What the store answers to this call; None where it does not do so within this time."""
+    answers = []
+
+    def ask() -> None:
+        try:
+            answers.append(call())
+        except RuntimeError:                           # whoever holds the store, torchrun or rank 0, is gone
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True) # rank 0 may have stopped, with the store
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def doing(frame) -> tuple[bool, str]:
+    """Whether a thread waits for other ranks, and which line of this project it has come to."""
+    here = Path(__file__)
+    waits = False
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        # Gradients are exchanged in the backward pass, everything else by torch.distributed.
+        exchanges = "distributed" in path.parts and "checkpoint" not in path.parts
+        waits |= exchanges or frame.f_code.co_name == "_engine_run_backward" or path == here
+        if path.parent == here.parent and path != here:
+            return waits, f"{path.name}, line {frame.f_lineno}, {frame.f_code.co_name}"
+        frame = frame.f_back
+    return waits, "an unknown line"
+
+
+def is_late(error: Exception) -> bool:
+    """Whether a rank has waited for another for too long."""
+    return "timed out" in str(error).lower() or "timeout" in str(error).lower()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the connection to another rank has ended."""
+    signs = ("Connection closed", "Connection reset", "Broken pipe", "pair closure", "failed to recv")
+    return isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in signs)
+
+
+def explained(ranks: Ranks, error: Exception) -> ValueError | None:
+    """The line for the user, where another rank is the reason for this error."""
+    late = is_late(error)
+    if not (late or is_lost(error)):
+        return None
+    what = "another process has ended"
+    if not late:                                       # or has it waited, and says so in a moment?
+        time.sleep(0.2)
+        late = asked(lambda: ranks.store.check(["late"]), 5.0)
+    if late:
+        what = ranks.watch.who_is_late()
+    return ValueError(f"{what}; the same command continues from the last checkpoint")
+
+
 # ---- the beginning and the end of a launch
 
 @contextmanager
@@ -177,11 +308,13 @@ def launched() -> Iterator[Ranks]:
     except OtherRankFailed:
         raise SystemExit(2) from None
     except RuntimeError as error:
-        if any(sign in str(error) for sign in ("Connection closed", "Connection reset", "Broken pipe")):
-            raise ValueError("another process has ended; the same command continues from the last "
-                             "checkpoint") from None
+        reason = explained(ranks, error)
+        if reason is not None:
+            raise reason from None
         sys.stderr = errors              # a fault of ours, or a lack of memory
         raise
+    finally:
+        ranks.watch.over.set()
 
 
 def join() -> Ranks:
@@ -196,27 +329,58 @@ def join() -> Ranks:
                          "another, or start a single process with python")
     local = int(os.environ["LOCAL_RANK"])
     backend = "gloo"                     # for what is on the CPU: agreements, and training there
+    patience = patience_asked()
+    waits = timedelta(seconds=patience)
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local % torch.cuda.device_count())
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    return Ranks(rank, size, local, store)
+        # NCCL ends a process that has waited too long. What waits on the CPU can say why, so it is first.
+        waits = 2 * waits
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=waits))
+        watch = Watch(store, rank, size, patience)
+        watch.start()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)
+        ranks = Ranks(rank, size, local, store, watch)
+        if backend != "gloo":
+            ranks.meetings = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+    except RuntimeError as error:
+        if not (is_late(error) or is_lost(error)):
+            raise
+        raise ValueError(f"not all of the {os.environ['WORLD_SIZE']} processes have met at "
+                         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+                         f"{waits.total_seconds():g} seconds ({str(error).splitlines()[0][:150]}); start "
+                         "them all with the same command") from None
+    ranks.patience = waits
+    return ranks
+
+
+def patience_asked() -> float:
+    """PATIENCE, or what the environment has instead."""
+    text = os.environ.get("RANK_PATIENCE", str(PATIENCE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= 1e6:
+        raise ValueError(f"RANK_PATIENCE is {text}; give seconds, at least 1")
+    return seconds
 
 
 def report_once(ranks: Ranks, errors: IO[str], message: str) -> None:
     """Print the message unless another rank has an error to report, too: then rank 0 does, or the first of
     those that have one."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)      # torchrun's, to a process that ends by itself
-    try:
-        # An error of all ranks is reported by rank 0, which needs a moment. It may also have none.
-        patience = time.monotonic() + 2
-        while not ranks.first and time.monotonic() < patience and not ranks.store.check(["reported"]):
-            time.sleep(0.05)
-        only = ranks.store.add("reports", 1) == 1
-        ranks.store.set("reported", "")
-    except RuntimeError:                 # whoever holds the store, torchrun or rank 0, is gone
-        only = ranks.first
+    # An error of all ranks is reported by rank 0, which needs a moment. It may also have none.
+    patience = time.monotonic() + 2
+    reported = False
+    while reported is False and not ranks.first and time.monotonic() < patience:
+        reported = asked(lambda: ranks.store.check(["reported"]), 2.0)
+        time.sleep(0.05)
+    only = asked(lambda: ranks.store.add("reports", 1) == 1, 2.0)
+    asked(lambda: ranks.store.set("reported", ""), 2.0)
+    if only is None:                     # the store has gone, or has stopped with rank 0: see who_is_late
+        only = ranks.first or (ranks.rank == 1 and "rank 0 has not come" in message)
     if only:
         where = "" if ranks.first else f"rank {ranks.rank}: "
         print(f"{where}{message}", file=errors, flush=True)

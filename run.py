@@ -80,8 +80,13 @@ class Run:
     def load(self) -> dict | None:
         """The checkpoint, if the run has begun. Raises ValueError if it cannot be continued."""
         if not os.path.lexists(self.checkpoint):       # a link to nothing is refused, not replaced
+            if hint := other_copy(self.checkpoint):
+                raise ValueError(f"{self.checkpoint} is missing{hint}")
             return None
-        checkpoint = load_checkpoint(self.checkpoint)
+        try:
+            checkpoint = load_checkpoint(self.checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{error}{other_copy(self.checkpoint)}") from None
         training = checkpoint.get("training") or {}
         for part in TRAINING:
             if part not in training:
@@ -99,10 +104,22 @@ class Run:
 
     def save(self, checkpoint: dict) -> None:
         self.write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        # What several processes have written beside earlier checkpoints, unless these are kept.
-        for folder in self.folder.glob("optimizer-*") if self.writes else ():
-            step = folder.name.removeprefix("optimizer-")
-            if step != f"{checkpoint['step']:06d}" and not (self.folder / f"checkpoint-{step}.pt").exists():
+
+    def clean(self) -> None:
+        """Remove what several processes have written beside checkpoints that are gone, or never came."""
+        folders = list(self.folder.glob("optimizer-*")) if self.writes else []
+        if not folders:
+            return
+        named = set()
+        for file in (self.checkpoint, self.folder / "best.pt", *self.kept().values()):
+            if file.exists():
+                try:
+                    optimizer = glance(file)["training"]["optimizer"]
+                except Exception:                      # of any type: damaged, and it may name any of them
+                    return
+                named.add(optimizer.get("folder"))
+        for folder in folders:
+            if folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, name: str) -> None:
@@ -128,20 +145,31 @@ class Run:
         losses = {record["step"]: record["val_loss"] for record in self.records
                   if math.isfinite(record.get("val_loss", math.nan))}
         try:
-            kept = torch.load(self.folder / "best.pt", "cpu", weights_only=True, mmap=True)["step"]
+            kept = glance(self.folder / "best.pt")["step"]
         except Exception:                              # none, or of something else
             kept = None
         latest = max(losses, default=None)
         steps = [step for step in losses if step in (kept, latest)]
         return min(steps, key=lambda step: (losses[step], step), default=None)
 
+    def kept(self) -> dict[int, Path]:
+        """The files checkpoint-STEP.pt, by their steps, the earliest first."""
+        files = {int(path.stem[11:]): path for path in self.folder.glob("checkpoint-*.pt")
+                 if path.stem[11:].isdecimal()}
+        return dict(sorted(files.items()))
+
     def keep_latest(self, step: int, count: int) -> None:
-        """Keep the present checkpoint as checkpoint-STEP.pt, and of those so named the latest `count`."""
+        """Keep the present checkpoint as checkpoint-STEP.pt, and of those so named up to this step the latest
+        `count`. Before others go, it is read back: where that fails, they stay, with a warning."""
         if not self.writes:
             return
         self.keep(f"checkpoint-{step:06d}.pt")
-        kept = [path for path in self.folder.glob("checkpoint-*.pt") if path.stem[11:].isdecimal()]
-        for path in sorted(kept, key=lambda path: int(path.stem[11:]))[:-count]:
+        older = [path for at, path in self.kept().items() if at <= step][:-count]
+        problem = damage(self.folder / f"checkpoint-{step:06d}.pt") if older else None
+        if problem:
+            warn_once("keep", f"{problem}; the disk may be failing, so no earlier checkpoint is removed")
+            return
+        for path in older:
             path.unlink()
 
     def save_picture(self, name: str, picture: Image.Image) -> None:
@@ -391,6 +419,41 @@ def read_checkpoint(file: Path) -> dict:
     return checkpoint
 
 
+def glance(file: Path) -> dict:
+    """A checkpoint whose weights stay on the disk until they are used. Raises errors of any type."""
+    return torch.load(file, "cpu", weights_only=True, mmap=True)
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a checkpoint, by the checksums in it and those of its optimizer's folder; None if
+    nothing is. It is read from the disk, piece by piece."""
+    try:
+        with open(file, "rb") as content:
+            if hasattr(os, "posix_fadvise"):           # not what the memory still has of it
+                os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with zipfile.ZipFile(content) as archive:
+                corrupt = archive.testzip()
+        optimizer = (glance(file).get("training") or {}).get("optimizer") or {}
+    except Exception as error:                         # a dozen types, as in read_checkpoint
+        return f"{file}: damaged ({type(error).__name__})"
+    if corrupt:
+        return f"{file}: damaged: the checksum of {corrupt} in it does not fit"
+    problem = parallel.damage_of(file.parent, optimizer) if "folder" in optimizer else None
+    return f"{file}: damaged: {problem}" if problem else None
+
+
+def other_copy(file: Path) -> str:
+    """For the error of a checkpoint that cannot be used: which one in its folder can; nothing if none can."""
+    for step, kept in reversed(Run(file.parent).kept().items()):
+        try:
+            load_checkpoint(kept)
+        except ValueError:
+            continue
+        if damage(kept) is None:
+            return f"; {kept.name} beside it is whole: copy it to {file.name} to continue from step {step:,}"
+    return ""
+
+
 def damaged(file: Path, part: str, value: object) -> ValueError:
     """The error to raise for a value that train.py has not written."""
     what = " ".join(repr(value)[:80].split())
@@ -517,6 +580,7 @@ class State:
     # Where several processes train, models are called by way of a step: see parallel.py.
     steps: dict[torch.nn.Module, torch.nn.Module] = field(default_factory=dict)
     sharding: Sharding | None = None
+    moments: tuple[int, dict] | None = None            # a step, and what save_moments returned of it
 
     @property
     def ema(self) -> torch.nn.Module:
@@ -578,8 +642,10 @@ class State:
         if self.sharding is None:
             optimizer = self.optimizer.state_dict()
         else:                                          # never whole in one process: a folder beside the file
-            optimizer = {"folder": f"optimizer-{step:06d}", "tensor": self.sharding.tensor}
-            parallel.save_moments(run.folder / optimizer["folder"], self.model, self.optimizer)
+            if self.moments is None or self.moments[0] != step:
+                saved = parallel.save_moments(run.folder, step, self.model, self.optimizer)
+                self.moments = (step, saved | {"tensor": self.sharding.tensor})
+            optimizer = self.moments[1]
         return {"optimizer": optimizer, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
     def restore(self, saved: dict, what: str) -> None:
@@ -597,6 +663,13 @@ class State:
                                  f"{length:g}; use another --name")
             self.load(network, state, what)
         training = saved["training"]
+        if is_config(training["optimizer"]) and "folder" in training["optimizer"]:
+            try:
+                parallel.check_moments(Path(what).parent, training["optimizer"])
+            except ValueError as error:
+                raise ValueError(f"{what}: damaged: {error}; use another copy{other_copy(Path(what))}"
+                                 ) from None
+            self.moments = (saved["step"], training["optimizer"])
         try:
             self.restore_optimizer(training["optimizer"], Path(what).parent,
                                    ARCHITECTURES[saved["arch"]].blocks)

@@ -124,8 +124,8 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     state = State(model, averages, plan.device)
     if args.shard:
         state.shard(Sharding(plan.ranks.size, plan.ranks.tensor, plan.device, BLOCKS,
-                             ARCHITECTURES[args.arch].blocks, plan.bf16 and args.arch != "vae"),
-                    experts=args.expert_parallel)
+                             ARCHITECTURES[args.arch].blocks, plan.bf16 and args.arch != "vae",
+                             plan.ranks.patience), experts=args.expert_parallel)
     elif plan.ranks.size > 1:
         state.steps[model] = replicate(model)
     # Weight decay applies to matrices only, as usual; biases and the gains of norms are not decayed.
@@ -278,9 +278,9 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     task.finish([state.model, *state.averages.values()], lambda: state.whole_average(task.build))
     with torch.no_grad():
         attempt("samples.png", lambda: run.save_picture("samples.png", state.run(state.ema, task.preview, [],
-                                                                                 SAMPLE_ROWS)))
-    attempt("loss.png", run.plot_loss)
-    attempt("experts.png", run.plot_experts)
+                                                                                 SAMPLE_ROWS)), plan.ranks)
+    attempt("loss.png", run.plot_loss, plan.ranks)
+    attempt("experts.png", run.plot_experts, plan.ranks)
     save(args.steps, finished=True)
     plan.ranks.meet()                  # what comes next reads this checkpoint
     return 0
@@ -312,19 +312,23 @@ def preview(plan: Plan, task: Task, state: State, step: int, stop: list[int]) ->
     with torch.no_grad(), plan.autocast():
         for kind, network in (("ema", state.ema), ("raw", state.model)):
             name = f"preview-{step:06d}-{kind}.png"
-            attempt(name, lambda: plan.run.save_picture(name, state.run(network, task.preview, stop)))
-    attempt("loss.png", plan.run.plot_loss)
-    attempt("experts.png", plan.run.plot_experts)
+            attempt(name, lambda: plan.run.save_picture(name, state.run(network, task.preview, stop)),
+                    plan.ranks)
+    attempt("loss.png", plan.run.plot_loss, plan.ranks)
+    attempt("experts.png", plan.run.plot_experts, plan.ranks)
 
 
-def attempt(name: str, draw: Callable[[], None]) -> None:
+def attempt(name: str, draw: Callable[[], None], ranks: Ranks) -> None:
     """Draw and write a picture. A training goes on without it: what fails is a warning, and where a signal
-    interrupts it, nothing is written."""
+    interrupts it, nothing is written. What fails in one of several processes ends all, as the others wait for
+    what it draws next."""
     try:
         draw()
     except Interrupted:
         pass
     except (RuntimeError, OSError, ValueError) as error:
+        if ranks.size > 1 and isinstance(error, RuntimeError):
+            raise
         message = " ".join(str(error).split("\n"))
         tqdm.write(f"warning: {name} could not be made ({message})", file=sys.stderr)
 
@@ -368,6 +372,7 @@ def keep(args: argparse.Namespace, run: Run, step: int) -> None:
         run.keep_latest(step, args.keep)
     if args.keep_best and run.best_step() == step:
         run.keep("best.pt")
+    run.clean()
 
 
 def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State, data: Dataset, step: int,

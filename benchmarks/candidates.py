@@ -132,15 +132,16 @@ def value_residual() -> None:
             block.attn.first = first
             block.attn.share = torch.nn.Parameter(torch.tensor(0.5)) if i else None
 
-    def mixed(self: dit.SelfAttention, x: Tensor, rope, mask: Tensor | None = None) -> Tensor:
+    def mixed(self: dit.SelfAttention, x: Tensor, rope, mask: Tensor | None = None, packing=None) -> Tensor:
         if not hasattr(self, "first"):
-            return forward(self, x, rope, mask)
+            return forward(self, x, rope, mask, packing)
         q, k, v = self.split(x)
         if self.share is None:
             self.first[:] = [v]
         else:
             v = v + self.share * (self.first[0] - v)
-        x = dit.attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask)
+        x = dit.attention(q, k, v, q_norm=self.q_norm, k_norm=self.k_norm, rope=rope, mask=mask,
+                          packing=packing)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     dit.DiT.__init__ = init

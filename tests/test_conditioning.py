@@ -333,7 +333,7 @@ def test_a_batch_has_each_pictures_own_caption(monkeypatch):
     """An empty prompt, the null condition, exactly where dropped."""
     seen = []
     monkeypatch.setattr(conditioning, "network_inputs",
-                        lambda model, encode, prompts, device: seen.extend(prompts) or {})
+                        lambda model, encode, prompts, *more: seen.extend(prompts) or {})
     kind, model = words(), SimpleNamespace(text=None)
     kind.batch(model, np.array([2, 0, 1, 2]), torch.tensor([False, True, False, False]))
     assert seen == ["blue", "", "green", "blue"]
@@ -360,7 +360,7 @@ def test_prompt_dropout_is_per_example_and_once(cwd, text_runs, monkeypatch, tmp
 
     model.text, seen = None, []
     monkeypatch.setattr(conditioning, "network_inputs",
-                        lambda model, encode, prompts, device: seen.extend(prompts) or {})
+                        lambda model, encode, prompts, *more: seen.extend(prompts) or {})
     indices = np.arange(len(parts[0])).repeat(20)
     task.loss(model, indices)
     assert abs(seen.count("") / len(seen) - 0.3) < 5 * (0.3 * 0.7 / len(seen)) ** 0.5

@@ -438,7 +438,7 @@ def test_a_step_and_its_pieces(folder):
     assert len(parts) == 3 and np.array_equal(np.concatenate(parts), batch)
     model = randomized(task.build())
     args = settings.parse(["--arch", "dit", "--accumulate", "4"])
-    state = run.State(model, {}, torch.optim.SGD(model.parameters(), 0.0), torch.device("cpu"))
+    state = run.State(model, {}, torch.device("cpu"), torch.optim.SGD(model.parameters(), 0.0))
     norms = []
     for pieces in (parts, [batch]):
         def loss(model, indices):

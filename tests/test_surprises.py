@@ -56,6 +56,24 @@ KINDS = {
         "test_train::test_a_signal_during_the_vae_ends_the_command",
         "test_sample::test_an_interruption_says_how_far_it_came"],
 
+    "one of several processes is killed": [
+        "test_faults::test_killed_at_any_moment_and_in_a_save*6",
+        "test_faults::test_killed_before_a_checkpoint_names_the_folder_of_its_optimizer",
+        "test_parallel::test_where_a_process_is_killed_the_others_end_and_the_run_goes_on"],
+    "one of several processes hangs": [
+        "test_faults::test_a_rank_that_hangs_is_named",
+        "test_faults::test_a_process_that_hangs_ends_by_itself"],
+    "one of several processes has a full disk": [
+        "test_faults::test_a_full_disk_ends_all_and_keeps_the_checkpoint"],
+    "a damaged or hostile folder of the optimizer": [
+        "test_faults::test_a_damaged_folder_of_the_optimizer_is_one_line",
+        "test_faults::test_the_optimizers_folder_starts_no_program",
+        "test_faults::test_an_entry_of_the_optimizer_that_was_changed"],
+    "a checkpoint that is damaged or missing, beside others that are kept": [
+        "test_faults::test_kept_checkpoints_have_their_optimizer_and_one_can_be_copied_back",
+        "test_faults::test_no_kept_checkpoint_goes_before_the_new_one_is_read_back",
+        "test_faults::test_a_checkpoint_that_is_missing_is_not_begun_anew"],
+
     # ---- silently wrong
     "symbolic links in a picture folder": ["test_folder::test_links_are_followed_once*10"],
     "hidden and system files": ["test_folder::test_hidden_and_system_files_are_ignored"],
