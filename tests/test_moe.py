@@ -2,6 +2,7 @@
 layer, the balance loss against its formula, loads, experts on several ranks, and runs with experts."""
 
 import copy
+import importlib.util
 import json
 import shutil
 
@@ -394,8 +395,9 @@ def test_a_run_with_experts(cwd, capsys):
     sample.main(["moe.pt", "--n", "2", "--steps", "2", "--out", "moe-2.png"])
     with Image.open("moe.png") as one, Image.open("moe-2.png") as other:
         assert one.tobytes() == other.tobytes()
-    with pytest.raises(ValueError, match="experts 4: diffusers' DiTTransformer2DModel has only 0"):
-        export.main(["runs/moe", "moe-folder/"])
+    if importlib.util.find_spec("safetensors"):            # which a folder of diffusers needs
+        with pytest.raises(ValueError, match="experts 4: diffusers' DiTTransformer2DModel has only 0"):
+            export.main(["runs/moe", "moe-folder/"])
     with pytest.raises(ValueError, match="holds a run with --top-k 1, not 2"):
         train.main([*EXPERTS, "--top-k", "2", "--name", "moe"])
 

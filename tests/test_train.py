@@ -172,7 +172,7 @@ def test_the_vae_of_a_captioned_folder_is_that_of_its_pictures(cwd, text_runs, c
 
 def test_training_uses_normalised_latents(cwd):
     task, model = denoising(), Recorder()
-    task.path.sample_t = lambda n: torch.full((n,), 1e-5)
+    task.path.sample_t = lambda n, **options: torch.full((n,), 1e-5)
     task.loss(model, np.arange(4000))
     xt = model.seen[0][0]
     assert xt.mean((0, 2, 3)).abs().max() < 0.1 and (xt.std((0, 2, 3)) - 1).abs().max() < 0.1
