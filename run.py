@@ -587,7 +587,7 @@ class State:
         """The average that is validated, drawn from and exported."""
         return next(iter(self.averages.values()))
 
-    def shard(self, sharding: Sharding, experts: bool) -> None:
+    def shard(self, sharding: Sharding, experts: bool = False) -> None:
         """Keep only this process's share of all weights. experts: whether each process keeps whole experts,
         to which the tokens travel, in place of a share of all of them."""
         self.sharding = sharding
