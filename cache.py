@@ -30,6 +30,9 @@ from ragged import Ragged, groups_of_equal
 
 # ---- latents
 
+PIECE = 256 * 32 * 32       # pixels that are encoded at a time
+
+
 class LatentCache:
     """The Gaussian posterior of every picture, encoded once: `latents`, float16 (N, flips, 2, C, h, w),
     memory-mapped. The axis of 2 holds mean and standard deviation, so that each training step draws a fresh
@@ -118,9 +121,6 @@ class LatentCache:
         return mean + std * noise[part]
 
 
-PIECE = 256 * 32 * 32       # pixels that are encoded at a time
-
-
 class MixedLatentCache:
     """LatentCache for pictures of different sizes: `latents`, a Ragged of float16 (flips, 2, C, h, w) for
     each. images: a Ragged of (H, W, channels) uint8. channels, factor: of the VAE. encode, stamp, flip: as
@@ -205,7 +205,7 @@ def pieces(shape: tuple[int, ...]) -> list[range]:
     """Ranges that split pictures of shape (N, H, W, C) into pieces of about equal memory: 256 pictures of
     32 x 32, or as many as have the same number of pixels."""
     n, height, width, _ = shape
-    size = max(1, 256 * 32 * 32 // (height * width))
+    size = max(1, PIECE // (height * width))
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 

@@ -35,7 +35,7 @@ from ragged import Ragged, groups_of_equal
 from run import build_path, encoder_fingerprint
 from sample import draw_batches, picture_bar
 from settings import OBJECTIVES
-from tasks import Autoencoding, Denoising, Interrupted, watched
+from tasks import Autoencoding, Denoising, Interrupted, posteriors, watched
 from vae import VAE
 
 SIZES = 3              # of previews: wide, middling, tall
@@ -238,17 +238,7 @@ def framed(pictures: list[np.ndarray]) -> np.ndarray:
 
 def encode_mixed(args: argparse.Namespace, vae: VAE, data: Dataset, cache_dir: Path,
                  plan: Plan) -> MixedLatentCache:
-    device = next(vae.parameters()).device
-
-    def encode(images: np.ndarray, mirrored: bool) -> tuple[Tensor, Tensor]:
-        means, stds = [], []
-        for x in to_tensor(images).split(max(1, plan.pixels_at_once // math.prod(images.shape[1:3]))):
-            x = x.to(device)                 # the picture is mirrored, not the latent
-            posterior = vae.encode(x.flip(-1) if mirrored else x)
-            means.append(posterior.mean)
-            stds.append(posterior.std)
-        return torch.cat(means), torch.cat(stds)
-
+    encode = posteriors(vae, lambda images: max(1, plan.pixels_at_once // math.prod(images.shape[1:3])))
     # Pictures of another multiple are other pictures, so both may lie side by side.
     path = cache_dir / "latents-{}x{}.npy".format(*plan.multiple)
     stamp = {"vae": encoder_fingerprint(vae), "data": data.fingerprint}

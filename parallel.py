@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -94,6 +94,14 @@ class Cut(NamedTuple):
                 share = size // ranks
                 order.append(torch.arange(start + rank * share, start + (rank + 1) * share))
         return torch.cat(order)
+
+    def ordered(self, weight: Tensor, ranks: int) -> Tensor:
+        """The weight in that order."""
+        return weight.index_select(self.dim, self.order(ranks).to(weight.device))
+
+    def restored(self, weight: Tensor, ranks: int) -> Tensor:
+        """The inverse of `ordered`."""
+        return weight.index_select(self.dim, self.order(ranks).argsort().to(weight.device))
 
 
 def linears_of(module: nn.Module) -> dict[str, Cut]:
@@ -206,7 +214,7 @@ class Sharding:
         self.cuts = cuts_of(model, self.cut)
         for name, weight in model.named_parameters():
             if name in self.cuts:
-                weight.copy_(weight.index_select(self.cuts[name].dim, self.order(name).to(weight.device)))
+                weight.copy_(self.cuts[name].ordered(weight, self.tensor))
         for module in cut_modules(model, self.cut).values():
             styles = {name: RowwiseParallel() if cut.dim else ColwiseParallel()
                       for name, cut in linears_of(module).items()}
@@ -215,26 +223,21 @@ class Sharding:
                 if hasattr(module, size):
                     setattr(module, size, getattr(module, size) // self.tensor)
 
-    def order(self, name: str) -> Tensor:
-        return self.cuts[name].order(self.tensor)
-
     # ---- whole weights and this rank's share of them
 
     def share(self, name: str, whole: Tensor) -> Tensor:
         """This rank's piece of the weight of this name, or of a moment of it, as `shard` has cut it."""
         data, tensor = self.mesh.get_coordinate()
         if name in self.cuts:
-            dim = self.cuts[name].dim
-            whole = whole.index_select(dim, self.order(name)).chunk(self.tensor, dim)[tensor]
+            cut = self.cuts[name]
+            whole = cut.ordered(whole, self.tensor).chunk(self.tensor, cut.dim)[tensor]
         pieces = whole.chunk(self.size // self.tensor)
         return pieces[data] if data < len(pieces) else whole[:0]
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The weight of this name, put together on the CPU. All ranks have to ask for it."""
         found = gathered(part)
-        if name in self.cuts:
-            found = found.index_select(self.cuts[name].dim, self.order(name).argsort())
-        return found
+        return self.cuts[name].restored(found, self.tensor) if name in self.cuts else found
 
     def state_of(self, model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
         """The state dict of a model that has been cut, put together weight by weight: on rank 0, or
@@ -318,8 +321,7 @@ def save_moments(run: Path, step: int, model: nn.Module, optimizer: torch.optim.
     try:
         dcp.save(state, checkpoint_id=folder)
     except dcp.api.CheckpointException as error:       # the same one on all ranks
-        reason = list(error.failures.values())[0][0]
-        reason = getattr(reason, "strerror", None) or str(reason).split("\n")[0]
+        reason = reason_of(error)
         if "enforce fail" in reason or "PytorchStreamWriter" in reason:
             reason = "the disk is full or the file too large"
         raise OSError(f"cannot write {folder}: {reason}") from None
@@ -331,12 +333,23 @@ def save_moments(run: Path, step: int, model: nn.Module, optimizer: torch.optim.
     return {"folder": chosen[0], "sha256": merged}
 
 
+def reason_of(error: BaseException) -> str:
+    """Why torch.distributed.checkpoint failed on the first rank that did, in a line."""
+    reason = next(iter(error.failures.values()))[0]
+    return getattr(reason, "strerror", None) or str(reason).split("\n")[0]
+
+
+def open_from_disk(file: Path) -> IO[bytes]:
+    """A file to read, as the disk holds it and not as the memory still has it."""
+    content = open(file, "rb")
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return content
+
+
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file, as the disk holds it."""
     digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        if hasattr(os, "posix_fadvise"):               # not what the memory still has of it
-            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with open_from_disk(file) as content:
         while piece := content.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
@@ -428,11 +441,10 @@ def load_moments(folder: Path, tensor: int, model: nn.Module, optimizer: torch.o
                 warnings.simplefilter("ignore")        # of a single process, which is as intended
                 dcp.load({name: found}, checkpoint_id=folder, no_dist=True)
         except dcp.api.CheckpointException as error:
-            reason = str(list(error.failures.values())[0][0]).split("\n")[0]
-            raise ValueError(f"{folder}: damaged ({reason[:80]})") from None
+            raise ValueError(f"{folder}: damaged ({reason_of(error)[:80]})") from None
         for key in MOMENTS:
             if tensor > 1 and name in cuts:
-                found[key] = found[key].index_select(cuts[name].dim, cuts[name].order(tensor).argsort())
+                found[key] = cuts[name].restored(found[key], tensor)
         place_moments(name, weight, found, optimizer, sharding)
 
 

@@ -30,6 +30,7 @@ import ema
 import moe
 import published
 import settings
+from cache import PIECE
 from cli import program
 from conditioning import Conditioning
 from data import find_folder
@@ -424,7 +425,7 @@ def plan_sizes(args: argparse.Namespace, plan: Plan, need: list[int]) -> None:
         raise ValueError(f"{what}: {plan.tokens:,} tokens a step{pieces} are too few for pictures of up to "
                          f"{full:,}; give --tokens {least} or more")
     times = 1 if args.grad_checkpoint else 4               # see tasks.at_once
-    plan.pixels_at_once = min(256 * 32 * 32, max(1, times * plan.tokens // args.accumulate)
+    plan.pixels_at_once = min(PIECE, max(1, times * plan.tokens // args.accumulate)
                               * math.prod(need))
 
 

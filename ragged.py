@@ -2,9 +2,9 @@
 
     python ragged.py                      # the sizes of pictures at a budget, and a ragged array read back
 
-A picture keeps its own aspect ratio. It is scaled to at most a budget of pixels, never enlarged, and cut to
-the nearest multiples of the patch: the sizes of FiT (Lu et al. 2024, arXiv:2402.12376) and of NaViT (Dehghani
-et al. 2023, arXiv:2307.06304). Sizes are (H, W).
+A picture keeps its own aspect ratio. It is scaled to at most a budget of pixels, enlarged only to the next
+multiple of the patch, and both of its sides are the nearest multiples: the sizes of FiT (Lu et al. 2024,
+arXiv:2402.12376) and of NaViT (Dehghani et al. 2023, arXiv:2307.06304). Sizes are (H, W).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _around(side: float, multiple: int) -> list[int]:
 
 
 def groups_of_equal(shapes: np.ndarray, numbers: int) -> list[np.ndarray]:
-    """The positions of equal rows of shapes (N, k), each position once, in arrays of neither more than about
-    so many numbers in all nor less than one picture."""
+    """The positions of equal rows of shapes (N, k), each position once, in arrays of one or more positions
+    whose pictures have at most so many numbers in all, or are a single larger one."""
     order = np.lexsort(shapes.T[::-1])
     ends = np.flatnonzero((np.diff(shapes[order], axis=0) != 0).any(1)) + 1
     parts = []

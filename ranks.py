@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -353,6 +354,15 @@ def join() -> Ranks:
                          "them all with the same command") from None
     ranks.patience = waits
     return ranks
+
+
+def environments(count: int) -> list[dict[str, str]]:
+    """What torchrun sets for each of so many processes on this machine, to start them without it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def patience_asked() -> float:

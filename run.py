@@ -428,11 +428,8 @@ def damage(file: Path) -> str | None:
     """What is wrong with a checkpoint, by the checksums in it and those of its optimizer's folder; None if
     nothing is. It is read from the disk, piece by piece."""
     try:
-        with open(file, "rb") as content:
-            if hasattr(os, "posix_fadvise"):           # not what the memory still has of it
-                os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with zipfile.ZipFile(content) as archive:
-                corrupt = archive.testzip()
+        with parallel.open_from_disk(file) as content, zipfile.ZipFile(content) as archive:
+            corrupt = archive.testzip()
         optimizer = (glance(file).get("training") or {}).get("optimizer") or {}
     except Exception as error:                         # a dozen types, as in read_checkpoint
         return f"{file}: damaged ({type(error).__name__})"

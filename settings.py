@@ -282,10 +282,11 @@ FLAGS = {
         Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", nonempty, "auto", resumable=True),
         Flag("--precision", "auto (default: bf16 where the hardware multiplies it), bf16, fp32",
              one_of(("auto", "bf16", "fp32")), "auto"),
-        Flag("--shard", "of several processes (torchrun), let each hold only a share of weights, gradients, "
-                        "optimizer and averages", resumable=True),
-        Flag("--tensor-parallel", "dit, mmdit: so many processes work on the same pictures, each with a part "
-                                  "of the heads and hidden channels; implies --shard (default: 1)",
+        Flag("--shard", "with torchrun: each process holds only a share of the weights, gradients, optimizer "
+                        "and averages", resumable=True),
+        Flag("--tensor-parallel", "dit, mmdit, with torchrun: groups of N processes work on the same "
+                                  "pictures, each process with a part of the heads and hidden channels; "
+                                  "implies --shard (default: 1)",
              integer(1), 1, metavar="N", resumable=True),
         Flag("--expert-parallel", "with --experts and --shard: each process holds whole experts, and tokens "
                                   "travel to theirs", resumable=True),
@@ -367,6 +368,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     # A run that goes on changes only what its command names; a default changes nothing.
     args.asked = [name for name in CHANGEABLE if given(ROWS[name], args)]
     fill_defaults(args)
+    resolve_layout(args)
+    if args.batch_size % args.accumulate and not args.tokens:
+        raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
+    return args
+
+
+def resolve_layout(args: argparse.Namespace) -> None:
+    """Check what several processes share, and how."""
     if args.tensor_parallel > 1:
         if args.arch not in TRANSFORMER["arch"]:
             raise ValueError(f"--tensor-parallel {args.tensor_parallel}: cuts the blocks of dit and mmdit, "
@@ -378,9 +387,6 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.expert_parallel and not (args.shard and (args.experts or args.arch == "vae")):
         raise ValueError("--expert-parallel: goes with --experts N and --shard; give those too, or leave it "
                          "out")
-    if args.batch_size % args.accumulate and not args.tokens:
-        raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
-    return args
 
 
 def check_aspect(args: argparse.Namespace) -> None:

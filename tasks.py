@@ -73,7 +73,19 @@ def watched(parts: Iterable, stop: list[int], what: str, **options) -> Iterator:
 
 # ---- the two tasks
 
-class Autoencoding:
+class Batches:
+    """Which examples a step takes, for the tasks on pictures of one size."""
+
+    def batch(self, chosen: np.ndarray, step: int) -> np.ndarray:
+        """The indices of a step's examples, of those chosen to train on: a pure function of the step."""
+        return chosen[batch_indices(len(chosen), self.args.batch_size, step, self.args.seed)]
+
+    def split(self, batch: np.ndarray) -> list[np.ndarray]:
+        """The pieces of --accumulate."""
+        return np.split(batch, self.args.accumulate)
+
+
+class Autoencoding(Batches):
     """The task of the VAE: reconstruct pictures through a Gaussian latent."""
 
     objective = None      # a VAE's checkpoint has no objective and no other VAE
@@ -88,14 +100,6 @@ class Autoencoding:
         self.ranks = plan.ranks
         self.count = len(data)
         self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
-
-    def batch(self, chosen: np.ndarray, step: int) -> np.ndarray:
-        """The indices of a step's examples, of those chosen to train on: a pure function of the step."""
-        return chosen[batch_indices(len(chosen), self.args.batch_size, step, self.args.seed)]
-
-    def split(self, batch: np.ndarray) -> list[np.ndarray]:
-        """The pieces of --accumulate."""
-        return np.split(batch, self.args.accumulate)
 
     def build(self) -> VAE:
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
@@ -145,7 +149,7 @@ class Autoencoding:
             network.set_latent_statistics(mean, var)
 
 
-class Denoising:
+class Denoising(Batches):
     """The task of a network in latent space: predict the path's target from a noisy latent."""
 
     def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
@@ -177,9 +181,6 @@ class Denoising:
         if self.pairs is not None:             # those that are not trained on; n may be less in small data
             held_out = self.pairs.batch(np.arange(self.count, self.count + n))
             self.x0, self.eps = (part.to(self.device) for part in held_out)
-
-    batch = Autoencoding.batch
-    split = Autoencoding.split
 
     def build(self) -> torch.nn.Module:
         config = settings.network_config(self.args, self.vae.config.latent_channels, self.conditioning)
@@ -264,20 +265,26 @@ class Denoising:
 Task = Autoencoding | Denoising
 
 
-def encode_latents(args: argparse.Namespace, ranks: Ranks, vae: VAE, data: Dataset,
-                   cache_dir: Path) -> LatentCache:
+def posteriors(vae: VAE, most: Callable[[np.ndarray], int]) -> Callable[[np.ndarray, bool],
+                                                                        tuple[Tensor, Tensor]]:
+    """What a cache of latents calls to encode pictures, most(pictures) of them at a time."""
     device = next(vae.parameters()).device
 
     def encode(images: np.ndarray, mirrored: bool) -> tuple[Tensor, Tensor]:
         means, stds = [], []
-        for x in to_tensor(images).split(at_once(args, ranks, len(images))):
+        for x in to_tensor(images).split(most(images)):
             # The picture is mirrored, not the latent: an encoder does not commute with mirroring.
             x = x.to(device)
             posterior = vae.encode(x.flip(-1) if mirrored else x)
             means.append(posterior.mean)
             stds.append(posterior.std)
         return torch.cat(means), torch.cat(stds)
+    return encode
 
+
+def encode_latents(args: argparse.Namespace, ranks: Ranks, vae: VAE, data: Dataset,
+                   cache_dir: Path) -> LatentCache:
+    encode = posteriors(vae, lambda images: at_once(args, ranks, len(images)))
     shape = latent_shape(vae, data)
     stamp = {"vae": encoder_fingerprint(vae), "data": data.fingerprint}
     with ranks.in_turn():

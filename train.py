@@ -150,7 +150,7 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
     # ---- data, in memory or memory-mapped; its caches lie beside the VAE, for all networks on this VAE
     run, cache_dir, ranks = plan.run, plan.cache_dir, plan.ranks
     if ranks.size > 1:
-        print(f"{ranks.size} processes; where caches are missing, this one makes them and the others wait",
+        print(f"{ranks.size} processes: the first makes the caches that are missing while the others wait",
               flush=True)
     with ranks.in_turn():
         data, val = [load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,

@@ -11,14 +11,12 @@ each run has to equal the one that nobody killed, bit for bit; one that has come
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +33,8 @@ from PIL import Image
 import cli
 import run
 import toys
+from cli import Flag, integer
+from ranks import environments
 
 # Imports take seconds; processes that are forked from one that has made them begin at once.
 SERVER = """
@@ -48,7 +48,7 @@ def work(order, rank):
                                 (1, f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
         os.dup2(os.open(name, flags, 0o666), number)
     os.dup2(1, 2)
-    os.environ.update(order["environment"], RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(order["environments"][rank])
     try:
         return cli.program("train.py", lambda: train.main(order["words"][rank]))
     except SystemExit as error:
@@ -103,13 +103,10 @@ class Launch:
     """One launch of a process for each list of flags; each writes rank-N.txt in the folder."""
 
     def __init__(self, server: Server, folder: Path, words: list[list[str]], environment: dict[str, str]):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": str(len(words)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.server = server
         self.folder = folder
-        self.pids = server.ask({"folder": str(folder), "words": words, "environment": shared | environment})
+        self.pids = server.ask({"folder": str(folder), "words": words,
+                                "environments": [own | environment for own in environments(len(words))]})
         self.statuses: list[int | None] = [None] * len(self.pids)
 
     def running(self) -> bool:
@@ -281,12 +278,15 @@ class Victim:
         return ""
 
 
+FLAGS = {"what to do": [
+    Flag("--kills", "how many (default: 100)", integer(1), 100),
+    Flag("--seed", "of the moments at which they come (default: 0)", integer(0), 0),
+    Flag("--steps", "of each run (default: 30)", integer(1), 30),
+]}
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=30, help="of each run")
-    args = parser.parse_args(argv)
+    args = cli.make_parser("Kill trainings of several processes again and again.", FLAGS).parse_args(argv)
     rng = random.Random(args.seed)
     counts: dict[str, int] = {}
     lost = 0

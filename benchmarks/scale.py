@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from dit import Block
 from mmdit import JointBlock, SingleBlock
 from parallel import Sharding, check_tensor_parallel, cut_modules, cuts_of, linears_of, local, replicate
 from plan import kept_bytes
-from ranks import Ranks, launched
+from ranks import Ranks, environments, launched
 from run import State, build_model, checkpoint_blocks
 
 GIB = 2**30
@@ -450,17 +449,11 @@ def check_launch(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def start(words: list[str], count: int) -> dict[str, int]:
     """Run this program in so many processes, as torchrun does, and return what the first prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # A fixed threshold lets glibc give every large tensor back when it is freed.
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    processes = []
-    for rank in range(count):
-        own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen([sys.executable, __file__, *words], env=own, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    processes = [subprocess.Popen([sys.executable, __file__, *words], env=shared | own, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for own in environments(count)]
     try:
         ends = [process.communicate() for process in processes]
     finally:

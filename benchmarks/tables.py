@@ -419,26 +419,32 @@ def prompt_columns(m: Measured, cell: str) -> list[list[float]]:
     return [m.values("prompts", cell, score(PROMPTED_AT.label, figure)) for figure in PROMPT_KINDS]
 
 
-def prompt_table(m: Measured) -> str:
-    head = ["share that shows all of its prompt", *PROMPT_KINDS.values(), "MFLOP", "parameters",
-            "processor minutes"]
+def cells_and_costs(m: Measured, study: str, head: list[str], texts_of: Callable[[str], list[str]]) -> str:
+    """A row for each cell of the study that has been measured: texts_of(its name), and what it costs. Nothing
+    where there is none."""
+    head = [*head, "MFLOP", "parameters", "processor minutes"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for cell in STUDIES["prompts"].cells:
-        records = m.of("prompts", cell.name)
+    for cell in STUDIES[study].cells:
+        records = m.of(study, cell.name)
         if records:
-            texts = [ladder.spread(values, 3) for values in prompt_columns(m, cell.name)]
-            texts += [f"{records[0]['flops_per_example'] / 1e6:.0f}",
-                      f"{records[0]['parameters'] / 1e6:.1f} M",
-                      mean_of(m, "prompts", cell.name, lambda r: r["processor_seconds"] / 60, 0)]
+            texts = [*texts_of(cell.name), f"{records[0]['flops_per_example'] / 1e6:.0f}",
+                     f"{records[0]['parameters'] / 1e6:.1f} M",
+                     mean_of(m, study, cell.name, lambda r: r["processor_seconds"] / 60, 0)]
             rows.append(f"| {cell.name} | {' | '.join(texts)} |")
-    if len(rows) == 2:
+    return "" if len(rows) == 2 else "\n".join(rows)
+
+
+def prompt_table(m: Measured) -> str:
+    rows = cells_and_costs(m, "prompts", ["share that shows all of its prompt", *PROMPT_KINDS.values()],
+                           lambda cell: [ladder.spread(values, 3) for values in prompt_columns(m, cell)])
+    if not rows:
         return ""
     floors = [record["evaluations"][0]["agreement"] for record in m.of("floor", "scenes")]
     notes = (f"With guidance 3, 19 times two evaluations. The VAE's reconstructions are read as "
              f"{', '.join(f'{value:.3f}' for value in floors)}. MFLOP per example, forward and backward, "
              f"without the text encoder, which is the same. {seeds_of(m, 'prompts')}; "
              f"{made_with(m, 'prompts')}.")
-    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('prompts', 'Which prompts are followed')}"
+    return rows + f"\n\n{notes}\n\n{picture('prompts', 'Which prompts are followed')}"
 
 
 def prompt_chart(m: Measured) -> Chart | None:
@@ -514,23 +520,16 @@ def few_step_chart(m: Measured) -> Chart | None:
 
 def expert_table(m: Measured) -> str:
     head = ["", "velocity error", "Fréchet, 50 first-order steps", "agreement", "Fréchet, guidance 1.5",
-            "agreement", "MFLOP", "parameters", "processor minutes"]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            "agreement"]
     plain = first_order("rf logit-normal")
     guided = DEFAULT_SAMPLERS["rf"][1].label
-    for cell in STUDIES["experts"].cells:
-        records = m.of("experts", cell.name)
-        if records:
-            columns = [(lambda r: r["errors"][-1]["velocity"], 3), (score(plain), 2),
-                       (score(plain, "agreement"), 3), (score(guided), 2), (score(guided, "agreement"), 3)]
-            texts = [mean_of(m, "experts", cell.name, get, digits) for get, digits in columns]
-            texts += [f"{records[0]['flops_per_example'] / 1e6:.0f}",
-                      f"{records[0]['parameters'] / 1e6:.1f} M",
-                      mean_of(m, "experts", cell.name, lambda r: r["processor_seconds"] / 60, 0)]
-            rows.append(f"| {cell.name} | {' | '.join(texts)} |")
-    if len(rows) == 2:
+    columns = [(lambda r: r["errors"][-1]["velocity"], 3), (score(plain), 2), (score(plain, "agreement"), 3),
+               (score(guided), 2), (score(guided, "agreement"), 3)]
+    rows = cells_and_costs(m, "experts", head, lambda cell: [mean_of(m, "experts", cell, get, digits)
+                                                             for get, digits in columns])
+    if not rows:
         return ""
-    return "\n".join(rows) + (
+    return rows + (
         "\n\nA token uses two of the eight experts, on average unless it chooses them itself, and two that "
         "all tokens share. MFLOP per example, forward and backward. "
         f"{seeds_of(m, 'experts')}; {made_with(m, 'experts')}.")

@@ -48,7 +48,7 @@ ROOMS = {
     "run": {"attention", "charts", "cli", "ema", "files", "moe", "parallel", "published", "settings", "text",
             "vae"},
     "export": {"cli", "ddpm", "dit", "files", "mmdit", "published", "run", "unet", "vae"},
-    "plan": {"cli", "conditioning", "data", "ema", "files", "folder", "moe", "parallel", "published",
+    "plan": {"cache", "cli", "conditioning", "data", "ema", "files", "folder", "moe", "parallel", "published",
              "ragged", "ranks", "run", "settings", "vae"},
     "sample": {"cli", "conditioning", "ema", "files", "pictures", "published", "ranks", "run", "samplers",
                "settings", "vae"},

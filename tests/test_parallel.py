@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import plan
 import run
 import settings
 import train
-from ranks import ALONE, Ranks
+from ranks import ALONE, Ranks, environments
 
 # A program as the other tests run it, with few pictures and few samples.
 PROGRAM = """
@@ -39,18 +38,13 @@ class Launch:
     """A program in as many processes as there are lists of flags, started as torchrun starts them."""
 
     def __init__(self, folder, *flags, program="train.py", command=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": len(flags), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.logs = [folder / f"rank-{rank}.txt" for rank in range(len(flags))]
         self.processes = []
-        for rank, (log, words) in enumerate(zip(self.logs, flags)):
-            own = os.environ | {name: str(value) for name, value in shared.items()}
-            own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for log, words, own in zip(self.logs, flags, environments(len(flags))):
             with open(log, "w") as out:
                 words = [*(command or [*COMMAND, program]), *words]
-                self.processes.append(subprocess.Popen(words, cwd=folder, stdout=out, stderr=out, env=own))
+                self.processes.append(subprocess.Popen(words, cwd=folder, stdout=out, stderr=out,
+                                                       env=os.environ | own))
 
     def wait_for(self, step):
         """Until rank 0 has logged this step."""
