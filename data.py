@@ -32,9 +32,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from files import amount, digest, replacing
+from files import amount, digest, replacing, warn_once
 from folder import RANDOM_CROPS, Folder, Rows, clean_text, list_folder, open_pictures, split_rows
 from pictures import Size, grid, to_tensor, to_uint8
+from shards import (Chosen, NoPictures, ShardCaptions, ShardLabels, ShardLatents, ShardOrder, ShardPictures,
+                    Shards, TrainingRows, find_shards, open_index, validation_samples)
 from toys import (SHAPE_CLASSES, describe_corners, describe_scene, draw_corners, draw_scene, draw_shape,
                   find_emoji_font, omit_details, render_emoji, vary_caption)
 
@@ -49,6 +51,8 @@ class Dataset:
     vary: Callable[[str, np.random.Generator], str] | None = None   # rewords a caption at random, in training
     root: str = ""              # where captions are names of files: the folder they lie in
     former_fingerprints: tuple[str, ...] = ()       # under which an earlier version knew the same data
+    shard_counts: np.ndarray | None = None          # of shards: how many examples each of them has
+    latents: ShardLatents | None = None             # where the latents are there already, and no pictures
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,8 +60,8 @@ class Dataset:
     @property
     def identity(self) -> str:
         """Changes with the fingerprint and with any caption. Cached latents need only the fingerprint."""
-        if self.captions is None:
-            return self.fingerprint
+        if self.captions is None or isinstance(self.captions, ShardCaptions):
+            return self.fingerprint             # which covers the captions of shards
         # A folder is the same by whatever path it is reached.
         names = [os.path.relpath(file, self.root) for file in self.captions] if self.root else self.captions
         return digest(self.fingerprint, names)
@@ -100,6 +104,32 @@ def some_pictures(n: int, limit: int | None) -> np.ndarray:
         raise ValueError(f"--limit {limit}: there are {n:,} pictures to train on; give fewer, or leave it "
                          "out")
     return np.sort(np.random.default_rng(0).permutation(n)[:limit])
+
+
+def order_of(data: Dataset, count: int, batch_size: int, seed: int, limit: int | None = None,
+             group: int | None = None) -> Callable[[int], np.ndarray]:
+    """The order of the data: a function of the step that returns the indices of its batch, with the number of
+    examples as its length. count: how many there are, where they are not those of `data`. group: how many
+    shards are shuffled together."""
+    if data.shard_counts is not None and count == len(data):
+        more = {"group": group} if group else {}
+        return ShardOrder(data.shard_counts, batch_size, seed, limit=limit, **more)
+    return PlainOrder(some_pictures(count, limit), batch_size, seed)
+
+
+class PlainOrder:
+    """batch_indices over the chosen examples."""
+
+    def __init__(self, chosen: np.ndarray, batch_size: int, seed: int):
+        self.chosen = chosen
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __call__(self, step: int) -> np.ndarray:
+        return self.chosen[batch_indices(len(self.chosen), self.batch_size, step, self.seed)]
 
 
 def _order(n: int, epoch: int, seed: int) -> np.ndarray:
@@ -302,16 +332,24 @@ def _resize(images: np.ndarray, size: Size) -> np.ndarray:
 
 # ---- a folder of any pictures
 
-def find_folder(source: str, words: str | None) -> Folder | None:
-    """The listing of the folder that --data names, or None for a built-in source. words: as in list_folder.
+def find_folder(source: str, words: str | None) -> Folder | Shards | None:
+    """The listing of the folder or the shards that --data names, or None for a built-in source. words: as in
+    list_folder.
     Raises ValueError with one line if --data names neither, or the folder has no such words."""
     if source in SOURCES:
         if words == "embeddings":
             raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; "
                              "give a folder that has")
         return None
+    shards = find_shards(source, words)
+    if shards is not None:
+        if words == "embeddings":
+            raise ValueError(f"--text-encoder none with --data {source}: shards have no .npz files of vectors; "
+                             "give a folder that has")
+        return shards
     if not os.path.isdir(source):
-        raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}) nor a folder")
+        raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}), nor a folder, nor "
+                         ".tar shards")
     return list_folder(Path(source), words)
 
 
@@ -345,6 +383,54 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
                    former_fingerprints=formers)
 
 
+# ---- tar shards
+
+def load_shards(shards: Shards, split: str, size: Size, cache_dir: Path, crop: str = "centre") -> Dataset:
+    """Pictures or latents in shards, read on demand, and their index in cache_dir. The validation part, at most
+    256 pictures, is read at once."""
+    index = open_index(shards, cache_dir)
+    for part, number in (("a caption", index.stamp["captions"]), ("a class", index.stamp["labels"])):
+        if 0 < number < len(index) and (part == "a class" or shards.words == "captions"):
+            field, value = ("label", -1) if part == "a class" else ("text_bytes", 0)
+            without = index.where(index.first_without(field, value))
+            message = f"--data {shards.source}: only {number:,} of {len(index):,} samples have {part}"
+            if part == "a caption":
+                raise ValueError(f"{message}, not {without}; put KEY.txt, or KEY.json with \"text\", right before "
+                                 "or after each picture")
+            warn_once("classes", f"{message}, not {without}, so classes are not used")
+    labelled = index.stamp["labels"] == len(index)
+    if shards.words == "captions" and not index.stamp["captions"] and not labelled:
+        raise ValueError(f"--data {shards.source}: pictures without words; put KEY.txt, or KEY.json with "
+                         "\"text\", beside each")
+    crops = RANDOM_CROPS if crop == "random" and split == "train" else 1
+    held_out = validation_samples(len(index))
+    rows = TrainingRows(len(index), held_out)
+    latents = None
+    if split != "train":
+        rows = Chosen(held_out)
+    if shards.manifest is None:
+        images = ShardPictures(index, size, rows, crops, shards.workers)
+    else:
+        images = NoPictures((len(rows), *size, shards.manifest["channels"]))
+        latents = ShardLatents(index, shards.manifest, rows, shards.flip, shards.workers)
+    if split != "train" and latents is None:
+        images = images[:]
+    names = None
+    if not index.stamp["captions"]:
+        names = [clean_text(name.replace("-", " ")) for name in index.classes]
+    captions = ShardCaptions(index, rows, crops, names) if shards.words == "captions" else None
+    labels = ShardLabels(index, rows, crops) if labelled else None
+    counts = None
+    if split == "train":
+        counts = crops * rows.per_shard(index)
+    else:
+        captions = captions and captions[:]
+        labels = labels and labels[:]
+    fingerprint = digest("shards", index.fingerprint, size, RANDOM_CROPS if crop == "random" else 1, split)
+    return Dataset(images, labels, index.classes if labelled else [], fingerprint, captions,
+                   shard_counts=counts, latents=latents)
+
+
 # ---- the table of sources
 
 class Source(NamedTuple):
@@ -366,7 +452,7 @@ SOURCES = {
 
 
 def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_dir: Path,
-              words: str | None = None, folder: Folder | None = None, count: int = 20_000,
+              words: str | None = None, folder: Folder | Shards | None = None, count: int = 20_000,
               crop: str = "centre") -> Dataset:
     """The part `split` of a source at `size`, by default 32 x 32.
 
@@ -377,6 +463,8 @@ def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_
     size = tuple(size or (32, 32))
     if folder is None:
         folder = find_folder(source, words)
+    if isinstance(folder, Shards):
+        return load_shards(folder, split, size, cache_dir, crop)
     if folder is not None:
         data = load_folder(folder, split, size, cache_dir, crop)
     else:

@@ -36,6 +36,7 @@ from run import build_model, build_path, encoder_fingerprint
 from sample import draw_batches, picture_bar
 from samplers import SAMPLERS, guided
 from settings import OBJECTIVES
+from shards import ShardLatents, ShardPictures
 from vae import VAE
 
 PREVIEW_BATCH = 64     # pictures drawn at a time, for samples.png and previews
@@ -85,6 +86,11 @@ class Autoencoding:
         self.device = plan.device
         self.count = len(data)
         self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
+
+    def expect(self, batches: Iterator[np.ndarray]) -> None:
+        """Read ahead what the coming calls of `loss` need. batches: their indices."""
+        if isinstance(self.data.images, ShardPictures):
+            self.data.images.expect(batches)
 
     def build(self) -> VAE:
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
@@ -147,14 +153,17 @@ class Denoising:
             self.count = len(self.pairs) - VALIDATED
             self.conditioning.take_turns(self.count)
         else:
-            self.cache = encode_latents(args, self.vae, data, cache_dir)
+            self.cache = data.latents or encode_latents(args, self.vae, data, cache_dir)
             self.count = len(data)
         # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
         # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.
-        parts = to_tensor(val.images[:VALIDATED]).split(at_once(args, 32, val.images.shape[1:3]))
-        with torch.no_grad():
-            self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
-                                 for x in tqdm(parts, desc="encode validation pictures", leave=False)])
+        if val.latents is not None:
+            self.x0 = self.vae.normalize(val.latents.means().to(self.device))
+        else:
+            parts = to_tensor(val.images[:VALIDATED]).split(at_once(args, 32, val.images.shape[1:3]))
+            with torch.no_grad():
+                self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
+                                     for x in tqdm(parts, desc="encode validation pictures", leave=False)])
         n = len(self.x0)
         generator = torch.Generator().manual_seed(0)
         self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
@@ -166,6 +175,11 @@ class Denoising:
     def build(self) -> torch.nn.Module:
         config = settings.network_config(self.args, self.vae.config.latent_channels, self.conditioning)
         return build_model(self.args.arch, config, self.conditioning.text)
+
+    def expect(self, batches: Iterator[np.ndarray]) -> None:
+        """Read ahead what the coming calls of `loss` need. batches: their indices."""
+        if self.pairs is None and isinstance(self.cache, ShardLatents):
+            self.cache.expect(batches)
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and the (B,) times at which it was taken."""

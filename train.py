@@ -37,7 +37,7 @@ import conditioning
 import ema
 import settings
 from cli import program, signals
-from data import Dataset, batch_indices, load_data, some_pictures
+from data import Dataset, load_data, order_of
 from plan import Plan, data_changed, fit_weights, prepare
 from published import load_weights
 from run import (Run, State, checkpoint_blocks, compile_blocks, describe, load_checkpoint, load_vae, pack_vae,
@@ -179,7 +179,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     Returns the exit status, as execute."""
     # ---- setup
     run = plan.run
-    chosen = some_pictures(task.count, args.limit)
+    order = order_of(data, task.count, args.batch_size, args.seed, args.limit, args.shuffle_shards)
     state = new_state(args, task, plan)
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
@@ -205,11 +205,12 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         print(f"{run.folder}: {line}")
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     kind = "pictures" if task.pairs is None else "pairs of noise and sample"
-    print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(chosen):,} {kind}; "
+    print(f"{run.folder}: {args.arch} with {millions:.1f} M parameters on {len(order):,} {kind}; "
           f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory for "
           f"weights, optimizer and a batch; step {start:,} of {args.steps:,}", flush=True)
 
     # ---- the loop
+    task.expect(piece for step in range(start, args.steps) for piece in np.split(order(step), args.accumulate))
     unread: list[Tensor] = []     # (4,) per step: loss, gradient norm, min and max time; see read_losses
     with signals() as stop:       # a list that is empty until a signal comes
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step",
@@ -217,9 +218,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         for step in bar:
             # -- one step; then its weights join the averages
             rate = learning_rate(step, args, rise)
-            # a pure function of the step
-            batch = chosen[batch_indices(len(chosen), args.batch_size, step, args.seed)]
-            unread.append(update(args, plan, task, state, batch, rate))
+            unread.append(update(args, plan, task, state, order(step), rate))    # a pure function of the step
             done = step + 1
             state.average(done)
 
