@@ -8,10 +8,12 @@ their order, whatever process is first; without processes they are the same, onl
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -58,7 +60,21 @@ def in_processes(function: Callable, requests: Iterable, workers: int, ahead: in
         loader = DataLoader(_Calls(function), batch_size=None, sampler=requests, num_workers=workers,
                             prefetch_factor=ahead, collate_fn=_same, worker_init_fn=_as_worker,
                             generator=torch.Generator(), multiprocessing_context=context)
-        return _results(iter(loader))
+        results = _results(iter(loader))
+    # Processes that ignore signals must be let go before Python waits for its children: what is registered
+    # last is called first.
+    _running.add(results)
+    atexit.unregister(_end_all)
+    atexit.register(_end_all)
+    return results
+
+
+_running: weakref.WeakSet[Iterator] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    for results in list(_running):
+        results.close()
 
 
 def _results(iterator: Iterator) -> Iterator:
@@ -107,7 +123,10 @@ class Ahead:
     def __call__(self, indices: np.ndarray) -> object:
         if self.pending and np.array_equal(self.pending[0], indices):
             self.pending.popleft()
-            return next(self.results)
+            result = next(self.results)
+            if not self.pending:                    # that was the last of them
+                self.close()
+            return result
         return self.read(indices)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,11 +24,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import (amount, digest, locked, new_array, open_array, read_stamp, replacing, shortened,
+from files import (amount, digest, locked, open_array, place_array, read_stamp, replacing, shortened,
                    write_atomically, write_stamp)
 
 
 # ---- latents
+
+SAVE_SECONDS = 10           # between two savings of how far an encoding is
+
 
 class LatentCache:
     """The Gaussian posterior of every picture, encoded once: `latents`, float16 (N, flips, 2, C, h, w),
@@ -51,9 +55,13 @@ class LatentCache:
         # A second process that needs the same latents waits here, then finds them complete.
         with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
             found = read_stamp(stamp_path)
+            replaced = found.pop("replaced", [])
+            done = found.pop("done", len(images))           # a complete cache has no such entry
             fits = found == stamp or any(found == stamp | {"data": name} for name in former)
             # The array is checked because an interrupted copy of a run leaves a file that is too short.
             latents = open_array(path, np.float16, shape) if fits else None
+            if not _is_progress(done, replaced, len(images)):
+                latents = None
             if latents is None:
                 if found and not fits:
                     print(f"{path} was made from another VAE or other data: rebuilding it")
@@ -61,31 +69,51 @@ class LatentCache:
                     print(f"{path} is {'damaged' if path.exists() else 'missing'}: rebuilding it")
                 # First, so that an interruption cannot leave the old stamp beside a new array.
                 stamp_path.unlink(missing_ok=True)
-                self._build(path, images, encode, shape)
-                latents = np.load(path, mmap_mode="r")
-            if read_stamp(stamp_path) != stamp:
-                write_stamp(stamp_path, stamp)
-            self.latents = latents
+                place_array(path, np.float16, shape)
+                done, replaced = 0, []
+            if hasattr(images, "replaced"):                 # of shards, where broken pictures are replaced
+                images.replaced.update(replaced)
+            if done < len(images):
+                self._encode(path, images, encode, stamp, done)
+            complete = stamp | _replaced(images)
+            if read_stamp(stamp_path) != complete:
+                write_stamp(stamp_path, complete)
+            self.latents = np.load(path, mmap_mode="r")
 
     @staticmethod
     @torch.no_grad()
-    def _build(path: Path, images: np.ndarray, encode: Callable, shape: tuple[int, ...]) -> None:
-        store = new_array(path, np.float16, shape)
-        partial = Path(store.filename)
+    def _encode(path: Path, images: np.ndarray, encode: Callable, stamp: dict, done: int) -> None:
+        """Encode the pictures from number `done` on. The stamp says now and then how far it is, so that an
+        interrupted cache goes on where it was."""
+        store = np.load(path, mmap_mode="r+")
+        todo = [range(max(done, piece.start), piece.stop) for piece in pieces(images.shape) if piece.stop > done]
+
+        def save(done: int) -> None:
+            store.flush()               # first the latents, then their number
+            write_stamp(path.with_suffix(".json"), stamp | {"done": done} | _replaced(images))
+
+        if hasattr(images, "expect"):
+            images.expect(np.array(piece) for piece in todo)
+        saved = time.monotonic()
         try:
-            for piece in tqdm(pieces(images.shape), desc="encode latents", unit="batch"):
+            for piece in tqdm(todo, desc="encode latents", unit="batch"):
                 pictures = images[np.array(piece)]
-                for flip in range(shape[1]):
+                for flip in range(store.shape[1]):
                     mean, std = encode(pictures, flip == 1)
                     store[piece.start:piece.stop, flip, 0] = mean.cpu().numpy()
                     store[piece.start:piece.stop, flip, 1] = std.cpu().numpy()
+                done = piece.stop
+                if time.monotonic() - saved > SAVE_SECONDS and done < len(images):
+                    save(done)
+                    saved = time.monotonic()
             store.flush()
-            del store                        # Windows does not rename a file that is still mapped
-            partial.replace(path)
-        except BaseException:                # also Ctrl-C: leave no half-built file behind
-            store = None                     # Windows does not delete a file that is still mapped
-            partial.unlink(missing_ok=True)
+        except BaseException:           # also Ctrl-C
+            if done:
+                save(done)
             raise
+        finally:
+            if hasattr(images, "expect"):
+                images.expect(())
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -112,6 +140,19 @@ class LatentCache:
         chosen = torch.from_numpy(self.latents[indices, flip.numpy()]).float()            # (B, 2, C, h, w)
         mean, std = chosen.unbind(1)
         return mean + std * torch.randn(mean.shape, generator=generator)
+
+
+def _is_progress(done: object, replaced: object, count: int) -> bool:
+    """Whether these entries of a stamp are what LatentCache writes."""
+    pairs = isinstance(replaced, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair) for pair in replaced)
+    return pairs and type(done) is int and 0 <= done <= count
+
+
+def _replaced(images: object) -> dict:
+    """The stamp's entry on pictures that others stand in for, where there are any."""
+    found = getattr(images, "replaced", None)
+    return {"replaced": sorted(map(list, found.items()))} if found else {}
 
 
 def pieces(shape: tuple[int, ...]) -> list[range]:
@@ -154,7 +195,8 @@ class PairCache:
                 if found:
                     print(f"{path} was drawn otherwise, or is damaged: drawing it again")
                 stamp_path.unlink(missing_ok=True)
-                samples, done = self._allocate(path, (count, *shape)), 0
+                place_array(path, np.float16, (count, *shape))
+                samples, done = np.load(path, mmap_mode="r+"), 0
             if done < count:
                 if draw is None:
                     raise ValueError(f"{path}: {done:,} of {count:,} pairs are there, and the run that drew "
@@ -162,14 +204,6 @@ class PairCache:
                 self._draw(samples, done, draw, stamp_path, at_once)
             del samples
             self.samples = np.load(path, mmap_mode="r")
-
-    @staticmethod
-    def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-        store = new_array(path, np.float16, shape)
-        partial = Path(store.filename)
-        del store                            # Windows does not rename a file that is still mapped
-        partial.replace(path)
-        return np.load(path, mmap_mode="r+")
 
     @torch.no_grad()
     def _draw(self, samples: np.ndarray, done: int, draw: Callable, stamp_path: Path, at_once: int) -> None:

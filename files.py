@@ -253,6 +253,14 @@ def new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
+def place_array(path: Path, dtype, shape: tuple[int, ...]) -> None:
+    """A new array in the place of `path`, to be filled piece by piece. Raises OSError as new_array."""
+    array = new_array(path, dtype, shape)
+    partial = Path(array.filename)
+    del array                               # Windows does not rename a file that is still mapped
+    partial.replace(path)
+
+
 def open_array(path: Path, dtype, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:
     """The memory-mapped array of a .npy file, or None where the file is missing, truncated, damaged in its
     header, or of another type or shape."""

@@ -291,7 +291,7 @@ class _Scan:
             return self.leave_out(name, "is a link, a device or a sparse file")
         if name.startswith("/") or ".." in name.split("/"):
             return self.leave_out(name, "has a name that leads out of the archive")
-        key = f"{folder}/{stem}"
+        key = f"{folder}/{stem}" if folder else stem
         if key != self.key:
             self.end()
             self.begin(key)
