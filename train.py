@@ -250,6 +250,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
                 preview(plan, task, state, done, stop)
             if last and stop:
                 bar.close()
+                task.expect(())
                 print(stopped(done, args.steps), flush=True)
                 return 128 + stop[0]
 
