@@ -9,88 +9,108 @@ their order, whatever process is first; without processes they are the same, onl
 from __future__ import annotations
 
 import atexit
+import itertools
+import multiprocessing
 import os
 import signal
 import sys
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 
-class _Calls(Dataset):
-    """function(request) for any request; an error that is meant for the user is returned as it is."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __getitem__(self, request):
-        try:
-            return self.function(request)
-        except (ValueError, OSError) as error:
-            return error
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_ends: weakref.WeakSet[Connection] = weakref.WeakSet()         # this process's ends of all pipes
 
 
-def _same(value):
-    return value
-
-
-def _as_worker(number: int) -> None:
-    """Ctrl-C and the like reach the workers too, which the training still needs for its last step: it ends
-    them, or they end by themselves when it is gone."""
+def _serve(function: Callable, pipe: Connection, ends: list[Connection]) -> None:
+    """A worker: answer requests until the pipe is closed, by the other process or by its death."""
+    for end in ends:                    # a forked copy of them would keep those pipes open
+        end.close()
+    # Ctrl-C and the like reach the workers too, which the training still needs for its last step.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    torch.set_num_threads(1)
+    try:
+        while True:
+            request = pipe.recv()
+            try:
+                answer = function(request)
+            except Exception as error:
+                answer = _Failed(error)
+            pipe.send(answer)
+    except (EOFError, OSError):
+        os._exit(0)                     # without the cleaning up that is the other process's
+
+
+class _Failed:
+    def __init__(self, error: Exception):
+        self.error = error
 
 
 def in_processes(function: Callable, requests: Iterable, workers: int, ahead: int = 2) -> Iterator:
-    """function(request) of each, in their order, computed by `workers` processes, each of which is at most
-    `ahead` requests ahead; with 0 workers, here and on demand. Requests are taken as they are needed, so there
-    may be any number. Raises what the function raises, and OSError where a process was killed."""
+    """function(request) of each, in their order, computed by `workers` processes, each of which has at most
+    `ahead` requests; with 0 workers, here and on demand. Requests, which must be small, are taken as they are
+    needed, so there may be any number. Raises what the function raises, and OSError where a process was
+    killed."""
     if workers == 0:
         return map(function, requests)
-    context = "fork" if sys.platform == "linux" else None       # elsewhere it is not safe
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # about more workers than cores
-        # With a generator of its own, none of this process is touched: a seed means the same as without.
-        loader = DataLoader(_Calls(function), batch_size=None, sampler=requests, num_workers=workers,
-                            prefetch_factor=ahead, collate_fn=_same, worker_init_fn=_as_worker,
-                            generator=torch.Generator(), multiprocessing_context=context)
-        results = _results(iter(loader))
-    # Processes that ignore signals must be let go before Python waits for its children: what is registered
-    # last is called first.
-    _running.add(results)
+    pipes = []
+    for _ in range(workers):
+        ours, theirs = CONTEXT.Pipe()
+        inherited = [ours, *_ends] if CONTEXT.get_start_method() == "fork" else []
+        CONTEXT.Process(target=_serve, args=(function, theirs, inherited), daemon=True).start()
+        theirs.close()
+        _ends.add(ours)
+        pipes.append(ours)
+    # The processes ignore signals, so they must be let go before Python waits for its children: what is
+    # registered last is called first.
     atexit.unregister(_end_all)
     atexit.register(_end_all)
-    return results
+    requests = iter(requests)
+    turns = itertools.cycle(pipes)      # answers come in the order of the requests: each process in turn
+    waiting: deque[Connection] = deque()
+    for _ in range(workers * ahead):
+        _send_next(requests, turns, waiting)
+    return _answers(requests, turns, waiting, pipes)
 
 
-_running: weakref.WeakSet[Iterator] = weakref.WeakSet()
+def _send_next(requests: Iterator, turns: Iterator[Connection], waiting: deque[Connection]) -> None:
+    for request in itertools.islice(requests, 1):
+        pipe = next(turns)
+        waiting.append(pipe)
+        try:
+            pipe.send(request)
+        except OSError:                 # it was killed, which is found out where its answer is due
+            pass
+
+
+def _answers(requests: Iterator, turns: Iterator[Connection], waiting: deque[Connection],
+             pipes: list[Connection]) -> Iterator:
+    try:
+        while waiting:
+            try:
+                answer = waiting.popleft().recv()
+            except (EOFError, OSError):
+                raise OSError("a process that reads ahead was killed; make memory free, or give fewer "
+                              "--workers") from None
+            if isinstance(answer, _Failed):
+                raise answer.error
+            _send_next(requests, turns, waiting)
+            yield answer
+    finally:
+        for pipe in pipes:              # the processes then end
+            pipe.close()
 
 
 def _end_all() -> None:
-    for results in list(_running):
-        results.close()
-
-
-def _results(iterator: Iterator) -> Iterator:
-    while True:
-        try:
-            value = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(f"a process that reads ahead was killed ({str(error).splitlines()[0]}); make memory "
-                          "free, or give fewer --workers") from None
-        if isinstance(value, (ValueError, OSError)):
-            raise value
-        yield value
+    for end in list(_ends):
+        end.close()
 
 
 class Ahead:

@@ -68,11 +68,11 @@ class Sample(NamedTuple):
     fault: str = ""
 
 
-def decode(part: list[tuple[str, dict[str, Place]]], path: str, size: Size) -> list[Sample]:
-    """The samples of a part of a shard: their keys, and for each member its place and size."""
+def decode(part: range, listed: list[tuple[str, dict[str, Place]]], path: str, size: Size) -> list[Sample]:
+    """A part of the samples of a shard. listed: the key of each, and the places of its members."""
     found = []
     with open(path, "rb") as file:
-        for key, places in part:
+        for key, places in listed[part.start:part.stop]:
             members = {}
             for ending, (offset, length) in places.items():
                 file.seek(offset)
@@ -115,8 +115,9 @@ class Encoder:
         """The samples of the shard of latents that a shard of pictures becomes. skipped: takes what is wrong
         with pictures that cannot be decoded, which are left out."""
         listed = members_of(path)
-        parts = [listed[i:i + self.at_once] for i in range(0, len(listed), self.at_once)]
-        decoded = in_processes(functools.partial(decode, path=path, size=self.size), parts, self.workers)
+        parts = [range(i, min(i + self.at_once, len(listed))) for i in range(0, len(listed), self.at_once)]
+        read = functools.partial(decode, listed=listed, path=path, size=self.size)
+        decoded = in_processes(read, parts, self.workers)
         for part in tqdm(decoded, total=len(parts), desc=os.path.basename(path), unit="batch", leave=False):
             skipped += [f"{path}: {shortened(sample.key)}: {shortened(sample.fault, 300)}" for sample in part
                         if sample.image is None]

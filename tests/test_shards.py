@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +251,7 @@ def test_errors_of_processes_are_one_line():
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     with pytest.raises(ValueError, match="^three: is no good$"):
         next(results)
-    with pytest.raises(OSError, match="^a process that reads ahead was killed .*--workers$") as error:
+    with pytest.raises(OSError, match="^a process that reads ahead was killed; .*--workers$") as error:
         list(in_processes(fail_at_three, [1, 9, 2], 1))
     assert "\n" not in str(error.value)
 
@@ -377,10 +376,10 @@ def test_a_training_on_latents(encoded, monkeypatch, quick):
     assert same(checkpoint["vae"]["state"], train.load_vae("runs/v").state_dict())
     for more, message in ((["--vae", "other"], "no checkpoint there"), (["--crop", "random"], "cropped in the centre"),
                           (["--image-size", "64"], "of pictures of 32x32; give --image-size 32 32"),
-                          (["--arch", "vae", "--flip"], "which train no VAE"),
+                          (["--arch", "vae"], "--preset tiny: belongs to"),
                           (["--vae-steps", "3"], "of a VAE that is trained already")):
         with pytest.raises(ValueError, match=message):
-            train.main([*(flags if "vae" not in more else flags[2:5]), *more, "--name", "x"])
+            train.main([*flags, *more, "--name", "x"])
     torch.manual_seed(1)
     other = train.load_checkpoint("runs/v")
     other["ema"] = {name: weight + 1 for name, weight in other["ema"].items()}
@@ -566,7 +565,7 @@ def test_a_shard_of_broken_pictures_is_refused(tmp_path):
     (lambda raw: raw[:100], "damaged|truncated"), (lambda raw: b"", "damaged|truncated"),
     (lambda raw: b"x" * len(raw), "damaged, or not an uncompressed .tar"),
     (lambda raw: raw[:2048] + b"x" * 512 + raw[2560:], "damaged at byte 2,048"),
-    (lambda raw: __import__("gzip").compress(raw), "not an uncompressed .tar")])
+    (lambda raw: __import__("gzip").compress(raw), "damaged, or not an uncompressed .tar")])
 def test_damaged_shards_are_named(tmp_path, change, message):
     path = tar_of(tmp_path / "a.tar", ("a.png", png(0)), ("b.txt", b"x"), ("c.txt", b"x"))
     raw = path.read_bytes()
@@ -619,4 +618,3 @@ def test_order_of_the_plain_sources_is_as_ever():
     order = order_of(data, 50, 8, seed=3, limit=20)
     chosen = some_pictures(50, 20)
     assert len(order) == 20 and all((order(s) == chosen[batch_indices(20, 8, s, 3)]).all() for s in range(9))
-    assert time.monotonic() > 0
