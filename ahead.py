@@ -114,8 +114,8 @@ def _end_all() -> None:
 
 
 class Ahead:
-    """read(indices), of which coming requests are read ahead. A request that is none of those announced, or out
-    of their order, is read at once, so that the results are always the same."""
+    """read(indices), of which coming requests are read ahead. A request that is none of those announced, or
+    out of their order, is read at once, so that the results are always the same."""
 
     def __init__(self, read: Callable[[np.ndarray], object], workers: int):
         self.read = read

@@ -86,7 +86,8 @@ class LatentCache:
         """Encode the pictures from number `done` on. The stamp says now and then how far it is, so that an
         interrupted cache goes on where it was."""
         store = np.load(path, mmap_mode="r+")
-        todo = [range(max(done, piece.start), piece.stop) for piece in pieces(images.shape) if piece.stop > done]
+        todo = [range(max(done, piece.start), piece.stop) for piece in pieces(images.shape)
+                if piece.stop > done]
 
         def save(done: int) -> None:
             store.flush()               # first the latents, then their number

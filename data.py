@@ -344,12 +344,12 @@ def find_folder(source: str, words: str | None) -> Folder | Shards | None:
     shards = find_shards(source, words)
     if shards is not None:
         if words == "embeddings":
-            raise ValueError(f"--text-encoder none with --data {source}: shards have no .npz files of vectors; "
-                             "give a folder that has")
+            raise ValueError(f"--text-encoder none with --data {source}: shards have no .npz files of "
+                             "vectors; give a folder that has")
         return shards
     if not os.path.isdir(source):
-        raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}), nor a folder, nor "
-                         ".tar shards")
+        raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}), nor a "
+                         "folder, nor .tar shards")
     return list_folder(Path(source), words)
 
 
@@ -386,8 +386,8 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
 # ---- tar shards
 
 def load_shards(shards: Shards, split: str, size: Size, cache_dir: Path, crop: str = "centre") -> Dataset:
-    """Pictures or latents in shards, read on demand, and their index in cache_dir. The validation part, at most
-    256 pictures, is read at once."""
+    """Pictures or latents in shards, read on demand, and their index in cache_dir. The validation part, at
+    most 256 pictures, is read at once."""
     index = open_index(shards, cache_dir)
     for part, number in (("a caption", index.stamp["captions"]), ("a class", index.stamp["labels"])):
         if 0 < number < len(index) and (part == "a class" or shards.words == "captions"):
@@ -395,8 +395,8 @@ def load_shards(shards: Shards, split: str, size: Size, cache_dir: Path, crop: s
             without = index.where(index.first_without(field, value))
             message = f"--data {shards.source}: only {number:,} of {len(index):,} samples have {part}"
             if part == "a caption":
-                raise ValueError(f"{message}, not {without}; put KEY.txt, or KEY.json with \"text\", right before "
-                                 "or after each picture")
+                raise ValueError(f"{message}, not {without}; put KEY.txt, or KEY.json with \"text\", right "
+                                 "before or after each picture")
             warn_once("classes", f"{message}, not {without}, so classes are not used")
     labelled = index.stamp["labels"] == len(index)
     if shards.words == "captions" and not index.stamp["captions"] and not labelled:

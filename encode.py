@@ -1,12 +1,14 @@
-"""Pictures in shards, encoded once: their latents as shards, which train.py then trains on without the pictures.
+"""Pictures in shards, encoded once: their latents as shards, which train.py then trains on without the
+pictures.
 
     python encode.py 'shards/{00000..01023}.tar' latents/ --vae runs/vae --image-size 256
     python train.py --arch dit --objective rf --data latents/ --image-size 256
 
-Every shard becomes one of the same name, with KEY.npy (mean and deviation of the posterior, float16, and those
-of the mirrored picture with --flip) beside the KEY.cls, .txt and .json of its pictures. The folder also holds
-the VAE and a manifest. A finished shard is kept, so the same command goes on after an interruption; started
-several times, on one machine or on many, it shares the work, because each shard is locked.
+Every shard becomes one of the same name, with KEY.npy (mean and deviation of the posterior, float16, and
+those of the mirrored picture with --flip) beside the KEY.cls, .txt and .json of its pictures. The folder
+also holds the VAE and a manifest. A finished shard is kept, so the same command goes on after an
+interruption; started several times, on one machine or on many, it shares the work, because each shard is
+locked.
 """
 
 from __future__ import annotations
@@ -36,25 +38,29 @@ from cli import Flag, integer, make_parser, nonempty, one_of, program
 from files import locked, shortened, write_atomically, write_stamp
 from pictures import Size, cover, read_image, to_tensor
 from run import encoder_fingerprint, load_vae
-from shards import (MANIFEST, VAE_FILE, Named, Place, find_shards, members_of, npy_bytes, open_index, read_manifest,
+from shards import (MANIFEST, VAE_FILE, Named, Place, find_shards, members_of, npy_bytes, open_index,
+                    read_manifest,
                     write_shard)
 from vae import VAE
 
 FLAGS = {
     "what to encode": [
-        Flag("source", "tar shards of pictures: a pattern like 'shards/{00000..01023}.tar', or their folder", nonempty),
+        Flag("source", "tar shards of pictures: a pattern like 'shards/{00000..01023}.tar', or their folder",
+             nonempty),
         Flag("out", "folder for the shards of latents", nonempty),
         Flag("--vae", "a trained VAE: run, checkpoint, published file or diffusers folder", nonempty),
-        Flag("--image-size", "side, or height and width, that the pictures are scaled and cropped to (default: "
-                             "32)", integer(1), nargs="+", metavar="N", most=2),
+        Flag("--image-size", "side, or height and width, that the pictures are scaled and cropped to "
+                             "(default: 32)", integer(1), nargs="+", metavar="N", most=2),
         Flag("--flip", "encode the mirrored pictures too, for train.py --flip"),
     ],
     "machine": [
         Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", nonempty, "auto"),
-        Flag("--precision", "fp32 (default) or bf16, which differs in the third digit", one_of(("fp32", "bf16")),
+        Flag("--precision", "fp32 (default) or bf16, which differs in the third digit", one_of(("fp32",
+                                                                                                "bf16")),
              "fp32"),
         Flag("--batch-size", "pictures at a time (default: by their size)", integer(1)),
-        Flag("--workers", "processes that read and decode ahead (default: one for each core, at most 16; 0: none)",
+        Flag("--workers", "processes that read and decode ahead (default: one for each core, at most 16; "
+                          "0: none)",
              integer(0, 512)),
     ],
 }
@@ -126,7 +132,8 @@ class Encoder:
                 continue
             latents = self.latents(np.stack([sample.image for sample in part]))
             if not np.isfinite(latents).all():
-                raise ValueError(f"{path}: a latent that float16 cannot hold; give --precision fp32, or another --vae")
+                raise ValueError(f"{path}: a latent that float16 cannot hold; give --precision fp32, or "
+                                 "another --vae")
             for sample, latent in zip(part, latents):
                 yield sample.key, {"npy": npy_bytes(latent)} | sample.members
 
@@ -139,7 +146,8 @@ def begin(args: argparse.Namespace, out: Path, names: list[str], files: tuple[st
         if side % vae.factor:
             raise ValueError("--image-size {} {}: both sides must be multiples of {}, by which --vae {} "
                              "downsamples".format(*size, vae.factor, args.vae))
-    manifest = {"latents": 1, "vae": encoder_fingerprint(vae), "size": list(size), "flips": 2 if args.flip else 1,
+    manifest = {"latents": 1, "vae": encoder_fingerprint(vae), "size": list(size),
+                "flips": 2 if args.flip else 1,
                 "shape": [config.latent_channels, size[0] // vae.factor, size[1] // vae.factor],
                 "channels": config.image_channels, "shards": names, "precision": args.precision,
                 "bytes": [os.path.getsize(file) for file in files]}
@@ -154,11 +162,12 @@ def begin(args: argparse.Namespace, out: Path, names: list[str], files: tuple[st
             write_stamp(out / MANIFEST, manifest | {"source": args.source, "vae_path": args.vae})
             return
         words = {"vae": "another VAE", "size": "another --image-size", "flips": "another --flip",
-                 "shards": "other shards", "bytes": "shards that have changed since", "precision": "another --precision"}
+                 "shards": "other shards", "bytes": "shards that have changed since",
+                 "precision": "another --precision"}
         for name, value in manifest.items():
             if before.get(name) != value:
-                raise ValueError(f"{out}: holds latents of {words.get(name, f'another {name}')}; repeat that command to "
-                                 "continue, or give another folder")
+                raise ValueError(f"{out}: holds latents of {words.get(name, f'another {name}')}; repeat "
+                                 "that command to continue, or give another folder")
 
 
 def finish(out: Path) -> None:
@@ -167,15 +176,17 @@ def finish(out: Path) -> None:
         manifest = read_manifest(out)
         index = open_index(find_shards(str(out)), Path(temporary))
         write_stamp(out / MANIFEST, manifest | {"classes": index.classes, "samples": len(index)})
-        print(f"{out}: {len(index):,} latents in {len(index.files):,} shards; train on them by: python train.py --arch "
-              f"dit --objective rf --data {shlex.quote(str(out))} --image-size {' '.join(map(str, manifest['size']))}"
+        print(f"{out}: {len(index):,} latents in {len(index.files):,} shards; train on them by: python "
+              f"train.py --arch dit --objective rf --data {shlex.quote(str(out))} --image-size "
+              f"{' '.join(map(str, manifest['size']))}"
               f"{' --flip' if manifest['flips'] == 2 else ''}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser("Encode tar shards of pictures as tar shards of latents.", FLAGS).parse_args(argv)
     if args.vae is None:
-        raise ValueError("--vae is required: a trained VAE, such as runs/vae; python train.py --arch vae trains one")
+        raise ValueError("--vae is required: a trained VAE, such as runs/vae; python train.py --arch vae "
+                         "trains one")
     sides = args.image_size or [32]
     size = (sides[0], sides[-1])
     found = find_shards(args.source)
@@ -188,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{args.source}: two shards have the same name; give each of these folders alone")
     vae = load_vae(args.vae).to(settings.pick_device(args.device))
     if vae.config.image_channels not in (1, 3):
-        raise ValueError(f"--vae {args.vae}: for pictures with {vae.config.image_channels} channels, where those of "
-                         "shards have 3")
+        raise ValueError(f"--vae {args.vae}: for pictures with {vae.config.image_channels} channels, where "
+                         "those of shards have 3")
     out = Path(args.out)
     settings_of_run = Encoder(args, vae, size)
     begin(args, out, names, found.files, vae, size)
@@ -217,7 +228,8 @@ def encode_all(encoder: Encoder, files: tuple[str, ...], out: Path) -> int:
         more = f" and {len(skipped) - 12:,} more" if len(skipped) > 12 else ""
         print(f"skipped {'; '.join(skipped[:12])}{more}", file=sys.stderr)
     if elsewhere:
-        print(f"{elsewhere:,} shards are encoded by other processes; the same command tells when all are done")
+        print(f"{elsewhere:,} shards are encoded by other processes; the same command tells when all are "
+              "done")
     else:
         finish(out)
     return 0

@@ -62,8 +62,9 @@ def cover(image: Image.Image, size: Size, place: float = 0.5) -> np.ndarray:
 def read_image(path: Path | IO[bytes], behind: str = "white",
                useless: list[str] | None = None) -> Image.Image:
     """A picture of any of FORMATS, a file or its name, in RGB: rotated according to its EXIF data, in sRGB,
-    transparency on the colour `behind`. Raises OSError or ValueError for a file that cannot be decoded. useless: takes the names
-    of files whose colour profile cannot be used, with the reason, which are else told on stderr."""
+    transparency on the colour `behind`. Raises OSError or ValueError for a file that cannot be decoded.
+    useless: takes the names of files whose colour profile cannot be used, with the reason, which are else
+    told on stderr."""
     with open_header(path) as image:
         profile = image.info.get("icc_profile", b"")
         image = ImageOps.exif_transpose(image)
@@ -93,7 +94,8 @@ def read_image(path: Path | IO[bytes], behind: str = "white",
 
 def open_header(path: Path | IO[bytes]) -> Image.Image:
     """The picture, of which only the header is read yet. Raises as read_image."""
-    if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):       # opening a pipe would wait for ever
+    # opening a pipe would wait for ever
+    if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is a folder, pipe, socket or device")
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]

@@ -37,7 +37,8 @@ from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
 from shards import VAE_FILE, Shards
 from published import check_weights
-from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, latent_space, load_checkpoint, load_vae,
+from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, latent_space,
+                 load_checkpoint, load_vae,
                  make_config, unpack_vae)
 from settings import ARCHITECTURES
 from vae import VAE, VAEConfig
@@ -187,8 +188,8 @@ def check_shards(args: argparse.Namespace, listing: Folder | Shards | None) -> F
     if not isinstance(listing, Shards):
         for name in ("shuffle_shards", "workers"):
             if settings.given(settings.ROWS[name], args) and args.arch in settings.ARCHITECTURES:
-                raise ValueError(f"{settings.shown(settings.ROWS[name], args)}: is for tar shards, not --data "
-                                 f"{args.data}; leave it out")
+                raise ValueError(f"{settings.shown(settings.ROWS[name], args)}: is for tar shards, not "
+                                 f"--data {args.data}; leave it out")
         return listing
     manifest = listing.manifest
     if manifest is None:
@@ -202,21 +203,24 @@ def check_shards(args: argparse.Namespace, listing: Folder | Shards | None) -> F
     if args.flip and manifest["flips"] != 2:
         raise ValueError(f"{what} without mirrored ones; leave --flip out, or encode with --flip")
     if args.crop != "centre":
-        raise ValueError(f"--crop {args.crop}: {args.data} holds latents, cropped in the centre; leave it out")
-    return listing._replace(workers=default_workers() if args.workers is None else args.workers, flip=args.flip)
+        raise ValueError(f"--crop {args.crop}: {args.data} holds latents, cropped in the centre; leave it "
+                         "out")
+    return listing._replace(workers=default_workers() if args.workers is None else args.workers,
+                            flip=args.flip)
 
 
 def vae_of_latents(args: argparse.Namespace, shards: Shards) -> VAE:
     """--vae, or the copy that encode.py has put beside the shards."""
     for name in (*settings.VAE_DEFAULTS, "vae_steps"):
         if settings.given(settings.ROWS[name], args):
-            raise ValueError(f"{settings.shown(settings.ROWS[name], args)}: --data {args.data} holds latents of a VAE "
-                             "that is trained already; leave it out")
+            raise ValueError(f"{settings.shown(settings.ROWS[name], args)}: --data {args.data} holds "
+                             "latents of a VAE that is trained already; leave it out")
     place = args.vae or Path(shards.files[0]).parent / VAE_FILE
     try:
         return load_vae(place)
     except ValueError as error:
-        raise ValueError(f"--vae {error}" if args.vae else f"--data {args.data}: {error}; give the VAE by --vae "
+        raise ValueError(f"--vae {error}" if args.vae else f"--data {args.data}: {error}; give the VAE by "
+                                                           "--vae "
                          "PATH") from None
 
 
@@ -532,7 +536,8 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     count = 1_300 if args.data == "emoji" else 20_000      # no built-in source has fewer
     if plan.folder:
         # Shards are not read yet: each has a picture at least.
-        count = len(plan.folder.files if shards else plan.folder.pictures) * (RANDOM_CROPS if args.crop == "random" else 1)
+        count = len(plan.folder.files if shards else plan.folder.pictures) * (RANDOM_CROPS
+                                                                              if args.crop == "random" else 1)
     parameters = sum(p.numel() for p in network.parameters())
     pictures = {f"{count:,} pictures of {height} x {width}": count * pixels}
     have = settings.memory(plan.device)
@@ -565,7 +570,8 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     if plan.folder and not shards and not (plan.cache_dir / "images.npy").is_file():
         need[f"{count:,} decoded pictures"] = 3 * count * pixels
     encoded = shards and plan.folder.manifest
-    if not encoded and not (plan.cache_dir / "latents.npy").is_file():     # mean and deviation in fp16, mirrored or not
+    # mean and deviation in fp16, mirrored or not
+    if not encoded and not (plan.cache_dir / "latents.npy").is_file():
         flips = 2 if args.flip else 1
         need["latents"] = 4 * count * flips * math.prod(latent)
     place = nearest_folder(plan.cache_dir)

@@ -165,8 +165,8 @@ FLAGS = {
         Flag("--runs-dir", "folder that holds the runs (default: runs)", nonempty, "runs", resumable=True),
     ],
     "data": [
-        Flag("--data", f"{', '.join(SOURCES)}, a folder of pictures, or tar shards of pictures or latents, like "
-                       "'shards/{00000..01023}.tar' (default: shapes)", nonempty, "shapes"),
+        Flag("--data", f"{', '.join(SOURCES)}, a folder of pictures, or tar shards of pictures or latents, "
+                       "like 'shards/{00000..01023}.tar' (default: shapes)", nonempty, "shapes"),
         Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", nonempty,
              "data", resumable=True),
         Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
@@ -174,10 +174,11 @@ FLAGS = {
         Flag("--crop", "where to crop a folder's pictures that have another shape: centre (default), or "
                        "random, at several places of each", one_of(("centre", "random")), "centre"),
         Flag("--flip", "mirror pictures at random"),
-        Flag("--shuffle-shards", "tar shards: how many of them are shuffled together (default: 16)", integer(1),
+        Flag("--shuffle-shards", "tar shards: how many of them are shuffled together (default: 16)",
+             integer(1),
              metavar="N"),
-        Flag("--workers", "tar shards: processes that read and decode ahead (default: one for each core, at most "
-                          "16; 0: none)", integer(0, 512), metavar="N", resumable=True),
+        Flag("--workers", "tar shards: processes that read and decode ahead (default: one for each core, "
+                          "at most 16; 0: none)", integer(0, 512), metavar="N", resumable=True),
         Flag("--limit", "train the network on only so many of the pictures, chosen at random (default: all; "
                         "the VAE is always trained on all)", integer(1), needs=NETWORK),
         Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "

@@ -5,9 +5,10 @@
     python train.py --arch dit --objective rf --data 'shards/{00000..01023}.tar' --image-size 256
 
 A sample is KEY.jpg, .jpeg, .png or .webp with KEY.cls (a class), KEY.txt (a caption) or KEY.json ("text" or
-"caption", "label"), one after another; KEY ends at the first dot of a member's last part. The headers of every
-shard are read once, into an index that is memory-mapped. The order is a function of step and seed: the shards
-of an epoch are permuted, then the samples within each group of shards. encode.py writes latents as shards.
+"caption", "label"), one after another; KEY ends at the first dot of a member's last part. The headers of
+every shard are read once, into an index that is memory-mapped. The order is a function of step and seed: the
+shards of an epoch are permuted, then the samples within each group of shards. encode.py writes latents as
+shards.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class Shards(NamedTuple):
 
 
 def find_shards(source: str, words: str | None = None) -> Shards | None:
-    """The shards that `source` names: a .tar, a pattern with {00000..01023}, {a,b}, *, ? or [...], or a folder
-    of shards without pictures. None where it names none of these. Raises ValueError where some are missing."""
+    """The shards that `source` names: a .tar, a pattern with {00000..01023}, {a,b}, *, ? or [...], or a
+    folder of shards without pictures. None where it names none of these. Raises ValueError where some are
+    missing."""
     patterns = [source]
     if os.path.isdir(source):
         if not _is_folder_of_shards(source):
@@ -85,13 +87,15 @@ def find_shards(source: str, words: str | None = None) -> Shards | None:
         if not found:
             missing.append(pattern)
     if missing:
-        raise ValueError(f"--data {shortened(source)}: {len(missing):,} of {len(patterns):,} shards are not there, such "
+        raise ValueError(f"--data {shortened(source)}: {len(missing):,} of {len(patterns):,} shards are "
+                         "not there, such "
                          f"as {shortened(missing[0])}; fetch them, or name those that are there")
     manifest = read_manifest(Path(files[0]).parent)
     if manifest is not None and os.path.isdir(source):
         absent = sorted(set(manifest["shards"]) - {os.path.basename(file) for file in files})
         if absent:
-            raise ValueError(f"--data {source}: {len(absent):,} of {len(manifest['shards']):,} shards are not encoded "
+            raise ValueError(f"--data {source}: {len(absent):,} of {len(manifest['shards']):,} shards are "
+                             "not encoded "
                              f"yet, such as {absent[0]}; repeat the command of encode.py, or name those that "
                              "are there by a pattern")
     return Shards(source, tuple(dict.fromkeys(files)), words, manifest)
@@ -184,8 +188,8 @@ def scan_shard(path: str) -> Scanned:
 
 
 def members_of(path: str) -> list[tuple[str, dict[str, Place]]]:
-    """Every sample of a shard: its key, and where its "picture", "cls", "txt" and "json" lie. Raises ValueError
-    where the shard is damaged."""
+    """Every sample of a shard: its key, and where its "picture", "cls", "txt" and "json" lie. Raises
+    ValueError where the shard is damaged."""
     found = _Scan(path)
     found.samples = []
     error = _scan(found).error
@@ -207,7 +211,7 @@ def _scan(found: _Scan) -> Scanned:
             mark = file.read(512)
             if len(mark) < 512:
                 where = f"after {found.last}" if about.st_size <= end else "in its mark of the end"
-                error = f"truncated: it ends {where}, without the mark of a complete archive; write or copy it again"
+                error = f"truncated: it ends {where}, without the mark of the end; write or copy it again"
             elif any(mark):
                 error = f"damaged at byte {end:,}: no header of an archive is there; write or copy it again"
     except (OSError, ValueError, tarfile.TarError, RecursionError, OverflowError) as problem:
@@ -285,7 +289,9 @@ class _Scan:
         folder, _, base = name.rpartition("/")
         stem, _, ending = base.partition(".")
         ending = ending.lower()
-        if not stem or {part.lower() for part in name.split("/")} & LITTER or "/." in f"/{folder}".replace("/..", ""):
+        parts = name.lower().split("/")
+        if not stem or set(parts) & LITTER or any(part[:1] == "." and part not in (".",
+                                                                                   "..") for part in parts):
             return                                  # hidden, or left by a system
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
             return self.leave_out(name, "is a link, a device or a sparse file")
@@ -300,12 +306,14 @@ class _Scan:
             if self.picture is not None:
                 self.leave_out(name, "is a second picture of its key")
             elif not 0 < member.size <= LARGEST["picture"]:
-                self.leave_out(name, f"has {amount(member.size)}, where at most {amount(LARGEST['picture'])} are read")
+                self.leave_out(name, f"has {amount(member.size)}, where at most "
+                                     f"{amount(LARGEST['picture'])} are read")
             else:
                 self.picture = place
         elif ending in ("cls", "txt", "json"):
             if member.size > LARGEST["text"]:
-                self.leave_out(name, f"has {amount(member.size)}, where at most {amount(LARGEST['text'])} are read")
+                self.leave_out(name, f"has {amount(member.size)}, where at most {amount(LARGEST['text'])} "
+                                     "are read")
             elif ending == "txt" and member.size:
                 self.text, self.is_json = place, False
                 self.places[ending] = place
@@ -351,8 +359,8 @@ def _caption_of(row: dict) -> object:
 
 
 class Index:
-    """Where every sample of some shards lies. Samples are numbered through all shards, in their order. `replaced`
-    holds the samples that turned out to be broken, each with the one that stands in for it."""
+    """Where every sample of some shards lies. Samples are numbered through all shards, in their order.
+    `replaced` holds the samples that turned out to be broken, each with the one that stands in for it."""
 
     def __init__(self, path: Path, stamp: dict, files: Sequence[str]):
         self.path = path
@@ -443,8 +451,9 @@ def open_index(shards: Shards, cache_dir: Path) -> Index:
         stamp = read_stamp(stamp_path)
         try:
             abouts = [[about.st_size, about.st_mtime_ns] for about in map(os.stat, shards.files)]
+            size = sum(stamp["counts"]) * ROW.itemsize
             fits = (stamp["abouts"] == abouts and len(stamp["counts"]) == len(abouts)
-                    and sum(stamp["counts"]) * ROW.itemsize == path.stat().st_size and stamp["row"] == str(ROW))
+                    and size == path.stat().st_size and stamp["row"] == str(ROW))
         except (OSError, KeyError, TypeError):
             fits = False
         if not fits:
@@ -466,7 +475,8 @@ def _build_index(shards: Shards, path: Path) -> dict:
             if found.error:
                 raise ValueError(f"{file}: {found.error}, or leave it out of --data")
             rows = found.rows
-            numbers = np.array([classes.setdefault(name, len(classes)) for name in found.labels] + [-1], "<i4")
+            numbers = np.array([classes.setdefault(name, len(classes)) for name in found.labels] + [-1],
+                               "<i4")
             rows["label"] = numbers[rows["label"]]      # -1 is the last of them
             if len(classes) > 10**5:
                 raise ValueError(f"{file}: more than 100,000 classes; put captions into .txt, not .cls")
@@ -479,7 +489,8 @@ def _build_index(shards: Shards, path: Path) -> dict:
             totals["captions"] += int((rows["text_bytes"] > 0).sum())
             totals["labels"] += int((rows["label"] >= 0).sum())
         if not sum(counts):
-            raise ValueError(f"--data {shortened(shards.source)}: no pictures in these shards (looked for members "
+            raise ValueError(f"--data {shortened(shards.source)}: no pictures in these shards (looked for "
+                             "members "
                              f"KEY.{', KEY.'.join(PICTURES)}){'; ' + left_out[0] if left_out else ''}")
     if left_out:
         more = totals["left out"] - len(left_out)
@@ -537,9 +548,9 @@ class Chosen:
 
 
 class ShardOrder:
-    """The order of the data: called with a step, it returns the rows of its batch. The shards of each epoch are
-    permuted and cut into groups; the rows of each group are permuted. It is a pure function of step and seed
-    (see data.batch_indices), and only the rows of a group or two are ever held.
+    """The order of the data: called with a step, it returns the rows of its batch. The shards of each epoch
+    are permuted and cut into groups; the rows of each group are permuted. It is a pure function of step and
+    seed (see data.batch_indices), and only the rows of a group or two are ever held.
 
     counts (S,): rows of every shard, numbered through. limit: how many of all rows are taken, of every shard
     its share, at random but always the same."""
@@ -617,7 +628,8 @@ class ShardPictures:
     picture that cannot be decoded is replaced, with its class and caption, by the next one of its shard that
     can, and named on stderr."""
 
-    def __init__(self, index: Index, size: Size, rows: TrainingRows | Chosen, crops: int = 1, workers: int = 0):
+    def __init__(self, index: Index, size: Size, rows: TrainingRows | Chosen, crops: int = 1,
+                 workers: int = 0):
         self.index = index
         self.rows = rows
         self.crops = crops
@@ -677,7 +689,8 @@ class ShardPictures:
                 warn_once("profiles", f"{useless[0]}: its colour profile cannot be used; the colours of such "
                           "pictures are taken as sRGB")
             return image, self.index.name(other) if self.crops > 1 else ""
-        raise ValueError(f"{self.index.where(sample)}: neither it nor the {TRIES} pictures after it can be decoded "
+        raise ValueError(f"{self.index.where(sample)}: neither it nor the {TRIES} pictures after it can be "
+                         "decoded "
                          f"({shortened(str(reason))}); write this shard again, or leave it out of --data")
 
     def candidates(self, sample: int) -> Iterator[int]:
@@ -716,10 +729,12 @@ class ShardLabels:
         return self.crops * len(self.rows)
 
     def samples(self, indices) -> np.ndarray:
-        """Whose class and caption belong to these rows: of a broken picture, those of the one in its place."""
+        """Whose class and caption belong to these rows: of a broken picture, those of the one in its
+        place."""
         samples = self.rows[as_numbers(indices, len(self)) // self.crops]
         if self.index.replaced:
-            samples = np.array([self.index.replaced.get(int(sample), int(sample)) for sample in samples], np.int64)
+            samples = np.array([self.index.replaced.get(int(sample), int(sample)) for sample in samples],
+                               np.int64)
         return samples
 
     def __getitem__(self, indices) -> np.ndarray:
@@ -730,7 +745,8 @@ class ShardCaptions(ShardLabels):
     """Captions, read where they are indexed, one by its number or several by a slice. names: of the classes,
     where they serve as captions."""
 
-    def __init__(self, index: Index, rows: TrainingRows | Chosen, crops: int = 1, names: list[str] | None = None):
+    def __init__(self, index: Index, rows: TrainingRows | Chosen, crops: int = 1,
+                 names: list[str] | None = None):
         super().__init__(index, rows, crops)
         self.names = names
 
@@ -763,7 +779,8 @@ class ShardLatents:
     """The posteriors of pictures, as cache.LatentCache has them, read from shards where they are asked for.
     flip: whether mirrored ones are among them."""
 
-    def __init__(self, index: Index, manifest: dict, rows: TrainingRows | Chosen, flip: bool, workers: int = 0):
+    def __init__(self, index: Index, manifest: dict, rows: TrainingRows | Chosen, flip: bool,
+                 workers: int = 0):
         self.index = index
         self.rows = rows
         self.shape = (manifest["flips"], 2, *manifest["shape"])         # of one sample
@@ -859,8 +876,8 @@ def main() -> None:
         raise SystemExit(f"{sys.argv[1]}: neither a .tar, a pattern of some, nor a folder of shards")
     with tempfile.TemporaryDirectory() as temporary:
         index = open_index(shards, Path(temporary))
-        print(f"{len(index):,} samples in {len(index.files):,} shards, {index.stamp['captions']:,} with a caption, "
-              f"{index.stamp['labels']:,} of {len(index.classes):,} classes")
+        print(f"{len(index):,} samples in {len(index.files):,} shards, {index.stamp['captions']:,} with a "
+              f"caption, {index.stamp['labels']:,} of {len(index.classes):,} classes")
 
 
 if __name__ == "__main__":

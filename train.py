@@ -210,7 +210,8 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
           f"weights, optimizer and a batch; step {start:,} of {args.steps:,}", flush=True)
 
     # ---- the loop
-    task.expect(piece for step in range(start, args.steps) for piece in np.split(order(step), args.accumulate))
+    task.expect(piece for step in range(start, args.steps) for piece in np.split(order(step),
+                                                                                 args.accumulate))
     unread: list[Tensor] = []     # (4,) per step: loss, gradient norm, min and max time; see read_losses
     with signals() as stop:       # a list that is empty until a signal comes
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, unit="step",

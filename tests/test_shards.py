@@ -1,4 +1,5 @@
-"""shards.py, ahead.py and encode.py: tar shards of pictures and of latents, their order, and what may be wrong."""
+"""shards.py, ahead.py and encode.py: tar shards of pictures and of latents, their order, and what may be
+wrong."""
 
 import io
 import itertools
@@ -24,7 +25,8 @@ from ahead import Ahead, in_processes
 from cache import LatentCache
 from data import load_data, order_of
 from folder import list_folder, open_pictures
-from shards import (ShardCaptions, ShardLabels, ShardOrder, ShardPictures, TrainingRows, find_shards, open_index,
+from shards import (ShardCaptions, ShardLabels, ShardOrder, ShardPictures, TrainingRows, find_shards,
+                    open_index,
                     scan_shard, validation_samples, write_shard)
 
 
@@ -99,9 +101,11 @@ def test_the_same_pictures_as_in_a_folder(tmp_path):
     folder.mkdir()
     rng = np.random.default_rng(0)
     pictures = {}
-    for i, (mode, kind) in enumerate([("RGB", "png"), ("RGBA", "png"), ("L", "png"), ("RGB", "jpg"), ("RGB", "webp"),
+    for i, (mode, kind) in enumerate([("RGB", "png"), ("RGBA", "png"), ("L", "png"), ("RGB", "jpg"), ("RGB",
+                                                                                                      "webp"),
                                       ("P", "png"), ("RGB", "jpeg")]):
-        image = Image.fromarray(rng.integers(0, 256, (20 + i, 31 - i, 4), dtype=np.uint8), "RGBA").convert(mode)
+        image = Image.fromarray(rng.integers(0, 256, (20 + i, 31 - i, 4), dtype=np.uint8),
+                                "RGBA").convert(mode)
         exif = image.getexif()
         exif[0x0112] = 6 if i in (0, 3) else 1                  # rotated by a quarter
         image.save(folder / f"{i}.{kind}", exif=exif)
@@ -133,15 +137,18 @@ def test_classes_and_captions(tmp_path):
     assert len(train_part) == 71 and train_part.shard_counts.tolist() == [28, 19, 24]
     assert train_part.identity == train_part.fingerprint != val.fingerprint
     named = make(tmp_path / "n", words=lambda i: {"cls": f"class-{10 - i % 3}".encode()})
-    part = load_data(named, "train", (8, 8), tmp_path, tmp_path / "c2", "captions", find_shards(named, "captions"))
+    part = load_data(named, "train", (8, 8), tmp_path, tmp_path / "c2", "captions", find_shards(named,
+                                                                                                "captions"))
     assert part.classes == ["class-8", "class-9", "class-10"]           # numbers by their value
     assert part.captions[0] == "class 9" and part.labels[np.array([0])].tolist() == [1]
 
 
 def test_captions_that_are_missing_are_named(tmp_path):
     source = make(tmp_path / "s", [4], lambda i: {"txt": b"x"} if i != 2 else {})
-    with pytest.raises(ValueError, match="only 3 of 4 samples have a caption, not .*000.tar: 0002.png; put KEY.txt"):
-        load_data(source, "train", (8, 8), tmp_path, tmp_path / "c", "captions", find_shards(source, "captions"))
+    with pytest.raises(ValueError, match="only 3 of 4 samples have a caption, not .*000.tar: 0002.png; put "
+                                         "KEY.txt"):
+        load_data(source, "train", (8, 8), tmp_path, tmp_path / "c", "captions", find_shards(source,
+                                                                                             "captions"))
     tar_of(tmp_path / "t.tar", ("a.png", png(0)), ("b.png", png(1)), ("b.cls", b"3"))
     for words, match in (("captions", "pictures without words"), ("embeddings", "no .npz files of vectors")):
         with pytest.raises(ValueError, match=match):
@@ -151,12 +158,15 @@ def test_captions_that_are_missing_are_named(tmp_path):
 
 
 def test_keys(tmp_path):
-    """As WebDataset splits names: up to the first dot of the last part. Members of a key follow each other."""
+    """As WebDataset splits names: up to the first dot of the last part. Members of a key follow each
+    other."""
     tar_of(tmp_path / "a.tar", ("x/a.b/1.png", png(1)), ("x/a.b/1.cls", b"1"), ("x/a.b/2.cls", b"2"),
-           ("x/a.b/2.PNG", png(2)), ("y/2.png", png(3)), ("y/2.cls", b"0"), ("3.seg.png", png(4)), ("3.png", png(5)),
+           ("x/a.b/2.PNG", png(2)), ("y/2.png", png(3)), ("y/2.cls", b"0"), ("3.seg.png", png(4)), ("3.png",
+                                                                                                    png(5)),
            ("3.cls", b"1"), ("__MACOSX/3.png", png(6)), ("z/._3.png", png(6)), (".hid/3.png", png(6)))
     index = opened(tmp_path / "a.tar", tmp_path / "c")
-    assert len(index) == 4 and [index.name(i) for i in range(4)] == ["x/a.b/1.png", "x/a.b/2.PNG", "y/2.png", "3.png"]
+    assert len(index) == 4 and [index.name(i) for i in range(4)] == ["x/a.b/1.png", "x/a.b/2.PNG", "y/2.png",
+                                                                     "3.png"]
     assert index.order[index.rows["label"]].tolist() == [1, 2, 0, 1] and index.payload(3) == png(5)
 
 
@@ -266,7 +276,8 @@ def test_requests_are_taken_as_they_are_needed():
 
 # ---- trainings
 
-RUN = ["--arch", "dit", *ON_VAE, "--steps", "8", "--batch-size", "16", "--vae-steps", "6", "--shuffle-shards", "2"]
+RUN = ["--arch", "dit", *ON_VAE, "--steps", "8", "--batch-size", "16", "--vae-steps", "6",
+       "--shuffle-shards", "2"]
 
 
 def test_a_run_on_shards_resumes_bit_for_bit(tmp_path, monkeypatch, quick):
@@ -299,7 +310,8 @@ def test_a_run_on_shards_resumes_bit_for_bit(tmp_path, monkeypatch, quick):
 def test_other_shards_than_those_of_the_run_are_refused(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     source = make(tmp_path / "s", [30])
-    flags = ["--arch", "vae", *QUICK_VAE, "--vae-preset", "tiny", "--steps", "2", "--data", source, "--workers", "0"]
+    flags = ["--arch", "vae", *QUICK_VAE, "--vae-preset", "tiny", "--steps", "2", "--data", source,
+             "--workers", "0"]
     train.main([*flags, "--name", "v"])
     os.utime(tmp_path / "s/000.tar", (1, 1))                    # another time: the same data
     assert train.main([*flags, "--name", "v", "--steps", "3"]) == 0
@@ -313,7 +325,8 @@ def test_other_shards_than_those_of_the_run_are_refused(tmp_path, monkeypatch, q
     (["--workers", "2"], "--workers 2: is for tar shards, not --data shapes"),
     (["--shuffle-shards", "2"], "--shuffle-shards 2: is for tar shards"),
     (["--data", "no/{0..3}.tar"], "4 of 4 shards are not there"),
-    (["--data", "cut.tar"], "cut.tar: truncated: it ends within 0003.png; write or copy it again, or leave it out")])
+    (["--data", "cut.tar"], "cut.tar: truncated: it ends within 0003.png; write or copy it again, or leave "
+                            "it out")])
 def test_bad_input_of_a_training(tmp_path, monkeypatch, quick, flags, message):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "s", [8])
@@ -334,7 +347,8 @@ def encoded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         make(place / "s", [30, 20, 25], change=lambda shard, samples: samples[3][1].update(png=b"broken"))
-        train.main(["--arch", "vae", *QUICK_VAE, "--vae-preset", "tiny", "--steps", "3", "--data", "s", "--name", "v",
+        train.main(["--arch", "vae", *QUICK_VAE, "--vae-preset", "tiny", "--steps", "3", "--data", "s",
+                    "--name", "v",
                     "--workers", "0"])
         encode.main(["s", "latents", "--vae", "runs/v", "--flip", "--workers", "2"])
     return place
@@ -374,7 +388,8 @@ def test_a_training_on_latents(encoded, monkeypatch, quick):
     checkpoint = train.load_checkpoint("runs/w0")
     assert checkpoint["data"]["classes"] == ["0", "1", "2"]
     assert same(checkpoint["vae"]["state"], train.load_vae("runs/v").state_dict())
-    for more, message in ((["--vae", "other"], "no checkpoint there"), (["--crop", "random"], "cropped in the centre"),
+    for more, message in ((["--vae", "other"], "no checkpoint there"), (["--crop", "random"], "cropped in "
+                                                                                              "the centre"),
                           (["--image-size", "64"], "of pictures of 32x32; give --image-size 32 32"),
                           (["--arch", "vae"], "--preset tiny: belongs to"),
                           (["--vae-steps", "3"], "of a VAE that is trained already")):
@@ -384,7 +399,8 @@ def test_a_training_on_latents(encoded, monkeypatch, quick):
     other = train.load_checkpoint("runs/v")
     other["ema"] = {name: weight + 1 for name, weight in other["ema"].items()}
     torch.save(other, "other.pt")
-    with pytest.raises(ValueError, match="--vae other.pt: is not the VAE that made the latents of --data latents"):
+    with pytest.raises(ValueError, match="--vae other.pt: is not the VAE that made the latents of --data "
+                                         "latents"):
         train.main([*flags, "--vae", "other.pt", "--name", "x"])
     assert not Path("runs/x").exists()
 
@@ -392,7 +408,8 @@ def test_a_training_on_latents(encoded, monkeypatch, quick):
 def encode_process(*flags, hook=""):
     script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import encode, shards, os, time\n{hook}\n"
               f"sys.exit(encode.main({list(flags)!r}))")
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 def test_an_encoding_that_is_killed_goes_on(encoded, monkeypatch, tmp_path):
@@ -415,7 +432,8 @@ def test_an_encoding_that_is_killed_goes_on(encoded, monkeypatch, tmp_path):
     assert (tmp_path / "l/000.tar").stat().st_mtime_ns == time_of_first
     for name in ("000.tar", "001.tar", "002.tar"):
         assert (tmp_path / "l" / name).read_bytes() == Path("latents", name).read_bytes()
-    assert contents(tmp_path / "l") == {"000.tar", "001.tar", "002.tar", "manifest.json", "vae.pt", ".encode.lock"}
+    assert contents(tmp_path / "l") == {"000.tar", "001.tar", "002.tar", "manifest.json", "vae.pt",
+                                        ".encode.lock"}
     with pytest.raises(ValueError, match="holds latents of another --flip; repeat that command"):
         encode.main([*flags[:4], "--workers", "0"])
 
@@ -425,7 +443,8 @@ def test_latents_of_a_run_go_on_after_a_kill(tmp_path, monkeypatch):
     source = make(tmp_path / "s", [40, 30], change=lambda shard, samples: samples[5][1].update(png=b"broken"))
     index = opened(source, tmp_path / "c")
     monkeypatch.setattr(cache, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(cache, "pieces", lambda shape: [range(i, min(i + 8, shape[0])) for i in range(0, shape[0], 8)])
+    parts = [range(start, min(start + 8, 70)) for start in range(0, 70, 8)]
+    monkeypatch.setattr(cache, "pieces", lambda shape: parts)
     calls = []
 
     def build(index, fails=None, workers=0):
@@ -467,8 +486,8 @@ sys.path.insert(0, {root!r})
 import numpy as np, torch, shards
 from pathlib import Path
 def used():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
-allowed = used() + {room}
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) *
+    1024 allowed = used() + {room}
 resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 index = shards.open_index(shards.find_shards({source!r}), Path({cache!r}))
 rows = shards.TrainingRows(len(index), shards.validation_samples(len(index)))
@@ -496,7 +515,8 @@ def test_a_set_that_is_larger_than_the_memory(tmp_path):
         write_shard(tmp_path / f"s/{shard}.tar" if (tmp_path / "s").mkdir(exist_ok=True) else
                     tmp_path / f"s/{shard}.tar",
                     ((f"{i}", {"png": raw, "cls": b"1", "txt": b"words"}) for i in range(200)))
-    script = LIMITED.format(root=str(ROOT), room=12 * 2**20, source=str(tmp_path / "s"), cache=str(tmp_path / "c"),
+    script = LIMITED.format(root=str(ROOT), room=12 * 2**20, source=str(tmp_path / "s"),
+                            cache=str(tmp_path / "c"),
                             total=1600 * 64 * 64 * 3 // 8)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -526,10 +546,12 @@ def bomb():
     ([("../up.png", png(1))], "../up.png has a name that leads out"),
     ([link("l.png")], "l.png is a link"), ([link("h.png", tarfile.LNKTYPE)], "h.png is a link"),
     ([link("dev.png", tarfile.CHRTYPE)], "dev.png is a link, a device"),
-    ([("k.txt", b"words")], "k has no picture"), ([("ok.jpg", png(9))], "ok.jpg is a second picture of its key"),
+    ([("k.txt", b"words")], "k has no picture"), ([("ok.jpg", png(9))], "ok.jpg is a second picture of its "
+                                                                        "key"),
     ([("k.json", b"[" * 99_999)], "k.json cannot be read as a JSON object"),
     ([("k.cls", b"\xff")], "k.cls cannot be read as a class"), ([("k.png", b"")], "k.png has 0 KiB"),
-    ([("k.json", b"3")], "k.json cannot be read"), ([("k.txt", bytes(2**20 + 1))], "k.txt has 1 MiB, where at most")])
+    ([("k.json", b"3")], "k.json cannot be read"), ([("k.txt", bytes(2**20 + 1))], "k.txt has 1 MiB, where "
+                                                                                   "at most")])
 def test_members_that_are_left_out(tmp_path, capsys, members, told):
     tar_of(tmp_path / "a.tar", ("ok.png", png(0)), *members, ("z.png", png(2)))
     index = opened(tmp_path / "a.tar", tmp_path / "c")
@@ -546,16 +568,19 @@ def test_a_broken_picture_is_replaced_by_the_next(tmp_path, capsys, content):
     index = opened(source, tmp_path / "c")
     rows = TrainingRows(22, validation_samples(22))
     images = ShardPictures(index, (8, 8), rows)
-    whole = ShardPictures(opened(make(tmp_path / "w", [22]), tmp_path / "c2"), (8, 8), shards.Chosen(np.arange(22)))
+    whole = ShardPictures(opened(make(tmp_path / "w", [22]), tmp_path / "c2"), (8, 8),
+                          shards.Chosen(np.arange(22)))
     # 20 is held out, so 19 takes 2 (as 21 and 1 are broken too), and so does 21, beyond the end.
-    assert (images[:][[0, 18, 19]] == whole[np.array([2, 2, 2])]).all() and index.replaced == {1: 2, 19: 2, 21: 2}
+    assert (images[:][[0, 18, 19]] == whole[np.array([2, 2, 2])]).all() and index.replaced == {1: 2, 19: 2,
+                                                                                               21: 2}
     assert (images[:][1:18] == whole[np.arange(2, 19)]).all()
     assert capsys.readouterr().err.count("skipped") == 3                    # each once
     assert ShardCaptions(index, rows, names=["a", "b", "c"])[0] == "c"      # of the one in its place
 
 
 def test_a_shard_of_broken_pictures_is_refused(tmp_path):
-    source = make(tmp_path / "s", [5], change=lambda shard, samples: [part[1].update(png=b"x") for part in samples])
+    source = make(tmp_path / "s", [5], change=lambda shard, samples: [part[1].update(png=b"x") for part
+                                                                      in samples])
     with pytest.raises(ValueError, match="0002.png: neither it nor the 64 pictures after it can be decoded"):
         ShardPictures(opened(source, tmp_path / "c"), (8, 8), shards.Chosen(np.arange(5)))[np.array([2])]
 
@@ -585,7 +610,8 @@ def test_headers_that_claim_too_much(tmp_path):
     backwards[124:136] = b"\xff" * 10 + b"\xfc\x00"                         # a size of -1024
     backwards[148:156] = b" " * 8
     backwards[148:156] = b"%06o\0 " % sum(backwards)
-    for raw, message in ((huge.tobuf(tarfile.GNU_FORMAT), "a header of"), (member.tobuf(tarfile.GNU_FORMAT), "truncated"),
+    for raw, message in ((huge.tobuf(tarfile.GNU_FORMAT), "a header of"), (member.tobuf(tarfile.GNU_FORMAT),
+                                                                           "truncated"),
                          (bytes(backwards), "")):
         (tmp_path / "a.tar").write_bytes(raw + bytes(1024))
         found = scan_shard(str(tmp_path / "a.tar"))
