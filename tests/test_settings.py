@@ -94,7 +94,7 @@ def test_settings_that_may_change_on_resume():
     next step on."""
     assert settings.RESUMABLE == {
         "name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "grad_checkpoint", "log_every",
-        "val_every", "preview_every", "preview_prompts", "save_every", "keep", "keep_best"}
+        "val_every", "preview_every", "preview_prompts", "save_every", "keep", "keep_best", "workers"}
     assert settings.CHANGEABLE == ["steps", "batch_size", "lr"]
 
 
