@@ -486,8 +486,9 @@ sys.path.insert(0, {root!r})
 import numpy as np, torch, shards
 from pathlib import Path
 def used():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) *
-    1024 allowed = used() + {room}
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmData")) * 1024
+allowed = used() + {room}
 resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 index = shards.open_index(shards.find_shards({source!r}), Path({cache!r}))
 rows = shards.TrainingRows(len(index), shards.validation_samples(len(index)))
