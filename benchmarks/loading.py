@@ -1,11 +1,12 @@
-"""How many pictures a second tar shards give, by the number of worker processes, against what a training needs.
+"""How many pictures a second tar shards give, by the number of worker processes, against what a training
+needs.
 
     python benchmarks/loading.py                          # JPEGs of 256 x 256, in a temporary folder
     python benchmarks/loading.py --workers 0 4 16 --pictures 8192 --tflops 400
 
-What a network needs follows from its floating-point operations: XL/2 at 256 x 256 takes 118.6 GMACs forward, as
-Peebles and Xie 2022 (arXiv:2212.09748, table 9) count them, and three times that with the backward pass. On
-latents, a training needs those; on pictures, only the VAE's training and the encoding read at all.
+What a network needs follows from its floating-point operations: XL/2 at 256 x 256 takes 118.6 GMACs forward,
+as Peebles and Xie 2022 (arXiv:2212.09748, table 9) count them, and three times that with the backward pass.
+On latents, a training needs those; on pictures, only the VAE's training and the encoding read at all.
 """
 
 import argparse
@@ -45,7 +46,8 @@ def write(folder: Path, pictures: int, per_shard: int, side: int) -> None:
 
 
 def rate(reader, order: shards.ShardOrder, steps: int) -> float:
-    """Examples a second over this many batches; the first one, which waits for the processes, is not counted."""
+    """Examples a second over this many batches; the first one, which waits for the processes, is not
+    counted."""
     reader.expect(map(order, range(steps + 1)))
     read = reader.batch if isinstance(reader, shards.ShardLatents) else reader.__getitem__
     read(order(0))
@@ -85,7 +87,8 @@ def main() -> None:
                 reader = shards.ShardLatents(index, manifest, rows, flip=False, workers=workers)
                 if name == "pictures":
                     reader = shards.ShardPictures(index, (args.side, args.side), rows, workers=workers)
-                print(f"{name}, {workers} workers: {rate(reader, order, args.steps):,.0f} a second", flush=True)
+                print(f"{name}, {workers} workers: {rate(reader, order, args.steps):,.0f} a second",
+                      flush=True)
 
 
 if __name__ == "__main__":
