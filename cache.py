@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import (amount, digest, locked, new_array, open_array, read_stamp, replacing, shortened,
+from files import (amount, digest, locked, open_array, place_array, read_stamp, replacing, shortened,
                    write_atomically, write_stamp)
 from ragged import Ragged, groups_of_equal
 
@@ -31,6 +32,83 @@ from ragged import Ragged, groups_of_equal
 # ---- latents
 
 PIECE = 256 * 32 * 32       # pixels that are encoded at a time
+SAVE_SECONDS = 10           # between two savings of how far an encoding is
+
+
+def filled(path: Path, shape: tuple[int, ...], groups: list[np.ndarray], put: Callable | None, stamp: dict,
+           former: tuple[str, ...] = (), pictures: object = None, what: str = "encode latents") -> np.ndarray:
+    """The float16 array of this shape at `path`, memory-mapped, computed now where it is not there yet.
+
+    put(array, group), called without gradients, fills the rows of a group, which are numbers of examples;
+    the groups hold each number once. stamp: what the array is made from, which is kept beside it; an array
+    of another stamp is made anew. While it is computed, the stamp tells now and then how many examples are
+    done, so that an interrupted one goes on where it was. former: other names of the same data, under which
+    an earlier version may have stored it. pictures: may have `replaced`, the examples that others stand in
+    for, which the stamp keeps, and `expect`, which reads ahead. Raises ValueError where something is left to
+    do and put is None."""
+    count = sum(map(len, groups))
+    stamp_path = path.with_suffix(".json")
+    # A second process that needs the same array waits here, then finds it complete.
+    with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
+        found = read_stamp(stamp_path)
+        replaced = found.pop("replaced", [])
+        done = found.pop("done", count)                     # a complete array has no such entry
+        fits = found == stamp or any(found == stamp | {"data": name} for name in former)
+        # The array is checked because an interrupted copy of a run leaves a file that is too short.
+        array = open_array(path, np.float16, shape) if fits else None
+        if array is None or not _is_progress(done, replaced, count):
+            if found and not fits:
+                print(f"{path} was made from another VAE, other data or settings: rebuilding it")
+            elif found:
+                print(f"{path} is {'damaged' if path.exists() else 'missing'}: rebuilding it")
+            # First, so that an interruption cannot leave the old stamp beside a new array.
+            stamp_path.unlink(missing_ok=True)
+            place_array(path, np.float16, shape)
+            done, replaced = 0, []
+        if hasattr(pictures, "replaced"):
+            pictures.replaced.update(replaced)
+        if done < count:
+            if put is None:
+                raise ValueError(f"{path}: {done:,} of {count:,} are there, and what they are made from is "
+                                 "not")
+            _fill(path, groups, put, stamp, done, pictures, what)
+        complete = stamp | _replaced(pictures)
+        if read_stamp(stamp_path) != complete:
+            write_stamp(stamp_path, complete)
+        return np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def _fill(path: Path, groups: list[np.ndarray], put: Callable, stamp: dict, done: int, pictures: object,
+          what: str) -> None:
+    """Fill an array from the example on that is number `done` in the order of the groups."""
+    array = np.load(path, mmap_mode="r+")
+    starts = np.cumsum([0, *map(len, groups)])
+    todo = [group[max(0, done - start):] for start, group in zip(starts, groups)
+            if start + len(group) > done]
+
+    def save() -> None:
+        array.flush()                   # first the values, then their number
+        write_stamp(path.with_suffix(".json"), stamp | {"done": done} | _replaced(pictures))
+
+    if hasattr(pictures, "expect"):
+        pictures.expect(todo)
+    saved = time.monotonic()
+    try:
+        for group in tqdm(todo, desc=what, unit="batch"):
+            put(array, group)
+            done += len(group)
+            if time.monotonic() - saved > SAVE_SECONDS and done < starts[-1]:
+                save()
+                saved = time.monotonic()
+        array.flush()
+    except BaseException:               # also Ctrl-C
+        if done:
+            save()
+        raise
+    finally:
+        if hasattr(pictures, "expect"):
+            pictures.expect(())
 
 
 class LatentCache:
@@ -41,72 +119,44 @@ class LatentCache:
 
     images: array-like (N, H, W, channels) uint8, indexed by arrays of ints. encode(images, mirrored), called
     without gradients, returns mean and standard deviation, each (B, *latent_shape); it mirrors the pictures
-    itself. stamp: the fingerprints {"vae": ..., "data": ...}. former: other fingerprints of the same
-    data, under which an earlier version may have stored its latents."""
+    itself. stamp: the fingerprints {"vae": ..., "data": ...}. former: see `filled`."""
 
     def __init__(self, path: Path, images: np.ndarray,
                  encode: Callable[[np.ndarray, bool], tuple[Tensor, Tensor]],
                  latent_shape: tuple[int, int, int], stamp: dict[str, str], flip: bool = False,
                  former: tuple[str, ...] = ()):
-        flips = 2 if flip else 1
-        shape = (len(images), flips, 2, *latent_shape)
-        stamp = stamp | {"shape": list(shape)}
-        stamp_path = path.with_suffix(".json")
-        # A second process that needs the same latents waits here, then finds them complete.
-        with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
-            found = read_stamp(stamp_path)
-            fits = found == stamp or any(found == stamp | {"data": name} for name in former)
-            # The array is checked because an interrupted copy of a run leaves a file that is too short.
-            latents = open_array(path, np.float16, shape) if fits else None
-            if latents is None:
-                if found and not fits:
-                    print(f"{path} was made from another VAE or other data: rebuilding it")
-                elif found:
-                    print(f"{path} is {'damaged' if path.exists() else 'missing'}: rebuilding it")
-                # First, so that an interruption cannot leave the old stamp beside a new array.
-                stamp_path.unlink(missing_ok=True)
-                self._build(path, images, encode, shape)
-                latents = np.load(path, mmap_mode="r")
-            if read_stamp(stamp_path) != stamp:
-                write_stamp(stamp_path, stamp)
-            self.latents = latents
+        shape = (len(images), 2 if flip else 1, 2, *latent_shape)
 
-    @staticmethod
-    @torch.no_grad()
-    def _build(path: Path, images: np.ndarray, encode: Callable, shape: tuple[int, ...]) -> None:
-        store = new_array(path, np.float16, shape)
-        partial = Path(store.filename)
-        try:
-            for piece in tqdm(pieces(images.shape), desc="encode latents", unit="batch"):
-                pictures = images[np.array(piece)]
-                for flip in range(shape[1]):
-                    mean, std = encode(pictures, flip == 1)
-                    store[piece.start:piece.stop, flip, 0] = mean.cpu().numpy()
-                    store[piece.start:piece.stop, flip, 1] = std.cpu().numpy()
-            store.flush()
-            del store                        # Windows does not rename a file that is still mapped
-            partial.replace(path)
-        except BaseException:                # also Ctrl-C: leave no half-built file behind
-            store = None                     # Windows does not delete a file that is still mapped
-            partial.unlink(missing_ok=True)
-            raise
+        def put(latents: np.ndarray, group: np.ndarray) -> None:
+            pictures = images[group]
+            for mirrored in range(shape[1]):
+                mean, std = encode(pictures, mirrored == 1)
+                latents[group, mirrored] = torch.stack([mean, std], dim=1).cpu().numpy()
+
+        groups = [np.array(piece) for piece in pieces(images.shape)]
+        self.latents = filled(path, shape, groups, put, stamp | {"shape": list(shape)}, former, images)
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and variance, each (C,) float64, of z ~ q(z|x) over all pictures and pixels."""
-        total = 0.0
-        total_of_squares = 0.0
-        for i in range(0, len(self), 1024):
-            part = self.latents[i:i + 1024].astype(np.float64)          # (n, flips, 2, C, h, w)
+        """Per-channel mean and variance, each (C,) float64, of z ~ q(z|x) over all pictures and pixels, so
+        that a large picture counts more than a small one."""
+        total = total_of_squares = count = 0
+        for part in self.parts():
+            part = part.astype(np.float64)                              # (n, flips, 2, C, h, w)
             mean, std = part.transpose(2, 3, 0, 1, 4, 5)                # each (C, n, flips, h, w)
             total = total + mean.reshape(len(mean), -1).sum(1)
             # E[z^2] of a Gaussian is mean^2 + std^2: exact, without drawing a sample.
             total_of_squares = total_of_squares + (mean**2 + std**2).reshape(len(mean), -1).sum(1)
-        count = self.latents.size / (2 * self.latents.shape[3])         # numbers per channel
+            count += mean.size // len(mean)                             # numbers per channel
         mean = total / count
         return torch.from_numpy(mean), torch.from_numpy(total_of_squares / count - mean**2)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """All latents, (n, flips, 2, C, h, w) at a time."""
+        for i in range(0, len(self), 1024):
+            yield self.latents[i:i + 1024]
 
     def batch(self, indices: np.ndarray, part: slice = slice(None),
               generator: torch.Generator | None = None) -> Tensor:
@@ -121,10 +171,10 @@ class LatentCache:
         return mean + std * noise[part]
 
 
-class MixedLatentCache:
-    """LatentCache for pictures of different sizes: `latents`, a Ragged of float16 (flips, 2, C, h, w) for
-    each. images: a Ragged of (H, W, channels) uint8. channels, factor: of the VAE. encode, stamp, flip: as
-    there; it is called with pictures of one size."""
+class MixedLatentCache(LatentCache):
+    """The same for pictures of different sizes: `latents` is a Ragged of float16 (flips, 2, C, h, w) for
+    each. images: a Ragged of (H, W, channels) uint8. channels, factor: of the VAE. encode is called with
+    pictures of one size."""
 
     def __init__(self, path: Path, images: Ragged,
                  encode: Callable[[np.ndarray, bool], tuple[Tensor, Tensor]], channels: int,
@@ -132,58 +182,22 @@ class MixedLatentCache:
         sides = images.shapes[:, :2] // factor
         ahead = np.tile([2 if flip else 1, 2, channels], (len(images), 1))
         shapes = np.concatenate([ahead, sides], axis=1)                 # (N, 5)
-        numbers = int(shapes.prod(1).sum())
+
+        def put(flat: np.ndarray, group: np.ndarray) -> None:
+            pictures, store = images.stack(group), Ragged(flat, shapes)
+            for mirrored in range(shapes[0, 0]):
+                mean, std = encode(pictures, mirrored == 1)
+                for i, pair in zip(group, torch.stack([mean, std], dim=1).cpu().numpy()):
+                    store[i][mirrored] = pair
+
+        groups = groups_of_equal(images.shapes[:, :2], PIECE)
         stamp = stamp | {"shapes": digest(shapes)}
-        stamp_path = path.with_suffix(".json")
-        with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
-            found = read_stamp(stamp_path)
-            flat = open_array(path, np.float16, (numbers,)) if found == stamp else None
-            if flat is None:
-                if found:
-                    why = "was made from another VAE or other data"
-                    if found == stamp:
-                        why = f"is {'damaged' if path.exists() else 'missing'}"
-                    print(f"{path} {why}: rebuilding it")
-                stamp_path.unlink(missing_ok=True)                      # never an old stamp and a new array
-                self._build(path, images, encode, shapes, numbers)
-                write_stamp(stamp_path, stamp)
-                flat = np.load(path, mmap_mode="r")
-            self.latents = Ragged(flat, shapes)
+        flat = filled(path, (int(shapes.prod(1).sum()),), groups, put, stamp)
+        self.latents = Ragged(flat, shapes)
 
-    @staticmethod
-    @torch.no_grad()
-    def _build(path: Path, images: Ragged, encode: Callable, shapes: np.ndarray, numbers: int) -> None:
-        flat = new_array(path, np.float16, (numbers,))
-        store, partial = Ragged(flat, shapes), Path(flat.filename)
-        try:
-            groups = groups_of_equal(images.shapes[:, :2], PIECE)
-            for group in tqdm(groups, desc="encode latents", unit="batch"):
-                pictures = images.stack(group)
-                for flip in range(shapes[0, 0]):
-                    mean, std = encode(pictures, flip == 1)
-                    for i, *pair in zip(group, mean.cpu().numpy(), std.cpu().numpy()):
-                        store[i][flip] = pair
-            flat.flush()
-            flat = store = None              # Windows does not rename a file that is still mapped
-            partial.replace(path)
-        except BaseException:                # also Ctrl-C: leave no half-built file behind
-            flat = store = None
-            partial.unlink(missing_ok=True)
-            raise
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """As LatentCache: over all pixels, so that a large picture counts more than a small one."""
-        total = total_of_squares = count = 0
+    def parts(self) -> Iterator[np.ndarray]:
         for i in range(len(self)):
-            mean, std = self.latents[i].astype(np.float64).swapaxes(0, 1)       # each (flips, C, h, w)
-            total = total + mean.sum((0, 2, 3))
-            total_of_squares = total_of_squares + (mean**2 + std**2).sum((0, 2, 3))
-            count += mean.size // mean.shape[1]
-        mean = total / count
-        return torch.from_numpy(mean), torch.from_numpy(total_of_squares / count - mean**2)
+            yield self.latents[i][None]
 
     def batch(self, indices: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
         """z of the chosen pictures, float32 and not normalised, one after another in (n,): `split` cuts it
@@ -199,6 +213,19 @@ class MixedLatentCache:
         shapes = self.latents.shapes[indices, 2:].tolist()
         parts = z.split([math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes)]
+
+
+def _is_progress(done: object, replaced: object, count: int) -> bool:
+    """Whether these entries of a stamp are what `filled` writes."""
+    pairs = isinstance(replaced, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair) for pair in replaced)
+    return pairs and type(done) is int and 0 <= done <= count
+
+
+def _replaced(images: object) -> dict:
+    """The stamp's entry on pictures that others stand in for, where there are any."""
+    found = getattr(images, "replaced", None)
+    return {"replaced": sorted(map(list, found.items()))} if found else {}
 
 
 def pieces(shape: tuple[int, ...]) -> list[range]:
@@ -222,53 +249,18 @@ class PairCache:
     """Samples, each with the noise that it was drawn from: `samples`, float16 (N, *shape), memory-mapped. The
     noise is not stored, but drawn again by `noise_of`.
 
-    draw(part), of a range of numbers, returns their samples (len(part), *shape). The stamp, which names what
-    they are drawn from and how, also counts those that are done, so that an interrupted cache goes on where
-    it was. With draw None, raises ValueError where the cache is not complete."""
+    draw(part), of some numbers, returns their samples (len(part), *shape). stamp: names what they are drawn
+    from and how; see `filled`. With draw None, raises ValueError where the cache is not complete."""
 
     def __init__(self, path: Path, count: int, shape: tuple[int, int, int],
                  draw: Callable[[range], Tensor] | None, stamp: dict, at_once: int = 64):
+        def put(samples: np.ndarray, part: np.ndarray) -> None:
+            samples[part] = draw(range(int(part[0]), int(part[-1]) + 1)).cpu().numpy()
+
         self.drawn_from = stamp
-        self.stamp = stamp | {"shape": [count, *shape]}
-        stamp_path = path.with_suffix(".json")
-        with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path)):
-            found = read_stamp(stamp_path)
-            done = found.pop("done", 0)
-            samples = None
-            if found == self.stamp and type(done) is int and 0 <= done <= count:
-                samples = open_array(path, np.float16, (count, *shape), mode="r+")
-            if samples is None:
-                if found:
-                    print(f"{path} was drawn otherwise, or is damaged: drawing it again")
-                stamp_path.unlink(missing_ok=True)
-                samples, done = self._allocate(path, (count, *shape)), 0
-            if done < count:
-                if draw is None:
-                    raise ValueError(f"{path}: {done:,} of {count:,} pairs are there, and the run that drew "
-                                     "them is not")
-                self._draw(samples, done, draw, stamp_path, at_once)
-            del samples
-            self.samples = np.load(path, mmap_mode="r")
-
-    @staticmethod
-    def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-        store = new_array(path, np.float16, shape)
-        partial = Path(store.filename)
-        del store                            # Windows does not rename a file that is still mapped
-        partial.replace(path)
-        return np.load(path, mmap_mode="r+")
-
-    @torch.no_grad()
-    def _draw(self, samples: np.ndarray, done: int, draw: Callable, stamp_path: Path, at_once: int) -> None:
-        with tqdm(total=len(samples), initial=done, desc="draw pairs", unit="pair") as bar:
-            while done < len(samples):
-                part = range(done, min(done + at_once, len(samples)))
-                samples[part.start:part.stop] = draw(part).cpu().numpy()
-                # First the samples, then their number: a kill between the two only draws them again.
-                samples.flush()
-                done = part.stop
-                write_stamp(stamp_path, self.stamp | {"done": done})
-                bar.update(len(part))
+        parts = np.split(np.arange(count), range(at_once, count, at_once))
+        self.samples = filled(path, (count, *shape), parts, put if draw else None,
+                              stamp | {"shape": [count, *shape]}, what="draw pairs")
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -14,6 +14,7 @@ names it in its row of settings.ARCHITECTURES.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
@@ -33,6 +34,7 @@ from cache import TextCache, TextWidths, check_embeddings, read_embeddings
 from data import Dataset, send
 from files import UNPRINTABLE, amount, fingerprint_files, shortened
 from folder import Folder, clean_text
+from shards import ShardCaptions
 from text import FrozenTextEncoder, TextConfig, TextEncoder
 from unet import UNetConfig
 
@@ -186,20 +188,20 @@ class Labels(Conditioning):
     def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
         self.classes = train.classes
         if self.classes:
-            self.labels = torch.from_numpy(train.labels)
+            self.labels = train.labels                     # of shards, read where they are indexed
             self.val_labels = torch.from_numpy(val.labels[:VALIDATED])
 
     def take_turns(self, pairs: int) -> None:
         if self.classes:
             turn = torch.arange(pairs + VALIDATED) % len(self.classes)
-            self.labels, self.val_labels = turn[:pairs], turn[pairs:]
+            self.labels, self.val_labels = turn[:pairs].numpy(), turn[pairs:]
 
     def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor,
               part: slice = slice(None)) -> dict[str, Tensor]:
         if not self.classes:
             return {}
         null = len(self.classes)
-        y = torch.where(dropped[part], null, self.labels[torch.from_numpy(indices[part])])
+        y = torch.where(dropped[part], null, torch.from_numpy(self.labels[indices[part]]))
         return {"y": send(y, self.device)}
 
     def validation(self, model: nn.Module, part: slice = slice(None)) -> dict[str, Tensor]:
@@ -333,6 +335,9 @@ class Words(Conditioning):
             # The outputs of a frozen encoder never change, so each caption is encoded once. Captions are then
             # not reworded, because only their original wording is in the cache.
             encode = self.encoder or read_embeddings
+            if isinstance(self.captions, ShardCaptions):   # too many to keep: encoded with each batch
+                self.table = self.preview_table = functools.partial(encode_alone, self.encoder)
+                return
             self.table = TextCache(cache_dir / f"text-{self.kind}.bin", [*self.captions, *self.val_captions],
                                    encode, self.fingerprint)
             # In a cache of their own, because they may change on resume.
@@ -347,9 +352,12 @@ class Words(Conditioning):
         if encoder is None:
             with torch.device("meta"):                     # only its limit is needed
                 encoder = TextEncoder(TextConfig(**self.text["config"]))
-        truncated = [rest for rest in map(encoder.truncated, self.captions) if rest]
+        captions = self.captions
+        if isinstance(captions, ShardCaptions):            # millions, perhaps: some of them tell enough
+            captions = captions[np.linspace(0, len(captions) - 1, min(1000, len(captions))).astype(int)]
+        truncated = [rest for rest in map(encoder.truncated, captions) if rest]
         if truncated:
-            print(f"warning: {len(truncated):,} of {len(self.captions):,} captions are longer than the "
+            print(f"warning: {len(truncated):,} of {len(captions):,} captions are longer than the "
                   f"encoder's limit and are truncated; the first of them loses "
                   f"{shortened(truncated[0])!r}",
                   file=sys.stderr)
@@ -486,6 +494,12 @@ class Words(Conditioning):
 
     def hint(self) -> str:
         return flag_and_value(self.use, sorted(self.prompts, key=len))
+
+
+def encode_alone(encoder: FrozenTextEncoder, prompts: list[str]) -> dict[str, Tensor]:
+    """The outputs of a frozen encoder as TextCache would keep them, whatever the training's number format."""
+    with torch.no_grad(), torch.autocast(encoder.model.device.type, enabled=False):
+        return encoder(prompts)
 
 
 def flag_and_value(flag: str, values: list[str]) -> str:

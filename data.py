@@ -32,11 +32,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from files import amount, digest, replacing
+from files import amount, digest, replacing, warn_once
 from folder import (RANDOM_CROPS, Folder, Rows, clean_text, list_folder, open_mixed, open_pictures,
                     split_rows)
 from pictures import Size, grid, to_tensor, to_uint8
 from ragged import Ragged, fitted, ragged
+from shards import (GROUP, Chosen, NoPictures, ShardCaptions, ShardLabels, ShardLatents, ShardOrder,
+                    ShardPictures, Shards, TrainingRows, find_shards, open_index, validation_samples)
 from toys import (SHAPE_CLASSES, any_size, describe_corners, describe_scene, draw_corners, draw_scene,
                   draw_shape, find_emoji_font, omit_details, render_emoji, vary_caption)
 
@@ -51,6 +53,8 @@ class Dataset:
     vary: Callable[[str, np.random.Generator], str] | None = None   # rewords a caption at random, in training
     root: str = ""              # where captions are names of files: the folder they lie in
     former_fingerprints: tuple[str, ...] = ()       # under which an earlier version knew the same data
+    shard_counts: np.ndarray | None = None          # of shards: how many examples each of them has
+    latents: ShardLatents | None = None             # where the latents are there already, and no pictures
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,8 +62,8 @@ class Dataset:
     @property
     def identity(self) -> str:
         """Changes with the fingerprint and with any caption. Cached latents need only the fingerprint."""
-        if self.captions is None:
-            return self.fingerprint
+        if self.captions is None or isinstance(self.captions, ShardCaptions):
+            return self.fingerprint             # which covers the captions of shards
         # A folder is the same by whatever path it is reached.
         names = [os.path.relpath(file, self.root) for file in self.captions] if self.root else self.captions
         return digest(self.fingerprint, names)
@@ -151,7 +155,6 @@ def _grouped_order(shapes: np.ndarray, batch_size: int, epoch: int, seed: int) -
     return np.concatenate(parts)
 
 
-@functools.lru_cache(maxsize=4)     # a batch needs one order, two across the end of an epoch
 def some_pictures(n: int, limit: int | None) -> np.ndarray:
     """The indices of the pictures that are trained on: all n, or `limit` of them, chosen at random but always
     the same, whatever the seed. Raises ValueError where there are not so many."""
@@ -163,64 +166,80 @@ def some_pictures(n: int, limit: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(n)[:limit])
 
 
+class Order(NamedTuple):
+    """The order of the data: called with a step, it returns the indices of its examples. Its length is the
+    number of examples in an epoch."""
+    chosen: np.ndarray                              # (n,), those that are trained on
+    positions: Callable[[int], np.ndarray]          # where in `chosen` the examples of a step are
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __call__(self, step: int) -> np.ndarray:
+        return self.chosen[self.positions(step)]
+
+
+def order_of(data: Dataset, count: int, batch_size: int, seed: int, limit: int | None = None,
+             group: int | None = None) -> Order | ShardOrder:
+    """The order of pictures of one size, or of pairs. count: how many there are, where they are not those of
+    `data`. limit: as in some_pictures. group: how many shards are shuffled together."""
+    if data.shard_counts is not None and count == len(data):
+        return ShardOrder(data.shard_counts, batch_size, seed, group or GROUP, limit)
+    chosen = some_pictures(count, limit)
+    return Order(chosen, lambda step: batch_indices(len(chosen), batch_size, step, seed))
+
+
+@functools.lru_cache(maxsize=4)     # a batch needs one order, two across the end of an epoch
 def _order(n: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-# ---- shapes and, with captions, scenes
+# ---- pictures that are drawn here, any number of them
 
-# Both are cached because a VAE and the network on top of it load the same pictures in one process.
-@functools.lru_cache(maxsize=2)
-def load_shapes(split: str, size: Size, data_dir: Path | None = None, count: int = 20_000) -> Dataset:
-    """One shape per picture, with classes. count: pictures for training; validation has 480."""
+class Drawn(NamedTuple):
+    """Pictures that are functions of their number."""
+    draw: Callable[[int, Size], np.ndarray]
+    classes: list[str] = []                                         # number i is of class i % len(classes)
+    caption: Callable[[int], str] | None = None
+    vary: Callable[[str, np.random.Generator], str] | None = None   # see Dataset
+
+
+def _describe_pair(i: int) -> str:
+    thing = describe_corners(i).things[0]
+    return f"two {thing.colour} {thing.kind}s"
+
+
+DRAWN = {
+    "shapes": Drawn(draw_shape, SHAPE_CLASSES),                     # one in each picture
+    "scenes": Drawn(lambda i, size: draw_scene(describe_scene(i), i, size), vary=omit_details,
+                    caption=lambda i: describe_scene(i).caption),   # one or two
+    # The same shape in two opposite corners, without classes: a label would tell both what to be. So does a
+    # caption; a network that is conditioned on neither has to make them agree.
+    "corners": Drawn(draw_corners, caption=_describe_pair),
+}
+
+
+@functools.lru_cache(maxsize=4)     # as a VAE and the network on top of it load the same pictures
+def load_drawn(name: str, split: str, size: Size, data_dir: Path | None = None, count: int = 20_000,
+               multiple: Size | None = None) -> Dataset:
+    """count: pictures for training; validation has 480. multiple: see load_data."""
+    row = DRAWN[name]
     first, count = _range_of(split, count)
-    first -= first % len(SHAPE_CLASSES)         # so that the first label is 0
-    images = np.stack([draw_shape(first + i, size) for i in range(count)])
-    labels = np.arange(count) % len(SHAPE_CLASSES)
-    return Dataset(images, labels, SHAPE_CLASSES, digest("shapes", split, images, labels))
-
-
-@functools.lru_cache(maxsize=2)
-def load_scenes(split: str, size: Size, data_dir: Path | None = None, count: int = 20_000) -> Dataset:
-    """One or two shapes per picture, with captions."""
-    first, count = _range_of(split, count)
-    scenes = [describe_scene(first + i) for i in range(count)]
-    images = np.stack([draw_scene(scene, first + i, size) for i, scene in enumerate(scenes)])
-    captions = [scene.caption for scene in scenes]
-    return Dataset(images, None, [], digest("scenes", split, images), captions, vary=omit_details)
-
-
-@functools.lru_cache(maxsize=2)
-def load_corners(split: str, size: Size, data_dir: Path | None = None, count: int = 20_000) -> Dataset:
-    """The same shape in two opposite corners, without classes: a label would tell both what to be. So does a
-    caption; a network that is conditioned on neither has to make them agree."""
-    first, count = _range_of(split, count)
-    images = np.stack([draw_corners(first + i, size) for i in range(count)])
-    things = [describe_corners(first + i).things[0] for i in range(count)]
-    captions = [f"two {thing.colour} {thing.kind}s" for thing in things]
-    return Dataset(images, None, [], digest("corners", split, images), captions)
-
-
-@functools.lru_cache(maxsize=2)
-def load_any_size(source: str, split: str, pixels: int, multiple: Size, count: int, words: bool) -> Dataset:
-    """Pictures of an endless source at different sizes, each a function of its index."""
-    first, count = _range_of(split, count)
-    labels, classes, captions, vary = None, [], None, None
+    labels = captions = None
+    if row.classes:
+        first -= first % len(row.classes)       # so that the first label is 0
+        labels = np.arange(count) % len(row.classes)
     numbers = range(first, first + count)
-    if source == "shapes" and not words:
-        first -= first % len(SHAPE_CLASSES)
-        numbers = range(first, first + count)
-        draw, labels, classes = draw_shape, np.arange(count) % len(SHAPE_CLASSES), SHAPE_CLASSES
-    elif source == "shapes":
-        draw, vary = (lambda i, size: draw_scene(describe_scene(i), i, size)), omit_details
-        captions = [describe_scene(i).caption for i in numbers]
+    if row.caption:
+        captions = [row.caption(i) for i in numbers]
+    if multiple is None:
+        images = np.stack([row.draw(i, size) for i in numbers])
+        parts = [images] if labels is None else [images, labels]
     else:
-        draw = draw_corners
-        things = [describe_corners(i).things[0] for i in numbers]
-        captions = [f"two {thing.colour} {thing.kind}s" for thing in things]
-    images = ragged([draw(i, fitted(any_size(i, pixels), pixels, multiple)) for i in numbers])
-    fingerprint = digest(source, split, "mixed", words, images.shapes, images.flat)
-    return Dataset(images, labels, classes, fingerprint, captions, vary=vary)
+        pixels = math.prod(size)
+        images = ragged([row.draw(i, fitted(any_size(i, pixels), pixels, multiple)) for i in numbers])
+        parts = ["mixed", images.shapes, images.flat]
+    return Dataset(images, labels, row.classes, digest(name, split, *parts), captions, vary=row.vary)
 
 
 def _range_of(split: str, count: int) -> tuple[int, int]:
@@ -385,16 +404,24 @@ def _resize(images: np.ndarray, size: Size) -> np.ndarray:
 
 # ---- a folder of any pictures
 
-def find_folder(source: str, words: str | None) -> Folder | None:
-    """The listing of the folder that --data names, or None for a built-in source. words: as in list_folder.
+def find_folder(source: str, words: str | None) -> Folder | Shards | None:
+    """The listing of the folder or the shards that --data names, or None for a built-in source. words: as in
+    list_folder.
     Raises ValueError with one line if --data names neither, or the folder has no such words."""
     if source in SOURCES:
         if words == "embeddings":
             raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; "
                              "give a folder that has")
         return None
+    shards = find_shards(source, words)
+    if shards is not None:
+        if words == "embeddings":
+            raise ValueError(f"--text-encoder none with --data {source}: shards have no .npz files of "
+                             "vectors; give a folder that has")
+        return shards
     if not os.path.isdir(source):
-        raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}) nor a folder")
+        raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}), nor a "
+                         "folder, nor .tar shards")
     return list_folder(Path(source), words)
 
 
@@ -433,6 +460,54 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
                    former_fingerprints=formers)
 
 
+# ---- tar shards
+
+def load_shards(shards: Shards, split: str, size: Size, cache_dir: Path, crop: str = "centre") -> Dataset:
+    """Pictures or latents in shards, read on demand, and their index in cache_dir. The validation part, at
+    most 256 pictures, is read at once."""
+    index = open_index(shards, cache_dir)
+    for part, number in (("a caption", index.stamp["captions"]), ("a class", index.stamp["labels"])):
+        if 0 < number < len(index) and (part == "a class" or shards.words == "captions"):
+            field, value = ("label", -1) if part == "a class" else ("text_bytes", 0)
+            without = index.where(index.first_without(field, value))
+            message = f"--data {shards.source}: only {number:,} of {len(index):,} samples have {part}"
+            if part == "a caption":
+                raise ValueError(f"{message}, not {without}; put KEY.txt, or KEY.json with \"text\", right "
+                                 "before or after each picture")
+            warn_once("classes", f"{message}, not {without}, so classes are not used")
+    labelled = index.stamp["labels"] == len(index)
+    if shards.words == "captions" and not index.stamp["captions"] and not labelled:
+        raise ValueError(f"--data {shards.source}: pictures without words; put KEY.txt, or KEY.json with "
+                         "\"text\", beside each")
+    crops = RANDOM_CROPS if crop == "random" and split == "train" else 1
+    held_out = validation_samples(len(index))
+    rows = TrainingRows(len(index), held_out)
+    latents = None
+    if split != "train":
+        rows = Chosen(held_out)
+    if shards.manifest is None:
+        images = ShardPictures(index, size, rows, crops, shards.workers)
+    else:
+        images = NoPictures((len(rows), *size, shards.manifest["channels"]))
+        latents = ShardLatents(index, shards.manifest, rows, shards.flip, shards.workers)
+    if split != "train" and latents is None:
+        images = images[:]
+    names = None
+    if not index.stamp["captions"]:
+        names = [clean_text(name.replace("-", " ")) for name in index.classes]
+    captions = ShardCaptions(index, rows, crops, names) if shards.words == "captions" else None
+    labels = ShardLabels(index, rows, crops) if labelled else None
+    counts = None
+    if split == "train":
+        counts = crops * rows.per_shard(index)
+    else:
+        captions = captions and captions[:]
+        labels = labels and labels[:]
+    fingerprint = digest("shards", index.fingerprint, size, RANDOM_CROPS if crop == "random" else 1, split)
+    return Dataset(images, labels, index.classes if labelled else [], fingerprint, captions,
+                   shard_counts=counts, latents=latents)
+
+
 # ---- the table of sources
 
 class Source(NamedTuple):
@@ -440,12 +515,13 @@ class Source(NamedTuple):
     load: Callable[..., Dataset]
     load_captioned: Callable[..., Dataset] | None = None    # set where captions belong to other pictures
     captions_only: bool = False                             # it has captions and no classes
-    endless: bool = False       # pictures are drawn on demand: the loaders also take count, for training
+    endless: bool = False       # pictures are drawn on demand: the loaders also take count and multiple
 
 
 SOURCES = {
-    "shapes": Source(load_shapes, load_captioned=load_scenes, endless=True),
-    "corners": Source(load_corners, captions_only=True, endless=True),
+    "shapes": Source(functools.partial(load_drawn, "shapes"), endless=True,
+                     load_captioned=functools.partial(load_drawn, "scenes")),
+    "corners": Source(functools.partial(load_drawn, "corners"), captions_only=True, endless=True),
     "emoji": Source(load_emoji, captions_only=True),
     "fashion-mnist": Source(functools.partial(load_mnist, "fashion-mnist")),
     "mnist": Source(functools.partial(load_mnist, "mnist")),
@@ -454,7 +530,7 @@ SOURCES = {
 
 
 def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_dir: Path,
-              words: str | None = None, folder: Folder | None = None, count: int = 20_000,
+              words: str | None = None, folder: Folder | Shards | None = None, count: int = 20_000,
               crop: str = "centre", multiple: Size | None = None) -> Dataset:
     """The part `split` of a source at `size`, by default 32 x 32.
 
@@ -466,17 +542,17 @@ def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_
     size = tuple(size or (32, 32))
     if folder is None:
         folder = find_folder(source, words)
+    if isinstance(folder, Shards):
+        return load_shards(folder, split, size, cache_dir, crop)
     if folder is not None:
         data = load_folder(folder, split, size, cache_dir, crop, multiple)
-    elif multiple is not None:
-        data = load_any_size(source, split, math.prod(size), multiple, count, words is not None)
     else:
         row = SOURCES[source]
         load = row.load
         if words and row.load_captioned:
             load = row.load_captioned
         if row.endless:
-            load = functools.partial(load, count=count)
+            load = functools.partial(load, count=count, multiple=multiple)
         data = load(split, size, data_dir)
     if words == "captions" and data.captions is None:
         names = [clean_text(name.replace("-", " ")) for name in data.classes]

@@ -110,7 +110,7 @@ def locked(path: Path, wait: bool = False, clean: tuple[Path, ...] = ()) -> Iter
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OSError(f"{path}: a link or no ordinary file, so it cannot serve as a lock; remove it")
-    with open(path, "a") as file:
+    with open(path, "a") as file, _held_here_only(file):
         try:
             _lock(file, wait)
         except BlockingIOError:
@@ -123,6 +123,29 @@ def locked(path: Path, wait: bool = False, clean: tuple[Path, ...] = ()) -> Iter
             for written in clean:
                 remove_leftovers(written)
         yield
+
+
+_held: set[int] = set()         # descriptors of the locks of this process
+
+
+@contextmanager
+def _held_here_only(file: IO) -> Iterator[None]:
+    _held.add(file.fileno())
+    try:
+        yield
+    finally:
+        _held.discard(file.fileno())
+
+
+def _let_go() -> None:
+    """In a forked process, which would otherwise hold its parent's locks after the parent's death."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(file: IO, wait: bool) -> None:
@@ -251,6 +274,14 @@ def new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
             partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} of {amount(size)}: {error.strerror}") from None
     return array
+
+
+def place_array(path: Path, dtype, shape: tuple[int, ...]) -> None:
+    """A new array in the place of `path`, to be filled piece by piece. Raises OSError as new_array."""
+    array = new_array(path, dtype, shape)
+    partial = Path(array.filename)
+    del array                               # Windows does not rename a file that is still mapped
+    partial.replace(path)
 
 
 def open_array(path: Path, dtype, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import unicodedata
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -58,10 +59,12 @@ def cover(image: Image.Image, size: Size, place: float = 0.5) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS, centering=(place, place)))
 
 
-def read_image(path: Path, behind: str = "white", useless: list[str] | None = None) -> Image.Image:
-    """A picture of any of FORMATS in RGB: rotated according to its EXIF data, in sRGB, transparency on the
-    colour `behind`. Raises OSError or ValueError for a file that cannot be decoded. useless: takes the names
-    of files whose colour profile cannot be used, with the reason, which are else told on stderr."""
+def read_image(path: Path | IO[bytes], behind: str = "white",
+               useless: list[str] | None = None) -> Image.Image:
+    """A picture of any of FORMATS, a file or its name, in RGB: rotated according to its EXIF data, in sRGB,
+    transparency on the colour `behind`. Raises OSError or ValueError for a file that cannot be decoded.
+    useless: takes the names of files whose colour profile cannot be used, with the reason, which are else
+    told on stderr."""
     with open_header(path) as image:
         profile = image.info.get("icc_profile", b"")
         image = ImageOps.exif_transpose(image)
@@ -89,9 +92,10 @@ def read_image(path: Path, behind: str = "white", useless: list[str] | None = No
         return image.convert("RGB")
 
 
-def open_header(path: Path) -> Image.Image:
+def open_header(path: Path | IO[bytes]) -> Image.Image:
     """The picture, of which only the header is read yet. Raises as read_image."""
-    if os.path.exists(path) and not os.path.isfile(path):       # opening a pipe would wait for ever
+    # opening a pipe would wait for ever
+    if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is a folder, pipe, socket or device")
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]

@@ -30,6 +30,7 @@ import ema
 import moe
 import published
 import settings
+from ahead import default_workers
 from cache import PIECE
 from cli import program
 from conditioning import Conditioning
@@ -40,9 +41,10 @@ from parallel import check_tensor_parallel
 from published import check_weights
 from ragged import fitted
 from ranks import ALONE, Ranks
-from run import (Run, build_model, build_path, checkpoint_blocks, latent_space, load_checkpoint, load_vae,
-                 make_config, unpack_vae)
+from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, latent_space,
+                 load_checkpoint, load_vae, make_config, unpack_vae)
 from settings import ARCHITECTURES
+from shards import VAE_FILE, Shards
 from vae import VAE, VAEConfig
 
 
@@ -55,7 +57,7 @@ class Plan:
     words: str | None                            # the text of each picture: "captions", "embeddings" or None
     cache_dir: Path                              # where decoded pictures and latents are
     finished: bool = False                       # no step is left, so the parts below are not set
-    folder: Folder | None = None                 # the listing of --data, if that is a folder
+    folder: Folder | Shards | None = None        # the listing of --data, if that is a folder, or shards
     vae: VAE | None = None                       # None until it has been trained
     vae_args: argparse.Namespace | None = None   # the settings to train it with
     initial: dict[str, Tensor] | None = None     # weights to start from
@@ -77,7 +79,7 @@ class Plan:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def prepare(args: argparse.Namespace, folder: Folder | None = None, ranks: Ranks = ALONE) -> Plan:
+def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ranks: Ranks = ALONE) -> Plan:
     """The plan of a run, made without writing anything. folder: the listing of --data, if it was made before.
     ranks: the processes that share the training. Raises ValueError with a line for the user if something
     cannot work."""
@@ -120,7 +122,7 @@ def prepare(args: argparse.Namespace, folder: Folder | None = None, ranks: Ranks
     if args.cache_dir:
         folders["--cache-dir"] = Path(args.cache_dir)
     check_folders(folders)
-    plan.folder = folder or find_folder(args.data, words)
+    plan.folder = check_shards(args, folder or find_folder(args.data, words))
 
     vae_args = args
     initial = None
@@ -185,7 +187,14 @@ def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argp
     named = args.vae is not None and settings.place(args.vae) == settings.place(str(vae_run.folder))
     if named or (args.vae is None and (vae_run.folder.is_dir() or not begun)):
         plan.cache_dir = vae_run.folder                    # shared by all networks on this VAE
-    if begun:
+    if isinstance(plan.folder, Shards) and plan.folder.manifest:
+        plan.cache_dir = plan.run.folder                   # of the index of the shards, all that there is
+        if not begun:
+            plan.vae = vae_of_latents(args, plan.folder)
+        else:
+            plan.vae = unpack_vae(begun["vae"], str(plan.run.checkpoint))
+        check_latents(args, plan)
+    elif begun:
         # Its checkpoint holds the VAE, so a run goes on without the file or the folder that it came from.
         plan.vae = unpack_vae(begun["vae"], str(plan.run.checkpoint))
     elif args.vae:
@@ -207,6 +216,59 @@ def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argp
         plan.vae_args = settings.vae_settings(args, earlier, is_finished)
         return plan.vae_args
     return args
+
+
+def check_shards(args: argparse.Namespace, listing: Folder | Shards | None) -> Folder | Shards | None:
+    """Refuse flags that do not go with what --data names, and complete the listing of shards."""
+    if not isinstance(listing, Shards):
+        for name in ("shuffle_shards", "workers"):
+            if settings.given(settings.ROWS[name], args) and args.arch in settings.ARCHITECTURES:
+                raise ValueError(f"{settings.shown(settings.ROWS[name], args)}: is for tar shards, not "
+                                 f"--data {args.data}; leave it out")
+        return listing
+    if args.aspect:
+        raise ValueError(f"--aspect: is for pictures of a folder; those of the shards --data {args.data} are "
+                         "cropped to --image-size; leave it out")
+    manifest = listing.manifest
+    if manifest is None:
+        return listing._replace(workers=default_workers() if args.workers is None else args.workers)
+    what = f"--data {args.data}: holds latents"
+    if args.arch == "vae":
+        raise ValueError(f"{what}, which train no VAE; give the pictures that they were encoded from")
+    if list(args.image_size) != manifest["size"]:
+        raise ValueError("{} of pictures of {}x{}; give --image-size {} {}".format(
+            what, *manifest["size"], *manifest["size"]))
+    if args.flip and manifest["flips"] != 2:
+        raise ValueError(f"{what} without mirrored ones; leave --flip out, or encode with --flip")
+    if args.crop != "centre":
+        raise ValueError(f"--crop {args.crop}: {args.data} holds latents, cropped in the centre; leave it "
+                         "out")
+    return listing._replace(workers=default_workers() if args.workers is None else args.workers,
+                            flip=args.flip)
+
+
+def vae_of_latents(args: argparse.Namespace, shards: Shards) -> VAE:
+    """--vae, or the copy that encode.py has put beside the shards."""
+    for name in (*settings.VAE_DEFAULTS, "vae_steps"):
+        if settings.given(settings.ROWS[name], args):
+            raise ValueError(f"{settings.shown(settings.ROWS[name], args)}: --data {args.data} holds "
+                             "latents of a VAE that is trained already; leave it out")
+    place = args.vae or Path(shards.files[0]).parent / VAE_FILE
+    try:
+        return load_vae(place)
+    except ValueError as error:
+        if args.vae:
+            raise ValueError(f"--vae {error}") from None
+        raise ValueError(f"--data {args.data}: {error}; give the VAE by --vae PATH") from None
+
+
+def check_latents(args: argparse.Namespace, plan: Plan) -> None:
+    """Refuse a VAE that has not made the latents of --data."""
+    manifest, vae = plan.folder.manifest, plan.vae
+    if encoder_fingerprint(vae) != manifest["vae"]:
+        what = f"--vae {args.vae}" if args.vae else f"{plan.run.checkpoint}"
+        raise ValueError(f"{what}: is not the VAE that made the latents of --data {args.data} (encoded with "
+                         f"{manifest['vae_path']}); give that one, or encode again with encode.py")
 
 
 def read_reflow(args: argparse.Namespace, plan: Plan, begun: dict | None) -> None:
@@ -547,9 +609,12 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     height, width = plan.size
     pixels = height * width
     latent = (autoencoder.config.latent_channels, height // autoencoder.factor, width // autoencoder.factor)
+    shards = isinstance(plan.folder, Shards)
     count = 1_300 if args.data == "emoji" else 20_000      # no built-in source has fewer
     if plan.folder:
-        count = len(plan.folder.pictures) * (RANDOM_CROPS if args.crop == "random" else 1)
+        # Shards are not read yet: each has a picture at least.
+        count = len(plan.folder.files if shards else plan.folder.pictures) * (RANDOM_CROPS
+                                                                              if args.crop == "random" else 1)
     parameters = sum(p.numel() for p in network.parameters())
     pictures = {f"{count:,} pictures of {height} x {width}": count * pixels}
     have = settings.memory(plan.device)
@@ -584,9 +649,11 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
 
     # ---- the disk: a checkpoint is replaced by a second one, and caches are kept
     need = {"two checkpoints": 2 * 4 * (3 + len(ema.widths_kept(args.ema))) * parameters}
-    if plan.folder and not (plan.cache_dir / "images.npy").is_file():
+    if plan.folder and not shards and not (plan.cache_dir / "images.npy").is_file():
         need[f"{count:,} decoded pictures"] = 3 * count * pixels
-    if not (plan.cache_dir / "latents.npy").is_file():     # mean and deviation in fp16, mirrored or not
+    encoded = shards and plan.folder.manifest
+    # mean and deviation in fp16, mirrored or not
+    if not encoded and not (plan.cache_dir / "latents.npy").is_file():
         flips = 2 if args.flip else 1
         need["latents"] = 4 * count * flips * math.prod(latent)
     place = nearest_folder(plan.cache_dir)

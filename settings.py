@@ -187,8 +187,8 @@ FLAGS = {
         Flag("--runs-dir", "folder that holds the runs (default: runs)", nonempty, "runs", resumable=True),
     ],
     "data": [
-        Flag("--data", f"{', '.join(SOURCES)}, or a folder of pictures (default: shapes)", nonempty,
-             "shapes"),
+        Flag("--data", f"{', '.join(SOURCES)}, a folder of pictures, or tar shards of pictures or latents, "
+                       "like 'shards/{00000..01023}.tar' (default: shapes)", nonempty, "shapes"),
         Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", nonempty,
              "data", resumable=True),
         Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
@@ -199,6 +199,10 @@ FLAGS = {
                          "--image-size N, and pack pictures of different sizes into one batch",
              needs={"arch": ("dit", "mmdit", "vae")}),
         Flag("--flip", "mirror pictures at random"),
+        Flag("--shuffle-shards", "tar shards: how many of them are shuffled together (default: 16)",
+             integer(1), metavar="N"),
+        Flag("--workers", "tar shards: processes that read and decode ahead (default: one for each core, "
+                          "at most 16; 0: none)", integer(0, 512), metavar="N", resumable=True),
         Flag("--limit", "train the network on only so many of the pictures, chosen at random (default: all; "
                         "the VAE is always trained on all)", integer(1), needs=NETWORK),
         Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "
@@ -533,7 +537,10 @@ def shows_other_pictures(args: argparse.Namespace) -> bool:
 
 def data_name(args: argparse.Namespace) -> str:
     """The part of a run's name that stands for its pictures: networks with the same data_name share a VAE."""
-    name = Path(args.data).name or "data"
+    path = Path(args.data)
+    if args.data.endswith(".tar"):        # a pattern is no name of a folder: the place of the shards is
+        path = path.parent if path.parent.name else Path("shards")
+    name = path.name or "data"
     if shows_other_pictures(args):
         name += "-text"
     if args.aspect:
@@ -631,7 +638,8 @@ def vae_settings(args: argparse.Namespace, begun: dict | None,
     for longer. is_finished: whether that run is, asked only for a refusal, as its checkpoint must be read."""
     folder = Path(args.runs_dir) / vae_name(args)
     result = make_parser("", FLAGS).parse_args(["--arch", "vae"])
-    for name in ("data", "image_size", "aspect", "crop", "flip", "precision", "seed", *VAE_DEFAULTS):
+    for name in ("data", "image_size", "aspect", "crop", "flip", "shuffle_shards", "precision", "seed",
+                 *VAE_DEFAULTS):
         setattr(result, name, getattr(args, name))
     result.steps = args.vae_steps
     result.cond = "text" if shows_other_pictures(args) else "class"

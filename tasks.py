@@ -29,7 +29,7 @@ import settings
 from cache import LatentCache, PairCache, noise_of, pieces
 from cli import program
 from conditioning import VALIDATED
-from data import Dataset, batch_indices, load_shapes, send
+from data import Dataset, Order, load_drawn, order_of, send
 from files import fingerprint_tensors
 from ranks import Ranks
 from pictures import grid, to_tensor, to_uint8
@@ -38,6 +38,7 @@ from run import build_model, build_path, encoder_fingerprint
 from sample import draw_batches, picture_bar
 from samplers import SAMPLERS, guided
 from settings import OBJECTIVES
+from shards import ShardLatents, ShardOrder, ShardPictures
 from vae import VAE
 
 PREVIEW_BATCH = 64     # pictures drawn at a time, for samples.png and previews
@@ -76,9 +77,11 @@ def watched(parts: Iterable, stop: list[int], what: str, **options) -> Iterator:
 class Batches:
     """Which examples a step takes, for the tasks on pictures of one size."""
 
-    def batch(self, chosen: np.ndarray, step: int) -> np.ndarray:
-        """The indices of a step's examples, of those chosen to train on: a pure function of the step."""
-        return chosen[batch_indices(len(chosen), self.args.batch_size, step, self.args.seed)]
+    order: Order | ShardOrder       # called with a step, it returns their indices
+
+    def order_of(self, data: Dataset, count: int) -> Order | ShardOrder:
+        args = self.args
+        return order_of(data, count, args.batch_size, args.seed, args.limit, args.shuffle_shards)
 
     def split(self, batch: np.ndarray) -> list[np.ndarray]:
         """The pieces of --accumulate."""
@@ -98,8 +101,13 @@ class Autoencoding(Batches):
         self.cache_dir = cache_dir
         self.device = plan.device
         self.ranks = plan.ranks
-        self.count = len(data)
+        self.order = self.order_of(data, len(data))
         self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
+
+    def expect(self, batches: Iterable[np.ndarray]) -> None:
+        """Read ahead what the coming calls of `loss` need. batches: their indices."""
+        if isinstance(self.data.images, ShardPictures):
+            self.data.images.expect(batch[self.ranks.part(len(batch))] for batch in batches)
 
     def build(self) -> VAE:
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
@@ -163,23 +171,28 @@ class Denoising(Batches):
         self.pairs = None
         if args.reflow:
             self.pairs = draw_pairs(args, plan, data, cache_dir)
-            self.count = len(self.pairs) - VALIDATED
-            self.conditioning.take_turns(self.count)
+            count = len(self.pairs) - VALIDATED
+            self.order = self.order_of(data, count)
+            self.conditioning.take_turns(count)
         else:
-            self.cache = encode_latents(args, self.ranks, self.vae, data, cache_dir)
-            self.count = len(data)
+            self.order = self.order_of(data, len(data))
+            self.cache = data.latents or encode_latents(args, self.ranks, self.vae, data, cache_dir)
         # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
         # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.
-        parts = to_tensor(val.images[:VALIDATED]).split(at_once(args, self.ranks, 32, val.images.shape[1:3]))
-        with torch.no_grad():
-            self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
-                                 for x in tqdm(parts, desc="encode validation pictures", leave=False)])
+        if val.latents is not None:
+            self.x0 = self.vae.normalize(val.latents.means().to(self.device))
+        else:
+            parts = to_tensor(val.images[:VALIDATED])
+            parts = parts.split(at_once(args, self.ranks, 32, val.images.shape[1:3]))
+            with torch.no_grad():
+                self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
+                                     for x in tqdm(parts, desc="encode validation pictures", leave=False)])
         n = len(self.x0)
         generator = torch.Generator().manual_seed(0)
         self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
         self.eps = torch.randn(self.x0.shape, generator=generator).to(self.device)
         if self.pairs is not None:             # those that are not trained on; n may be less in small data
-            held_out = self.pairs.batch(np.arange(self.count, self.count + n))
+            held_out = self.pairs.batch(np.arange(count, count + n))
             self.x0, self.eps = (part.to(self.device) for part in held_out)
 
     def build(self) -> torch.nn.Module:
@@ -188,6 +201,11 @@ class Denoising(Batches):
         # The losses of the pieces of a batch are averaged, and so is this one.
         moe.set_balance(model, (self.args.balance or 0.0) / self.args.accumulate)
         return model
+
+    def expect(self, batches: Iterable[np.ndarray]) -> None:
+        """Read ahead what the coming calls of `loss` need. batches: their indices."""
+        if self.pairs is None and isinstance(self.cache, ShardLatents):
+            self.cache.expect(batch[self.ranks.part(len(batch))] for batch in batches)
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss and the (B,) times at which it was taken; of this rank's part of the batch."""
@@ -339,7 +357,7 @@ def latent_shape(vae: VAE, data: Dataset) -> tuple[int, int, int]:
 def demo() -> None:
     """A loss and a validation of an untrained VAE, and of an untrained network on its latents."""
     torch.manual_seed(0)
-    data, val = load_shapes("train", (32, 32), count=240), load_shapes("val", (32, 32))
+    data, val = [load_drawn("shapes", split, (32, 32), count=240) for split in ("train", "val")]
     batch = np.arange(8)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--preset", "tiny", "--vae-preset", "tiny", "--runs-dir", folder]

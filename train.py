@@ -37,7 +37,7 @@ import conditioning
 import ema
 import settings
 from cli import program, signals
-from data import Dataset, load_data, some_pictures
+from data import Dataset, load_data
 from mixed import MixedAutoencoding, MixedDenoising
 from parallel import Sharding, replicate, synchronised
 from plan import Plan, data_changed, fit_weights, prepare
@@ -202,7 +202,6 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     Returns the exit status, as execute."""
     # ---- setup
     run = plan.run
-    chosen = some_pictures(task.count, args.limit)
     state = new_state(args, task, plan)
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
@@ -226,9 +225,10 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     # Print what runs, where and from which step: it may not be what the user remembers.
     for line in changed:
         print(f"{run.folder}: {line}")
-    print(f"{described(args, plan, task, state, len(chosen))}; step {start:,} of {args.steps:,}", flush=True)
+    print(f"{described(args, plan, task, state)}; step {start:,} of {args.steps:,}", flush=True)
 
     # ---- the loop
+    task.expect(piece for step in range(start, args.steps) for piece in task.split(task.order(step)))
     unread: list[Tensor] = []     # (4,) per step: loss, gradient norm, min and max time; see read_losses
     with signals() as received:   # a list that is empty until a signal comes
         stop = plan.ranks.agreed(received)
@@ -237,7 +237,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         for step in bar:
             # -- one step; then its weights join the averages
             rate = learning_rate(step, args, rise)
-            batch = task.batch(chosen, step)                   # a pure function of the step
+            batch = task.order(step)                           # a pure function of the step
             unread.append(update(args, plan, task, state, batch, rate))
             done = step + 1
             state.average(done)
@@ -271,6 +271,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
                 preview(plan, task, state, done, stop)
             if last and stop:
                 bar.close()
+                task.expect(())
                 print(stopped(done, args.steps), flush=True)
                 return 128 + stop[0]
 
@@ -286,11 +287,11 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     return 0
 
 
-def described(args: argparse.Namespace, plan: Plan, task: Task, state: State, count: int) -> str:
+def described(args: argparse.Namespace, plan: Plan, task: Task, state: State) -> str:
     """What is trained, on what, and how."""
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     kind = "pictures" if task.pairs is None else "pairs of noise and sample"
-    return (f"{plan.run.folder}: {args.arch} with {millions:.1f} M parameters on {count:,} {kind}; "
+    return (f"{plan.run.folder}: {args.arch} with {millions:.1f} M parameters on {len(task.order):,} {kind}; "
             f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory "
             "for weights, optimizer and a batch")
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import fashion_mnist
 from benchmarks.scenes import score_scene
 from conditioning import network_inputs
-from data import load_corners, load_data, load_mnist
+from data import load_data, load_drawn, load_mnist
 from pictures import to_tensor
 from published import load_weights
 from run import build_model, build_path, load_checkpoint, load_vae, unpack_vae
@@ -269,7 +269,7 @@ class Corners:
 
     def floor(self, vae_run: Path, n: int) -> list[dict]:
         """What the VAE's reconstructions of validation pictures score."""
-        images = load_corners("val", (self.side, self.side)).images[:n]
+        images = load_drawn("corners", "val", (self.side, self.side)).images[:n]
         restored = fashion_mnist.reconstruct(load_vae(vae_run), images)
         return [{"label": "reconstructions of validation pictures", "n": len(images), **self.score(restored)}]
 

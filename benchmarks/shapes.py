@@ -22,7 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
-from data import load_shapes
+from data import load_drawn
 from toys import COLOURS, KINDS, SHAPE_CLASSES, read_shape
 
 ASKED = [tuple(name.split("-")) for name in SHAPE_CLASSES]
@@ -38,7 +38,7 @@ def draw(args: argparse.Namespace, out: str, *more: str) -> np.ndarray:
 
 def from_pictures(args: argparse.Namespace, strength: str) -> None:
     """Count the samples that show the class asked for, and those that still show the picture's."""
-    pictures = load_shapes("val", (32, 32))
+    pictures = load_drawn("shapes", "val", (32, 32))
     right = kept = total = 0
     with tempfile.TemporaryDirectory() as folder:
         for i in range(0, 230, 23):             # of ten different classes

@@ -12,7 +12,7 @@ from conftest import DAMAGE, damage
 
 import text
 from cache import LatentCache, TextCache, check_embeddings, pieces, read_embeddings
-from data import load_shapes
+from data import load_drawn
 from files import read_stamp
 from pictures import to_tensor
 from vae import VAE, VAEConfig
@@ -21,7 +21,7 @@ from vae import VAE, VAEConfig
 # ---- latents
 
 def make_cache(tmp_path, vae, flip=False, stamp="v1", count=48):
-    shapes = load_shapes("train", (32, 32), count=count)
+    shapes = load_drawn("shapes", "train", (32, 32), count=count)
 
     def encode(images, mirrored):
         assert not torch.is_grad_enabled()
@@ -37,7 +37,7 @@ def make_cache(tmp_path, vae, flip=False, stamp="v1", count=48):
 def test_latent_cache(tmp_path):
     vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
     cache = make_cache(tmp_path, vae, flip=True)
-    x = to_tensor(load_shapes("train", (32, 32), count=48).images[:5])
+    x = to_tensor(load_drawn("shapes", "train", (32, 32), count=48).images[:5])
     with torch.no_grad():
         posterior, mirrored = vae.encode(x), vae.encode(x.flip(-1))
     assert cache.latents.shape == (48, 2, 2, 4, 16, 16) and isinstance(cache.latents, np.memmap)

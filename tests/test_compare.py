@@ -18,7 +18,7 @@ import sample
 import settings
 import train
 import unet
-from data import load_scenes
+from data import load_drawn
 from ddpm import DDPM
 from files import locked
 from rectified_flow import RectifiedFlow
@@ -81,7 +81,8 @@ def test_prompted_networks_have_equal_flops_and_one_text_encoder():
             width=128, depth=2, heads=2))}
         costs.append(compare.flops_per_example(cell))
     assert abs(costs[0] / costs[1] - 1) < 0.02
-    lengths = np.array([1 + len(caption.encode()) for caption in load_scenes("train", (32, 32)).captions])
+    captions = load_drawn("scenes", "train", (32, 32)).captions
+    lengths = np.array([1 + len(caption.encode()) for caption in captions])
     batches = np.random.default_rng(0).choice(lengths, (500, 32)).max(1)
     assert measures.PROMPT == pytest.approx(batches.mean(), abs=0.7)
 

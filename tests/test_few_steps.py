@@ -415,7 +415,7 @@ def test_pairs_are_drawn_once_and_go_on(tmp_path):
     assert samples[:, 0, 0, 0].tolist() == [7, 2] and samples.dtype == torch.float32
     for i, row in zip((7, 2), noise):
         assert torch.equal(row, torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(i)))
-    with pytest.raises(ValueError, match="0 of 10 pairs are there"):
+    with pytest.raises(ValueError, match="0 of 10 are there"):
         PairCache(tmp_path / "a.npy", 10, (1, 2, 2), None, {"run": 2})
     PairCache(tmp_path / "a.npy", 10, (1, 2, 2), draw, {"run": 2})
     assert calls[3:] == [list(range(10))]

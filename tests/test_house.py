@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
+import encode
 import sample
 import settings
 
@@ -31,31 +32,34 @@ ROOMS = {
     "cli": set(),
     "ranks": {"cli"},
     "parallel": set(),
+    "ahead": set(),
     "pictures": {"files"},
     "charts": {"pictures"},
     "ragged": {"files"},
     "folder": {"files", "pictures", "ragged"},
+    "shards": {"ahead", "files", "folder", "pictures"},
     "cache": {"files", "ragged"},
     "dit": {"attention"},
     "mmdit": {"attention", "dit"},
     "unet": {"attention"},
     "text": {"attention", "dit"},
     "published": {"dit", "mmdit", "unet", "vae"},
-    "data": {"files", "folder", "pictures", "ragged", "toys"},
-    "conditioning": {"cache", "data", "files", "folder", "text", "unet"},
+    "data": {"files", "folder", "pictures", "ragged", "shards", "toys"},
+    "conditioning": {"cache", "data", "files", "folder", "shards", "text", "unet"},
     "settings": {"cli", "data", "ddpm", "dit", "ema", "mmdit", "moe", "published", "rectified_flow", "text",
                  "unet", "vae"},
     "run": {"attention", "charts", "cli", "ema", "files", "moe", "parallel", "published", "settings", "text",
             "vae"},
     "export": {"cli", "ddpm", "dit", "files", "mmdit", "published", "run", "unet", "vae"},
-    "plan": {"cache", "cli", "conditioning", "data", "ema", "files", "folder", "moe", "parallel", "published",
-             "ragged", "ranks", "run", "settings", "vae"},
+    "plan": {"ahead", "cache", "cli", "conditioning", "data", "ema", "files", "folder", "moe", "parallel",
+             "published", "ragged", "ranks", "run", "settings", "shards", "vae"},
     "sample": {"cli", "conditioning", "ema", "files", "pictures", "published", "ranks", "run", "samplers",
                "settings", "vae"},
     "tasks": {"cache", "cli", "conditioning", "data", "files", "moe", "pictures", "plan", "ranks", "run",
-              "sample", "samplers", "settings", "vae"},
+              "sample", "samplers", "settings", "shards", "vae"},
     "mixed": {"cache", "cli", "conditioning", "data", "pictures", "plan", "ragged", "run", "sample",
               "settings", "tasks", "vae"},
+    "encode": {"ahead", "cache", "cli", "files", "pictures", "run", "settings", "shards", "vae"},
     "train": {"cli", "conditioning", "data", "ema", "mixed", "parallel", "plan", "published", "ranks", "run",
               "settings", "tasks"},
 }
@@ -67,6 +71,9 @@ PACKAGES = {name: {"torch"} for name in ROOMS} | {
     "ragged": {"numpy"},
     "folder": {"numpy", "PIL", "tqdm"},
     "cache": {"torch", "numpy", "tqdm"},
+    "ahead": {"torch", "numpy"},
+    "shards": {"torch", "numpy", "tqdm"},
+    "encode": {"torch", "numpy", "tqdm"},
     "data": {"torch", "numpy", "PIL", "tqdm"},
     "conditioning": {"torch", "numpy"},
     "run": {"torch", "PIL"},
@@ -158,6 +165,7 @@ def demonstrations(request, tmp_path_factory):
     ("tasks", "validation {'val_loss'"), ("files", "new, ['file']"), ("folder", "24 decoded"),
     ("pictures", "of which 0 differ when read back"), ("moe", "0.0% of the tokens without an expert"),
      ("ragged", "6 of 6 read back"), ("mixed", "tokens; validation {'val_loss'"),
+    ("ahead", "[7] -> [49], here"), ("shards", "an epoch has each once: True"),
 ])
 def test_demonstrations(demonstrations, name, expected):
     result, folder = demonstrations[name].result()
@@ -190,7 +198,7 @@ def readme_commands():
                   + re.findall(r"(?:^    .*\n)+", text, re.M)):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&&"):
-                if match := re.match(r"\s*(?:python|.*torchrun .*) (train|sample)\.py (.*)", part):
+                if match := re.match(r"\s*(?:python|.*torchrun .*) (train|sample|encode)\.py (.*)", part):
                     yield match.group(1), shlex.split(match.group(2))
 
 
@@ -200,6 +208,8 @@ def test_readme_commands_are_accepted():
     for script, flags in commands:
         if script == "train":
             settings.parse(flags)
+        elif script == "encode":
+            encode.parse_args(flags)
         else:
             sample.check_flags(sample.parse_args(flags))
 

@@ -260,7 +260,7 @@ def test_a_folder_at_its_own_aspect_ratios(tmp_path, capsys):
 
 
 def test_mixed_latents(tmp_path, capsys):
-    pictures = data.load_any_size("shapes", "train", 1024, (8, 8), 48, False)
+    pictures = data.load_drawn("shapes", "train", (32, 32), count=48, multiple=(8, 8))
     vae = VAE(VAEConfig(widths=(8, 16), groups=4)).eval()
 
     def encode(images, mirrored):
@@ -303,7 +303,7 @@ def test_mixed_latents(tmp_path, capsys):
         assert np.array_equal(cached().latents.flat, want)
         assert "rebuilding it" in capsys.readouterr().out
     cached("v2")
-    assert "another VAE or other data" in capsys.readouterr().out
+    assert "another VAE, other data" in capsys.readouterr().out
 
 
 # ---- the order of the data
@@ -432,7 +432,7 @@ def test_a_step_and_its_pieces(folder):
     """Every picture counts the same, whatever the pieces; neighbours of equal tokens."""
     task, planned = mixed_task(folder, "--tokens", "128", "--accumulate", "3", "--label-dropout", "0")
     assert planned.tokens == 128 and planned.multiple == (8, 8)
-    batch = task.batch(np.arange(task.count), 4)
+    batch = task.order(4)
     assert (np.diff(task.tokens[batch]) >= 0).all()
     parts = task.split(batch)
     assert len(parts) == 3 and np.array_equal(np.concatenate(parts), batch)
@@ -501,13 +501,13 @@ def test_flags_that_need_aspect():
 
 
 def test_endless_pictures_of_any_size():
-    shapes = data.load_any_size("shapes", "val", 1024, (8, 8), 48, False)
+    shapes = data.load_drawn("shapes", "val", (32, 32), count=48, multiple=(8, 8))
     sizes = {tuple(shape[:2]) for shape in shapes.images.shapes.tolist()}
     assert len(sizes) > 5 and max(map(math.prod, sizes)) <= 1024
     assert shapes.classes == data.SHAPE_CLASSES
     names = ["-".join(toys.read_shape(shapes.images[i])) for i in range(96)]
     assert names == [shapes.classes[label] for label in shapes.labels[:96]]
-    again = data.load_any_size.__wrapped__("shapes", "val", 1024, (8, 8), 48, False)
+    again = data.load_drawn.__wrapped__("shapes", "val", (32, 32), count=48, multiple=(8, 8))
     assert again.fingerprint == shapes.fingerprint
-    scenes = data.load_any_size("shapes", "train", 1024, (8, 8), 20, True)
+    scenes = data.load_drawn("scenes", "train", (32, 32), count=20, multiple=(8, 8))
     assert scenes.captions[3] == data.describe_scene(3).caption and scenes.vary is not None

@@ -95,7 +95,7 @@ def test_settings_that_may_change_on_resume():
     assert settings.RESUMABLE == {
         "name", "runs_dir", "data_dir", "cache_dir", "device", "compile", "grad_checkpoint", "log_every",
         "val_every", "preview_every", "preview_prompts", "save_every", "keep", "keep_best", "shard",
-        "tensor_parallel", "expert_parallel"}
+        "tensor_parallel", "expert_parallel", "workers"}
     assert settings.CHANGEABLE == ["steps", "batch_size", "lr"]
 
 

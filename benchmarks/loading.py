@@ -1,0 +1,95 @@
+"""How many pictures a second tar shards give, by the number of worker processes, against what a training
+needs.
+
+    python benchmarks/loading.py                          # JPEGs of 256 x 256, in a temporary folder
+    python benchmarks/loading.py --workers 0 4 16 --pictures 8192 --tflops 400
+
+What a network needs follows from its floating-point operations: XL/2 at 256 x 256 takes 118.6 GMACs forward,
+as Peebles and Xie 2022 (arXiv:2212.09748, table 9) count them, and three times that with the backward pass.
+On latents, a training needs those; on pictures, only the VAE's training and the encoding read at all.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import shards
+
+STEP_FLOPS = 3 * 2 * 118.6e9         # of XL/2 for one picture: forward and backward
+
+
+def write(folder: Path, pictures: int, per_shard: int, side: int) -> None:
+    """Shards of JPEGs of smooth noise, about as large as photographs of that size, and shards of latents."""
+    rng = np.random.default_rng(0)
+    raws = []
+    for _ in range(64):              # a few pictures, many times: decoding takes as long
+        coarse = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+        out = io.BytesIO()
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+        raws.append(out.getvalue())
+    latent = shards.npy_bytes(rng.standard_normal((1, 2, 4, side // 8, side // 8)).astype(np.float16))
+    for name, ending, contents in (("pictures", "jpg", raws), ("latents", "npy", [latent])):
+        (folder / name).mkdir()
+        for start in range(0, pictures, per_shard):
+            members = ((f"{i:08d}", {ending: contents[i % len(contents)], "cls": str(i % 1000).encode()})
+                       for i in range(start, min(start + per_shard, pictures)))
+            shards.write_shard(folder / name / f"{start // per_shard:05d}.tar", members)
+    print(f"{len(raws[0]) / 1024:.0f} KiB a picture, {len(latent) / 1024:.0f} KiB a latent")
+
+
+def rate(reader, order: shards.ShardOrder, steps: int) -> float:
+    """Examples a second over this many batches; the first one, which waits for the processes, is not
+    counted."""
+    reader.expect(map(order, range(steps + 1)))
+    read = reader.batch if isinstance(reader, shards.ShardLatents) else reader.__getitem__
+    read(order(0))
+    began = time.perf_counter()
+    for step in range(1, steps + 1):
+        read(order(step))
+    seconds = time.perf_counter() - began
+    reader.expect(())
+    return steps * order.batch_size / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=2048)
+    parser.add_argument("--per-shard", type=int, default=256)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tflops", type=float, default=400.0, help="what the GPU reaches in bf16")
+    args = parser.parse_args()
+    need = args.tflops * 1e12 / STEP_FLOPS * (256 / args.side) ** 2
+    print(f"XL/2 at {args.side} x {args.side} on a GPU that reaches {args.tflops:g} TFLOPS trains on at most "
+          f"{need:,.0f} examples a second")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write(folder, args.pictures, args.per_shard, args.side)
+        manifest = {"flips": 1, "shape": [4, args.side // 8, args.side // 8]}
+        for name in ("pictures", "latents"):
+            found = shards.find_shards(str(folder / name))
+            began = time.perf_counter()
+            index = shards.open_index(found, folder / f"{name}-index")
+            print(f"{name}: {len(index) / (time.perf_counter() - began):,.0f} samples a second indexed, once")
+            rows = shards.TrainingRows(len(index), shards.validation_samples(len(index)))
+            order = shards.ShardOrder(rows.per_shard(index), args.batch_size, seed=0)
+            for workers in args.workers:
+                reader = shards.ShardLatents(index, manifest, rows, flip=False, workers=workers)
+                if name == "pictures":
+                    reader = shards.ShardPictures(index, (args.side, args.side), rows, workers=workers)
+                print(f"{name}, {workers} workers: {rate(reader, order, args.steps):,.0f} a second",
+                      flush=True)
+
+
+if __name__ == "__main__":
+    main()
