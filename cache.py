@@ -199,14 +199,19 @@ class MixedLatentCache(LatentCache):
         for i in range(len(self)):
             yield self.latents[i][None]
 
-    def batch(self, indices: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+    def batch(self, indices: np.ndarray, part: slice = slice(None),
+              generator: torch.Generator | None = None) -> Tensor:
         """z of the chosen pictures, float32 and not normalised, one after another in (n,): `split` cuts it
         into them."""
         flip = torch.randint(int(self.latents.shapes[0, 0]), (len(indices),), generator=generator)
+        shapes = self.latents.shapes[indices, 2:]                       # (B, 3): C, h, w
+        numbers = shapes.prod(1)
+        noise = torch.randn(int(numbers.sum()), generator=generator)
         chosen = [torch.from_numpy(self.latents[int(i)][f].astype(np.float32)).flatten(1)
-                  for i, f in zip(indices, flip)]
+                  for i, f in zip(indices[part], flip[part])]
         mean, std = torch.cat(chosen, dim=1).unbind()
-        return mean + std * torch.randn(mean.shape, generator=generator)
+        start = int(numbers[:range(len(indices))[part].start].sum())    # of the first of them
+        return mean + std * noise[start:start + mean.numel()]
 
     def split(self, z: Tensor, indices: np.ndarray) -> list[Tensor]:
         """Views of it, (C, h, w) each."""

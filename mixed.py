@@ -28,7 +28,8 @@ import settings
 from cache import MixedLatentCache
 from cli import program
 from conditioning import VALIDATED
-from data import Dataset, grouped_indices, load_any_size, packed_indices, send, shares
+from data import (Dataset, Order, grouped_indices, load_drawn, packed_indices, send, shares,
+                  some_pictures)
 from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare
 from ragged import Ragged, groups_of_equal
@@ -50,23 +51,27 @@ class MixedAutoencoding(Autoencoding):
         self.data = data
         self.cache_dir = cache_dir
         self.device = plan.device
-        self.count = len(data)
+        self.ranks = plan.ranks
         self.val = val.images[:VALIDATED]
-
-    def batch(self, chosen: np.ndarray, step: int) -> np.ndarray:
-        shapes = self.data.images.shapes[chosen, :2]
-        return chosen[grouped_indices(shapes, self.args.batch_size, step, self.args.seed)]
+        chosen = some_pictures(len(data), args.limit)
+        shapes = data.images.shapes[chosen, :2]
+        self.order = Order(chosen, lambda step: grouped_indices(shapes, args.batch_size, step, args.seed))
 
     def loss(self, model: VAE, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         losses = []
+        mine = self.ranks.part(len(indices))
         # A batch is at most batch_size pictures of the budget's size, so no group needs to be cut.
         for group in groups_of_equal(self.data.images.shapes[indices, :2], 2**62):
-            x = to_tensor(self.data.images.stack(indices[group]))
+            # A group is in order, so this rank's part of it is one piece. Where that is empty, one picture
+            # passes for nothing, as the random numbers of the whole group are drawn by every rank.
+            start, stop = np.searchsorted(group, (mine.start, mine.stop)).tolist()
+            part = slice(start, stop) if start < stop else slice(0, 1)
+            x = to_tensor(self.data.images.stack(indices[group[part]]))
             if self.args.flip:
-                x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+                x = torch.where((torch.rand(len(group), 1, 1, 1) < 0.5)[part], x.flip(-1), x)
             loss, _ = model.loss(send(x, self.device), self.args.kl_weight, noise=self.args.latent_noise,
-                                 equivariance=self.args.equivariance)
-            losses.append(loss)
+                                 equivariance=self.args.equivariance, rows=(len(group), part))
+            losses.append(loss[:stop - start])
         loss = torch.cat(losses)
         return loss, loss.new_zeros(len(loss))
 
@@ -115,6 +120,7 @@ class MixedDenoising(Denoising):
         self.args = args
         self.plan = plan
         self.device = plan.device
+        self.ranks = plan.ranks
         self.vae = plan.vae.to(plan.device)
         self.conditioning = plan.conditioning
         self.conditioning.packed = True
@@ -123,8 +129,8 @@ class MixedDenoising(Denoising):
         self.pairs = None
         self.images = data.images
         self.cache = encode_mixed(args, self.vae, data, cache_dir, plan)
-        self.count = len(data)
         self.tokens = tokens_of(data.images, plan)
+        self.order = Order(some_pictures(len(data), args.limit), self.positions)
         # The same fixed pictures, noise and times for every validation, as the parent has.
         pictures = val.images[:VALIDATED]
         self.val_tokens = tokens_of(pictures, plan)
@@ -139,12 +145,12 @@ class MixedDenoising(Denoising):
         self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
         self.eps = [torch.randn(x0.shape, generator=generator).to(self.device) for x0 in self.x0]
 
-    def batch(self, chosen: np.ndarray, step: int) -> np.ndarray:
+    def positions(self, step: int) -> np.ndarray:
         """The pictures of a step, those of equal tokens beside each other, as attention computes them
         together."""
-        tokens = self.tokens[chosen]
-        indices = packed_indices(tokens, self.plan.tokens, step, self.args.seed)
-        return chosen[indices[np.argsort(tokens[indices], kind="stable")]]
+        tokens = self.tokens[self.order.chosen]
+        positions = packed_indices(tokens, self.plan.tokens, step, self.args.seed)
+        return positions[np.argsort(tokens[positions], kind="stable")]
 
     def split(self, batch: np.ndarray) -> list[np.ndarray]:
         """Pieces of nearly equal tokens, for --accumulate."""
@@ -154,19 +160,23 @@ class MixedDenoising(Denoising):
 
     def loss(self, model: torch.nn.Module, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         # The order of the random draws is the parent's: latent, dropout, rewording, time, noise.
-        z = send(self.cache.batch(indices), self.device)               # one copy for all pictures
-        x0 = [self.vae.normalize(part) for part in self.cache.split(z, indices)]
-        dropped = torch.rand(len(x0)) < self.args.label_dropout
-        cond = self.conditioning.batch(model, indices, dropped)
-        tokens = torch.from_numpy(self.tokens[indices])
-        times = {name: send(part, self.device)
-                 for name, part in self.path.sample_times(len(x0), tokens).items()}
-        return self.path.loss(model, x0, **times, **cond), times["t"]
+        n = len(indices)
+        part = shares(self.tokens[indices], self.ranks.shares)[self.ranks.share]
+        z = send(self.cache.batch(indices, part), self.device)         # one copy for all pictures
+        x0 = [self.vae.normalize(x) for x in self.cache.split(z, indices[part])]
+        dropped = torch.rand(n) < self.args.label_dropout
+        cond = self.conditioning.batch(model, indices, dropped, part)
+        times = self.path.sample_times(n, torch.from_numpy(self.tokens[indices]))
+        times = {name: send(t[part], self.device) for name, t in times.items()}
+        shapes = self.cache.latents.shapes[indices, 2:].tolist()
+        eps = [torch.randn(shape, device=self.device) for shape in shapes][part]
+        return self.path.loss(model, x0, eps=eps, **times, **cond), times["t"]
 
     def validate(self, model: torch.nn.Module, stop: list[int]) -> dict:
         losses = []
         # without gradients, four times the tokens of a training step fit: see tasks.at_once
-        budget = self.plan.tokens // self.args.accumulate * (1 if self.args.grad_checkpoint else 4)
+        budget = self.plan.tokens // (self.args.accumulate * self.ranks.shares)
+        budget *= 1 if self.args.grad_checkpoint else 4
         first = np.cumsum(self.val_tokens) // budget
         parts = [np.flatnonzero(first == number) for number in np.unique(first)]
         for part in watched(parts, stop, "validate"):
@@ -253,20 +263,20 @@ def demo() -> None:
         flags = ["--aspect", "--preset", "tiny", "--vae-preset", "tiny", "--runs-dir", folder]
         args = settings.parse(["--arch", "dit", *flags])
         plan = prepare(args)
-        data, val = [load_any_size("shapes", split, 32 * 32, plan.multiple, 240, False)
+        data, val = [load_drawn("shapes", split, (32, 32), count=240, multiple=plan.multiple)
                      for split in ("train", "val")]
         task = MixedAutoencoding(plan.vae_args, data, val, plan, Path(folder))
         plan.vae = task.build().eval().requires_grad_(False)
         print(f"sizes: {task.sizes()}")
         with torch.no_grad():
-            batch = task.batch(np.arange(len(data)), 0)
+            batch = task.order(0)
             print(f"VAE: loss {task.loss(plan.vae, batch)[0].mean():.3f} of a batch of {len(batch)}; "
                   f"validation {task.validate(plan.vae, [])}")
         plan.conditioning.attach(data, val, Path(folder), resumed=False)
         task = MixedDenoising(args, data, val, plan, Path(folder))
         model = task.build().eval()
         with torch.no_grad():
-            batch = task.batch(np.arange(len(data)), 0)
+            batch = task.order(0)
             print(f"DiT: loss {task.loss(model, batch)[0].mean():.3f} of {len(batch)} pictures, "
                   f"{task.tokens[batch].sum()} tokens; validation {task.validate(model, [])}")
         del task                                # Windows does not delete a file that is still mapped

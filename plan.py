@@ -154,14 +154,16 @@ def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.size % args.tensor_parallel:
         raise ValueError(f"--tensor-parallel {args.tensor_parallel}: does not divide the {ranks.size} "
                          "processes; give a divisor, or 1")
-    if args.aspect and ranks.size > 1:
-        raise ValueError(f"--aspect: is trained by one process, not by {ranks.size}; start it with python")
     ranks.tensor = args.tensor_parallel
+    if args.aspect and args.shard and args.arch == "vae":
+        raise ValueError("--shard with --aspect: a VAE is called once for each size, not equally often in "
+                         "all processes; leave --shard out")
     if args.expert_parallel and args.experts and args.experts % ranks.shares:
         raise ValueError(f"--expert-parallel: {ranks.shares} processes or groups of them cannot share "
                          f"--experts {args.experts}; give a multiple of {ranks.shares}")
     pieces = args.accumulate * ranks.shares
-    if ranks.size > 1 and args.batch_size % pieces:
+    packs = args.aspect and args.arch != "vae"             # its steps are of tokens: see plan_sizes
+    if ranks.size > 1 and args.batch_size % pieces and not packs:
         raise ValueError(f"--batch-size {args.batch_size}: {ranks.shares} processes or groups of them, each "
                          f"with {args.accumulate} pieces (--accumulate), cannot share it; give a multiple of "
                          f"{pieces}")
@@ -480,15 +482,15 @@ def plan_sizes(args: argparse.Namespace, plan: Plan, need: list[int]) -> None:
     full = pixels // math.prod(need)                       # no picture has more tokens
     plan.tokens = args.tokens or args.batch_size * full
     # A step may have almost a picture less than its budget, and every piece of it needs one.
-    least = full if args.accumulate == 1 else 2 * args.accumulate * full
+    pieces = args.accumulate * plan.ranks.shares
+    least = full if pieces == 1 else 2 * pieces * full
     if plan.tokens < least:
         what = f"--tokens {args.tokens}" if args.tokens else f"--batch-size {args.batch_size}"
-        pieces = f" in {args.accumulate} pieces" if args.accumulate > 1 else ""
-        raise ValueError(f"{what}: {plan.tokens:,} tokens a step{pieces} are too few for pictures of up to "
+        among = f" in {pieces} pieces" if pieces > 1 else ""
+        raise ValueError(f"{what}: {plan.tokens:,} tokens a step{among} are too few for pictures of up to "
                          f"{full:,}; give --tokens {least} or more")
     times = 1 if args.grad_checkpoint else 4               # see tasks.at_once
-    plan.pixels_at_once = min(PIECE, max(1, times * plan.tokens // args.accumulate)
-                              * math.prod(need))
+    plan.pixels_at_once = min(PIECE, max(1, times * plan.tokens // pieces) * math.prod(need))
 
 
 def data_changed(args: argparse.Namespace, run: Run, finished: bool) -> str:

@@ -64,10 +64,15 @@ class Ranks:
         """How many parts a batch is divided into."""
         return self.size // self.tensor
 
+    @property
+    def share(self) -> int:
+        """Which of them is this rank's."""
+        return self.rank // self.tensor
+
     def part(self, count: int) -> slice:
         """The positions of this rank in a batch of `count`, which `shares` must divide."""
-        size, number = count // self.shares, self.rank // self.tensor
-        return slice(number * size, (number + 1) * size)
+        size = count // self.shares
+        return slice(self.share * size, (self.share + 1) * size)
 
     def stacked(self, values: Tensor) -> Tensor:
         """The values of all ranks, (size, ...), on the CPU."""

@@ -667,6 +667,8 @@ def vae_settings(args: argparse.Namespace, begun: dict | None,
         vars(result).update(begun | {"steps": steps})
     for name in RESUMABLE:
         setattr(result, name, getattr(args, name))
+    if args.aspect:
+        result.shard, result.tensor_parallel = False, 1        # as plan.check_ranks says; it is small
     result.name = folder.name
     return result
 
