@@ -12,6 +12,7 @@ import dit
 import run
 import sample
 import settings
+import tasks
 import train
 import unet
 from attention import attention
@@ -441,9 +442,9 @@ def test_reflow_from_pairs_that_sample_draws(cwd, monkeypatch):
     monkeypatch.setattr(RectifiedFlow, "loss", loss)
     train.main([*REFLOW, "--reflow-cfg", "1.5", "--name", "reflowed"])
     stamp = json.loads(open("runs/reflowed/pairs.json").read())
-    assert stamp["guidance"] == 1.5 and stamp["done"] == 44 + VALIDATED
+    assert stamp["guidance"] == 1.5 and stamp["shape"][0] == 44 + VALIDATED and "done" not in stamp
     pairs = PairCache(cwd / "runs/reflowed/pairs.npy", 44 + VALIDATED, (4, 8, 8), None,
-                      {name: value for name, value in stamp.items() if name not in ("done", "shape")})
+                      {name: value for name, value in stamp.items() if name != "shape"})
     vae = run.load_vae("runs/done")
     decoded = vae.decode(vae.denormalize(torch.from_numpy(pairs.samples[:12].astype(np.float32))))
     sample.main(["runs/done", "--n", "12", "--cfg", "1.5", "--steps", "3", "--out", "drawn.npz"])
@@ -475,17 +476,15 @@ def test_reflow_from_pairs_that_sample_draws(cwd, monkeypatch):
 def test_an_interrupted_reflow_goes_on(cwd, monkeypatch):
     flags = [*REFLOW, "--cooldown", "0"]
     train.main([*flags, "--name", "reflow-whole"])
-    plain, calls = PairCache._draw, []
+    plain, calls = tasks.noise_of, []
 
-    def interrupted(self, samples, done, draw, stamp_path, at_once):
-        def once(part):
-            calls.append(part)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return draw(part)
-        plain(self, samples, done, once, stamp_path, at_once)
+    def interrupted(part, shape):
+        calls.append(part)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(part, shape)
 
-    monkeypatch.setattr(PairCache, "_draw", interrupted)
+    monkeypatch.setattr(tasks, "noise_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.main([*flags, "--steps", "2", "--name", "reflow-parts"])
     assert not open("runs/reflow-parts/pairs.json").read() == open("runs/reflow-whole/pairs.json").read()
