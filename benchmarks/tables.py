@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +27,7 @@ from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, 
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
 from charts import COLOURS, MARKS, Chart, Series
+from ddpm import DDPM
 from files import write_atomically
 
 
@@ -361,6 +363,11 @@ def corner_chart(m: Measured) -> Chart | None:
                  "share that agrees", series) if series else None
 
 
+def cosine_end() -> float:
+    """The alpha at which the cosine schedule ends."""
+    return DDPM(schedule="cosine").alpha_sigma(torch.ones(1, dtype=torch.float64))[0].item()
+
+
 def schedule_table(m: Measured) -> str:
     rows = ["| | " + " | ".join(NETWORKS) + " |", "|---" * (len(NETWORKS) + 1) + "|"]
     for objective in SCHEDULES:
@@ -370,7 +377,9 @@ def schedule_table(m: Measured) -> str:
             rows.append(f"| {objective} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
-    return "\n".join(rows) + (f"\n\nFréchet distance, 50 first-order steps. {seeds_of(m, 'schedules')}; "
+    return "\n".join(rows) + ("\n\nFréchet distance, 50 first-order steps. The cosine schedule ends at an alpha "
+                              f"of {cosine_end():.0e}, by which the network's eps is divided for x0, and its "
+                              f"error with it. {seeds_of(m, 'schedules')}; "
                               f"{made_with(m, 'schedules')}.")
 
 
