@@ -1,4 +1,4 @@
-"""folder.py: folders as people have them, listed with their captions, and decoded once."""
+"""folder.py and decoded.py: folders as people have them, listed with their captions, and decoded once."""
 
 import json
 import os
@@ -13,9 +13,10 @@ import pytest
 from conftest import DAMAGE, EPS, RED, captioned, colours, contents, count_reads, damage, picture
 from PIL import EpsImagePlugin, Image
 
-import folder as folder_file
+import decoded
+from decoded import open_pictures
 from files import read_stamp
-from folder import crop_places, list_folder, open_pictures, split_rows
+from folder import crop_places, list_folder, split_rows
 from pictures import open_image
 
 
@@ -130,14 +131,14 @@ def test_metadata_that_names_other_pictures_is_said(tmp_path, name, content):
 def test_words_that_may_not_be_read_are_named(tmp_path, monkeypatch, name):
     captioned(tmp_path / "p", [None])
     (tmp_path / "p" / name).write_text("x")
-    plain = Path.read_bytes
+    plain = Path.open
 
-    def refuse(path):                                           # the superuser may read everything
+    def refuse(path, *args, **options):                         # the superuser may read everything
         if path.name == name:
             raise PermissionError(13, "Permission denied", str(path))
-        return plain(path)
+        return plain(path, *args, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ValueError, match=rf"p/{name}: cannot be read \(Permission denied\)$"):
         list_folder(tmp_path / "p", "captions")
 
@@ -235,14 +236,14 @@ def test_links_are_followed_once(tmp_path, capsys):
                          "p/gone": "nothing"}.items():
         (tmp_path / name).symlink_to((tmp_path / target).resolve())
     folder = list_folder(tmp_path / "p")
-    assert folder.classes == ["cats", "dogs"] and folder.labels == [0, 0, 1, 1, 1]
+    assert folder.classes == ["cats", "dogs"] and folder.labels.tolist() == [0, 0, 1, 1, 1]
     assert [path.name for path in folder.pictures] == ["2.png", "1.png", "1.png", "2.png", "9.png"]
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     for name in ("dogs/self", "dogs/up", "dogs/top", "more-dogs", "twice", "dogs/3.png", "gone"):
         assert f"p/{name}: " in error, name
     (tmp_path / "whole").symlink_to(tmp_path / "p")
-    assert list_folder(tmp_path / "whole").labels == folder.labels
+    assert list_folder(tmp_path / "whole").labels.tolist() == folder.labels.tolist()
     found = opened(tmp_path / "whole", tmp_path / "cache").images
     assert [colour[0] for colour in colours(found)] == [20, 10, 40, 30, 50]
 
@@ -522,8 +523,8 @@ def test_large_files_are_compared_at_many_places(tmp_path, place):
     start = int(place * len(content)) // 65536 * 65536
     content[start:start + 400_000] = b"x" * len(content[start:start + 400_000])
     (tmp_path / "b").write_bytes(content)
-    assert folder_file._hash_content(tmp_path / "a") != folder_file._hash_content(tmp_path / "b")
-    assert folder_file._hash_content(tmp_path / "missing") == "unreadable"
+    assert decoded._hash_content(tmp_path / "a") != decoded._hash_content(tmp_path / "b")
+    assert decoded._hash_content(tmp_path / "missing") == "unreadable"
 
 
 def test_the_cache_of_other_pictures_is_rebuilt(tmp_path):
@@ -550,7 +551,7 @@ def test_a_damaged_cache_of_pictures_is_rebuilt(tmp_path, capsys, name, how):
     if name == "images.npy":
         state = "missing" if how == "missing" else "damaged"
         assert f"images.npy is {state}: rebuilding it" in capsys.readouterr().out
-    assert contents(tmp_path / "cache") == {"images.npy", "images.json", "images.lock"}
+    assert contents(tmp_path / "cache") == {"images.npy", "images.json", "images.about.npy", "images.lock"}
 
 
 @pytest.mark.parametrize("field, value", [
@@ -568,7 +569,7 @@ def test_an_edited_stamp_does_no_harm(tmp_path, field, value):
 def test_an_interrupted_decoding_leaves_nothing(tmp_path, monkeypatch):
     make_some(tmp_path / "p")
 
-    calls, plain = [], folder_file.read_image
+    calls, plain = [], decoded.read_image
 
     def interrupt(*args, **options):
         calls.append(args)
@@ -576,7 +577,7 @@ def test_an_interrupted_decoding_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args, **options)
 
-    monkeypatch.setattr(folder_file, "read_image", interrupt)
+    monkeypatch.setattr(decoded, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path / "p", tmp_path / "cache")
     assert contents(tmp_path / "cache") == {"images.lock"}
