@@ -133,7 +133,8 @@ def open_pictures(folder: Folder, size: Size, cache_dir: Path, crops: int = 1,
             images = form.open(array_path, count, _sizes(about))
         if images is None or not len(images):
             if fits:
-                print(f"{array_path} is {'damaged' if array_path.exists() else 'missing'}: rebuilding it")
+                path = array_path if len(known) else about_path
+                print(f"{path} is {'damaged' if path.exists() else 'missing'}: rebuilding it")
             about["height"] = about["width"] = 0
             form.write(array_path, count, _decode(folder, form, about, stamp_path))
             images = form.open(array_path, count, _sizes(about))
@@ -148,8 +149,8 @@ def open_pictures(folder: Folder, size: Size, cache_dir: Path, crops: int = 1,
 
 def _sizes(about: np.ndarray) -> np.ndarray:
     """(n, 2), of the pictures that are decoded."""
-    about = about[about["height"] > 0]
-    return np.stack([about["height"], about["width"]], axis=1)
+    keep = np.flatnonzero(about["height"])
+    return np.stack([about["height"][keep], about["width"][keep]], axis=1)
 
 
 def _known(stamp: dict, path: Path, form: Cropped | Fitted, count: int) -> np.ndarray:
@@ -221,11 +222,11 @@ def _contents(folder: Folder, known: np.ndarray) -> np.ndarray:
 
 def _named(folder: Folder, about: np.ndarray) -> Iterator[tuple[str, int, str]]:
     """Name, size and hash of every picture, from which fingerprints are computed."""
-    for start in range(0, len(about), 4096):
-        part = about[start:start + 4096]
+    for start in range(0, len(about), 256):
+        part = about[start:start + 256]
         content = [f"{number:016x}" if read else "unreadable"
                    for number, read in zip(part["hash"].tolist(), part["read"].tolist())]
-        yield from zip(folder.pictures.names[start:start + 4096], part["size"].tolist(), content)
+        yield from zip(folder.pictures.names[start:start + 256], part["size"].tolist(), content)
 
 
 def _hash_content(path: Path) -> str:

@@ -111,25 +111,25 @@ def _list_pictures(path: Path) -> Folder:
     """A flat folder, or a folder of class folders. What is left out is named on stderr."""
     inside, metadata = _walk(path)
     top = _split(inside[""])
-    flat = [name for name in top if name not in inside]
-    counts: dict[str, int] = {}                     # pictures by class, or by "" in a flat folder
+    folders = {name for name in top if name in inside}
+    counts: dict[str, int] = {}                     # pictures by class, of those that have any
 
-    def in_order() -> Iterator[str]:
-        for name in sorted(set(top) - set(flat), key=natural) or [""]:
+    def in_classes() -> Iterator[str]:
+        for name in sorted(folders, key=natural):
             for counts[name], picture in enumerate(_below(inside, name), 1):
                 yield picture
 
-    pictures = Files(path, Strings.of(in_order()))
-    if not flat and not pictures:
+    names, flat = Strings.of(in_classes()), Strings.of(name for name in top if name not in folders)
+    if not flat and not names:
         raise ValueError(f"--data {path}: no pictures in this folder (looked for files that Pillow opens, "
                          "such as .png, .jpg; never PostScript or PDF)")
     if not flat:
         labels = np.repeat(np.arange(len(counts), dtype=np.int32), list(counts.values()))
-        return Folder(path, pictures, labels, list(counts), metadata=metadata)
-    if counts.keys() != {""} and pictures:
+        return Folder(path, Files(path, names), labels, list(counts), metadata=metadata)
+    if names:
         raise ValueError(f"--data {path}: {flat[0]} lies beside class folders; "
                          "use a flat folder or class folders, not both")
-    return Folder(path, Files(path, Strings.of(flat)), labels=None, classes=[], metadata=metadata)
+    return Folder(path, Files(path, flat), labels=None, classes=[], metadata=metadata)
 
 
 def _below(inside: dict[str, str], folder: str) -> Iterator[str]:
@@ -142,8 +142,7 @@ def _below(inside: dict[str, str], folder: str) -> Iterator[str]:
         if name is None:
             waiting.pop()
         elif start + name in inside:
-            name = start + name
-            waiting.append((f"{name}/" if name else "", iter(_split(inside.pop(name)))))
+            waiting.append((f"{start}{name}/", iter(_split(inside.pop(start + name)))))
         else:
             yield start + name
 
@@ -191,7 +190,9 @@ def _walk(path: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
             skipped.append(f"{folder}: {error.strerror}")
             continue
         for name in names:
-            child = folder / name
+            # Not folder / name: a Path keeps its parts in Python's table of names, which would then grow by
+            # those of the whole folder, as long as the list has them.
+            child = Path(os.path.join(folder, name))
             kind = endings().get(child.suffix.lower())
             hidden = name.startswith(".") or name.lower() in LITTER
             try:

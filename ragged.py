@@ -114,7 +114,7 @@ def write_ragged(path: Path, arrays: Iterable[np.ndarray]) -> np.ndarray:
             file.write(np.ascontiguousarray(array).tobytes())
             shapes.extend(array.shape)
             rank = array.ndim
-    return np.array(shapes).reshape(-1, rank)
+    return np.frombuffer(shapes, np.int64).reshape(-1, rank)
 
 
 def open_ragged(path: Path, dtype, shapes: object) -> Ragged | None:
@@ -174,6 +174,8 @@ def key_of(string: str) -> int:
 
 def places(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Where each key is among others, (n,), or -1."""
+    if np.array_equal(keys, among):
+        return np.arange(len(keys))
     if not len(among):
         return np.full(len(keys), -1)
     order = np.argsort(among)
