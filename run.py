@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -51,11 +51,13 @@ from vae import VAE
 
 class Run:
     """The folder of one run. writes: False in a process that shares the training with the one that writes;
-    it reads the files, and keeps its records, but leaves all files as they are."""
+    it reads the files, and keeps its records, but leaves all files as they are. mapped: as load_checkpoint
+    has it."""
 
-    def __init__(self, folder: Path, writes: bool = True):
+    def __init__(self, folder: Path, writes: bool = True, mapped: bool = False):
         self.folder = folder
         self.writes = writes
+        self.mapped = mapped
         self.checkpoint = folder / "checkpoint.pt"
         self.settings = folder / "settings.json"
         self.metrics = folder / "metrics.jsonl"
@@ -84,7 +86,7 @@ class Run:
                 raise ValueError(f"{self.checkpoint} is missing{hint}")
             return None
         try:
-            checkpoint = load_checkpoint(self.checkpoint)
+            checkpoint = load_checkpoint(self.checkpoint, self.mapped)
         except ValueError as error:
             raise ValueError(f"{error}{other_copy(self.checkpoint)}") from None
         training = checkpoint.get("training") or {}
@@ -370,8 +372,10 @@ TRAINING = ("optimizer", "rng", "data", "finished")    # under "training", to co
 DEPTHS = ("depth", "single_depth", "layers")           # fields of configurations that count layers
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint, from its run folder or file, on the CPU. Raises ValueError with a line for the user."""
+def load_checkpoint(path: str | Path, mapped: bool = False) -> dict:
+    """A checkpoint, from its run folder or file, on the CPU. mapped: leave its weights on the disk until they
+    are used, and in no more memory than the system can spare, as for a process that needs a share of them.
+    Raises ValueError with a line for the user."""
     path = Path(path)
     try:
         file = path / "checkpoint.pt" if path.is_dir() else path
@@ -393,19 +397,19 @@ def load_checkpoint(path: str | Path) -> dict:
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{file}: not a file of export.py, or damaged") from None
     else:
-        checkpoint = read_checkpoint(file)
+        checkpoint = read_checkpoint(file, mapped)
     check_parts(checkpoint, file)
     check_networks(checkpoint, file)
     return checkpoint
 
 
-def read_checkpoint(file: Path) -> dict:
+def read_checkpoint(file: Path, mapped: bool) -> dict:
     """What torch.save has written, with all of its parts."""
     try:
         # torch.load does not compare the checksums that torch.save writes
         with zipfile.ZipFile(file) as archive:
             corrupt = archive.testzip()
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         parts = set(checkpoint) | {f"data.{part}" for part in checkpoint.get("data", ())}
     except Exception as error:      # a dozen types for a damaged file; all mean the same to the user
         raise ValueError(f"{file}: not a checkpoint of train.py, or damaged ({type(error).__name__})"
@@ -584,14 +588,19 @@ class State:
         """The average that is validated, drawn from and exported."""
         return next(iter(self.averages.values()))
 
-    def shard(self, sharding: Sharding, experts: bool = False) -> None:
-        """Keep only this process's share of all weights. experts: whether each process keeps whole experts,
-        to which the tokens travel, in place of a share of all of them."""
+    def shard(self, sharding: Sharding, initial: Mapping | None = None, experts: bool = False) -> None:
+        """Keep only this process's share of all weights. initial: the state of a model on the meta device;
+        None where it is whole, or will be restored. experts: whether each process keeps whole experts, to
+        which the tokens travel, in place of a share of all of them."""
         self.sharding = sharding
         for network in (self.model, *self.averages.values()):
             if experts:
                 moe.distribute_experts(network, sharding.mesh["data"])
             self.steps[network] = sharding.shard(network, trained=network is self.model)
+        if initial is not None:
+            sharding.load(self.model, initial)
+            for network in self.averages.values():
+                copy_shares(self.model, network)
 
     def run(self, network: torch.nn.Module, call: Callable, *inputs):
         """call(network, *inputs)."""
@@ -703,6 +712,14 @@ class State:
     def is_finite(self) -> bool:
         finite = all(bool(torch.isfinite(parallel.local(weight)).all()) for weight in self.model.parameters())
         return finite if self.sharding is None else self.sharding.everywhere(finite)
+
+
+@torch.no_grad()
+def copy_shares(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Copy what this process has of one model into another that is cut alike."""
+    theirs = other.state_dict()
+    for name, part in model.state_dict().items():
+        parallel.local(theirs[name]).copy_(parallel.local(part))
 
 
 # ---- building what a checkpoint holds

@@ -381,12 +381,13 @@ def resolve_layout(args: argparse.Namespace) -> None:
             raise ValueError(f"--tensor-parallel {args.tensor_parallel}: cuts the blocks of dit and mmdit, "
                              f"not of {args.arch}; leave it out")
         args.shard = True
-    if args.shard and OBJECTIVES[args.objective].second_time and args.arch != "vae":
-        raise ValueError(f"--shard: not with --objective {args.objective}, which calls the network another "
-                         "number of times in each process; leave it out, and each holds the whole network")
     if args.expert_parallel and not (args.shard and (args.experts or args.arch == "vae")):
         raise ValueError("--expert-parallel: goes with --experts N and --shard; give those too, or leave it "
                          "out")
+    if args.expert_parallel and OBJECTIVES[args.objective].second_time and args.arch != "vae":
+        raise ValueError(f"--expert-parallel: not with --objective {args.objective}, whose forward-mode "
+                         "derivative PyTorch's exchange of tokens does not have; leave it out, and experts are "
+                         "sharded as all weights are")
 
 
 def check_aspect(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ import settings
 from cli import Flag, integer, make_parser, number, one_of, program
 from dit import Block
 from mmdit import JointBlock, SingleBlock
-from parallel import Sharding, check_tensor_parallel, cut_modules, cuts_of, linears_of, local, replicate
+from parallel import Sharding, check_tensor_parallel, cuts_of, local, replicate, tensor_plan
 from plan import kept_bytes
 from ranks import Ranks, environments, launched
 from run import State, build_model, checkpoint_blocks
@@ -213,13 +213,16 @@ def forward_of(network: Network, model: nn.Module, bf16: bool = False) -> Callab
 
 
 def cut_for_one(model: nn.Module, blocks: tuple[type, ...], tensor: int) -> None:
-    """Give the linear layers and the attentions of a model the sizes that they have in a tensor group."""
-    for module in cut_modules(model, blocks).values():
-        for name, cut in linears_of(module).items():
-            linear = getattr(module, name)
-            shape = list(linear.weight.shape)
+    """Give the linear layers and the attentions of a model the sizes that they have in a tensor group. Those
+    whose output is gathered stay as they are, as autograd keeps the same of them."""
+    for holder, linears in tensor_plan(model, blocks).items():
+        module = model.get_submodule(holder)
+        for name, cut in linears.items():
+            if cut.gathered:
+                continue
+            shape = list(module.get_submodule(name).weight.shape)
             shape[cut.dim] //= tensor
-            setattr(module, name, nn.Linear(shape[1], shape[0]))
+            module.set_submodule(name, nn.Linear(shape[1], shape[0]))
         for size in ("heads", "width"):
             if hasattr(module, size):
                 setattr(module, size, getattr(module, size) // tensor)

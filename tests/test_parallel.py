@@ -194,7 +194,7 @@ CHECK = """
 import copy, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
-import moe, parallel, run, settings
+import moe, parallel, rectified_flow, run, settings
 
 dist.init_process_group("gloo")
 rank, size, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
@@ -204,6 +204,7 @@ CONFIGS = {
     "mmdit": dict(width=32, depth=2, single_depth=1, heads=4, rope=(4, 2, 2), context_width=8, pooled_width=8,
                   dual_attention=1),
     "vae": dict(widths=(8, 16), groups=4),
+    "dit, mean": dict(width=32, depth=2, heads=4, num_classes=3, second_time=True),
     "dit, experts": dict(width=32, depth=2, heads=4, num_classes=3, experts=4, moe_blocks="all")}
 
 
@@ -215,6 +216,11 @@ def loss(model, arch, part):
     if arch == "vae":
         return model.loss(torch.rand(8, 3, 8, 8)[part], 1e-3, rows=(8, part))[0].mean()
     cond = {"y": y[part]}
+    if getattr(model.config, "second_time", False):
+        s = torch.where(torch.arange(8) < 2, t / 2, t)             # only the first parts need a derivative
+        path = rectified_flow.MeanFlow(guidance=1.5)
+        return path.loss(model, x[part], t=t[part], s=s[part], eps=x.flip(0)[part], derive=True,
+                         uncond={"y": torch.full_like(y[part], 3)}, **cond).mean()
     if arch == "mmdit":
         cond = {"context": context[part], "mask": mask[part], "pooled": pooled[part]}
     return (model(x[part], t[part], **cond) - x[part]).square().mean()
@@ -280,14 +286,26 @@ def test_every_layout_has_the_weights_and_gradients_of_one_process(tmp_path):
     assert all("all equal" in text for text in printed)
 
 
+# Before modulations and embedders were cut as well.
+FORMER = PROGRAM.replace("name, *words", """
+import parallel
+linears_of = parallel.linears_of
+parallel.linears_of = lambda module, in_block: {
+    name: cut for name, cut in linears_of(module, in_block).items() if "." not in name and not cut.gathered}
+name, *words""", 1)
+
+
 def test_a_run_goes_on_in_any_layout(tmp_path):
-    """Tensor parallel, then sharded, then whole, then sharded again: as one process from the beginning."""
+    """Tensor parallel with fewer cuts, then with all, then sharded, then whole, then tensor parallel again: as
+    one process from the beginning."""
     flags = ["--arch", "dit", *ON_VAE, "--vae-steps", "3", "--batch-size", "16", "--cooldown", "0", "--lr",
              "1e-3"]
-    layouts = [(4, 2, ["--tensor-parallel", "2"]), (2, 4, ["--shard"]), (1, 6, []), (2, 8, ["--shard"]),
-               (2, 9, ["--tensor-parallel", "2"])]
+    former = [sys.executable, "-c", FORMER, str(ROOT), str(ROOT / "tests"), "train.py"]
+    layouts = [(4, 2, ["--tensor-parallel", "2"]), (2, 4, ["--tensor-parallel", "2"]), (2, 5, ["--shard"]),
+               (1, 7, []), (2, 9, ["--tensor-parallel", "2"])]
     for count, steps, layout in layouts:
-        statuses, printed = launch(tmp_path, count, *flags, "--steps", str(steps), *layout).end()
+        words = {"command": former} if steps == 2 else {}
+        statuses, printed = launch(tmp_path, count, *flags, "--steps", str(steps), *layout, **words).end()
         assert statuses == [0] * count, printed
         folders = sorted(path.name for path in (tmp_path / "runs/shapes-dit-rf").glob("optimizer-*"))
         assert folders == ([f"optimizer-{steps:06d}"] if layout else [])
@@ -365,7 +383,8 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
     ([["--arch", "dit", "--tensor-parallel", "3"]] * 2, "--tensor-parallel 3: does not divide the 2"),
     ([["--arch", "dit", "--experts", "5", "--shard", "--expert-parallel"]] * 2,
      "--expert-parallel: 2 processes or groups of them cannot share --experts 5"),
-    ([["--arch", "dit", "--objective", "meanflow", "--shard"]] * 2, "--shard: not with --objective meanflow"),
+    ([["--arch", "dit", "--objective", "meanflow", "--experts", "4", "--shard", "--expert-parallel"]] * 2,
+     "--expert-parallel: not with --objective meanflow, whose forward-mode derivative"),
     ([["--arch", "unet", "--tensor-parallel", "2"]] * 2, "cuts the blocks of dit and mmdit, not of unet"),
     ([["--arch", "vae", *QUICK[:4], "--lr", "1e-3"], ["--arch", "vae", *QUICK[:4], "--lr", "2e-3"]],
      "--lr: 0.001 on rank 0, 0.002 on rank 1; start all processes with the same command"),
