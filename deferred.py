@@ -1,6 +1,6 @@
 """A network that is built without memory, and its initial state, tensor by tensor.
 
-    python deferred.py                   # a network, its initial weights one by one, and the memory this takes
+    python deferred.py                   # makes the weights of a network one by one, and compares them
 
 Where many processes share a network, none of them should hold all of it, not even at the start. So it is
 built on the meta device, which has shapes only, and what its constructor does to each tensor is recorded,

@@ -319,7 +319,7 @@ def set_balance(model: nn.Module, weight: float) -> None:
 def upcycled(model: nn.Module, dense: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a dense network as those of `model`, which has experts where that has feed-forward
     layers: every expert begins as such a layer (Komatsuzaki et al. 2022, arXiv:2212.05055), the shared ones
-    without effect, the router as it is in `own`, the state of `model`. Both networks then compute the same."""
+    without effect, the router as in `own`, the state of `model`. Both networks then compute the same."""
     dense = dict(dense)
     for name, module in model.named_modules():
         if not isinstance(module, MoE) or f"{name}.fc1.weight" not in dense:

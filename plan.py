@@ -36,7 +36,7 @@ from conditioning import Conditioning
 from data import find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
-from parallel import check_tensor_parallel
+from cuts import check_tensor_parallel
 from published import check_weights
 from ragged import fitted
 from ranks import ALONE, Ranks

@@ -236,8 +236,8 @@ class MeanFlow(RectifiedFlow):
     @staticmethod
     def total_derivative(model, xt: Tensor, t: Tensor, s: Tensor, cond: dict,
                          derive: bool = False) -> Tensor:
-        """du/dt along the flow, (B, ...), of the shape of xt; as a rule 0 where s = t, where nothing needs it.
-        derive: see `loss`."""
+        """du/dt along the flow, (B, ...), of the shape of xt; where s = t, nothing needs it. derive: see
+        `loss`."""
         rate = torch.zeros_like(xt)
         rows = (s < t).nonzero().flatten()
         if len(rows) == 0 and derive:

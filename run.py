@@ -35,10 +35,12 @@ import attention
 import charts
 import ema
 import moe
+import moments
 import parallel
 import published
 import settings
 from cli import Flag, make_parser, nonempty, program
+from cuts import cuts_of
 from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
 from parallel import Sharding
 from published import check_finite, check_weights, load_weights
@@ -432,14 +434,14 @@ def damage(file: Path) -> str | None:
     """What is wrong with a checkpoint, by the checksums in it and those of its optimizer's folder; None if
     nothing is. It is read from the disk, piece by piece."""
     try:
-        with parallel.open_from_disk(file) as content, zipfile.ZipFile(content) as archive:
+        with moments.open_from_disk(file) as content, zipfile.ZipFile(content) as archive:
             corrupt = archive.testzip()
         optimizer = (glance(file).get("training") or {}).get("optimizer") or {}
     except Exception as error:                         # a dozen types, as in read_checkpoint
         return f"{file}: damaged ({type(error).__name__})"
     if corrupt:
         return f"{file}: damaged: the checksum of {corrupt} in it does not fit"
-    problem = parallel.damage_of(file.parent, optimizer) if "folder" in optimizer else None
+    problem = moments.damage_of(file.parent, optimizer) if "folder" in optimizer else None
     return f"{file}: damaged: {problem}" if problem else None
 
 
@@ -649,8 +651,8 @@ class State:
             optimizer = self.optimizer.state_dict()
         else:                                          # never whole in one process: a folder beside the file
             if self.moments is None or self.moments[0] != step:
-                saved = parallel.save_moments(run.folder, step, self.model, self.optimizer)
-                self.moments = (step, saved | {"tensor": self.sharding.tensor})
+                self.moments = (step, moments.save_moments(run.folder, step, self.model, self.optimizer,
+                                                           self.sharding))
             optimizer = self.moments[1]
         return {"optimizer": optimizer, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
@@ -671,7 +673,7 @@ class State:
         training = saved["training"]
         if is_config(training["optimizer"]) and "folder" in training["optimizer"]:
             try:
-                parallel.check_moments(Path(what).parent, training["optimizer"])
+                moments.check_moments(Path(what).parent, training["optimizer"])
             except ValueError as error:
                 raise ValueError(f"{what}: damaged: {error}; use another copy{other_copy(Path(what))}"
                                  ) from None
@@ -700,12 +702,10 @@ class State:
         """saved: what `training` stored, in this or in another layout of processes. folder: of the run.
         blocks: those of the network that can be tensor parallel."""
         if "folder" in saved:
-            is_cut = self.sharding is not None and self.sharding.tensor > 1
-            cuts = self.sharding.cuts if is_cut else parallel.cuts_of(self.model, blocks)
-            parallel.load_moments(folder / saved["folder"], saved["tensor"], self.model, self.optimizer,
-                                  self.sharding, cuts)
+            cuts = (self.sharding and self.sharding.cuts) or cuts_of(self.model, blocks)
+            moments.load_moments(folder, saved, self.model, self.optimizer, self.sharding, cuts)
         elif self.sharding is not None:
-            parallel.share_moments(saved, self.model, self.optimizer, self.sharding)
+            moments.share_moments(saved, self.model, self.optimizer, self.sharding)
         else:
             self.optimizer.load_state_dict(saved)
 

@@ -386,8 +386,8 @@ def resolve_layout(args: argparse.Namespace) -> None:
                          "out")
     if args.expert_parallel and OBJECTIVES[args.objective].second_time and args.arch != "vae":
         raise ValueError(f"--expert-parallel: not with --objective {args.objective}, whose forward-mode "
-                         "derivative PyTorch's exchange of tokens does not have; leave it out, and experts are "
-                         "sharded as all weights are")
+                         "derivative PyTorch's exchange of tokens lacks; leave it out, and experts are sharded "
+                         "as all weights are")
 
 
 def check_aspect(args: argparse.Namespace) -> None:

@@ -34,12 +34,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ema
-import parallel
 import settings
 from cli import Flag, integer, make_parser, number, one_of, program
+from cuts import Cut, check_tensor_parallel, cuts_of, tensor_plan
+from deferred import deferred
 from dit import Block
 from mmdit import JointBlock, SingleBlock
-from parallel import Sharding, check_tensor_parallel, cuts_of, local, replicate, tensor_plan
+from parallel import Sharding, local, replicate
 from plan import kept_bytes
 from ranks import Ranks, environments, launched
 from run import State, build_model, checkpoint_blocks
@@ -136,7 +137,7 @@ class Held(NamedTuple):
         return sum(self[:4])
 
 
-def shape_of_cut(name: str, weight: Tensor, cuts: dict[str, parallel.Cut], tensor: int) -> list[int]:
+def shape_of_cut(name: str, weight: Tensor, cuts: dict[str, Cut], tensor: int) -> list[int]:
     """The weight's shape on one rank of a tensor group."""
     shape = list(weight.shape)
     if name in cuts:
@@ -370,7 +371,9 @@ class Kept:
 def distributed(network: Network, where: Layout, length: float, checkpointed: bool) -> State:
     """A model with its averages and optimizer, cut as train.new_state cuts it."""
     torch.manual_seed(0)
-    model = build_model(network.arch, network.config)
+    model, initial = build_model(network.arch, network.config), None
+    if where.shard:
+        model, initial = deferred(lambda: build_model(network.arch, network.config))
     averages = {width: copy.deepcopy(model).eval().requires_grad_(False)
                 for width in ema.widths_kept(length)}
     if checkpointed:
@@ -378,7 +381,8 @@ def distributed(network: Network, where: Layout, length: float, checkpointed: bo
     cpu = torch.device("cpu")
     state = State(model, averages, cpu)
     if where.shard:
-        state.shard(Sharding(where.ranks, where.tensor, cpu, settings.BLOCKS, network.blocks, bf16=False))
+        state.shard(Sharding(where.ranks, where.tensor, cpu, settings.BLOCKS, network.blocks, bf16=False),
+                    initial)
     elif where.ranks > 1:
         state.steps[model] = replicate(model)
     state.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -388,7 +392,9 @@ def distributed(network: Network, where: Layout, length: float, checkpointed: bo
 def measure(network: Network, where: Layout, length: float, batch: int, checkpointed: bool) -> dict[str, int]:
     """What this process holds after steps of the optimizer, in bytes: counted, and as the system sees it."""
     before = resident()
+    Path("/proc/self/clear_refs").write_text("5")          # begins VmHWM anew
     state = distributed(network, where, length, checkpointed)
+    begun = resident("VmHWM") - before
     forward = forward_of(network, state.model)
     weights = list(state.model.parameters())
 
@@ -403,9 +409,9 @@ def measure(network: Network, where: Layout, length: float, batch: int, checkpoi
 
     # The first step makes buffers that stay, the second adds to gradients that are there: the most at a time.
     step(1)
-    Path("/proc/self/clear_refs").write_text("5")          # begins VmHWM anew
+    Path("/proc/self/clear_refs").write_text("5")
     step(2)
-    found = {"peak": resident("VmHWM") - before}
+    found = {"begun": begun, "peak": resident("VmHWM") - before}
     moments = [value for values in state.optimizer.state.values() for value in values.values()]
     found |= {"parameters": total_bytes(weights), "gradients": total_bytes([each.grad for each in weights]),
               "optimizer": total_bytes(moments),
@@ -478,7 +484,8 @@ def check(args: argparse.Namespace) -> int:
     """Print what the processes hold, beside what the table has for them. Returns 1 where a count of bytes
     differs."""
     status = 0
-    heads = ["layout", *HEADS[1:5], "a picture", "memory of the four", "memory a picture", "most in a step"]
+    heads = ["layout", *HEADS[1:5], "a picture", "memory of the four", "memory a picture", "most in a step",
+             "most at the start"]
     for name, network in CHECKED.items():
         print(describe(name, network, bf16=False).replace("GiB", "MiB") + "\n")
         print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
@@ -500,7 +507,8 @@ def check(args: argparse.Namespace) -> int:
                 status = 1
             total = sum(wanted) + args.batch * each[args.grad_checkpoint]
             cells += [difference(found["kept"], kept), difference(found["resident"], wanted.lasting),
-                      difference(found["grown"], kept), difference(found["peak"], total)]
+                      difference(found["grown"], kept), difference(found["peak"], total),
+                      f"{found['begun'] / MIB:,.1f}"]
             print(f"| {where} | " + " | ".join(cells) + " |", flush=True)
         print()
     if status:

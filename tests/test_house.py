@@ -30,7 +30,10 @@ ROOMS = {
     "files": set(),
     "cli": set(),
     "ranks": {"cli"},
+    "deferred": set(),
+    "cuts": set(),
     "parallel": set(),
+    "moments": {"cuts", "parallel"},
     "pictures": {"files"},
     "charts": {"pictures"},
     "ragged": {"files"},
@@ -45,10 +48,10 @@ ROOMS = {
     "conditioning": {"cache", "data", "files", "folder", "text", "unet"},
     "settings": {"cli", "data", "ddpm", "dit", "ema", "mmdit", "moe", "published", "rectified_flow", "text",
                  "unet", "vae"},
-    "run": {"attention", "charts", "cli", "ema", "files", "moe", "parallel", "published", "settings", "text",
-            "vae"},
+    "run": {"attention", "charts", "cli", "cuts", "ema", "files", "moe", "moments", "parallel", "published",
+            "settings", "text", "vae"},
     "export": {"cli", "ddpm", "dit", "files", "mmdit", "published", "run", "unet", "vae"},
-    "plan": {"cache", "cli", "conditioning", "data", "ema", "files", "folder", "moe", "parallel", "published",
+    "plan": {"cache", "cli", "conditioning", "cuts", "data", "ema", "files", "folder", "moe", "published",
              "ragged", "ranks", "run", "settings", "vae"},
     "sample": {"cli", "conditioning", "ema", "files", "pictures", "published", "ranks", "run", "samplers",
                "settings", "vae"},
@@ -56,8 +59,8 @@ ROOMS = {
               "sample", "samplers", "settings", "vae"},
     "mixed": {"cache", "cli", "conditioning", "data", "pictures", "plan", "ragged", "run", "sample",
               "settings", "tasks", "vae"},
-    "train": {"cli", "conditioning", "data", "ema", "mixed", "parallel", "plan", "published", "ranks", "run",
-              "settings", "tasks"},
+    "train": {"cli", "conditioning", "data", "deferred", "ema", "mixed", "parallel", "plan", "published",
+              "ranks", "run", "settings", "tasks"},
 }
 PACKAGES = {name: {"torch"} for name in ROOMS} | {
     "toys": {"numpy", "PIL"},
@@ -157,7 +160,9 @@ def demonstrations(request, tmp_path_factory):
     ("export", "read back, its latents differ by 0"), ("cli", "--steps 0: refused, --steps 0: must be"),
     ("tasks", "validation {'val_loss'"), ("files", "new, ['file']"), ("folder", "24 decoded"),
     ("pictures", "of which 0 differ when read back"), ("moe", "0.0% of the tokens without an expert"),
-     ("ragged", "6 of 6 read back"), ("mixed", "tokens; validation {'val_loss'"),
+    ("deferred", "on meta: all equal"), ("moments", "__0_0.distcp, __1_0.distcp: read by one process"),
+    ("cuts", "a rank holds 464 of 1,368 weights"),
+    ("ragged", "6 of 6 read back"), ("mixed", "tokens; validation {'val_loss'"),
 ])
 def test_demonstrations(demonstrations, name, expected):
     result, folder = demonstrations[name].result()

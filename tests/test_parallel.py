@@ -235,11 +235,14 @@ for arch, config in CONFIGS.items():
         torch.nn.init.normal_(weight, std=0.1)
     expected = loss(whole, arch, slice(None))
     expected.backward()
-    for tensor in (0, 1, 2, 4):
-        if tensor > 1 and arch not in ("dit", "mmdit"):
+    layouts = [(0, False), (1, False), (2, False), (4, False), (1, True), (2, True)]
+    for tensor, compiled in layouts:
+        if tensor > 1 and arch not in ("dit", "mmdit") or compiled and (experts or arch in ("unet", "vae")):
             continue
         model = copy.deepcopy(whole)
         model.zero_grad()
+        if compiled:
+            run.compile_blocks(model, backend="aot_eager")
         groups = size // max(1, tensor)
         number = rank // max(1, tensor)
         part = slice(8 // groups * number, 8 // groups * (number + 1))
@@ -288,16 +291,16 @@ def test_every_layout_has_the_weights_and_gradients_of_one_process(tmp_path):
 
 # Before modulations and embedders were cut as well.
 FORMER = PROGRAM.replace("name, *words", """
-import parallel
-linears_of = parallel.linears_of
-parallel.linears_of = lambda module, in_block: {
+import cuts
+linears_of = cuts.linears_of
+cuts.linears_of = lambda module, in_block: {
     name: cut for name, cut in linears_of(module, in_block).items() if "." not in name and not cut.gathered}
 name, *words""", 1)
 
 
 def test_a_run_goes_on_in_any_layout(tmp_path):
-    """Tensor parallel with fewer cuts, then with all, then sharded, then whole, then tensor parallel again: as
-    one process from the beginning."""
+    """Tensor parallel with fewer cuts, then with all, then sharded, then whole, then tensor parallel again:
+    as one process from the beginning."""
     flags = ["--arch", "dit", *ON_VAE, "--vae-steps", "3", "--batch-size", "16", "--cooldown", "0", "--lr",
              "1e-3"]
     former = [sys.executable, "-c", FORMER, str(ROOT), str(ROOT / "tests"), "train.py"]

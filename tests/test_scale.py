@@ -12,8 +12,9 @@ from benchmarks import scale
 import settings
 from benchmarks.scale import Layout, Network
 from cli import program
+from cuts import cuts_of
 from dit import PUBLISHED_BLOCK
-from parallel import Sharding, cuts_of
+from parallel import Sharding
 from run import build_model, checkpoint_blocks
 
 WIDTH, DEPTH, CLASSES, TOKENS = 32, 3, 3, 144
