@@ -412,7 +412,8 @@ def distribute_experts(module: nn.Module, mesh) -> None:
         # Not compiled, as the sizes of what is sent depend on the values.
         layer.exchange = torch.compiler.disable(exchanged)
         for name, weight in list(layer.named_parameters()):
-            setattr(layer, name, nn.Parameter(distribute_tensor(weight.data, mesh, [Shard(0)])))
+            part = distribute_tensor(weight.data, mesh, [Shard(0)])
+            setattr(layer, name, nn.Parameter(part, requires_grad=weight.requires_grad))
 
 
 def exchanged(layer: Experts, rows: Tensor, expert: Tensor) -> Tensor:

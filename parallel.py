@@ -174,7 +174,9 @@ class Sharding:
         total = 0.0
         for name, parameter in parameters.items():
             gradient = local(parameter.grad)
-            if self.tensor > 1 and name.endswith(("q_norm", "k_norm")):
+            module, _, kind = name.rpartition(".")
+            heads_are_cut = f"{module}.qkv.weight" in self.cuts or f"{module}.linear1.weight" in self.cuts
+            if heads_are_cut and kind in ("q_norm", "k_norm"):
                 # Each rank of a tensor group has the gradient by its own heads.
                 dist.all_reduce(gradient, group=self.mesh["tensor"].get_group())
             copies = 1 if name in self.cuts else self.tensor       # of this piece, in a tensor group

@@ -601,8 +601,8 @@ class State:
             self.steps[network] = sharding.shard(network, trained=network is self.model)
         if initial is not None:
             sharding.load(self.model, initial)
-            for network in self.averages.values():
-                copy_shares(self.model, network)
+            for network in self.averages.values():     # cut alike, so that each copies its own share
+                network.load_state_dict(self.model.state_dict())
 
     def run(self, network: torch.nn.Module, call: Callable, *inputs):
         """call(network, *inputs)."""
@@ -712,14 +712,6 @@ class State:
     def is_finite(self) -> bool:
         finite = all(bool(torch.isfinite(parallel.local(weight)).all()) for weight in self.model.parameters())
         return finite if self.sharding is None else self.sharding.everywhere(finite)
-
-
-@torch.no_grad()
-def copy_shares(model: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Copy what this process has of one model into another that is cut alike."""
-    theirs = other.state_dict()
-    for name, part in model.state_dict().items():
-        parallel.local(theirs[name]).copy_(parallel.local(part))
 
 
 # ---- building what a checkpoint holds
