@@ -386,8 +386,8 @@ def resolve_layout(args: argparse.Namespace) -> None:
                          "out")
     if args.expert_parallel and OBJECTIVES[args.objective].second_time and args.arch != "vae":
         raise ValueError(f"--expert-parallel: not with --objective {args.objective}, whose forward-mode "
-                         "derivative PyTorch's exchange of tokens lacks; leave it out, and experts are sharded "
-                         "as all weights are")
+                         "derivative PyTorch's exchange of tokens lacks; leave it out, and experts are "
+                         "sharded as all weights are")
     if args.compile and args.tensor_parallel > 1 and OBJECTIVES[args.objective].second_time:
         raise ValueError(f"--compile: not with --tensor-parallel {args.tensor_parallel} and --objective "
                          f"{args.objective}, whose derivative takes another number of pictures in each step, "

@@ -1,4 +1,4 @@
-"""deferred.py: every network is the one that its constructor makes, and so are the random numbers after it."""
+"""deferred.py: a network is the one that its constructor makes, and so are the random numbers after it."""
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from deferred import deferred
 TEXT = {"encoder": "bytes", "config": {}}
 NETWORKS = {
     "dit": ("dit", dict(width=32, depth=2, heads=4, num_classes=3, second_time=True, conv=True), None),
-    "dit, published": ("dit", dict(width=32, depth=2, heads=4, norm="layer", mlp="gelu", qk_norm=False), None),
-    "dit, experts": ("dit", dict(width=32, depth=2, heads=4, num_classes=3, experts=4, moe_blocks="all"), None),
+    "dit, published": ("dit", dict(width=32, depth=2, heads=4, norm="layer", mlp="gelu", qk_norm=False),
+                       None),
+    "dit, experts": ("dit", dict(width=32, depth=2, heads=4, num_classes=3, experts=4, moe_blocks="all"),
+                     None),
     "unet": ("unet", dict(widths=(16, 32), heads=4, num_classes=3, groups=8, attention=(False, True)), None),
-    "mmdit, text": ("mmdit", dict(width=64, depth=2, single_depth=1, heads=4, rope=(8, 4, 4), dual_attention=1,
-                                  guidance=True), TEXT)}
+    "mmdit, text": ("mmdit", dict(width=64, depth=2, single_depth=1, heads=4, rope=(8, 4, 4),
+                                  dual_attention=1, guidance=True), TEXT)}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
