@@ -33,10 +33,10 @@ import settings
 from cache import PIECE
 from cli import program
 from conditioning import Conditioning
+from cuts import check_tensor_parallel
 from data import find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
-from cuts import check_tensor_parallel
 from published import check_weights
 from ragged import fitted
 from ranks import ALONE, Ranks
