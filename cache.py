@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 import zipfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from files import (amount, digest, locked, open_array, place_array, read_stamp, replacing, shortened,
                    write_atomically, write_stamp)
-from ragged import Ragged, groups_of_equal
+from ragged import Ragged, Strings, groups_of_equal
 
 
 # ---- latents
@@ -299,10 +300,10 @@ class TextCache:
     in an .npz beside it, the row where each prompt ends, and the pooled vectors. Raises ValueError where the
     encoder's outputs differ in width or do not fit float16."""
 
-    def __init__(self, path: Path, prompts: list[str], encode: Callable[[list[str]], dict[str, Tensor]],
+    def __init__(self, path: Path, prompts: Iterable[str], encode: Callable[[list[str]], dict[str, Tensor]],
                  encoder_fingerprint: str):
-        prompts = sorted({"", *prompts})
-        stamp = {"encoder": encoder_fingerprint, "prompts": digest(prompts)}
+        prompts = Strings.of(sorted({"", *prompts}))                    # there may be millions
+        stamp = {"encoder": encoder_fingerprint, "prompts": digest(iter(prompts))}
         stamp_path, index_path = path.with_suffix(".json"), path.with_suffix(".npz")
         with locked(path.with_suffix(".lock"), wait=True, clean=(path, stamp_path, index_path)):
             # How many rows there are is known only after encoding, so the stamp keeps the size of the file.
@@ -317,7 +318,7 @@ class TextCache:
                 self._build(path, index_path, prompts, encode)
                 write_stamp(stamp_path, stamp | {"bytes": path.stat().st_size})
                 self._open(path, index_path, len(prompts))
-        self.index = {prompt: i for i, prompt in enumerate(prompts)}
+        self.prompts = prompts
 
     def _open(self, path: Path, index_path: Path, prompts: int) -> bool:
         """Whether the files are readable and fit each other."""
@@ -334,14 +335,15 @@ class TextCache:
         return ordered and self.ends.shape == (prompts + 1,) and fits
 
     @staticmethod
-    def _build(path: Path, index_path: Path, prompts: list[str], encode: Callable) -> None:
+    def _build(path: Path, index_path: Path, prompts: Strings, encode: Callable) -> None:
         lengths = [0]
         pooled = []
         widths = None
         with replacing(path) as out:
             for i in tqdm(range(0, len(prompts), 64), desc="encode prompts", unit="batch"):
-                cond = encode(prompts[i:i + 64])
-                _check_numbers(prompts[i:i + 64], cond)
+                part = list(prompts[i:i + 64])
+                cond = encode(part)
+                _check_numbers(part, cond)
                 found = [cond[name].shape[-1] for name in ("context", "pooled") if name in cond]
                 widths = widths or found
                 if found != widths:
@@ -371,7 +373,10 @@ class TextCache:
 
     def packed(self, prompts: list[str]) -> dict[str, list[Tensor] | Tensor]:
         """The same with context as a list of (L, D) without padding, and no mask."""
-        chosen = [self.index[prompt] for prompt in prompts]
+        chosen = [bisect_left(self.prompts, prompt) for prompt in prompts]
+        for i, prompt in zip(chosen, prompts):
+            if i == len(self.prompts) or self.prompts[i] != prompt:
+                raise KeyError(prompt)
         rows = [torch.from_numpy(self.rows[self.ends[i]:self.ends[i + 1]].astype(np.float32)) for i in chosen]
         pooled = {} if self.pooled is None else {"pooled": torch.from_numpy(self.pooled[chosen])}
         return {"context": rows} | pooled

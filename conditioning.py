@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -338,8 +339,8 @@ class Words(Conditioning):
             if isinstance(self.captions, ShardCaptions):   # too many to keep: encoded with each batch
                 self.table = self.preview_table = functools.partial(encode_alone, self.encoder)
                 return
-            self.table = TextCache(cache_dir / f"text-{self.kind}.bin", [*self.captions, *self.val_captions],
-                                   encode, self.fingerprint)
+            captions = itertools.chain(self.captions, self.val_captions)
+            self.table = TextCache(cache_dir / f"text-{self.kind}.bin", captions, encode, self.fingerprint)
             # In a cache of their own, because they may change on resume.
             self.preview_table = self.table
             if self.preview_prompts:

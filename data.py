@@ -19,7 +19,7 @@ import os
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -32,9 +32,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from decoded import open_pictures
 from files import amount, digest, replacing, warn_once
-from folder import (RANDOM_CROPS, Folder, Rows, clean_text, list_folder, open_mixed, open_pictures,
-                    split_rows)
+from folder import RANDOM_CROPS, Folder, Rows, clean_text, list_folder, split_rows
 from pictures import Size, grid, to_tensor, to_uint8
 from ragged import Ragged, fitted, ragged
 from shards import (GROUP, Chosen, NoPictures, ShardCaptions, ShardLabels, ShardLatents, ShardOrder,
@@ -49,7 +49,7 @@ class Dataset:
     labels: np.ndarray | None   # (N,) int64, or None where there are no classes
     classes: list[str]          # names; empty where there are no classes
     fingerprint: str            # changes whenever a pixel or a label may have changed
-    captions: list[str] | None = None   # one per picture, or None
+    captions: Sequence[str] | None = None           # one per picture, or None
     vary: Callable[[str, np.random.Generator], str] | None = None   # rewords a caption at random, in training
     root: str = ""              # where captions are names of files: the folder they lie in
     former_fingerprints: tuple[str, ...] = ()       # under which an earlier version knew the same data
@@ -65,7 +65,9 @@ class Dataset:
         if self.captions is None or isinstance(self.captions, ShardCaptions):
             return self.fingerprint             # which covers the captions of shards
         # A folder is the same by whatever path it is reached.
-        names = [os.path.relpath(file, self.root) for file in self.captions] if self.root else self.captions
+        names = iter(self.captions)
+        if self.root:
+            names = (os.path.relpath(file, self.root) for file in names)
         return digest(self.fingerprint, names)
 
     @property
@@ -73,7 +75,7 @@ class Dataset:
         """Identities of the same data in an earlier version: a run that began under one of them goes on."""
         if self.captions is None:
             return self.former_fingerprints
-        former = [digest(fingerprint, self.captions) for fingerprint in self.former_fingerprints]
+        former = [digest(fingerprint, iter(self.captions)) for fingerprint in self.former_fingerprints]
         return tuple(former)
 
 
@@ -431,12 +433,11 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
     crop "random", the training part holds several crops of each picture. multiple: as in load_data."""
     crops = RANDOM_CROPS if crop == "random" else 1
     if multiple is not None:
-        images, keep, fingerprint, former = open_mixed(folder, math.prod(size), multiple, cache_dir)
-    else:
-        images, keep, fingerprint, former = open_pictures(folder, size, cache_dir, crops)
+        crops = 1
+    images, keep, fingerprint, former = open_pictures(folder, size, cache_dir, crops, multiple)
     classes, labels = folder.classes, None
     if folder.labels is not None:
-        present, labels = np.unique(np.array(folder.labels)[keep], return_inverse=True)
+        present, labels = np.unique(folder.labels[keep], return_inverse=True)
         classes = [folder.classes[i] for i in present]      # none whose pictures are all broken
     train, val = split_rows(len(keep), labels)
     # The former version split every folder as a flat one, and listed all classes.
@@ -453,7 +454,9 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
         images = images[crops * chosen]     # the first crop is that in the centre
     captions = None
     if folder.words is not None:
-        captions = [folder.words[keep[i]] for i in chosen]
+        captions = folder.words[keep[chosen]]
+        if split != "train":
+            captions = list(captions)       # few, and a checkpoint takes some of them
     if labels is not None:
         labels = labels[chosen].astype(np.int64)
     return Dataset(images, labels, classes, digest(fingerprint, split), captions, root=folder.root,

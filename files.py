@@ -52,6 +52,36 @@ def amount(size: int) -> str:
     return f"{size / 2**10:,.0f} KiB"
 
 
+def counted(number: int, thing: str = "picture") -> str:
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+class Head:
+    """The first of many names, for a message of a bounded length, and how many there are."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.count = 0
+
+    @property
+    def others(self) -> int:
+        return self.count - len(self.names)
+
+    def append(self, name: str) -> bool:
+        """Whether it is among the first."""
+        self.count += 1
+        if self.count <= 12:
+            self.names.append(name)
+        return self.count <= 12
+
+    def tell(self, what: str) -> None:
+        """One line on stderr, if there are any."""
+        if self.count:
+            more = f" and {self.others:,} more" if self.others else ""
+            print(f"{shortened(what, 400)}: {'; '.join(shortened(name, 300) for name in self.names)}{more}",
+                  file=sys.stderr)
+
+
 def warn_once(kind: str, text: str) -> None:
     """A warning on stderr, only the first of its kind in this process, also while a progress bar is open."""
     if kind not in _warned:
@@ -63,11 +93,17 @@ def warn_once(kind: str, text: str) -> None:
 # ---- fingerprints: short names that change with the content
 
 def digest(*parts) -> str:
-    """32 hexadecimal digits of SHA-256 over arrays (their bytes) and any other values (their repr)."""
+    """32 hexadecimal digits of SHA-256 over arrays (their bytes) and any other values (their repr). An
+    iterator gives what a list of its items would, none of which is kept."""
     sha256 = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
             sha256.update(np.ascontiguousarray(part))
+        elif isinstance(part, Iterator):
+            sha256.update(b"[")
+            for i, item in enumerate(part):
+                sha256.update(f"{', ' if i else ''}{item!r}".encode())
+            sha256.update(b"]")
         else:
             sha256.update(repr(part).encode())
     return sha256.hexdigest()[:32]

@@ -1,10 +1,12 @@
-"""A folder of pictures as people have it: its classes and captions, and its pictures, decoded once.
+"""A folder of pictures as people have it: its pictures, their classes and their captions, in order.
 
-    python folder.py                      # lists a folder of two classes, decodes it, and lists it again
+    python folder.py                      # lists a folder of two classes with captions
     python folder.py FOLDER               # lists this one
 
 A flat folder has no classes; otherwise each folder in it is a class, at any depth. Captions are NAME.txt
-beside NAME.png, or rows of metadata.jsonl or metadata.csv. Bad input raises ValueError with one line.
+beside NAME.png, or rows of metadata.jsonl or metadata.csv. Bad input raises ValueError with one line. Folders
+may have millions of pictures: memory holds the names of their files and 12 bytes more of each, and its
+caption and 8 or 16 more.
 """
 
 from __future__ import annotations
@@ -12,25 +14,24 @@ from __future__ import annotations
 import csv
 import errno
 import functools
-import hashlib
-import io
 import json
 import os
 import re
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from array import array as packed
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from files import digest, locked, new_array, open_array, read_stamp, shortened, write_stamp
-from pictures import FORMATS, Size, cover, open_header, read_image, srgb_transform
-from ragged import Ragged, fitted, open_ragged, write_ragged
+from files import Head, counted, shortened
+from pictures import FORMATS
+from ragged import Strings, key_of, places
 
 
 # ---- the listing
@@ -42,13 +43,42 @@ RANDOM_CROPS = 4    # rows that a picture has with --crop random
 METADATA = ("metadata.csv", "metadata.jsonl")       # where both name a picture, the latter counts
 
 
+class Files(Sequence):
+    """The paths of files in a folder, of which memory holds the names alone. names: relative to the folder,
+    with slashes."""
+
+    def __init__(self, path: Path, names: Strings):
+        self.path = path
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index):
+        """A path, by its number; or some of them, by a slice or an array of ints."""
+        found = self.names[index]
+        return self.path / found if isinstance(found, str) else Files(self.path, found)
+
+    def name_of(self, path: Path) -> str:
+        """A path as names are, or the whole of it where it is not in the folder."""
+        return (path.relative_to(self.path) if path.is_relative_to(self.path) else path).as_posix()
+
+    @staticmethod
+    def key(name: str) -> int:
+        return key_of(os.path.normcase(name))
+
+    def keys(self) -> np.ndarray:
+        """(N,) uint64: see key_of."""
+        return np.fromiter(map(self.key, self.names), np.uint64, len(self))
+
+
 class Folder(NamedTuple):
     """A folder's pictures, class by class: listed, and their captions read, but not yet decoded."""
     path: Path
-    pictures: list[Path]
-    labels: list[int] | None        # indices into classes; None for a flat folder
+    pictures: Files
+    labels: np.ndarray | None       # (N,) int32 indices into classes; None for a flat folder
     classes: list[str]
-    words: list[str] | None = None  # one per picture: captions, or names of .npz files; None if not asked for
+    words: Strings | None = None    # one per picture: captions, or names of .npz files; None if not asked for
     metadata: tuple[Path, ...] = () # files that hold captions of many pictures
     root: str = ""                  # the folder again where words are names of files
 
@@ -64,36 +94,61 @@ def list_folder(path: Path, words: str | None = None) -> Folder:
                              "metadata.jsonl or metadata.csv with file_name and text")
         return folder._replace(words=captions)
     if words == "embeddings":
-        files = [picture.with_suffix(".npz") for picture in folder.pictures]
-        for file in files:
-            if not os.path.isfile(file):
-                raise ValueError(f"--data {path}: no {file} beside its picture, "
-                                 "as --text-encoder none needs")
-        return folder._replace(words=[str(file) for file in files], root=str(path))
+        return folder._replace(words=Strings.of(_vectors(folder)), root=str(path))
     return folder
+
+
+def _vectors(folder: Folder) -> Iterator[str]:
+    for picture in folder.pictures:
+        file = picture.with_suffix(".npz")
+        if not os.path.isfile(file):
+            raise ValueError(f"--data {folder.path}: no {file} beside its picture, as --text-encoder none "
+                             "needs")
+        yield str(file)
 
 
 def _list_pictures(path: Path) -> Folder:
     """A flat folder, or a folder of class folders. What is left out is named on stderr."""
-    files = _walk(path)
-    endings = _endings()
-    pictures = [file for file in files if endings.get(file.suffix.lower()) in FORMATS]
-    if not pictures:
+    inside, metadata = _walk(path)
+    top = _split(inside[""])
+    folders = {name for name in top if name in inside}
+    counts: dict[str, int] = {}                     # pictures by class, of those that have any
+
+    def in_classes() -> Iterator[str]:
+        for name in sorted(folders, key=natural):
+            for counts[name], picture in enumerate(_below(inside, name), 1):
+                yield picture
+
+    names, flat = Strings.of(in_classes()), Strings.of(name for name in top if name not in folders)
+    if not flat and not names:
         raise ValueError(f"--data {path}: no pictures in this folder (looked for files that Pillow opens, "
                          "such as .png, .jpg; never PostScript or PDF)")
-    metadata = tuple(file for file in files if file.name in METADATA)
-    flat = sorted(p for p in pictures if p.parent == path)
-    if flat and len(flat) < len(pictures):
-        raise ValueError(f"--data {path}: {flat[0].name} lies beside class folders; "
+    if not flat:
+        labels = np.repeat(np.arange(len(counts), dtype=np.int32), list(counts.values()))
+        return Folder(path, Files(path, names), labels, list(counts), metadata=metadata)
+    if names:
+        raise ValueError(f"--data {path}: {flat[0]} lies beside class folders; "
                          "use a flat folder or class folders, not both")
-    if flat:
-        return Folder(path, flat, labels=None, classes=[], metadata=metadata)
-    by_class: dict[str, list[Path]] = {}
-    for picture in sorted(pictures):
-        by_class.setdefault(picture.relative_to(path).parts[0], []).append(picture)
-    classes = sorted(by_class, key=natural)
-    labels = [i for i, name in enumerate(classes) for _ in by_class[name]]
-    return Folder(path, [p for name in classes for p in by_class[name]], labels, classes, metadata=metadata)
+    return Folder(path, Files(path, flat), labels=None, classes=[], metadata=metadata)
+
+
+def _below(inside: dict[str, str], folder: str) -> Iterator[str]:
+    """The names of the pictures in a folder and in those within it, sorted as paths are: by the first part,
+    then by the second. inside: as of _walk; what is done is removed from it."""
+    waiting = [("", iter([folder]))]
+    while waiting:
+        start, names = waiting[-1]
+        name = next(names, None)
+        if name is None:
+            waiting.pop()
+        elif start + name in inside:
+            waiting.append((f"{start}{name}/", iter(_split(inside.pop(start + name)))))
+        else:
+            yield start + name
+
+
+def _split(names: str) -> list[str]:
+    return names.split("\0") if names else []
 
 
 def natural(name: str) -> tuple[list, str]:
@@ -103,25 +158,30 @@ def natural(name: str) -> tuple[list, str]:
 
 
 @functools.cache
-def _endings() -> dict[str, str]:
+def endings() -> dict[str, str]:
     """The format of every file ending that Pillow knows."""
     return {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-def _walk(path: Path) -> list[Path]:
-    """The files in a folder and in the folders within it that are pictures by their ending, or metadata.
-    Links are followed, each folder is entered once. What is left out is named on stderr; raises ValueError
-    where that is the folder itself."""
+def _walk(path: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
+    """The folders that are read, by their names relative to `path`, each with the names in it, sorted and
+    joined by NUL, of folders that are read and of files that are pictures by their ending; and the files of
+    metadata. Links are followed, each folder is entered once. What is left out is named on stderr; raises
+    ValueError where that is the folder itself."""
     root = path.resolve()
-    entered = {root}
-    waiting = [path]
-    files: list[Path] = []
-    ignored: list[str] = []                         # hidden or litter
-    skipped: list[str] = []                         # anything else, with the reason
+    entered = {str(root)}
+    waiting = [""]
+    inside: dict[str, str] = {}
+    metadata: list[Path] = []
+    ignored = Head()                                # hidden or litter
+    skipped = Head()                                # anything else, with the reason
     while waiting:
-        folder = waiting.pop()
+        relative = waiting.pop()
+        folder = path / relative
+        found: list[str] = []
+        inside[relative] = ""
         try:
-            names = sorted(os.listdir(folder))
+            names = sorted(os.listdir(folder), key=os.path.normcase)    # as paths are compared
             if not os.access(folder, os.X_OK):
                 raise PermissionError(errno.EACCES, "it may be listed, but not entered")
         except OSError as error:
@@ -130,8 +190,10 @@ def _walk(path: Path) -> list[Path]:
             skipped.append(f"{folder}: {error.strerror}")
             continue
         for name in names:
-            child = folder / name
-            kind = _endings().get(child.suffix.lower())
+            # Not folder / name: a Path keeps its parts in Python's table of names, which would then grow by
+            # those of the whole folder, as long as the list has them.
+            child = Path(os.path.join(folder, name))
+            kind = endings().get(child.suffix.lower())
             hidden = name.startswith(".") or name.lower() in LITTER
             try:
                 mode = child.stat().st_mode         # follows a link; opening a pipe would wait for ever
@@ -148,32 +210,24 @@ def _walk(path: Path) -> list[Path]:
             elif stat.S_ISDIR(mode):
                 # What a link finds inside the folder itself is listed under its own name already.
                 around = root.is_relative_to(real) or (is_link and real.is_relative_to(root))
-                if around or real in entered:
+                if around or str(real) in entered:
                     skipped.append(f"{child}: a link to a folder that is read already, or around it")
                 else:
-                    entered.add(real)
-                    waiting.append(child)
+                    entered.add(str(real))
+                    waiting.append(f"{relative}/{name}" if relative else name)
+                    found.append(name)
             elif not stat.S_ISREG(mode):
                 skipped.append(f"{child}: a pipe, socket or device, not a file")
-            elif kind in FORMATS or name in METADATA:
-                files.append(child)
+            elif kind in FORMATS:
+                found.append(name)
+            elif name in METADATA:
+                metadata.append(child)
             elif kind:
                 skipped.append(f"{child}: {kind} is not among the formats that are opened")
-    _tell(f"--data {path}: ignored as hidden or left by a system", ignored)
-    _tell(f"--data {path}: skipped", skipped)
-    return sorted(files)
-
-
-def _tell(what: str, names: list[str]) -> None:
-    """One line on stderr, of a bounded length, for all the names."""
-    if names:
-        more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
-        print(f"{shortened(what, 400)}: {'; '.join(shortened(name, 300) for name in names[:12])}{more}",
-              file=sys.stderr)
-
-
-def _counted(number: int, thing: str = "picture") -> str:
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+        inside[relative] = "\0".join(found)
+    ignored.tell(f"--data {path}: ignored as hidden or left by a system")
+    skipped.tell(f"--data {path}: skipped")
+    return inside, tuple(sorted(metadata))
 
 
 def clean_text(text: str) -> str:
@@ -182,54 +236,78 @@ def clean_text(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
-def _read_captions(folder: Folder) -> list[str] | None:
+def _read_captions(folder: Folder) -> Strings | None:
     """One caption per picture, from metadata.jsonl or metadata.csv, or else from NAME.txt beside it. None
     where no picture has one; raises ValueError where only some have."""
-    table = _read_metadata(folder.metadata)
-    unknown = sorted(set(table) - set(folder.pictures))
-    all_must_have_one = bool(table)
-    for path in folder.pictures:
-        beside = path.with_suffix(".txt")
-        if path not in table and os.path.isfile(beside):
-            table[path] = clean_text(_read_text(beside))
-    missing = [path for path in folder.pictures if path not in table]
-    if not missing:
-        return [table[path] for path in folder.pictures]
-    if all_must_have_one or len(missing) < len(folder.pictures):
-        metadata = METADATA[-1]
-        if folder.metadata:
-            metadata = folder.metadata[0].relative_to(folder.path)
-        message = (f"--data {folder.path}: {len(missing)} of {_counted(len(folder.pictures))} have no "
-                   f"caption, such as {missing[0]}; write one into {missing[0].with_suffix('.txt').name} "
-                   f"beside it, or into {metadata}")
-        if unknown:
-            message += f", which names {_counted(len(unknown))} not there, such as {unknown[0].name}"
-        raise ValueError(message)
+    pictures = folder.pictures
+    row = np.full(len(pictures), -1)                # where each one's caption is among all that are read
+    keys = packed("Q")
+
+    def captions() -> Iterator[str]:
+        for path, text in _metadata_rows(folder.metadata):
+            keys.append(pictures.key(pictures.name_of(path)))
+            yield clean_text(text)
+        if keys:
+            place = places(np.array(keys), pictures.keys())
+            named = np.flatnonzero(place >= 0)
+            np.maximum.at(row, place[named], named)                     # the last row counts
+        count = len(keys)
+        for i in np.flatnonzero(row < 0):
+            beside = pictures[i].with_suffix(".txt")
+            if os.path.isfile(beside):
+                row[i] = count
+                count += 1
+                with _text_of(beside) as file:
+                    text = file.read()
+                yield clean_text(text)
+
+    found = Strings.of(captions())
+    missing = np.flatnonzero(row < 0)
+    if not len(missing):
+        return found[row] if keys else found
+    if keys or len(missing) < len(pictures):
+        raise _missing_captions(folder, pictures[missing[0]], len(missing), np.array(keys, np.uint64))
     return None
 
 
-def _read_text(path: Path) -> str:
+def _missing_captions(folder: Folder, first: Path, count: int, keys: np.ndarray) -> ValueError:
+    """keys: of the pictures that the metadata names."""
+    metadata = METADATA[-1]
+    if folder.metadata:
+        metadata = folder.metadata[0].relative_to(folder.path)
+    message = (f"--data {folder.path}: {count} of {counted(len(folder.pictures))} have no caption, such as "
+               f"{first}; write one into {first.with_suffix('.txt').name} beside it, or into {metadata}")
+    unknown = places(keys, folder.pictures.keys()) < 0
+    if unknown.any():
+        other = min(path for i, (path, _) in enumerate(_metadata_rows(folder.metadata)) if unknown[i])
+        number = len(np.unique(keys[unknown]))
+        message += f", which names {counted(number)} not there, such as {other.name}"
+    return ValueError(message)
+
+
+@contextmanager
+def _text_of(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
     """A text file in UTF-8, with a mark at its start or without. Raises ValueError with one line."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not in UTF-8; save it in that encoding") from None
 
 
-def _read_metadata(files: tuple[Path, ...]) -> dict[Path, str]:
-    """Captions by picture, from files with a row {"file_name": ..., "text": ...} for each."""
-    table = {}
+def _metadata_rows(files: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
+    """Pictures and captions, from files with a row {"file_name": ..., "text": ...} for each."""
     for metadata in sorted(files, key=lambda file: (METADATA.index(file.name), file)):
-        rows = _csv_rows if metadata.suffix == ".csv" else _json_rows
-        for name, text in rows(metadata, _read_text(metadata)):
-            table[metadata.parent / name] = clean_text(text)
-    return table
+        newline, rows = ("", _csv_rows) if metadata.suffix == ".csv" else (None, _json_rows)
+        with _text_of(metadata, newline) as file:
+            for name, text in rows(metadata, file):
+                yield metadata.parent / name, text
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+def _json_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(file, 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -240,12 +318,14 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"{path}, line {number}: not an object with file_name and text") from None
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
+def _csv_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, str]]:
     csv.field_size_limit(1 << 24)                   # a caption may be longer than the usual limit
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    first = file.readline()
+    file.seek(0)
+    reader = csv.DictReader(file)
     try:
-        if text and not {"file_name", "text"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: its first line is '{shortened(text.splitlines()[0])}'; it must name "
+        if first and not {"file_name", "text"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: its first line is '{shortened(first.splitlines()[0])}'; it must name "
                              "the columns file_name and text, separated by commas")
         for row in reader:
             for name in ("file_name", "text"):
@@ -257,228 +337,6 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
             yield row["file_name"], row["text"]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-# ---- the pictures, decoded once
-
-class Decoded(NamedTuple):
-    """The pictures of a folder that could be decoded."""
-    images: np.ndarray | Ragged # memory-mapped; one row each, or as many as there are crops
-    keep: np.ndarray            # the index of each in folder.pictures
-    fingerprint: str
-    former: str | None          # the fingerprint of these rows when it was computed from file times
-
-
-def open_pictures(folder: Folder, size: Size, cache_dir: Path, crops: int = 1) -> Decoded:
-    """The pictures of a folder from its cache, which is rebuilt where it is damaged or of other pictures.
-    crops: rows per picture, see crop_places. Raises ValueError where none can be decoded, and then creates
-    nothing where there was no cache."""
-    stamp_path, array_path = cache_dir / "images.json", cache_dir / "images.npy"
-    if not stamp_path.exists():
-        _check_one_decodes(folder)
-    with locked(cache_dir / "images.lock", wait=True, clean=(stamp_path, array_path)):
-        stamp = read_stamp(stamp_path)
-        files = _contents(folder, stamp.get("files"))
-        named = [(name, entry[0], entry[-1]) for name, entry in files.items()]      # size and hash
-        fingerprint = digest("folder", "content", size, named)
-        if crops > 1:
-            fingerprint = digest(fingerprint, crops)
-        begun = stamp.get("fingerprint")
-        former = stamp.get("former") if begun == fingerprint else _former_fingerprint(folder, size, crops)
-        images = open_array(array_path, np.uint8, (crops * len(folder.pictures), *size, 3))
-        keep = stamp.get("keep")
-        fits = begun == fingerprint or (begun == former and former is not None)
-        if not fits or images is None or not _are_indices(keep, len(folder.pictures)):
-            if fits:
-                print(f"{array_path} is {'damaged' if array_path.exists() else 'missing'}: rebuilding it")
-            partial, keep = _decode(folder, size, array_path, crops)
-            stamp_path.unlink(missing_ok=True)      # never an old stamp beside a new array
-            partial.replace(array_path)
-            images = np.load(array_path, mmap_mode="r")
-        found = {"fingerprint": fingerprint, "keep": keep, "former": former, "files": files}
-        if found != read_stamp(stamp_path):         # which a rebuilding has removed
-            write_stamp(stamp_path, found)
-    return Decoded(images[:crops * len(keep)], np.array(keep), fingerprint, former)
-
-
-def open_mixed(folder: Folder, pixels: int, multiple: Size, cache_dir: Path) -> Decoded:
-    """The pictures of a folder at their own aspect ratios, each at its size of ragged.fitted, from a cache
-    that is kept as that of open_pictures. Raises ValueError where none can be decoded."""
-    name = "images-{}x{}".format(*multiple)
-    stamp_path, array_path = cache_dir / f"{name}.json", cache_dir / f"{name}.bin"
-    if not stamp_path.exists():
-        _check_one_decodes(folder)
-    with locked(cache_dir / f"{name}.lock", wait=True, clean=(stamp_path, array_path)):
-        stamp = read_stamp(stamp_path)
-        files = _contents(folder, stamp.get("files"))
-        named = [(name, entry[0], entry[-1]) for name, entry in files.items()]      # size and hash
-        fingerprint = digest("folder", "mixed", pixels, multiple, named)
-        keep, shapes = stamp.get("keep"), stamp.get("shapes")
-        images = open_ragged(array_path, np.uint8, shapes)
-        fits = stamp.get("fingerprint") == fingerprint
-        if not fits or images is None or not (_are_indices(keep, len(folder.pictures))
-                                              and len(keep) == len(images)):
-            if fits:
-                print(f"{array_path} is {'damaged' if array_path.exists() else 'missing'}: rebuilding it")
-            stamp_path.unlink(missing_ok=True)      # never an old stamp beside a new array
-            keep = []
-            shapes = write_ragged(array_path, _decode_mixed(folder, pixels, multiple, keep))
-            images = open_ragged(array_path, np.uint8, shapes)
-        found = {"fingerprint": fingerprint, "keep": keep, "shapes": shapes, "files": files}
-        if found != read_stamp(stamp_path):
-            write_stamp(stamp_path, found)
-    return Decoded(images, np.array(keep), fingerprint, None)
-
-
-def _decode_mixed(folder: Folder, pixels: int, multiple: Size, keep: list[int]) -> Iterator[np.ndarray]:
-    """Every picture that can be decoded, uint8 (H, W, 3), one at a time; `keep` takes their indices."""
-    useless: list[str] = []                 # colour profiles
-    for i, picture in enumerate(tqdm(folder.pictures, desc="decode pictures", unit="img")):
-        try:
-            image = read_image(picture, "white", useless)
-            array = cover(image, fitted(image.size[::-1], pixels, multiple))
-        except Exception as error:          # Pillow raises a dozen types; each means: skip this file
-            _tell_of_skipped(picture, error)
-            continue
-        keep.append(i)
-        yield array
-    if not keep:
-        raise _none_decodes(folder)
-    _tell_of_decoding(folder, keep, useless)
-
-
-def _are_indices(keep: object, count: int) -> bool:
-    """Whether a stamp's list names some of `count` pictures, in order."""
-    if not isinstance(keep, list) or not keep or not all(isinstance(i, int) for i in keep):
-        return False
-    return 0 <= keep[0] and keep[-1] < count and all(a < b for a, b in zip(keep, keep[1:]))
-
-
-def _contents(folder: Folder, known: object) -> dict[str, list]:
-    """Size, two times and a hash of the content of every picture. known: what this returned before; a file
-    that has not changed since then is not read again."""
-    known = known if isinstance(known, dict) else {}
-    found = {}
-    for picture in tqdm(folder.pictures, desc="compare pictures", unit="img", delay=2):
-        name = picture.relative_to(folder.path).as_posix()
-        try:
-            about = picture.stat()
-        except OSError:                     # removed, or its folder closed, since the folder was listed
-            found[name] = [0, 0, 0, "unreadable"]
-            continue
-        # The second time is that of any change: nothing can set it back, as archives set back the first.
-        entry = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-        before = known.get(name)
-        if isinstance(before, list) and len(before) == 4 and before[:3] == entry:
-            found[name] = before
-        else:
-            found[name] = [*entry, _hash_content(picture)]
-    return found
-
-
-def _hash_content(path: Path) -> str:
-    """A hash of a file's bytes; above 8 MiB, of 64 KiB at each of 32 places from its start to its end."""
-    sha256 = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            if size <= 1 << 23:
-                sha256.update(file.read())
-            for i in range(32 if size > 1 << 23 else 0):
-                file.seek((size - (1 << 16)) * i // 31)
-                sha256.update(file.read(1 << 16))
-    except OSError:                         # it cannot be decoded either, and is named then
-        return "unreadable"
-    return sha256.hexdigest()[:16]
-
-
-def _former_fingerprint(folder: Folder, size: Size, crops: int) -> str | None:
-    """What an earlier version computed from names, sizes and times, or None where it would have found other
-    pictures, in another order, or with other colours."""
-    files = []
-    try:
-        listed = sorted(p for p in folder.path.rglob("*")
-                        if p.suffix.lower() in _endings() and os.path.isfile(p))
-        if crops > 1 or listed != folder.pictures or any(map(_changes_colours, listed)):
-            return None
-        for picture in listed:
-            about = picture.stat()
-            files.append((str(picture.relative_to(folder.path)), about.st_size, about.st_mtime_ns))
-    except OSError:                         # a folder that may not be entered stopped that version
-        return None
-    return digest("folder", size, files)
-
-
-def _changes_colours(path: Path) -> bool:
-    """Whether the picture has a colour profile other than sRGB, which was not applied formerly."""
-    try:
-        with open_header(path) as image:
-            profile = image.info.get("icc_profile")
-            mode = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-            return bool(profile) and srgb_transform(profile, mode) is not None
-    except Exception:                       # such a profile is not applied now either
-        return False
-
-
-def _decode(folder: Folder, size: Size, path: Path, crops: int) -> tuple[Path, list[int]]:
-    """Write the pictures to a new array, which is to replace `path`. Return its present name and the indices
-    of the pictures that could be decoded."""
-    decoded = []
-    useless: list[str] = []                 # colour profiles
-    store = new_array(path, np.uint8, (crops * len(folder.pictures), *size, 3))
-    partial = Path(store.filename)
-    try:
-        for i, picture in enumerate(tqdm(folder.pictures, desc="decode pictures", unit="img")):
-            try:
-                image = read_image(picture, "white", useless)
-                for k, place in enumerate(crop_places(picture.name, crops)):
-                    store[crops * len(decoded) + k] = cover(image, size, place)
-                decoded.append(i)
-            except Exception as error:      # Pillow raises a dozen types; each means: skip this file
-                _tell_of_skipped(picture, error)
-        store.flush()
-        if not decoded:
-            raise _none_decodes(folder)
-    except BaseException:                   # also Ctrl-C: leave no half-built file behind
-        store = None                        # Windows does not delete a file that is still mapped
-        partial.unlink(missing_ok=True)
-        raise
-    _tell_of_decoding(folder, decoded, useless)
-    return partial, decoded
-
-
-def _tell_of_decoding(folder: Folder, decoded: list[int], useless: list[str]) -> None:
-    _tell(f"--data {folder.path}: colours taken as sRGB, because a colour profile cannot be used", useless)
-    if folder.labels is not None:
-        empty = sorted(set(folder.labels) - {folder.labels[i] for i in decoded})
-        _tell(f"--data {folder.path}: classes left out, because none of their pictures can be decoded",
-              [folder.classes[i] for i in empty])
-
-
-def _check_one_decodes(folder: Folder) -> None:
-    """Raises ValueError, and names every picture, where none can be decoded."""
-    errors = []
-    for picture in folder.pictures:
-        try:
-            read_image(picture, "white", [])
-            return
-        except Exception as error:
-            errors.append(error)
-    for picture, error in zip(folder.pictures, errors):
-        _tell_of_skipped(picture, error)
-    raise _none_decodes(folder)
-
-
-def _none_decodes(folder: Folder) -> ValueError:
-    return ValueError(f"--data {folder.path}: none of its {_counted(len(folder.pictures))} can be decoded")
-
-
-def _tell_of_skipped(picture: Path, error: Exception) -> None:
-    reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, (OSError, ValueError)) and str(error):         # written for people, as a rule
-        reason = getattr(error, "strerror", None) or str(error)
-    tqdm.write(f"skipped {shortened(str(picture), 300)}: {shortened(reason, 300)}", file=sys.stderr)
 
 
 def crop_places(name: str, crops: int) -> list[float]:
@@ -521,30 +379,27 @@ def split_rows(count: int, labels: np.ndarray | None) -> tuple[np.ndarray, np.nd
 
 
 def demo() -> None:
-    """List and decode a folder of two classes with a broken picture twice, the second time from a cache."""
+    """List a folder of two classes with a caption beside each picture."""
     with tempfile.TemporaryDirectory() as temporary:
-        path, cache_dir = Path(temporary) / "pictures", Path(temporary) / "cache"
+        path = Path(temporary)
         for i in range(24):
             picture = path / f"class {i % 2 + 9}" / f"{i}.png"
-            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.parent.mkdir(exist_ok=True)
             Image.new("RGB", (48, 64), (10 * i, 0, 255)).save(picture)
-        (path / "class 9" / "broken.png").write_bytes(b"not a picture")
+            picture.with_suffix(".txt").write_text(f"blue, and {10 * i} of red")
         (path / ".hidden").mkdir()
-        for _ in range(2):
-            folder = list_folder(path)
-            decoded = open_pictures(folder, (32, 32), cache_dir)
-            print(f"{len(folder.pictures)} pictures in {folder.classes}: {len(decoded.keep)} decoded, "
-                  f"fingerprint {decoded.fingerprint}")
-        train, val = split_rows(len(decoded.keep), np.array(folder.labels)[decoded.keep])
+        folder = list_folder(path, "captions")
+        print(f"{counted(len(folder.pictures))} in {folder.classes}; the last is "
+              f"{folder.pictures[-1].relative_to(path)}, '{folder.words[-1]}'")
+        train, val = split_rows(len(folder.pictures), folder.labels)
         print(f"{len(train)} for training, {len(val)} for validation")
-        del decoded                             # Windows does not delete a file that is still mapped
 
 
 def main() -> None:
     if len(sys.argv) > 1:
         folder = list_folder(Path(sys.argv[1]))
         classes = ", ".join(map(shortened, folder.classes))
-        print(f"{_counted(len(folder.pictures))}; classes: {classes or 'none'}")
+        print(f"{counted(len(folder.pictures))}; classes: {classes or 'none'}")
     else:
         demo()
 

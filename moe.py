@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -316,11 +316,11 @@ def set_balance(model: nn.Module, weight: float) -> None:
             module.balance = weight
 
 
-def upcycled(model: nn.Module, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+def upcycled(model: nn.Module, dense: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a dense network as those of `model`, which has experts where that has feed-forward
     layers: every expert begins as such a layer (Komatsuzaki et al. 2022, arXiv:2212.05055), the shared ones
-    without effect, the router as it is. Both networks then compute the same."""
-    dense, own = dict(dense), model.state_dict()
+    without effect, the router as in `own`, the state of `model`. Both networks then compute the same."""
+    dense = dict(dense)
     for name, module in model.named_modules():
         if not isinstance(module, MoE) or f"{name}.fc1.weight" not in dense:
             continue
@@ -328,7 +328,7 @@ def upcycled(model: nn.Module, dense: dict[str, Tensor]) -> dict[str, Tensor]:
             weight, bias = (dense.pop(f"{name}.{layer}.{kind}") for kind in ("weight", "bias"))
             dense[f"{name}.experts.{layer}"] = weight.expand(module.experts.count, *weight.shape)
             dense[f"{name}.experts.{layer}_bias"] = bias.repeat(module.experts.count)
-        dense |= {part: weight for part, weight in own.items()
+        dense |= {part: own[part] for part in own
                   if part.startswith((f"{name}.router.", f"{name}.shared."))}
         for part in ("weight", "bias"):
             if module.shared is not None:
@@ -412,7 +412,8 @@ def distribute_experts(module: nn.Module, mesh) -> None:
         # Not compiled, as the sizes of what is sent depend on the values.
         layer.exchange = torch.compiler.disable(exchanged)
         for name, weight in list(layer.named_parameters()):
-            setattr(layer, name, nn.Parameter(distribute_tensor(weight.data, mesh, [Shard(0)])))
+            part = distribute_tensor(weight.data, mesh, [Shard(0)])
+            setattr(layer, name, nn.Parameter(part, requires_grad=weight.requires_grad))
 
 
 def exchanged(layer: Experts, rows: Tensor, expert: Tensor) -> Tensor:

@@ -5,27 +5,21 @@
 
 Data parallel (DDP): every rank has all weights and a part of the batch; gradients are averaged. Sharded: a
 rank keeps a share of each weight, its gradient, optimizer state and average; a block's weights are gathered
-when it runs. Tensor parallel: the ranks of a group have the same pictures and compute a part of each product,
-for which attention is cut by heads and the MLP by hidden channels (Shoeybi et al. 2019, arXiv:1909.08053).
+when it runs. Tensor parallel: the ranks of a group have the same pictures and compute a part of each product;
+cuts.py says which layers are cut, and where.
 
 The mesh is (data, tensor): neighbouring ranks form a tensor group, and the groups share the batch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import pickle
-import re
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import IO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,90 +71,7 @@ def synchronised(step: nn.Module | None, last: bool) -> Iterator[None]:
     yield
 
 
-# ---- tensor parallel: where the linear layers of a block are cut
-
-class Cut(NamedTuple):
-    """A weight is cut along `dim`, which consists of parts of these sizes, like q, k and v. Each rank of a
-    tensor group has an equal share of every part."""
-    dim: int
-    sizes: tuple[int, ...]
-
-    def order(self, ranks: int) -> Tensor:
-        """The index that puts the first rank's shares of all parts first, then the second rank's: so ordered,
-        the weight is cut into contiguous pieces."""
-        order, starts = [], [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        for rank in range(ranks):
-            for start, size in zip(starts, self.sizes):
-                share = size // ranks
-                order.append(torch.arange(start + rank * share, start + (rank + 1) * share))
-        return torch.cat(order)
-
-    def ordered(self, weight: Tensor, ranks: int) -> Tensor:
-        """The weight in that order."""
-        return weight.index_select(self.dim, self.order(ranks).to(weight.device))
-
-    def restored(self, weight: Tensor, ranks: int) -> Tensor:
-        """The inverse of `ordered`."""
-        return weight.index_select(self.dim, self.order(ranks).argsort().to(weight.device))
-
-
-def linears_of(module: nn.Module) -> dict[str, Cut]:
-    """The linear layers of an attention, an MLP or a single-stream block that are cut. A layer cut along its
-    outputs (dim 0) is followed by one cut along its inputs (dim 1), whose products are added up."""
-    if isinstance(getattr(module, "qkv", None), nn.Linear):        # a block may have a method of that name
-        width = (module.qkv.in_features,)
-        cuts = {"qkv": Cut(0, 3 * width)}
-        if module.proj is not None:
-            cuts["proj"] = Cut(1, width)
-        return cuts
-    if isinstance(getattr(module, "fc1", None), nn.Linear):
-        hidden = module.fc2.in_features
-        return {"fc1": Cut(0, (hidden,) * (module.fc1.out_features // hidden)), "fc2": Cut(1, (hidden,))}
-    if hasattr(module, "linear1"):
-        width = module.width
-        hidden = module.linear2.in_features - width
-        return {"linear1": Cut(0, (width, width, width, hidden)), "linear2": Cut(1, (width, hidden))}
-    return {}
-
-
-def cut_modules(model: nn.Module, blocks: tuple[type, ...]) -> dict[str, nn.Module]:
-    """The modules inside the model's blocks whose linear layers are cut, by name."""
-    found = {}
-    for name, block in model.named_modules():
-        if isinstance(block, blocks):
-            for inner, module in block.named_modules(prefix=name):
-                if linears_of(module):
-                    found[inner] = module
-    return found
-
-
-def cuts_of(model: nn.Module, blocks: tuple[type, ...]) -> dict[str, Cut]:
-    """The cut of every weight and bias that has one, by its name."""
-    cuts = {}
-    for name, module in cut_modules(model, blocks).items():
-        for linear, cut in linears_of(module).items():
-            cuts[f"{name}.{linear}.weight"] = cut
-            if cut.dim == 0:
-                cuts[f"{name}.{linear}.bias"] = cut
-    return cuts
-
-
-def check_tensor_parallel(model: nn.Module, blocks: tuple[type, ...], ranks: int) -> None:
-    """Raises ValueError where `ranks` cannot share the heads or the hidden channels of the blocks."""
-    for module in cut_modules(model, blocks).values():
-        counts = {"hidden channels": size for cut in linears_of(module).values() for size in cut.sizes}
-        if hasattr(module, "heads"):
-            counts["heads"] = module.heads
-        for what, count in counts.items():
-            if count % ranks:
-                raise ValueError(f"--tensor-parallel {ranks}: does not divide the {count} {what} of this "
-                                 "network; give a divisor, or 1")
-        if getattr(module, "conv", None) is not None:
-            raise ValueError(f"--tensor-parallel {ranks}: not with --conv, whose channels are not cut; leave "
-                             "one of them out")
-
-
-# ---- sharded, and tensor parallel
+# ---- sharded, with tensor parallelism or without
 
 class Sharding:
     """How models of one architecture are cut over `size` ranks, `tensor` of which form a tensor group.
@@ -181,21 +92,25 @@ class Sharding:
                 dist.distributed_c10d._set_pg_timeout(patience, group)
         self.size = size
         self.tensor = tensor
+        self.device = device
         self.blocks = blocks
         self.cut = cut
         self.bf16 = bf16
-        self.cuts: dict[str, Cut] = {}
+        self.cuts = {}                                 # what cuts.py has cut, by its name
 
     def shard(self, model: nn.Module, trained: bool) -> nn.Module:
         """Cut the weights of a model, which must be whole and equal on all ranks, in place. Returns its step.
         trained: False for an average, which has no backward pass and keeps its precision. Weights that have
-        been distributed over the data dimension already, as experts may be, stay as they are."""
+        been distributed over the data dimension already, as experts may be, stay as they are. A model on the
+        meta device gets memory for this rank's share, which has to be loaded then."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = self.mesh["data"]
         apart = set(filter(is_cut, model.parameters()))
         if self.tensor > 1:
-            self.cut_linears(model)
+            from cuts import cut_linears               # only here: all else can do without that file
+
+            self.cuts = cut_linears(model, self.cut, self.mesh["tensor"])
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         blocks = [block for block in model.modules() if isinstance(block, self.blocks)]
@@ -204,24 +119,11 @@ class Sharding:
             again = not (trained and block is blocks[-1])
             fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=apart,
                         mp_policy=rounded if trained and self.bf16 else exact)
-        return fully_shard(Step(model), mesh=mesh, reshard_after_forward=True, ignored_params=apart,
+        step = fully_shard(Step(model), mesh=mesh, reshard_after_forward=True, ignored_params=apart,
                            mp_policy=exact)
-
-    @torch.no_grad()
-    def cut_linears(self, model: nn.Module) -> None:
-        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-        self.cuts = cuts_of(model, self.cut)
-        for name, weight in model.named_parameters():
-            if name in self.cuts:
-                weight.copy_(self.cuts[name].ordered(weight, self.tensor))
-        for module in cut_modules(model, self.cut).values():
-            styles = {name: RowwiseParallel() if cut.dim else ColwiseParallel()
-                      for name, cut in linears_of(module).items()}
-            parallelize_module(module, self.mesh["tensor"], styles)
-            for size in ("heads", "width"):            # of this rank
-                if hasattr(module, size):
-                    setattr(module, size, getattr(module, size) // self.tensor)
+        if next(model.parameters()).is_meta:
+            step.to_empty(device=self.device)
+        return step
 
     # ---- whole weights and this rank's share of them
 
@@ -250,11 +152,11 @@ class Sharding:
         return state
 
     @torch.no_grad()
-    def load(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Copy this rank's share of whole weights."""
+    def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Copy this rank's share of whole weights, which are asked for one by one."""
         for name, part in model.state_dict().items():
-            value = self.share(name, state[name]) if is_cut(part) else state[name]
-            local(part).copy_(value)
+            whole = state[name]
+            local(part).copy_(self.share(name, whole) if is_cut(part) else whole)
 
     def everywhere(self, here: bool) -> bool:
         """Whether it is so on all ranks."""
@@ -272,7 +174,9 @@ class Sharding:
         total = 0.0
         for name, parameter in parameters.items():
             gradient = local(parameter.grad)
-            if self.tensor > 1 and name.endswith(("q_norm", "k_norm")):
+            module, _, kind = name.rpartition(".")
+            heads_are_cut = f"{module}.qkv.weight" in self.cuts or f"{module}.linear1.weight" in self.cuts
+            if heads_are_cut and kind in ("q_norm", "k_norm"):
                 # Each rank of a tensor group has the gradient by its own heads.
                 dist.all_reduce(gradient, group=self.mesh["tensor"].get_group())
             copies = 1 if name in self.cuts else self.tensor       # of this piece, in a tensor group
@@ -296,174 +200,6 @@ def local(part: Tensor) -> Tensor:
 def gathered(part: Tensor) -> Tensor:
     found = part.detach()
     return (found.full_tensor() if is_cut(found) else found).cpu()
-
-
-# ---- the optimizer's state as a folder, of which every rank writes its share
-
-MOMENTS = ("exp_avg", "exp_avg_sq")      # what AdamW keeps of each weight, besides the number of steps
-
-
-def save_moments(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Write what AdamW keeps of every weight, by name, with torch.distributed.checkpoint, to a new folder
-    within `run`. Returns what the checkpoint has to say of it: its name, and the SHA-256 of each of its
-    files. Raises OSError with one line, on all ranks, where one of them cannot write."""
-    import torch.distributed.checkpoint as dcp
-
-    # Never the folder of an earlier checkpoint, which has to stay whole until the new one is complete.
-    chosen = [None]
-    if dist.get_rank() == 0:
-        names = [f"optimizer-{step:06d}", *(f"optimizer-{step:06d}-{again}" for again in range(2, 10_000))]
-        chosen = [next(name for name in names if not os.path.lexists(run / name))]
-    dist.broadcast_object_list(chosen)
-    folder = run / chosen[0]
-    state = {name: dict(optimizer.state[weight]) for name, weight in model.named_parameters()
-             if weight in optimizer.state}
-    try:
-        dcp.save(state, checkpoint_id=folder)
-    except dcp.api.CheckpointException as error:       # the same one on all ranks
-        reason = reason_of(error)
-        if "enforce fail" in reason or "PytorchStreamWriter" in reason:
-            reason = "the disk is full or the file too large"
-        raise OSError(f"cannot write {folder}: {reason}") from None
-    files = sorted(file.name for file in folder.iterdir())
-    sums = {name: sha256_of(folder / name) for name in files[dist.get_rank()::dist.get_world_size()]}
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, sums)
-    merged = {name: value for part in everywhere for name, value in part.items()}
-    return {"folder": chosen[0], "sha256": merged}
-
-
-def reason_of(error: BaseException) -> str:
-    """Why torch.distributed.checkpoint failed on the first rank that did, in a line."""
-    reason = next(iter(error.failures.values()))[0]
-    return getattr(reason, "strerror", None) or str(reason).split("\n")[0]
-
-
-def open_from_disk(file: Path) -> IO[bytes]:
-    """A file to read, as the disk holds it and not as the memory still has it."""
-    content = open(file, "rb")
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return content
-
-
-def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open_from_disk(file) as content:
-        while piece := content.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def damage_of(run: Path, saved: dict, part: slice = slice(None)) -> str | None:
-    """What is wrong with the folder that `save_moments` described so, as far as these of its files go; None
-    if nothing is."""
-    name, tensor, sums = (saved.get(key) for key in ("folder", "tensor", "sha256"))
-    sums = {} if sums is None else sums                # of any type, in a checkpoint that was changed
-    if not (isinstance(name, str) and re.fullmatch(r"optimizer-\d+(-\d+)?", name)
-            and type(tensor) is int and 0 < tensor < 2**16 and isinstance(sums, dict)
-            and all(isinstance(file, str) and Path(file).name == file for file in sums)):
-        return f"its optimizer is {str(saved)[:80]!r}"
-    folder = run / name
-    if not (folder / ".metadata").is_file():
-        return f"{folder} is missing or not complete"
-    for file in sorted(sums)[part]:
-        try:
-            if sha256_of(folder / file) != sums[file]:
-                return f"the checksum of {folder / file} does not fit"
-        except OSError as error:
-            return f"{folder / file} cannot be read ({error.strerror})"
-    return None
-
-
-def check_moments(run: Path, saved: dict) -> None:
-    """Raises ValueError, on all ranks, where the folder of the optimizer is not as it was saved."""
-    if not dist.is_initialized():
-        found = [damage_of(run, saved)]
-    else:                                              # each reads a part, as there may be many gigabytes
-        found = [None] * dist.get_world_size()
-        part = slice(dist.get_rank(), None, dist.get_world_size())
-        dist.all_gather_object(found, damage_of(run, saved, part))
-    for problem in found:
-        if problem:
-            raise ValueError(problem)
-
-
-class Plain(pickle.Unpickler):
-    """Reads what PyTorch writes of a folder, and nothing else: a pickle from elsewhere may start programs."""
-
-    ALLOWED = {
-        "torch.distributed.checkpoint.metadata": (
-            "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata", "ChunkStorageMetadata",
-            "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-        "torch.serialization": ("_get_layout",), "collections": ("OrderedDict",),
-        "torch": ("Size", "float32", "float64", "bfloat16", "float16"),
-        "pathlib": ("PosixPath", "WindowsPath"), "pathlib._local": ("PosixPath", "WindowsPath")}
-
-    def find_class(self, module: str, name: str):
-        if name not in self.ALLOWED.get(module, ()):
-            raise ValueError(f"{module}.{name} is no part of a checkpoint")
-        return super().find_class(module, name)
-
-
-def read_metadata(folder: Path) -> dict:
-    """What the folder holds, by name. Raises ValueError with one line where it is not of `save_moments`."""
-    try:
-        with open(folder / ".metadata", "rb") as file:
-            metadata = Plain(file).load()
-        found = metadata.state_dict_metadata
-        # PyTorch reads what is no tensor as a pickle of any kind.
-        good = all(hasattr(entry, "chunks") for entry in found.values()) and all(
-            Path(info.relative_path).name == info.relative_path for info in metadata.storage_data.values())
-    except Exception as error:                         # a dozen types for a damaged pickle
-        raise ValueError(f"{folder / '.metadata'}: damaged, or changed by another program "
-                         f"({' '.join(str(error).split())[:80]})") from None
-    if not good:
-        raise ValueError(f"{folder / '.metadata'}: changed by another program")
-    return found
-
-
-def load_moments(folder: Path, tensor: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-                 sharding: Sharding | None, cuts: dict[str, Cut]) -> None:
-    """Read what `save_moments` wrote in tensor groups of this size, into a model in any other layout. cuts:
-    of the model, whether or not it is cut now. Raises ValueError where the folder is not complete."""
-    import torch.distributed.checkpoint as dcp
-
-    saved = read_metadata(folder)
-    for name, weight in model.named_parameters():
-        if f"{name}.step" not in saved:                # before the first step
-            continue
-        # One weight at a time, whole: another layout cuts it at other places.
-        found = {"step": torch.zeros(())} | {key: torch.empty(weight.shape) for key in MOMENTS}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")        # of a single process, which is as intended
-                dcp.load({name: found}, checkpoint_id=folder, no_dist=True)
-        except dcp.api.CheckpointException as error:
-            raise ValueError(f"{folder}: damaged ({reason_of(error)[:80]})") from None
-        for key in MOMENTS:
-            if tensor > 1 and name in cuts:
-                found[key] = cuts[name].restored(found[key], tensor)
-        place_moments(name, weight, found, optimizer, sharding)
-
-
-def share_moments(saved: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
-                  sharding: Sharding) -> None:
-    """The same from the state dict of an optimizer whose weights were whole."""
-    names = {weight: name for name, weight in model.named_parameters()}
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for number, found in saved["state"].items():
-        place_moments(names[weights[number]], weights[number], found, optimizer, sharding)
-
-
-@torch.no_grad()
-def place_moments(name: str, weight: nn.Parameter, whole: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-                  sharding: Sharding | None) -> None:
-    optimizer.state[weight] = {"step": whole["step"].to(weight.device)}
-    for key in MOMENTS:
-        optimizer.state[weight][key] = target = torch.zeros_like(weight)
-        local(target).copy_(sharding.share(name, whole[key]) if sharding else whole[key])
 
 
 # ---- demonstration

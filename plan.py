@@ -16,7 +16,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,10 +34,10 @@ from ahead import default_workers
 from cache import PIECE
 from cli import program
 from conditioning import Conditioning
+from cuts import check_tensor_parallel
 from data import find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
-from parallel import check_tensor_parallel
 from published import check_weights
 from ragged import fitted
 from ranks import ALONE, Ranks
@@ -410,13 +410,14 @@ def flag_of(arch: str, name: str, config) -> str:
 
 
 def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str, theirs: list[str] | None = None,
-                ours: list[str] | None = None) -> dict[str, Tensor]:
+                ours: list[str] | None = None, initial: Mapping | None = None) -> dict[str, Tensor]:
     """The state to load into this model. It must fit exactly, except for a table of embeddings of classes.
     theirs, ours: the names of the classes of the state and of the model. Where both are known, each class
     takes the row of its name, and a new one keeps the model's own initial values; the last row, of the null
-    class, is always taken. Otherwise the table is taken as it is, or left out where its size differs."""
-    own = model.state_dict()
-    state = moe.upcycled(model, state)                     # a copy; dense layers where this has experts
+    class, is always taken. Otherwise the table is taken as it is, or left out where its size differs.
+    initial: the model's own state, where it has no memory for one."""
+    own = model.state_dict() if initial is None else initial
+    state = moe.upcycled(model, state, own)                # a copy; dense layers where this has experts
     for name in own:                                       # a second time, where the state has one only
         if name.startswith("gap_embed") and name not in state:
             state[name] = own[name]

@@ -1,4 +1,5 @@
-"""Pictures of different sizes: their size at a budget of pixels, and arrays of different shapes on disk.
+"""Pictures of different sizes: their size at a budget of pixels, and arrays of different shapes on disk; and
+strings of different lengths, millions of them, in memory.
 
     python ragged.py                      # the sizes of pictures at a budget, and a ragged array read back
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable
+from array import array as packed
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +105,16 @@ def ragged(arrays: list[np.ndarray]) -> Ragged:
     return Ragged(np.concatenate([array.ravel() for array in arrays]), [array.shape for array in arrays])
 
 
-def write_ragged(path: Path, arrays: Iterable[np.ndarray]) -> list[list[int]]:
-    """Write arrays to a file, one at a time, so that memory holds only one. Returns their shapes. Raises
-    OSError with one line where they cannot be written."""
-    shapes = []
+def write_ragged(path: Path, arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Write arrays to a file, one at a time, so that memory holds only one. Returns their shapes (N, k).
+    Raises OSError with one line where they cannot be written."""
+    shapes, rank = packed("q"), 1
     with replacing(path) as file:
         for array in arrays:
             file.write(np.ascontiguousarray(array).tobytes())
-            shapes.append(list(array.shape))
-    return shapes
+            shapes.extend(array.shape)
+            rank = array.ndim
+    return np.frombuffer(shapes, np.int64).reshape(-1, rank)
 
 
 def open_ragged(path: Path, dtype, shapes: object) -> Ragged | None:
@@ -124,6 +128,60 @@ def open_ragged(path: Path, dtype, shapes: object) -> Ragged | None:
         return Ragged(np.memmap(path, dtype, "r"), shapes)
     except (OSError, ValueError, TypeError, IndexError, OverflowError):
         return None
+
+
+# ---- strings
+
+class Strings(Sequence):
+    """Strings in UTF-8, one after another in memory: each takes its bytes and 8 more, where a list takes 60
+    more. Indexed by a number, one of them; by a slice or an array of ints, some of them in the same memory.
+    Halves of surrogate pairs, as in names of files that are not in UTF-8, are kept."""
+
+    def __init__(self, flat: bytearray, starts: np.ndarray, ends: np.ndarray):
+        self.flat = flat
+        self.starts = starts
+        self.ends = ends
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> Strings:
+        flat, bounds = bytearray(), packed("q", [0])
+        for string in strings:
+            flat += string.encode("utf-8", "surrogatepass")
+            bounds.append(len(flat))
+        bounds = np.frombuffer(bounds, np.int64)
+        return cls(flat, bounds[:-1], bounds[1:])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        start, end = self.starts[index], self.ends[index]
+        if isinstance(start, np.ndarray):
+            return Strings(self.flat, start, end)
+        return self.flat[start:end].decode("utf-8", "surrogatepass")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it has the strings of another sequence, such as a list."""
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+
+def key_of(string: str) -> int:
+    """64 bits that stand for a string: by them, one among millions is found in a few bytes each."""
+    return int.from_bytes(blake2b(string.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def places(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Where each key is among others, (n,), or -1."""
+    if np.array_equal(keys, among):
+        return np.arange(len(keys))
+    if not len(among):
+        return np.full(len(keys), -1)
+    order = np.argsort(among)
+    found = order[np.searchsorted(among, keys, sorter=order).clip(max=len(among) - 1)]
+    found[among[found] != keys] = -1
+    return found
 
 
 def demo() -> None:

@@ -200,10 +200,12 @@ class MeanFlow(RectifiedFlow):
 
     def loss(self, model, x0: Tensor, *, t: Tensor | None = None, s: Tensor | None = None,
              eps: Tensor | None = None, uncond: dict | None = None, dropped: Tensor | None = None,
-             **cond) -> Tensor:
+             derive: bool = False, **cond) -> Tensor:
         """(B,) mean squared error of the velocity. t and s (B,) and eps may be fixed, as validation does; t
         without s means s = 0. uncond: the null conditions, of the batch's length; without them nothing is
-        guided. dropped (B,), bool: where `cond` is the null condition too, so that there is no guidance."""
+        guided. dropped (B,), bool: where `cond` is the null condition too, so that there is no guidance.
+        derive: take the derivative even if s = t everywhere, as other parts of the batch do: processes that
+        share the network's weights have to call it equally often."""
         if t is None:
             t, s = (part.to(x0.device) for part in self.sample_times(len(x0)).values())
         if s is None:
@@ -214,7 +216,7 @@ class MeanFlow(RectifiedFlow):
         # ---- constants of the gradient: the velocity to learn, and du/dt at the present weights
         with torch.no_grad():
             target = self.guided_velocity(model, xt, t, eps - x0, uncond, dropped)
-            rate = self.total_derivative(model, xt, t, s, cond)
+            rate = self.total_derivative(model, xt, t, s, cond, derive)
         # ---- the identity's right-hand side, of which only u itself has a gradient
         u = model(xt, t, s=s, **cond)[:, :x0.shape[1]].float()
         error = (u + like(t - s, x0) * rate - target).square().flatten(1).mean(1)
@@ -232,10 +234,14 @@ class MeanFlow(RectifiedFlow):
         return guided if dropped is None else torch.where(like(dropped, xt), velocity, guided)
 
     @staticmethod
-    def total_derivative(model, xt: Tensor, t: Tensor, s: Tensor, cond: dict) -> Tensor:
-        """du/dt along the flow, (B, ...), of the shape of xt; 0 where s = t, where nothing needs it."""
+    def total_derivative(model, xt: Tensor, t: Tensor, s: Tensor, cond: dict,
+                         derive: bool = False) -> Tensor:
+        """du/dt along the flow, (B, ...), of the shape of xt; where s = t, nothing needs it. derive: see
+        `loss`."""
         rate = torch.zeros_like(xt)
         rows = (s < t).nonzero().flatten()
+        if len(rows) == 0 and derive:
+            rows = rows.new_zeros(1)                   # one that does not need it
         if len(rows) == 0:
             return rate
         xt, t, s = xt[rows], t[rows], s[rows]

@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -35,10 +35,12 @@ import attention
 import charts
 import ema
 import moe
+import moments
 import parallel
 import published
 import settings
 from cli import Flag, make_parser, nonempty, program
+from cuts import cuts_of
 from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
 from parallel import Sharding
 from published import check_finite, check_weights, load_weights
@@ -51,11 +53,13 @@ from vae import VAE
 
 class Run:
     """The folder of one run. writes: False in a process that shares the training with the one that writes;
-    it reads the files, and keeps its records, but leaves all files as they are."""
+    it reads the files, and keeps its records, but leaves all files as they are. mapped: as load_checkpoint
+    has it."""
 
-    def __init__(self, folder: Path, writes: bool = True):
+    def __init__(self, folder: Path, writes: bool = True, mapped: bool = False):
         self.folder = folder
         self.writes = writes
+        self.mapped = mapped
         self.checkpoint = folder / "checkpoint.pt"
         self.settings = folder / "settings.json"
         self.metrics = folder / "metrics.jsonl"
@@ -84,7 +88,7 @@ class Run:
                 raise ValueError(f"{self.checkpoint} is missing{hint}")
             return None
         try:
-            checkpoint = load_checkpoint(self.checkpoint)
+            checkpoint = load_checkpoint(self.checkpoint, self.mapped)
         except ValueError as error:
             raise ValueError(f"{error}{other_copy(self.checkpoint)}") from None
         training = checkpoint.get("training") or {}
@@ -370,8 +374,10 @@ TRAINING = ("optimizer", "rng", "data", "finished")    # under "training", to co
 DEPTHS = ("depth", "single_depth", "layers")           # fields of configurations that count layers
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint, from its run folder or file, on the CPU. Raises ValueError with a line for the user."""
+def load_checkpoint(path: str | Path, mapped: bool = False) -> dict:
+    """A checkpoint, from its run folder or file, on the CPU. mapped: leave its weights on the disk until they
+    are used, and in no more memory than the system can spare, as for a process that needs a share of them.
+    Raises ValueError with a line for the user."""
     path = Path(path)
     try:
         file = path / "checkpoint.pt" if path.is_dir() else path
@@ -393,19 +399,19 @@ def load_checkpoint(path: str | Path) -> dict:
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{file}: not a file of export.py, or damaged") from None
     else:
-        checkpoint = read_checkpoint(file)
+        checkpoint = read_checkpoint(file, mapped)
     check_parts(checkpoint, file)
     check_networks(checkpoint, file)
     return checkpoint
 
 
-def read_checkpoint(file: Path) -> dict:
+def read_checkpoint(file: Path, mapped: bool) -> dict:
     """What torch.save has written, with all of its parts."""
     try:
         # torch.load does not compare the checksums that torch.save writes
         with zipfile.ZipFile(file) as archive:
             corrupt = archive.testzip()
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         parts = set(checkpoint) | {f"data.{part}" for part in checkpoint.get("data", ())}
     except Exception as error:      # a dozen types for a damaged file; all mean the same to the user
         raise ValueError(f"{file}: not a checkpoint of train.py, or damaged ({type(error).__name__})"
@@ -428,14 +434,14 @@ def damage(file: Path) -> str | None:
     """What is wrong with a checkpoint, by the checksums in it and those of its optimizer's folder; None if
     nothing is. It is read from the disk, piece by piece."""
     try:
-        with parallel.open_from_disk(file) as content, zipfile.ZipFile(content) as archive:
+        with moments.open_from_disk(file) as content, zipfile.ZipFile(content) as archive:
             corrupt = archive.testzip()
         optimizer = (glance(file).get("training") or {}).get("optimizer") or {}
     except Exception as error:                         # a dozen types, as in read_checkpoint
         return f"{file}: damaged ({type(error).__name__})"
     if corrupt:
         return f"{file}: damaged: the checksum of {corrupt} in it does not fit"
-    problem = parallel.damage_of(file.parent, optimizer) if "folder" in optimizer else None
+    problem = moments.damage_of(file.parent, optimizer) if "folder" in optimizer else None
     return f"{file}: damaged: {problem}" if problem else None
 
 
@@ -584,14 +590,19 @@ class State:
         """The average that is validated, drawn from and exported."""
         return next(iter(self.averages.values()))
 
-    def shard(self, sharding: Sharding, experts: bool = False) -> None:
-        """Keep only this process's share of all weights. experts: whether each process keeps whole experts,
-        to which the tokens travel, in place of a share of all of them."""
+    def shard(self, sharding: Sharding, initial: Mapping | None = None, experts: bool = False) -> None:
+        """Keep only this process's share of all weights. initial: the state of a model on the meta device;
+        None where it is whole, or will be restored. experts: whether each process keeps whole experts, to
+        which the tokens travel, in place of a share of all of them."""
         self.sharding = sharding
         for network in (self.model, *self.averages.values()):
             if experts:
                 moe.distribute_experts(network, sharding.mesh["data"])
             self.steps[network] = sharding.shard(network, trained=network is self.model)
+        if initial is not None:
+            sharding.load(self.model, initial)
+            for network in self.averages.values():     # cut alike, so that each copies its own share
+                network.load_state_dict(self.model.state_dict())
 
     def run(self, network: torch.nn.Module, call: Callable, *inputs):
         """call(network, *inputs)."""
@@ -640,8 +651,8 @@ class State:
             optimizer = self.optimizer.state_dict()
         else:                                          # never whole in one process: a folder beside the file
             if self.moments is None or self.moments[0] != step:
-                saved = parallel.save_moments(run.folder, step, self.model, self.optimizer)
-                self.moments = (step, saved | {"tensor": self.sharding.tensor})
+                self.moments = (step, moments.save_moments(run.folder, step, self.model, self.optimizer,
+                                                           self.sharding))
             optimizer = self.moments[1]
         return {"optimizer": optimizer, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
@@ -662,7 +673,7 @@ class State:
         training = saved["training"]
         if is_config(training["optimizer"]) and "folder" in training["optimizer"]:
             try:
-                parallel.check_moments(Path(what).parent, training["optimizer"])
+                moments.check_moments(Path(what).parent, training["optimizer"])
             except ValueError as error:
                 raise ValueError(f"{what}: damaged: {error}; use another copy{other_copy(Path(what))}"
                                  ) from None
@@ -691,12 +702,10 @@ class State:
         """saved: what `training` stored, in this or in another layout of processes. folder: of the run.
         blocks: those of the network that can be tensor parallel."""
         if "folder" in saved:
-            is_cut = self.sharding is not None and self.sharding.tensor > 1
-            cuts = self.sharding.cuts if is_cut else parallel.cuts_of(self.model, blocks)
-            parallel.load_moments(folder / saved["folder"], saved["tensor"], self.model, self.optimizer,
-                                  self.sharding, cuts)
+            cuts = (self.sharding and self.sharding.cuts) or cuts_of(self.model, blocks)
+            moments.load_moments(folder, saved, self.model, self.optimizer, self.sharding, cuts)
         elif self.sharding is not None:
-            parallel.share_moments(saved, self.model, self.optimizer, self.sharding)
+            moments.share_moments(saved, self.model, self.optimizer, self.sharding)
         else:
             self.optimizer.load_state_dict(saved)
 

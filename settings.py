@@ -385,12 +385,17 @@ def resolve_layout(args: argparse.Namespace) -> None:
             raise ValueError(f"--tensor-parallel {args.tensor_parallel}: cuts the blocks of dit and mmdit, "
                              f"not of {args.arch}; leave it out")
         args.shard = True
-    if args.shard and OBJECTIVES[args.objective].second_time and args.arch != "vae":
-        raise ValueError(f"--shard: not with --objective {args.objective}, which calls the network another "
-                         "number of times in each process; leave it out, and each holds the whole network")
     if args.expert_parallel and not (args.shard and (args.experts or args.arch == "vae")):
         raise ValueError("--expert-parallel: goes with --experts N and --shard; give those too, or leave it "
                          "out")
+    if args.expert_parallel and OBJECTIVES[args.objective].second_time and args.arch != "vae":
+        raise ValueError(f"--expert-parallel: not with --objective {args.objective}, whose forward-mode "
+                         "derivative PyTorch's exchange of tokens lacks; leave it out, and experts are "
+                         "sharded as all weights are")
+    if args.compile and args.tensor_parallel > 1 and OBJECTIVES[args.objective].second_time:
+        raise ValueError(f"--compile: not with --tensor-parallel {args.tensor_parallel} and --objective "
+                         f"{args.objective}, whose derivative takes another number of pictures in each step, "
+                         "for which PyTorch does not compile layers that are cut; leave one of them out")
 
 
 def check_aspect(args: argparse.Namespace) -> None:

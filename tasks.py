@@ -220,10 +220,13 @@ class Denoising(Batches):
             x0 = self.vae.normalize(send(z, self.device))              # (B, C, h, w), mean 0 and std 1
         dropped = torch.rand(n) < self.args.label_dropout              # each example independently
         cond = self.conditioning.batch(model, indices, dropped, part)  # y, or context, mask, pooled
-        times = {name: send(t[part], self.device) for name, t in self.path.sample_times(n).items()}
+        drawn = self.path.sample_times(n)
+        times = {name: send(t[part], self.device) for name, t in drawn.items()}
         if self.pairs is None:                                         # else the one that x0 was drawn from
             eps = torch.randn(n, *x0.shape[1:], device=self.device)[part]
         fixed = self.guiding(model, dropped[part])
+        if "s" in drawn:                                               # as one for all parts of the batch
+            fixed["derive"] = bool((drawn["s"] < drawn["t"]).any())
         return self.path.loss(model, x0, eps=eps, **times, **fixed, **cond), times["t"]
 
     def guiding(self, model: torch.nn.Module, dropped: Tensor) -> dict:

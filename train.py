@@ -38,6 +38,7 @@ import ema
 import settings
 from cli import program, signals
 from data import Dataset, load_data
+from deferred import deferred
 from mixed import MixedAutoencoding, MixedDenoising
 from parallel import Sharding, replicate, synchronised
 from plan import Plan, data_changed, fit_weights, prepare
@@ -103,12 +104,19 @@ def how_far(args: argparse.Namespace, rise: int) -> str:
 
 def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     torch.manual_seed(args.seed)                       # after the caches, which are not built every time
-    model = task.build()
+    if args.shard and args.arch != "vae":              # a VAE is small, and has weights made from others
+        model, initial = deferred(task.build)
+    else:
+        model, initial = task.build(), None
     if plan.initial is not None:
-        load_weights(model, fit_weights(model, plan.initial, args.init_from, plan.initial_classes,
-                                         plan.conditioning.classes), args.init_from)
+        state = fit_weights(model, plan.initial, args.init_from, plan.initial_classes,
+                            plan.conditioning.classes, initial)
+        if initial is None:
+            load_weights(model, state, args.init_from)
+        else:
+            initial = state                            # read when the model is cut
         plan.initial = None                            # frees memory: these may be several GB
-    if not args.shard:                                 # else each piece moves there when the model is cut
+    if not args.shard:
         model = model.to(plan.device)
         # Convolutions are faster with the channels last, except in a bf16 U-Net on the CPU.
         if args.arch == "vae" or (args.arch == "unet" and plan.device.type == "cuda"):
@@ -125,7 +133,7 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     if args.shard:
         state.shard(Sharding(plan.ranks.size, plan.ranks.tensor, plan.device, BLOCKS,
                              ARCHITECTURES[args.arch].blocks, plan.bf16 and args.arch != "vae",
-                             plan.ranks.patience), experts=args.expert_parallel)
+                             plan.ranks.patience), initial, experts=args.expert_parallel)
     elif plan.ranks.size > 1:
         state.steps[model] = replicate(model)
     # Weight decay applies to matrices only, as usual; biases and the gains of norms are not decayed.
@@ -205,11 +213,12 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     state = new_state(args, task, plan)
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
-    start, rise, changed = 0, 0, []
-    if saved:
+    start, rise, changed, resumed = 0, 0, [], saved is not None
+    if resumed:
         start = saved["step"]
         state.restore(saved, str(run.checkpoint))
         changed, rise = changes(args, run, saved)
+        saved.clear()             # frees memory, though the callers hold on to it
     run.rewind_metrics(start)     # a killed run has logged steps that it never saved
 
     # A checkpoint is whole and replaces the one before at once, so a kill costs the steps since, never more.
@@ -217,7 +226,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         run.save(checkpoint_of(args, plan, task, state, data, step, rise, finished))
         keep(args, run, step)
 
-    if changed or not saved:
+    if changed or not resumed:
         save(start)               # from now on --vae and --init-from are no longer needed
         run.write_settings(args)
     else:
@@ -467,7 +476,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> int:
     print(f"{', '.join(made) or folder} after {minutes:.1f} minutes")
     if args.arch != "vae":                       # a VAE draws nothing by itself
         defaults = OBJECTIVES[args.objective]
-        finished = conditioning.of_checkpoint(load_checkpoint(folder), plan.device)
+        finished = conditioning.of_checkpoint(load_checkpoint(folder, args.shard), plan.device)
         guidance = f" --cfg {defaults.scale:g}" if finished.guidable and defaults.scale != 1 else ""
         print(f"more: python sample.py {shlex.quote(str(folder))}{finished.hint()} --n 64 "
               f"--sampler {defaults.sampler} --steps {defaults.steps}{guidance} --seed 0 --out grid.png")

@@ -34,12 +34,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ema
-import parallel
 import settings
 from cli import Flag, integer, make_parser, number, one_of, program
+from cuts import Cut, check_tensor_parallel, cuts_of, tensor_plan
+from deferred import deferred
 from dit import Block
 from mmdit import JointBlock, SingleBlock
-from parallel import Sharding, check_tensor_parallel, cut_modules, cuts_of, linears_of, local, replicate
+from parallel import Sharding, local, replicate
 from plan import kept_bytes
 from ranks import Ranks, environments, launched
 from run import State, build_model, checkpoint_blocks
@@ -136,7 +137,7 @@ class Held(NamedTuple):
         return sum(self[:4])
 
 
-def shape_of_cut(name: str, weight: Tensor, cuts: dict[str, parallel.Cut], tensor: int) -> list[int]:
+def shape_of_cut(name: str, weight: Tensor, cuts: dict[str, Cut], tensor: int) -> list[int]:
     """The weight's shape on one rank of a tensor group."""
     shape = list(weight.shape)
     if name in cuts:
@@ -213,13 +214,16 @@ def forward_of(network: Network, model: nn.Module, bf16: bool = False) -> Callab
 
 
 def cut_for_one(model: nn.Module, blocks: tuple[type, ...], tensor: int) -> None:
-    """Give the linear layers and the attentions of a model the sizes that they have in a tensor group."""
-    for module in cut_modules(model, blocks).values():
-        for name, cut in linears_of(module).items():
-            linear = getattr(module, name)
-            shape = list(linear.weight.shape)
+    """Give the linear layers and the attentions of a model the sizes that they have in a tensor group. Those
+    whose output is gathered stay as they are, as autograd keeps the same of them."""
+    for holder, linears in tensor_plan(model, blocks).items():
+        module = model.get_submodule(holder)
+        for name, cut in linears.items():
+            if cut.gathered:
+                continue
+            shape = list(module.get_submodule(name).weight.shape)
             shape[cut.dim] //= tensor
-            setattr(module, name, nn.Linear(shape[1], shape[0]))
+            module.set_submodule(name, nn.Linear(shape[1], shape[0]))
         for size in ("heads", "width"):
             if hasattr(module, size):
                 setattr(module, size, getattr(module, size) // tensor)
@@ -367,7 +371,9 @@ class Kept:
 def distributed(network: Network, where: Layout, length: float, checkpointed: bool) -> State:
     """A model with its averages and optimizer, cut as train.new_state cuts it."""
     torch.manual_seed(0)
-    model = build_model(network.arch, network.config)
+    model, initial = build_model(network.arch, network.config), None
+    if where.shard:
+        model, initial = deferred(lambda: build_model(network.arch, network.config))
     averages = {width: copy.deepcopy(model).eval().requires_grad_(False)
                 for width in ema.widths_kept(length)}
     if checkpointed:
@@ -375,7 +381,8 @@ def distributed(network: Network, where: Layout, length: float, checkpointed: bo
     cpu = torch.device("cpu")
     state = State(model, averages, cpu)
     if where.shard:
-        state.shard(Sharding(where.ranks, where.tensor, cpu, settings.BLOCKS, network.blocks, bf16=False))
+        state.shard(Sharding(where.ranks, where.tensor, cpu, settings.BLOCKS, network.blocks, bf16=False),
+                    initial)
     elif where.ranks > 1:
         state.steps[model] = replicate(model)
     state.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -385,7 +392,9 @@ def distributed(network: Network, where: Layout, length: float, checkpointed: bo
 def measure(network: Network, where: Layout, length: float, batch: int, checkpointed: bool) -> dict[str, int]:
     """What this process holds after steps of the optimizer, in bytes: counted, and as the system sees it."""
     before = resident()
+    Path("/proc/self/clear_refs").write_text("5")          # begins VmHWM anew
     state = distributed(network, where, length, checkpointed)
+    begun = resident("VmHWM") - before
     forward = forward_of(network, state.model)
     weights = list(state.model.parameters())
 
@@ -400,9 +409,9 @@ def measure(network: Network, where: Layout, length: float, batch: int, checkpoi
 
     # The first step makes buffers that stay, the second adds to gradients that are there: the most at a time.
     step(1)
-    Path("/proc/self/clear_refs").write_text("5")          # begins VmHWM anew
+    Path("/proc/self/clear_refs").write_text("5")
     step(2)
-    found = {"peak": resident("VmHWM") - before}
+    found = {"begun": begun, "peak": resident("VmHWM") - before}
     moments = [value for values in state.optimizer.state.values() for value in values.values()]
     found |= {"parameters": total_bytes(weights), "gradients": total_bytes([each.grad for each in weights]),
               "optimizer": total_bytes(moments),
@@ -475,7 +484,8 @@ def check(args: argparse.Namespace) -> int:
     """Print what the processes hold, beside what the table has for them. Returns 1 where a count of bytes
     differs."""
     status = 0
-    heads = ["layout", *HEADS[1:5], "a picture", "memory of the four", "memory a picture", "most in a step"]
+    heads = ["layout", *HEADS[1:5], "a picture", "memory of the four", "memory a picture", "most in a step",
+             "most at the start"]
     for name, network in CHECKED.items():
         print(describe(name, network, bf16=False).replace("GiB", "MiB") + "\n")
         print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
@@ -497,7 +507,8 @@ def check(args: argparse.Namespace) -> int:
                 status = 1
             total = sum(wanted) + args.batch * each[args.grad_checkpoint]
             cells += [difference(found["kept"], kept), difference(found["resident"], wanted.lasting),
-                      difference(found["grown"], kept), difference(found["peak"], total)]
+                      difference(found["grown"], kept), difference(found["peak"], total),
+                      f"{found['begun'] / MIB:,.1f}"]
             print(f"| {where} | " + " | ".join(cells) + " |", flush=True)
         print()
     if status:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")     # read when attention.py is imported
 
-import folder as folder_file
+import decoded
 import plan
 import run
 import sample
@@ -200,8 +200,8 @@ def count_reads(monkeypatch):
     """A list that grows with every file of a folder that is hashed and every picture that is decoded."""
     calls = []
     for name in ("_hash_content", "read_image"):
-        plain = getattr(folder_file, name)
-        monkeypatch.setattr(folder_file, name, lambda path, *more, plain=plain, **options:
+        plain = getattr(decoded, name)
+        monkeypatch.setattr(decoded, name, lambda path, *more, plain=plain, **options:
                             calls.append(path) or plain(path, *more, **options))
     return calls
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import damage
 
-import parallel
+import moments
 import ranks
 import run
 from benchmarks import faults
@@ -269,7 +269,7 @@ def test_the_optimizers_folder_starts_no_program(tmp_path):
     folder.mkdir()
     (folder / ".metadata").write_bytes(pickle.dumps(Program(tmp_path / "started")))
     with pytest.raises(ValueError, match="metadata: damaged, or changed by .*mkdir is no part"):
-        parallel.read_metadata(folder)
+        moments.read_metadata(folder)
     assert not (tmp_path / "started").exists()
 
 
@@ -277,8 +277,8 @@ def test_the_optimizers_folder_starts_no_program(tmp_path):
                                     {"sha256": {"../x": ""}}, {"tensor": "1"}])
 def test_an_entry_of_the_optimizer_that_was_changed(tmp_path, change):
     entry = {"folder": "optimizer-000001", "tensor": 1, "sha256": {}}
-    assert "is missing or not complete" in parallel.damage_of(tmp_path, entry)
-    assert parallel.damage_of(tmp_path, entry | change).startswith("its optimizer is ")
+    assert "is missing or not complete" in moments.damage_of(tmp_path, entry)
+    assert moments.damage_of(tmp_path, entry | change).startswith("its optimizer is ")
 
 
 @pytest.mark.parametrize("name", ["3.png", "3.txt"])

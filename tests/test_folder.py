@@ -1,11 +1,13 @@
-"""folder.py: folders as people have them, listed with their captions, and decoded once."""
+"""folder.py and decoded.py: folders as people have them, listed with their captions, and decoded once."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import socket
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ import pytest
 from conftest import DAMAGE, EPS, RED, captioned, colours, contents, count_reads, damage, picture
 from PIL import EpsImagePlugin, Image
 
-import folder as folder_file
-from files import read_stamp
-from folder import crop_places, list_folder, open_pictures, split_rows
+import decoded
+from decoded import open_pictures
+from files import digest, read_stamp
+from folder import crop_places, list_folder, natural, split_rows
 from pictures import open_image
+from ragged import Strings, key_of, places
 
 
 def opened(path, cache, size=(8, 8)):
@@ -130,14 +134,14 @@ def test_metadata_that_names_other_pictures_is_said(tmp_path, name, content):
 def test_words_that_may_not_be_read_are_named(tmp_path, monkeypatch, name):
     captioned(tmp_path / "p", [None])
     (tmp_path / "p" / name).write_text("x")
-    plain = Path.read_bytes
+    plain = Path.open
 
-    def refuse(path):                                           # the superuser may read everything
+    def refuse(path, *args, **options):                         # the superuser may read everything
         if path.name == name:
             raise PermissionError(13, "Permission denied", str(path))
-        return plain(path)
+        return plain(path, *args, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ValueError, match=rf"p/{name}: cannot be read \(Permission denied\)$"):
         list_folder(tmp_path / "p", "captions")
 
@@ -235,14 +239,14 @@ def test_links_are_followed_once(tmp_path, capsys):
                          "p/gone": "nothing"}.items():
         (tmp_path / name).symlink_to((tmp_path / target).resolve())
     folder = list_folder(tmp_path / "p")
-    assert folder.classes == ["cats", "dogs"] and folder.labels == [0, 0, 1, 1, 1]
+    assert folder.classes == ["cats", "dogs"] and folder.labels.tolist() == [0, 0, 1, 1, 1]
     assert [path.name for path in folder.pictures] == ["2.png", "1.png", "1.png", "2.png", "9.png"]
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     for name in ("dogs/self", "dogs/up", "dogs/top", "more-dogs", "twice", "dogs/3.png", "gone"):
         assert f"p/{name}: " in error, name
     (tmp_path / "whole").symlink_to(tmp_path / "p")
-    assert list_folder(tmp_path / "whole").labels == folder.labels
+    assert list_folder(tmp_path / "whole").labels.tolist() == folder.labels.tolist()
     found = opened(tmp_path / "whole", tmp_path / "cache").images
     assert [colour[0] for colour in colours(found)] == [20, 10, 40, 30, 50]
 
@@ -522,8 +526,8 @@ def test_large_files_are_compared_at_many_places(tmp_path, place):
     start = int(place * len(content)) // 65536 * 65536
     content[start:start + 400_000] = b"x" * len(content[start:start + 400_000])
     (tmp_path / "b").write_bytes(content)
-    assert folder_file._hash_content(tmp_path / "a") != folder_file._hash_content(tmp_path / "b")
-    assert folder_file._hash_content(tmp_path / "missing") == "unreadable"
+    assert decoded._hash_content(tmp_path / "a") != decoded._hash_content(tmp_path / "b")
+    assert decoded._hash_content(tmp_path / "missing") == "unreadable"
 
 
 def test_the_cache_of_other_pictures_is_rebuilt(tmp_path):
@@ -538,7 +542,7 @@ def test_the_cache_of_other_pictures_is_rebuilt(tmp_path):
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "few rows"])
-@pytest.mark.parametrize("name", ["images.npy", "images.json"])
+@pytest.mark.parametrize("name", ["images.npy", "images.json", "images.about.npy"])
 def test_a_damaged_cache_of_pictures_is_rebuilt(tmp_path, capsys, name, how):
     make_some(tmp_path / "p")
     want = colours(opened(tmp_path / "p", tmp_path / "cache").images)
@@ -547,16 +551,18 @@ def test_a_damaged_cache_of_pictures_is_rebuilt(tmp_path, capsys, name, how):
     else:
         damage(tmp_path / "cache" / name, how)
     assert colours(opened(tmp_path / "p", tmp_path / "cache").images) == want
-    if name == "images.npy":
+    if name != "images.json":
         state = "missing" if how == "missing" else "damaged"
-        assert f"images.npy is {state}: rebuilding it" in capsys.readouterr().out
-    assert contents(tmp_path / "cache") == {"images.npy", "images.json", "images.lock"}
+        name = "images.npy" if how == "few rows" else name
+        assert f"{name} is {state}: rebuilding it" in capsys.readouterr().out
+    assert contents(tmp_path / "cache") == {"images.npy", "images.json", "images.about.npy", "images.lock"}
 
 
 @pytest.mark.parametrize("field, value", [
     ("keep", None), ("keep", []), ("keep", {}), ("keep", [0, 99]), ("keep", [-1]), ("keep", ["0"]),
     ("keep", [1, 0]), ("keep", 3), ("files", []), ("files", {"a/0.png": 3}), ("files", None),
-    ("fingerprint", None), ("fingerprint", 3), ("former", 3)])
+    ("fingerprint", None), ("fingerprint", 3), ("former", 3), ("pictures", None), ("pictures", 3),
+    ("pictures", "x"), ("sizes", None), ("sizes", [])])
 def test_an_edited_stamp_does_no_harm(tmp_path, field, value):
     make_some(tmp_path / "p")
     want = colours(opened(tmp_path / "p", tmp_path / "cache").images)
@@ -568,7 +574,7 @@ def test_an_edited_stamp_does_no_harm(tmp_path, field, value):
 def test_an_interrupted_decoding_leaves_nothing(tmp_path, monkeypatch):
     make_some(tmp_path / "p")
 
-    calls, plain = [], folder_file.read_image
+    calls, plain = [], decoded.read_image
 
     def interrupt(*args, **options):
         calls.append(args)
@@ -576,7 +582,191 @@ def test_an_interrupted_decoding_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args, **options)
 
-    monkeypatch.setattr(folder_file, "read_image", interrupt)
+    monkeypatch.setattr(decoded, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path / "p", tmp_path / "cache")
     assert contents(tmp_path / "cache") == {"images.lock"}
+
+
+# ---- millions of pictures
+
+def test_strings_in_one_piece():
+    strings = ["b", "", "\u7dd1", "a\udce9", "b"]
+    found = Strings.of(iter(strings))
+    assert found == strings and list(found) == strings
+    assert found != strings[:4] and found != [*strings[:4], "c"]
+    assert found[-2] == "a\udce9" and found[1:4] == strings[1:4]
+    assert found[np.array([4, 2])] == ["b", "\u7dd1"]
+    assert len(found.flat) == 1 + 0 + 3 + 4 + 1 and Strings.of([]) == []
+    with pytest.raises(IndexError):
+        found[5]
+    for part in (strings, [], [("a", 1)], ["x"]):
+        assert digest("y", iter(part), 3) == digest("y", part, 3)
+    keys = np.array([key_of(string) for string in strings[:4]], np.uint64)
+    assert places(keys[[3, 0]], keys).tolist() == [3, 0] and places(keys, keys[:0]).tolist() == [-1] * 4
+    assert places(keys, keys[[2, 1]]).tolist() == [-1, 1, 0, -1]
+
+
+ODD = ["a", "b", "1", "10", "2", "-", ".", " ", "~", "A", "\u7dd1", "\ue000", "\U0001f600"]
+if sys.platform == "linux":
+    ODD.append(os.fsdecode(b"\xe9"))
+
+
+def grow(root, rng, count=60):
+    """A tree of odd names, with a caption beside each picture that is its path."""
+    folders = [root / "c", root / "c 2", root / "c10", root / "c.9"]
+    for i in range(count):
+        if i % 5 == 0:
+            folders.append(folders[rng.integers(len(folders))] / f"d{''.join(rng.choice(ODD, 2))}")
+        folder = folders[rng.integers(len(folders))]
+        path = folder / f"x{''.join(rng.choice(ODD, 3))}{rng.choice(['.png', '.JPG', '.x.bmp'])}"
+        if not path.exists():
+            picture(path.with_name("x.png"), (i, 0, 0)).rename(path)
+            path.with_suffix(".txt").write_bytes(os.fsencode(path.relative_to(root)).replace(b"\xe9", b"?"))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_order_is_that_of_sorted_paths(tmp_path, seed):
+    """Within each class, and classes by number, as in every earlier version."""
+    root = tmp_path / "p"
+    grow(root, np.random.default_rng(seed))
+    folder = list_folder(root, "captions")
+    want = sorted(path for path in root.rglob("*.*") if path.is_file() and path.suffix != ".txt")
+    classes = sorted({path.relative_to(root).parts[0] for path in want}, key=natural)
+    want = [path for name in classes for path in want if path.relative_to(root).parts[0] == name]
+    assert list(folder.pictures) == want and folder.classes == classes and len(want) > 40
+    assert [classes[label] for label in folder.labels] == [path.relative_to(root).parts[0] for path in want]
+    captions = [os.fsencode(path.relative_to(root)).replace(b"\xe9", b"?").decode() for path in want]
+    captions = [" ".join(caption.split()) for caption in captions]
+    assert [os.path.dirname(caption) for caption in folder.words] == list(map(os.path.dirname, captions))
+    assert folder.pictures[3:7][1] == want[4] and folder.pictures[-1] == want[-1]
+    assert list(folder.pictures[np.array([5, 0])]) == [want[5], want[0]]
+
+
+@pytest.mark.parametrize("multiple, crops", [(None, 1), (None, 3), ((4, 4), 1)])
+def test_a_cache_of_an_earlier_version_is_taken_over(tmp_path, monkeypatch, multiple, crops):
+    """All in one stamp of JSON, an entry for each file: nothing is read or decoded again, and the fingerprint
+    is what it was."""
+    grow(tmp_path / "p", np.random.default_rng(1))
+    folder = list_folder(tmp_path / "p")
+    folder.pictures[3].write_bytes(b"broken")
+    first = open_pictures(folder, (8, 8), tmp_path / "cache", crops, multiple)
+    entries = {}
+    for path in folder.pictures:
+        about, content = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        entries[path.relative_to(tmp_path / "p").as_posix()] = [about.st_size, about.st_mtime_ns,
+                                                                about.st_ctime_ns, content]
+    named = [(name, entry[0], entry[3]) for name, entry in entries.items()]
+    want = digest("folder", "mixed", 64, multiple, named)
+    if multiple is None:
+        want = digest("folder", "content", (8, 8), named)
+    assert first.fingerprint == (want if crops == 1 else digest(want, crops))
+    assert first.keep.tolist() == [i for i in range(len(entries)) if i != 3]
+    stamp_path = tmp_path / ("cache/images-4x4.json" if multiple else "cache/images.json")
+    new = read_stamp(stamp_path)
+    assert set(new) == {"fingerprint", "former", "pictures", "sizes"}
+    old = {"fingerprint": first.fingerprint, "keep": first.keep.tolist(), "files": entries}
+    if multiple is None:
+        old["former"] = None
+    else:
+        old["shapes"] = [list(image.shape) for image in first.images]
+    stamp_path.write_text(json.dumps(old))
+    stamp_path.with_suffix(".about.npy").rename(tmp_path / "about.npy")
+    calls = count_reads(monkeypatch)
+    second = open_pictures(folder, (8, 8), tmp_path / "cache", crops, multiple)
+    assert not calls and second.fingerprint == first.fingerprint and second.keep.tolist() == old["keep"]
+    assert all((a == b).all() for a, b in zip(first.images, second.images, strict=True))
+    assert read_stamp(stamp_path) == new                            # in the new form
+    assert stamp_path.with_suffix(".about.npy").read_bytes() == (tmp_path / "about.npy").read_bytes()
+
+
+def test_only_what_is_new_is_read(tmp_path, monkeypatch):
+    """Among known pictures in another order; and a process that is killed while it notes new times leaves a
+    cache that fits."""
+    make_some(tmp_path / "p")
+    opened(tmp_path / "p", tmp_path / "cache")
+    picture(tmp_path / "p/a/10.png")
+    picture(tmp_path / "p/0/1.png")
+    calls = count_reads(monkeypatch)
+    kept = opened(tmp_path / "p", tmp_path / "cache")
+    assert sorted(path.name for path in calls[:2]) == ["1.png", "10.png"]
+    assert len(calls) == 2 + 8                              # then all are decoded, in their new places
+    assert kept.fingerprint == opened(tmp_path / "p", tmp_path / "new-cache").fingerprint
+    for path in (tmp_path / "p").rglob("*.png"):
+        os.utime(path, (1, 1))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoded, "write_stamp", killed)
+    monkeypatch.setattr(decoded, "read_image", killed)
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path / "p", tmp_path / "cache")
+    monkeypatch.undo()
+    calls = count_reads(monkeypatch)
+    assert (opened(tmp_path / "p", tmp_path / "cache").images == kept.images).all() and not calls
+
+
+def test_the_first_of_many_broken_pictures_are_named_once(tmp_path, capsys):
+    for i in range(300):
+        (tmp_path / f"p/{i:03d}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / f"p/{i:03d}.png").write_bytes(b"broken")
+    for found in range(2):
+        if found:
+            picture(tmp_path / "p/150.png")
+            assert opened(tmp_path / "p", tmp_path / "cache").keep.tolist() == [150]
+        else:
+            with pytest.raises(ValueError, match="none of its 300 pictures can be decoded"):
+                opened(tmp_path / "p", tmp_path / "cache")
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        lines = [line for line in lines if "skipped" in line]
+        names = [re.search("[0-9]+.png", line)[0] for line in lines[:-1]]
+        assert names == [f"{i:03d}.png" for i in range(12)]
+        assert lines[-1] == f"skipped {288 - found} more of 300 pictures, which cannot be decoded either"
+
+
+def test_metadata_rows_are_matched_by_path(tmp_path):
+    """The last row of a picture counts, whatever the order and the spelling."""
+    captioned(tmp_path / "p/class", [None] * 4)
+    rows = [("class/3.png", "three"), ("class/0.png", "first"), ("./class/1.png", "one"), ("none.png", "?"),
+            ("class/0.png", "zero"), (str(tmp_path / "p/class/2.png"), "two"), ("class/../class/2.png", "?")]
+    text = "\n".join(json.dumps({"file_name": name, "text": text}) for name, text in rows)
+    (tmp_path / "p/metadata.jsonl").write_text(text)
+    assert list_folder(tmp_path / "p", "captions").words == ["zero", "one", "two", "three"]
+    picture(tmp_path / "p/class/4.png")
+    with pytest.raises(ValueError, match="1 of 5 pictures .* names 2 pictures not there, such as 2.png$"):
+        list_folder(tmp_path / "p", "captions")
+
+
+def test_memory_per_picture(tmp_path, monkeypatch):
+    """At rest and at the peak of every step. benchmarks/loading.py measures larger folders."""
+    count = 3000
+    image = Image.new("RGB", (2, 2))
+    monkeypatch.setattr(decoded, "read_image", lambda *args: image)         # the slowest part
+    monkeypatch.setattr(decoded, "_changes_colours", lambda path: False)
+    monkeypatch.setattr(sys, "intern", lambda text: text)   # a table in which the parts of paths come and go
+    first = picture(tmp_path / "p/class 0/00000.png")
+    opened(tmp_path / "p", tmp_path / "small", (2, 2))                  # loads all that is loaded once
+    for i in range(1, count):
+        path = tmp_path / f"p/class {i // 1000}/{i:05d}.png"
+        path.parent.mkdir(exist_ok=True)
+        os.link(first, path)
+    fixed = 20_000 / count                              # of tqdm, NumPy and open files
+    tracemalloc.start()
+    try:
+        folder = list_folder(tmp_path / "p")
+        listed = tracemalloc.get_traced_memory()
+        peaks = []
+        for multiple in (None, None, (1, 1), (1, 1)):                   # decodes, compares, at either form
+            tracemalloc.reset_peak()
+            found = open_pictures(folder, (2, 2), tmp_path / "cache", multiple=multiple)
+            peaks.append(tracemalloc.get_traced_memory())
+            assert len(found.keep) == count
+    finally:
+        tracemalloc.stop()
+    names = folder.pictures.names
+    assert len(names.flat) + names.starts.nbytes + folder.labels.nbytes == (17 + 8 + 4) * count
+    assert listed[0] / count < 50 + fixed and listed[1] / count < 150 + fixed
+    for now, peak in peaks:
+        assert now / count < 100 + fixed and peak / count < 250 + fixed
+    assert (tmp_path / "cache/images.about.npy").stat().st_size < 50 * count

@@ -297,7 +297,7 @@ def test_a_dense_network_upcycled_computes_the_same():
     for options in (dict(shared_experts=0, top_k=1), dict(shared_experts=2)):
         config = dit.DiTConfig(**SMALL, experts=4, expert_ratio=4.0, moe_blocks="all", **options)
         model = dit.DiT(config)
-        model.load_state_dict(moe.upcycled(model, dense.state_dict()))
+        model.load_state_dict(moe.upcycled(model, dense.state_dict(), model.state_dict()))
         inputs = torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.7]), torch.tensor([0, 3])
         assert differ(model(*inputs), dense(*inputs)) < 1e-6
 

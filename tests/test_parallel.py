@@ -194,7 +194,7 @@ CHECK = """
 import copy, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
-import moe, parallel, run, settings
+import moe, parallel, rectified_flow, run, settings
 
 dist.init_process_group("gloo")
 rank, size, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
@@ -203,7 +203,9 @@ CONFIGS = {
     "unet": dict(widths=(16, 32), heads=4, num_classes=3, groups=8, attention=(False, True)),
     "mmdit": dict(width=32, depth=2, single_depth=1, heads=4, rope=(4, 2, 2), context_width=8, pooled_width=8,
                   dual_attention=1),
+    "mmdit, text": dict(width=32, depth=1, heads=4, rope=(4, 2, 2), context_width=8, pooled_width=8),
     "vae": dict(widths=(8, 16), groups=4),
+    "dit, mean": dict(width=32, depth=2, heads=4, num_classes=3, second_time=True),
     "dit, experts": dict(width=32, depth=2, heads=4, num_classes=3, experts=4, moe_blocks="all")}
 
 
@@ -215,25 +217,39 @@ def loss(model, arch, part):
     if arch == "vae":
         return model.loss(torch.rand(8, 3, 8, 8)[part], 1e-3, rows=(8, part))[0].mean()
     cond = {"y": y[part]}
+    if getattr(model.config, "second_time", False):
+        s = torch.where(torch.arange(8) < 2, t / 2, t)             # only the first parts need a derivative
+        path = rectified_flow.MeanFlow(guidance=1.5)
+        return path.loss(model, x[part], t=t[part], s=s[part], eps=x.flip(0)[part], derive=True,
+                         uncond={"y": torch.full_like(y[part], 3)}, **cond).mean()
     if arch == "mmdit":
         cond = {"context": context[part], "mask": mask[part], "pooled": pooled[part]}
+    if hasattr(model, "text"):
+        cond = model.text([f"words {i}" for i in range(8)][part])
     return (model(x[part], t[part], **cond) - x[part]).square().mean()
 
 
 for arch, config in CONFIGS.items():
-    experts, arch = "experts" in arch, arch.split(",")[0]
+    experts, words, arch = "experts" in arch, "text" in arch, arch.split(",")[0]
     row = settings.ARCHITECTURES[arch]
     torch.manual_seed(0)
-    whole = run.build_model(arch, config)
+    text = {"encoder": "bytes", "config": dict(width=8, depth=1, heads=2)} if words else None
+    whole = run.build_model(arch, config, text)
     for weight in whole.parameters():          # networks begin with closed gates
         torch.nn.init.normal_(weight, std=0.1)
     expected = loss(whole, arch, slice(None))
     expected.backward()
-    for tensor in (0, 1, 2, 4):
+    layouts = [(0, False), (1, False), (2, False), (4, False)]
+    if arch == "dit" and not experts:
+        layouts += [(1, True)] if "second_time" in config else [(1, True), (2, True)]
+    for tensor, compiled in layouts:
         if tensor > 1 and arch not in ("dit", "mmdit"):
             continue
         model = copy.deepcopy(whole)
         model.zero_grad()
+        if compiled:
+            torch._dynamo.reset()              # of networks that were cut otherwise
+            run.compile_blocks(model, backend="aot_eager")
         groups = size // max(1, tensor)
         number = rank // max(1, tensor)
         part = slice(8 // groups * number, 8 // groups * (number + 1))
@@ -280,14 +296,26 @@ def test_every_layout_has_the_weights_and_gradients_of_one_process(tmp_path):
     assert all("all equal" in text for text in printed)
 
 
+# Before modulations and embedders were cut as well.
+FORMER = PROGRAM.replace("name, *words", """
+import cuts
+linears_of = cuts.linears_of
+cuts.linears_of = lambda module, in_block: {
+    name: cut for name, cut in linears_of(module, in_block).items() if "." not in name and not cut.gathered}
+name, *words""", 1)
+
+
 def test_a_run_goes_on_in_any_layout(tmp_path):
-    """Tensor parallel, then sharded, then whole, then sharded again: as one process from the beginning."""
+    """Tensor parallel with fewer cuts, then with all, then sharded, then whole, then tensor parallel again:
+    as one process from the beginning."""
     flags = ["--arch", "dit", *ON_VAE, "--vae-steps", "3", "--batch-size", "16", "--cooldown", "0", "--lr",
              "1e-3"]
-    layouts = [(4, 2, ["--tensor-parallel", "2"]), (2, 4, ["--shard"]), (1, 6, []), (2, 8, ["--shard"]),
-               (2, 9, ["--tensor-parallel", "2"])]
+    former = [sys.executable, "-c", FORMER, str(ROOT), str(ROOT / "tests"), "train.py"]
+    layouts = [(4, 2, ["--tensor-parallel", "2"]), (2, 4, ["--tensor-parallel", "2"]), (2, 5, ["--shard"]),
+               (1, 7, []), (2, 9, ["--tensor-parallel", "2"])]
     for count, steps, layout in layouts:
-        statuses, printed = launch(tmp_path, count, *flags, "--steps", str(steps), *layout).end()
+        words = {"command": former} if steps == 2 else {}
+        statuses, printed = launch(tmp_path, count, *flags, "--steps", str(steps), *layout, **words).end()
         assert statuses == [0] * count, printed
         folders = sorted(path.name for path in (tmp_path / "runs/shapes-dit-rf").glob("optimizer-*"))
         assert folders == ([f"optimizer-{steps:06d}"] if layout else [])
@@ -365,12 +393,15 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
     ([["--arch", "dit", "--tensor-parallel", "3"]] * 2, "--tensor-parallel 3: does not divide the 2"),
     ([["--arch", "dit", "--experts", "5", "--shard", "--expert-parallel"]] * 2,
      "--expert-parallel: 2 processes or groups of them cannot share --experts 5"),
-    ([["--arch", "dit", "--objective", "meanflow", "--shard"]] * 2, "--shard: not with --objective meanflow"),
+    ([["--arch", "dit", "--objective", "meanflow", "--experts", "4", "--shard", "--expert-parallel"]] * 2,
+     "--expert-parallel: not with --objective meanflow, whose forward-mode derivative"),
+    ([["--arch", "dit", "--objective", "meanflow", "--compile", "--tensor-parallel", "2"]] * 2,
+     "--compile: not with --tensor-parallel 2 and --objective meanflow"),
     ([["--arch", "unet", "--tensor-parallel", "2"]] * 2, "cuts the blocks of dit and mmdit, not of unet"),
     ([["--arch", "vae", *QUICK[:4], "--lr", "1e-3"], ["--arch", "vae", *QUICK[:4], "--lr", "2e-3"]],
      "--lr: 0.001 on rank 0, 0.002 on rank 1; start all processes with the same command"),
     ([["--arch", "vae"], ["--arch", "vae", "--data", "missing"]], "rank 1: train.py: error: --data missing"),
-], ids=["all", "batch", "heads", "mesh", "experts", "meanflow", "unet", "differ", "one"])
+], ids=["all", "batch", "heads", "mesh", "experts", "meanflow", "compile", "unet", "differ", "one"])
 def test_bad_input_is_one_line_and_ends_all_processes(tmp_path, flags, message):
     statuses, printed = Launch(tmp_path, *flags).end()
     assert statuses == [2] * len(flags)

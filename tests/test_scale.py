@@ -12,8 +12,9 @@ from benchmarks import scale
 import settings
 from benchmarks.scale import Layout, Network
 from cli import program
+from cuts import cuts_of
 from dit import PUBLISHED_BLOCK
-from parallel import Sharding, cuts_of
+from parallel import Sharding
 from run import build_model, checkpoint_blocks
 
 WIDTH, DEPTH, CLASSES, TOKENS = 32, 3, 3, 144
@@ -27,18 +28,20 @@ JOINT = Network("mmdit", dict(width=48, depth=2, single_depth=1, heads=4, rope=(
 
 def test_bytes_by_layout_have_closed_forms():
     d = WIDTH
-    always = 3 * d * d + 3 * d + d * d + 4 * d * d + 4 * d + 4 * d * d      # cut: qkv, proj, fc1, fc2
-    whole = d + d + 6 * d * d + 6 * d                                       # the biases of proj, fc2; adaLN
-    embedders = 4 * d + d + (256 * d + d) + (d * d + d) + (CLASSES + 1) * d
-    rest = embedders + (4 * d + 4) + (2 * d * d + 2 * d)                    # and the final layer
+    always = (3 * d * d + 3 * d + d * d + 4 * d * d + 4 * d + 4 * d * d     # cut: qkv, proj, fc1, fc2,
+              + 6 * d * d + 6 * d)                                          # adaLN
+    whole = d + d                                                           # the biases of proj, fc2
+    rest_always = (256 * d + d) + d * d + (2 * d * d + 2 * d)    # of the time's embedding; the last adaLN
+    rest_whole = 4 * d + d + d + (CLASSES + 1) * d + (4 * d + 4)
+    rest = rest_always + rest_whole
     count = 2 + 4 + 1 + 4 + 10 * DEPTH                                      # tensors
 
-    def expected(cut, blocks, others):
-        return 4 * (DEPTH * (always / cut + whole / blocks) + rest / others)
+    def expected(cut, others):
+        return 4 * ((DEPTH * always + rest_always) / cut + (DEPTH * whole + rest_whole) / others)
 
-    for where, weights in [(Layout(), expected(1, 1, 1)), (Layout(8), expected(1, 1, 1)),
-                           (Layout(4, True), expected(4, 4, 4)), (Layout(4, True, 2), expected(4, 2, 2)),
-                           (Layout(4, True, 4), expected(4, 1, 1))]:
+    for where, weights in [(Layout(), expected(1, 1)), (Layout(8), expected(1, 1)),
+                           (Layout(4, True), expected(4, 4)), (Layout(4, True, 2), expected(4, 2)),
+                           (Layout(4, True, 4), expected(4, 1))]:
         found = scale.held(PUBLISHED, where, 0.03, bf16=True)
         assert found[:4] == (weights, weights, 2 * weights + 4 * count, 2 * weights), where
         assert scale.held(PUBLISHED, where, 0.999, bf16=True).averages == weights
@@ -46,9 +49,10 @@ def test_bytes_by_layout_have_closed_forms():
 
     # ---- while blocks run: two of them, the gradient of one twice, and the rest
     block = always + whole
-    for where, size in ((Layout(4, True), block), (Layout(4, True, 2), always / 2 + whole)):
-        assert scale.held(PUBLISHED, where, 0.03, bf16=False).in_use == 4 * rest + 2 * 4 * size + 8 * size
-        assert scale.held(PUBLISHED, where, 0.03, bf16=True).in_use == 4 * rest + 2 * 2 * size + 6 * size
+    for where, size, others in ((Layout(4, True), block, rest),
+                                (Layout(4, True, 2), always / 2 + whole, rest_always / 2 + rest_whole)):
+        assert scale.held(PUBLISHED, where, 0.03, bf16=False).in_use == 4 * others + 2 * 4 * size + 8 * size
+        assert scale.held(PUBLISHED, where, 0.03, bf16=True).in_use == 4 * others + 2 * 2 * size + 6 * size
     assert scale.held(PUBLISHED, Layout(8), 0.03, bf16=False).in_use == 0
     matrices = DEPTH * block + rest - (CLASSES + 1) * d               # autocast copies no embeddings
     assert scale.held(PUBLISHED, Layout(8), 0.03, bf16=True).in_use == 2 * matrices
@@ -67,7 +71,6 @@ def test_pieces_are_those_that_sharding_cuts(network, where):
             place = divmod(rank, where.tensor)
             here = SimpleNamespace(mesh=SimpleNamespace(get_coordinate=lambda place=place: place), cuts=cuts,
                                    size=where.ranks, tensor=where.tensor)
-            here.order = lambda name, here=here: Sharding.order(here, name)
             found.append(Sharding.share(here, name, weight).numel())
         copies = 1 if name in cuts else where.tensor
         assert max(found) == found[0] == expected[name] and sum(found) == copies * weight.numel(), name
@@ -76,9 +79,10 @@ def test_pieces_are_those_that_sharding_cuts(network, where):
 # ---- activations
 
 def test_what_tensor_parallel_keeps_less_has_a_closed_form():
-    """Queries, keys and values, the output of attention, and the hidden channels before and after GELU."""
+    """Queries, keys and values, the output of attention, and the hidden channels before and after GELU; and
+    those of the time's embedding, before and after SiLU."""
     found = [scale.activations(PUBLISHED, tensor, bf16=False).kept for tensor in (1, 2, 4)]
-    cut = DEPTH * TOKENS * WIDTH * 4 * (3 + 1 + 4 + 4)
+    cut = DEPTH * TOKENS * WIDTH * 4 * (3 + 1 + 4 + 4) + WIDTH * 4 * (1 + 1)
     assert found[0] - found[1] == cut / 2 and found[1] - found[2] == cut / 4
 
 

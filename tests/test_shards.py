@@ -26,7 +26,8 @@ import train
 from ahead import Ahead, in_processes
 from cache import LatentCache
 from data import load_data, order_of
-from folder import list_folder, open_pictures
+from decoded import open_pictures
+from folder import list_folder
 from ranks import Ranks
 from shards import (ShardCaptions, ShardLabels, ShardOrder, ShardPictures, TrainingRows, find_shards,
                     open_index, scan_shard, validation_samples, write_shard)
