@@ -633,6 +633,8 @@ def guidance_scale(condition: Conditioning, args: argparse.Namespace, default: f
         without_effect = "--interval {:g} {:g}".format(*args.interval)
     elif args.rescale > 0:
         without_effect = f"--rescale {args.rescale:g}"
+    elif args.cfg_channels:
+        without_effect = f"--cfg-channels {args.cfg_channels}"
     elif args.guide:
         without_effect = f"--guide {args.guide}"
     else:

@@ -44,12 +44,18 @@ from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_ten
 from published import load_weights
 from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
                  load_published, unpack_vae)
-from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
+from samplers import SAMPLERS, guided, inpainting, noise_like, soft_border
 from settings import OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device, published_model
+from times import ONLY, TIMES
 from vae import VAE
 
-# Flags that are options of one sampler, and that sampler.
-SAMPLER_OPTIONS = {"eta": "ddim", "variance": "ddpm", "noise": "reverse_sde"}
+# Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
+CHURNED = ("heun",)
+MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc_2", "unipc_3")
+SAMPLER_OPTIONS = {"eta": ("ddim", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "dpm2_ancestral"),
+                   "variance": ("ddpm",), "noise": ("reverse_sde",),
+                   "churn": CHURNED, "churn_min": CHURNED, "churn_max": CHURNED, "churn_noise": CHURNED,
+                   "lower_order_final": MULTISTEP, "as_published": ("dpmpp_3m", "dpmpp_3m_sde")}
 
 FLAGS = {
     # Either a run, or all three parts of a published model: see `check_flags`.
@@ -93,18 +99,31 @@ FLAGS = {
         Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm, jump for meanflow)",
              one_of(SAMPLERS)),
         Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow)", integer(1, 10**5)),
-        Flag("--times", "spacing of the steps: even (default), log-snr, karras; ddpm also leading, linspace",
-             one_of(TIMES), "even"),
+        Flag("--times", "spacing of the steps: even (default), log-snr, karras, beta; ddpm also leading, "
+                        "linspace, beta-sigma, sd, sdxl; rf also sd3 (see times.py)", one_of(TIMES), "even"),
         Flag("--shift", "rf: shift of the sampling times (default: that of the training)",
              number(0, 1e9, above=True)),
         Flag("--interval", "times between which guidance acts (default: 0 1)", number(0, 1), (0.0, 1.0),
              nargs=2, metavar=("LOW", "HIGH")),
+        Flag("--cfg-channels", "guide only so many channels of the latent, the first ones, as DiT's authors "
+                               "do with 3 (default: all)", integer(1, 10**4)),
         Flag("--rescale", "how much of the contrast that guidance adds is removed again (default: 0)",
              number(0, 1), 0.0),
-        Flag("--eta", "ddim: 0 deterministic (default) to 1 ancestral", number(0, 1)),
+        Flag("--eta", "ddim, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, dpm2_ancestral: 0 deterministic to 1 "
+                      "ancestral (default: 0 for ddim, 1 for the others)", number(0, 1)),
         Flag("--variance", "ddpm: variance of each step, small (default), large or learned",
              one_of(("small", "large", "learned"))),
         Flag("--noise", "reverse_sde: how much noise is added (default: 1; 0 is the ODE)", number(0, 100)),
+        Flag("--churn", "heun: fresh noise in the whole sampling, which is spread over the steps (S_churn of "
+                        "Karras et al. 2022; default: 0)", number(0, 1e6)),
+        Flag("--churn-min", "heun: least sigma / alpha at which --churn acts (default: 0)", number(0, 1e9)),
+        Flag("--churn-max", "heun: largest sigma / alpha at which --churn acts (default: no limit)",
+             number(0, 1e9)),
+        Flag("--churn-noise", "heun: standard deviation of the noise of --churn (default: 1)", number(0, 10)),
+        Flag("--lower-order-final", "dpmpp_2m, dpmpp_3m, their sde variants, unipc_2, unipc_3: the order "
+                                    "falls to 1 over the last steps, as in diffusers below 15 steps"),
+        Flag("--as-published", "dpmpp_3m, dpmpp_3m_sde: half of the curvature, as in the authors' code, "
+                               "which costs one order"),
     ],
     "machine": [
         Flag("--batch-size", "pictures at a time (default: 64); affects only speed", integer(1, 10**6), 64),
@@ -129,10 +148,10 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
          uncond: dict | None = None, *, sampler: str, steps: int, scale: float = 1.0, rescale: float = 0.0,
          interval: tuple[float, float] = (0.0, 1.0), weak: Callable | None = None, times: str = "even",
          strength: float = 1.0, image: Tensor | None = None, mask: Tensor | None = None,
-         on_step: Callable | None = None, progress: Callable[[float], None] | None = None,
-         **options) -> np.ndarray:
+         channels: int | None = None, on_step: Callable | None = None,
+         progress: Callable[[float], None] | None = None, **options) -> np.ndarray:
     """One batch of pictures, uint8 (B, H, W, C). shape: that of a latent, (C, h, w). seeds: one per picture.
-    cond, uncond, weak: see `guided`. options: passed to the sampler.
+    cond, uncond, weak, channels: see `guided`. options: passed to the sampler.
 
     image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
     2022, arXiv:2108.01073), and skip the steps before. mask (1, 1, H, W), bool: draw only where it is True;
@@ -146,7 +165,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
 
     # ---- the denoiser, which is all that a sampler sees of the network, and the times to visit
     denoise = guided(model, path, cond, uncond, scale, weak=weak, interval=interval, rescale=rescale,
-                     variance=options.get("variance") == "learned")
+                     channels=channels, variance=options.get("variance") == "learned")
     t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0
 
     # ---- from a picture: begin at the time `strength`, where it is mixed with that much noise
@@ -304,14 +323,19 @@ def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
     """The sampler asked for, or the one whose option was given, or None; and its options."""
     sampler = args.sampler
     options = {}
-    for name, owner in SAMPLER_OPTIONS.items():
+    for name, owners in SAMPLER_OPTIONS.items():
         value = getattr(args, name)
-        if value is None:
+        if value is None or value is False:
             continue
-        if sampler not in (None, owner):                   # by --sampler, or by the option of another
-            raise ValueError(f"--{name} {value}: belongs to --sampler {owner}, not {sampler}")
-        sampler = owner                                    # the option implies its sampler
+        if sampler is None:                                # the option implies its sampler
+            sampler = owners[0]
+        if sampler not in owners:                          # by --sampler, or by the option of another
+            flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise ValueError(f"{flag}: belongs to --sampler {' or '.join(owners)}, not {sampler}")
         options[name] = value
+    for name, value in options.items():
+        if name.startswith("churn_") and "churn" not in options:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: says how --churn acts; give that too")
     return sampler, options
 
 
@@ -319,9 +343,11 @@ def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict
     """The sampler asked for or implied, or the objective's default; and its options. Refuses what does not go
     with the objective."""
     sampler, options = sampler_options(args)
-    # The straight path has no thousand steps from which these spacings choose.
-    if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
-        raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the path of rf")
+    # The straight path has no thousand steps from which a spacing could choose, the other one no shift.
+    path = "ddpm" if objective["name"] == "ddpm" else "rf"
+    if ONLY.get(args.times, path) != path:
+        raise ValueError(f"--times {args.times}: a spacing of the {ONLY[args.times]} path; this run is on "
+                         f"the path of {path}")
     if sampler == "jump" and not OBJECTIVES[objective["name"]].second_time:
         raise ValueError(f"--sampler jump: needs a run of --objective meanflow; this one is of "
                          f"{objective['name']}")
@@ -617,6 +643,9 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     path = build_path(sampling_path(args, checkpoint["objective"], tokens))
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
     weaker = read_guide(args, checkpoint, vae)
+    if args.cfg_channels and args.cfg_channels > vae.config.latent_channels:
+        raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of this run has "
+                         f"{vae.config.latent_channels}")
     check_size(args, size, vae.config.image_channels, steps)
     check_decoding(args, size, vae, device)
 
@@ -643,6 +672,8 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
 
     how = dict(sampler=sampler, steps=steps, scale=scale, rescale=args.rescale, interval=tuple(args.interval),
                times=args.times, strength=strength, **options)
+    if args.cfg_channels:
+        how["channels"] = args.cfg_channels
 
     written: list[int] = []                                # how many pictures, after each batch
 

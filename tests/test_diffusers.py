@@ -20,7 +20,8 @@ import vae
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 from samplers import (SAMPLERS, ddim, ddpm, dpm_solver_2, dpm_solver_3, dpmpp_2m_sde, dpmpp_3m, euler,
-                      gaussian_mixture, heun, karras_times, log_snr_times)
+                      gaussian_mixture, heun)
+from times import karras_times, log_snr_times
 
 pytestmark = [pytest.mark.optional,
               pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]   # theirs

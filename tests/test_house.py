@@ -22,6 +22,7 @@ ROOMS = {
     "rectified_flow": set(),
     "ddpm": set(),
     "samplers": set(),
+    "times": {"rectified_flow", "samplers"},
     "attention": set(),
     "vae": set(),
     "ema": set(),
@@ -51,7 +52,7 @@ ROOMS = {
     "plan": {"cache", "cli", "conditioning", "data", "ema", "files", "folder", "moe", "parallel", "published",
              "ragged", "ranks", "run", "settings", "vae"},
     "sample": {"cli", "conditioning", "ema", "files", "pictures", "published", "ranks", "run", "samplers",
-               "settings", "vae"},
+               "settings", "times", "vae"},
     "tasks": {"cache", "cli", "conditioning", "data", "files", "moe", "pictures", "plan", "ranks", "run",
               "sample", "samplers", "settings", "vae"},
     "mixed": {"cache", "cli", "conditioning", "data", "pictures", "plan", "ragged", "run", "sample",
@@ -150,7 +151,7 @@ def demonstrations(request, tmp_path_factory):
 @pytest.mark.parametrize("name, expected", [
     ("vae", "PSNR"), ("unet", "859.5 M"), ("dit", "674.8 M"), ("mmdit", "2028.3 M"),
     ("attention", "relative error"), ("ddpm", "ddpm.png"), ("rectified_flow", "rectified_flow.png"),
-    ("samplers", "order"), ("toys", "2400 of 2400"), ("data", "batch.png written"),
+    ("samplers", "order"), ("times", "rf    sd3"), ("toys", "2400 of 2400"), ("data", "batch.png written"),
     ("cache", "second: 0 pictures encoded"), ("text", "antidisestablis"), ("published", "dit-xl-2-256"),
     ("conditioning", "conditioned on text"), ("run", "continues from step 2"),
     ("settings", "--lr                 0.004"), ("plan", "first, the VAE of runs/shapes-vae: 2,000 steps"),
@@ -164,7 +165,7 @@ def test_demonstrations(demonstrations, name, expected):
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
     if name == "samplers":
-        orders = {"euler": 1, "heun": 2, "dpm_solver_2": 2, "dpmpp_2m": 2, "dpm_solver_3": 3, "dpmpp_3m": 3,
+        orders = {"euler": 1, "heun": 2, "plms": 2, "dpm_solver_2": 2, "dpmpp_2m": 2, "dpm_solver_3": 3, "dpmpp_3m": 3,
                   "unipc_2": 3, "unipc_3": 4}
         for line in result.stdout.splitlines()[1:]:
             assert -0.1 < float(line.split()[-1]) - orders[line.split()[1]] < 0.4, line

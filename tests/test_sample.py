@@ -395,7 +395,7 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--device", ""], "--device is empty"),
     (["runs/done", "--init-image", "a.png", "b.png"], "--init-image a.png b.png: a network begins with one"),
     (["--init-image", "a.png", "runs/done"], "give a run, .*; --init-image takes all names behind it, so"),
-    (["runs/done", "--eta", "0.5", "--sampler", "heun"], "--eta 0.5: belongs to --sampler ddim, not heun"),
+    (["runs/done", "--eta", "0.5", "--sampler", "heun"], "--eta 0.5: belongs to --sampler ddim or .*, not heun"),
     (["runs/done", "--eta", "2"], "between 0 and 1"),
     (["runs/done", "--noise", "1", "--sampler", "ddpm"],
      "--noise 1.0: belongs to --sampler reverse_sde, not ddpm"),
