@@ -546,9 +546,10 @@ def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
 def dpmpp_3m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
                  on_step: OnStep = None, eta: float = 1.0, as_published: bool = False,
                  lower_order_final: bool = False) -> Tensor:
-    """SDE-DPM-Solver++(3M): as `dpmpp_2m_sde`, with x0 extrapolated as in `dpmpp_3m`, which this is at
-    eta = 0. 1 evaluation per step. k-diffusion's; as_published, as there, takes half of the curvature.
-    eta: see `dpmpp_2m_sde`. lower_order_final: see `order_of_step`."""
+    """SDE-DPM-Solver++(3M): as `dpmpp_2m_sde`, with x0 extrapolated as in `dpmpp_3m`: at eta = 0 of third
+    order. 1 evaluation per step. k-diffusion's, whose pictures as_published=True reproduces: it takes half of
+    the curvature, as 3M does in its authors' code. eta: see `dpmpp_2m_sde`. lower_order_final: see
+    `order_of_step`."""
     check_times(times)
     h_last = h_before = x0_last = slope = slope_last = None         # last: one step before; before: two
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -563,12 +564,12 @@ def dpmpp_3m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
         # correct, by the slope of x0 and from the third step by the curvature
         if i > 0:
             slope = (x0 - x0_last) / h_last
+        phi2 = 1 - share / ((1 + eta) * h)
         if order == 2 and h.isfinite():
-            x = x + alpha_s * share / 2 * h * slope
+            x = x + alpha_s * phi2 * h * slope
         elif order == 3 and h.isfinite():
             difference = (slope - slope_last) / (h_last + h_before)
             curvature = difference if as_published else 2 * difference
-            phi2 = 1 - share / ((1 + eta) * h)
             slope_t = slope + h_last * difference
             x = x + alpha_s * phi2 * h * slope_t
             x = x - alpha_s * (phi2 / ((1 + eta) * h) - 0.5) * h**2 * curvature
