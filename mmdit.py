@@ -13,6 +13,7 @@ sizes with texts of different lengths: see `Joint`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -295,6 +296,19 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(c.norm, c.width, c.patch, self.out_channels)
         self._positions: dict[tuple, tuple[Tensor | None, Rope | None]] = {}
         initialize_transformer(self)
+
+    def without(self, layers: tuple[int, ...]) -> MMDiT:
+        """This network, weights shared, without these of its joint blocks, counted from 0: what skip-layer
+        guidance compares it with. Raises ValueError for a block that it does not have."""
+        for layer in layers:
+            if not 0 <= layer < len(self.joint_blocks):
+                raise ValueError(f"layer {layer}: this network has joint blocks 0 to "
+                                 f"{len(self.joint_blocks) - 1}")
+        other = copy.copy(self)
+        other._modules = dict(self._modules)             # a copy would share the dictionary of its parts
+        other.joint_blocks = nn.ModuleList(block for i, block in enumerate(self.joint_blocks)
+                                           if i not in layers)
+        return other
 
     def positions(self, length: int, h: int, w: int,
                   device: torch.device) -> tuple[Tensor | None, Rope | None]:

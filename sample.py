@@ -46,7 +46,7 @@ from run import (average_of_width, build_model, build_path, graphed, latent_spac
                  load_published, unpack_vae)
 from samplers import SAMPLERS, guided, inpainting, noise_like, soft_border
 from settings import OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device, published_model
-from times import ONLY, TIMES
+from times import ONLY, TIMES, interval_of_steps
 from vae import VAE
 
 # Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
@@ -107,6 +107,12 @@ FLAGS = {
              nargs=2, metavar=("LOW", "HIGH")),
         Flag("--cfg-channels", "guide only so many channels of the latent, the first ones, as DiT's authors "
                                "do with 3 (default: all)", integer(1, 10**4)),
+        Flag("--skip-layers", "mmdit: skip-layer guidance, away from what the network draws without these "
+                              "joint blocks, counted from 0; 7 8 9 for Stable Diffusion 3.5 medium",
+             integer(0, 10**4), nargs="+", metavar="BLOCK"),
+        Flag("--skip-scale", "scale of skip-layer guidance (default: 2.8)", number(-1e6, 1e6)),
+        Flag("--skip-steps", "shares of the steps between which it acts (default: 0.01 0.2)", number(0, 1),
+             nargs=2, metavar=("FROM", "TO")),
         Flag("--rescale", "how much of the contrast that guidance adds is removed again (default: 0)",
              number(0, 1), 0.0),
         Flag("--eta", "ddim, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, dpm2_ancestral: 0 deterministic to 1 "
@@ -143,15 +149,25 @@ class Guide(NamedTuple):
     asked: Asked
 
 
+class Skip(NamedTuple):
+    """Skip-layer guidance: without which blocks, how strong, and between which shares of the steps."""
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+
 @torch.no_grad()
 def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: range, cond: dict,
          uncond: dict | None = None, *, sampler: str, steps: int, scale: float = 1.0, rescale: float = 0.0,
          interval: tuple[float, float] = (0.0, 1.0), weak: Callable | None = None, times: str = "even",
          strength: float = 1.0, image: Tensor | None = None, mask: Tensor | None = None,
-         channels: int | None = None, on_step: Callable | None = None,
-         progress: Callable[[float], None] | None = None, **options) -> np.ndarray:
+         channels: int | None = None, skip: Skip | None = None, skipped: Callable | None = None,
+         on_step: Callable | None = None, progress: Callable[[float], None] | None = None,
+         **options) -> np.ndarray:
     """One batch of pictures, uint8 (B, H, W, C). shape: that of a latent, (C, h, w). seeds: one per picture.
-    cond, uncond, weak, channels: see `guided`. options: passed to the sampler.
+    cond, uncond, weak, channels: see `guided`. skipped: the network without the blocks of `skip`. options:
+    passed to the sampler.
 
     image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
     2022, arXiv:2108.01073), and skip the steps before. mask (1, 1, H, W), bool: draw only where it is True;
@@ -163,10 +179,14 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
 
-    # ---- the denoiser, which is all that a sampler sees of the network, and the times to visit
-    denoise = guided(model, path, cond, uncond, scale, weak=weak, interval=interval, rescale=rescale,
-                     channels=channels, variance=options.get("variance") == "learned")
+    # ---- the times to visit, and the denoiser, which is all that a sampler sees of the network
     t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0
+    skipping = {}
+    if skip is not None:
+        skipping = {"skipped": skipped, "skip_scale": skip.scale,
+                    "skip_interval": interval_of_steps(t, skip.start, skip.stop)}
+    denoise = guided(model, path, cond, uncond, scale, weak=weak, interval=interval, rescale=rescale,
+                     channels=channels, variance=options.get("variance") == "learned", **skipping)
 
     # ---- from a picture: begin at the time `strength`, where it is mixed with that much noise
     if image is not None:
@@ -362,6 +382,42 @@ def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
     if args.ema:
         return average_of_width(args.run, checkpoint, args.ema)
     return checkpoint["model" if args.raw else "ema"]
+
+
+def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict:
+    """What guidance is to do besides its scale, as arguments of `draw`. Refuses what this network cannot."""
+    found = {}
+    if args.cfg_channels:
+        if args.cfg_channels > vae.config.latent_channels:
+            raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of this run has "
+                             f"{vae.config.latent_channels}")
+        found["channels"] = args.cfg_channels
+    given = {"scale": args.skip_scale, "steps": args.skip_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if not args.skip_layers:
+            raise ValueError(f"--skip-{name}: says how --skip-layers acts; give that too")
+    if not args.skip_layers:
+        return found
+    layers = "--skip-layers " + " ".join(map(str, args.skip_layers))
+    depth = checkpoint["config"].get("depth", 0)
+    if checkpoint["arch"] != "mmdit":
+        raise ValueError(f"{layers}: only mmdit has blocks to skip; this run is a {checkpoint['arch']}")
+    if max(args.skip_layers) >= depth:
+        raise ValueError(f"{layers}: this network has joint blocks 0 to {depth - 1}")
+    start, stop = given.get("steps", (0.01, 0.2))
+    if not start < stop:
+        raise ValueError(f"--skip-steps {start:g} {stop:g}: two shares between 0 and 1, the lower one first")
+    found["skip"] = Skip(tuple(args.skip_layers), given.get("scale", 2.8), start, stop)
+    return found
+
+
+def build_skipped(args: argparse.Namespace, model: torch.nn.Module) -> Callable | None:
+    """The network without the blocks of --skip-layers, with the same weights."""
+    if not args.skip_layers:
+        return None
+    skipped = model.without(tuple(args.skip_layers))
+    return graphed(skipped) if args.compile else skipped
 
 
 def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | None:
@@ -643,9 +699,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     path = build_path(sampling_path(args, checkpoint["objective"], tokens))
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
     weaker = read_guide(args, checkpoint, vae)
-    if args.cfg_channels and args.cfg_channels > vae.config.latent_channels:
-        raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of this run has "
-                         f"{vae.config.latent_channels}")
+    guidance = guidance_options(args, checkpoint, vae)
     check_size(args, size, vae.config.image_channels, steps)
     check_decoding(args, size, vae, device)
 
@@ -669,11 +723,9 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         vae = vae.to(memory_format=torch.channels_last)
     network = graphed(model) if args.compile else model
     guide = build_guide(args, weaker, condition, asked, device)
-
+    skipped = build_skipped(args, model)
     how = dict(sampler=sampler, steps=steps, scale=scale, rescale=args.rescale, interval=tuple(args.interval),
-               times=args.times, strength=strength, **options)
-    if args.cfg_channels:
-        how["channels"] = args.cfg_channels
+               times=args.times, strength=strength, **guidance, **options)
 
     written: list[int] = []                                # how many pictures, after each batch
 
@@ -687,7 +739,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
                                        progress=lambda done: bar.update(done - bar.n),
                                        image=image, mask=mask, on_step=on_step, guide=guide,
-                                       ranks=ranks, **how):
+                                       ranks=ranks, skipped=skipped, **how):
                 yield images
                 written.append(written[-1] + len(images))
 

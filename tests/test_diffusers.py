@@ -22,8 +22,9 @@ import unet
 import vae
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
-from samplers import (SAMPLERS, ddim, ddpm, dpm2_ancestral, dpm_solver_2, dpm_solver_3, dpmpp_2m, dpmpp_2m_sde,
-                      dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, heun, lms, plms)
+from samplers import (SAMPLERS, ddim, ddpm, dpm2_ancestral, dpm_solver_2, dpm_solver_3, dpmpp_2m,
+                      dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, heun, lms,
+                      plms)
 from times import (beta_sigma_times, beta_times, karras_times, log_snr_times, sd3_times, sd_times, sdxl_times,
                    shift_of_tokens, stretched)
 
@@ -383,7 +384,8 @@ def test_ddim_of_stable_diffusion(scheduler, eta):
     for timestep in theirs.timesteps:
         raw = mixture(PATH)(want, (timestep.double() + 1) / 1000)[1]
         want = theirs.step(raw, timestep, want, eta=eta, generator=generator).prev_sample
-    got = ddim(mixture(PATH), PATH, X, sd_times(PATH, 20), eta=eta, generator=torch.Generator().manual_seed(1))
+    got = ddim(mixture(PATH), PATH, X, sd_times(PATH, 20), eta=eta,
+               generator=torch.Generator().manual_seed(1))
     assert error([got], [want]) < 1e-6
 
 
@@ -526,7 +528,7 @@ def test_times_in_other_variables(scheduler, flag, grid, spacing, steps):
     """From the first to the last time of a spacing. Between two steps of the table, diffusers interpolates
     log sigma and we alpha^2, so the network is given a time that differs by up to 0.15 of a step."""
     if flag == "use_beta_sigmas":
-        pytest.importorskip("scipy", reason="pip install scipy, which has the quantiles of a beta distribution")
+        pytest.importorskip("scipy", reason="pip install scipy, for the quantiles of diffusers")
     theirs = scheduler("EulerDiscreteScheduler", steps, timestep_spacing=spacing, steps_offset=1,
                        **{flag: True}, **SD)
     ends = {} if spacing == "linspace" else {"start": sdxl_times(PATH, steps)[0].item(), "end": 0.002}
@@ -555,7 +557,7 @@ def test_shift_terminal_and_beta_of_flow(scheduler):
     theirs = scheduler("FlowMatchEulerDiscreteScheduler", shift=2.0, shift_terminal=0.1)
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / 9, 9))
     torch.testing.assert_close(stretched(RectifiedFlow(shift=2.0).times(9), 0.1), theirs.sigmas)
-    pytest.importorskip("scipy", reason="pip install scipy, which has the quantiles of a beta distribution")
+    pytest.importorskip("scipy", reason="pip install scipy, for the quantiles of diffusers")
     theirs = scheduler("FlowMatchEulerDiscreteScheduler", 9, use_beta_sigmas=True)
     torch.testing.assert_close(beta_times(RectifiedFlow(), 9), theirs.sigmas, rtol=1e-9, atol=0)
 
@@ -793,6 +795,30 @@ def test_sd3(qk_norm, dual, dtype, unrounded):
     t = torch.tensor([0.25, 1.0])
     assert_same(lambda x: ours(x, t, context, pooled=pooled),
                 lambda x: theirs(x, context, pooled, 1000 * t).sample, x, dtype)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+def test_sd3_without_layers(layers):
+    """diffusers' skip_layers, which skip-layer guidance compares with; the whole network stays as it is."""
+    theirs = shake(SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=12,
+        pos_embed_max_size=12, qk_norm="rms_norm"))
+    ours = load_mmdit(mmdit.MMDiTConfig(
+        width=32, depth=3, heads=2, context_width=24, pooled_width=12, rope=None, sincos=(8, 12),
+        **mmdit.PUBLISHED_BLOCK), theirs, torch.float32)
+    x, context, pooled = (torch.randn(size) for size in ((2, 4, 8, 12), (2, 5, 24), (2, 12)))
+    t = torch.tensor([0.25, 1.0])
+    skipped = ours.without(layers)
+    with torch.no_grad():
+        for network, skip in ((skipped, list(layers)), (ours, None)):
+            want = theirs(x, context, pooled, 1000 * t, skip_layers=skip).sample
+            found = network(x, t, context, pooled=pooled)
+            assert (found - want).norm() / want.norm() < 1e-5
+        assert (skipped(x, t, context, pooled=pooled) - ours(x, t, context, pooled=pooled)).norm() > 0.1
+    assert all(p is q for p, q in zip(skipped.final_layer.parameters(), ours.final_layer.parameters()))
+    with pytest.raises(ValueError, match="layer 3: this network has joint blocks 0 to 2"):
+        ours.without((3,))
 
 
 @both_precisions

@@ -165,8 +165,8 @@ def test_demonstrations(demonstrations, name, expected):
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
     if name == "samplers":
-        orders = {"euler": 1, "heun": 2, "plms": 2, "dpm_solver_2": 2, "dpmpp_2m": 2, "dpm_solver_3": 3, "dpmpp_3m": 3,
-                  "unipc_2": 3, "unipc_3": 4}
+        orders = {"euler": 1, "heun": 2, "plms": 2, "dpm_solver_2": 2, "dpmpp_2m": 2, "dpm_solver_3": 3,
+                  "dpmpp_3m": 3, "unipc_2": 3, "unipc_3": 4}
         for line in result.stdout.splitlines()[1:]:
             assert -0.1 < float(line.split()[-1]) - orders[line.split()[1]] < 0.4, line
     if name in ("ddpm", "rectified_flow"):   # samples lie on the data, not only near it

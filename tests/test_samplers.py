@@ -6,9 +6,9 @@ import torch
 import samplers
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
-from samplers import (ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpm2_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m,
-                      dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, guided, heun, inpainting, lms, log_snr,
-                      mean_weights, noise_like, plms, reverse_sde)
+from samplers import (ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpm2_ancestral, dpmpp_2m, dpmpp_2m_sde,
+                      dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, guided, heun, inpainting,
+                      lms, log_snr, mean_weights, noise_like, plms, reverse_sde)
 from times import karras_times, log_snr_times
 
 PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "ddpm": DDPM(),
@@ -88,7 +88,7 @@ def slope(sampler, path, end, steps=(40, 80, 160), **options):
 SMOOTH = {"rf": (RectifiedFlow(), 1e-5), "rf-shift": (RectifiedFlow(shift=3.0), 1e-5),
           "ddpm": (DDPM(schedule="linear"), 1e-9), "ddpm-zero-snr": (DDPM("v", zero_terminal_snr=True), 1e-9)}
 ORDERS = {"euler": 1, "ddim": 1, "heun": 2, "plms": 2, "lms": 4, "dpm_solver_2": 2, "dpm_solver_3": 3,
-          "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc_2": 3, "unipc_3": 4}                # UniPC's corrector adds one
+          "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc_2": 3, "unipc_3": 4}     # UniPC's corrector adds one
 LEAST = {1: 0.95, 2: 1.9, 3: 2.85, 4: 3.85}
 
 
@@ -115,7 +115,7 @@ def test_order_of_convergence_with_options(path, sampler, order, options):
 
 def moments(sampler, path, times, monkeypatch, **options):
     """The exact mean and standard deviation of what a sampler draws for the data of `gaussian`. There every
-    step is affine in x and in its noise, so one row of a batch per noise shows how much of it is in the end."""
+    step is affine in x and in its noise, so a row of a batch for each noise shows its part in the end."""
     count, alpha, sigma = [], *path.alpha_sigma(times[0])
     run = lambda x: sampler(gaussian(path), path, x, times, **options)
     monkeypatch.setattr(samplers, "noise_like", lambda x, generator=None: count.append(1) or x * 0)
@@ -166,7 +166,8 @@ def test_weights_of_linear_multistep():
     """Even steps: Adams-Bashforth's, which are tabulated. Uneven ones: every cubic is integrated exactly."""
     for n, weights in ADAMS_BASHFORTH.items():
         even = [torch.tensor(-float(k), dtype=torch.float64) for k in range(n)]
-        torch.testing.assert_close(torch.stack(mean_weights(even)), torch.tensor(weights, dtype=torch.float64))
+        torch.testing.assert_close(torch.stack(mean_weights(even)), torch.tensor(weights).double(), rtol=1e-6,
+                                   atol=0)
     r = [torch.tensor(x, dtype=torch.float64) for x in (0.0, -0.3, -1.7, -1.9)]
     cubic = lambda x: 2 - x + 3 * x**2 - 0.7 * x**3
     mean = sum(w * cubic(x) for w, x in zip(mean_weights(r), r))
@@ -226,8 +227,8 @@ def test_churn_raises_the_noise_level_along_the_path(path):
     seen.clear()                                       # at most sqrt(2), and not above where the path begins
     heun(denoise, path, x, times, churn=1e9)
     assert seen[0][1] == times[0] and all(t <= times[0] for _, t in seen)
-    torch.testing.assert_close(seen[10][1], path.t_at(log_snr(path, times[5]) - 0.5 * torch.tensor(2.0).log()),
-                               rtol=1e-6, atol=0)
+    twice = path.t_at(log_snr(path, times[5]) - torch.tensor(2.0).log() / 2)
+    torch.testing.assert_close(seen[10][1], twice, rtol=1e-6, atol=0)
     torch.testing.assert_close(heun(denoise, path, x, times, churn=0.0), heun(denoise, path, x, times),
                                rtol=0, atol=0)
 
@@ -238,7 +239,6 @@ def test_lower_order_final():
     denoise = gaussian_mixture(path, MEANS, STD)
     run = lambda sampler, times, **options: sampler(denoise, path, X, times, **options)
     times = path.times(9)
-    tail = lambda name, times, **options: states(SAMPLERS[name], times, **options)
 
     def states(sampler, times, **options):
         found = []
@@ -268,7 +268,8 @@ def test_times_may_end_above_0(path, name):
     path, states = PATHS[path], []
     times, x = path.times(8), start(path, 16)
     seeds = lambda: torch.Generator().manual_seed(2)
-    SAMPLERS[name](gaussian(path), path, x, times, generator=seeds(), on_step=lambda i, x, x0: states.append(x))
+    SAMPLERS[name](gaussian(path), path, x, times, generator=seeds(),
+                   on_step=lambda i, x, x0: states.append(x))
     for n in (7, 4):
         end = SAMPLERS[name](gaussian(path), path, x, times[:n + 1], generator=seeds())
         torch.testing.assert_close(end, states[n - 1])
@@ -604,7 +605,8 @@ def test_skip_layer_guidance():
 
 
 def test_distilled_guidance_is_a_condition():
-    """A network whose guidance is distilled takes the scale as an input: one evaluation, of the batch alone."""
+    """A network whose guidance is distilled takes the scale as an input: one evaluation, without a null
+    branch."""
     path, x, batches = RectifiedFlow(), torch.randn(3, 4, 2, 2), []
 
     def model(xt, t, y, guidance):
