@@ -180,7 +180,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
 
     # ---- the times to visit, and the denoiser, which is all that a sampler sees of the network
-    t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0
+    t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0 or nearly
     skipping = {}
     if skip is not None:
         skipping = {"skipped": skipped, "skip_scale": skip.scale,

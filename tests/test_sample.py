@@ -81,6 +81,44 @@ def test_the_length_of_the_average_is_chosen_afterwards(cwd):
         sample.main(["runs/widths", "--ema", "0.1", "--raw"])
 
 
+def test_options_reach_sampler_and_guidance(cwd, text_runs, monkeypatch):
+    """Each flag is one argument of its sampler or of `guided`, and is left out where it is not given."""
+    seen = {}
+
+    def watched(name, real):
+        def called(*args, **more):
+            seen[name] = more
+            return real(*args, **more)
+        return called
+
+    for name in ("heun", "unipc_3", "dpmpp_3m", "dpm2_ancestral"):
+        monkeypatch.setitem(sample.SAMPLERS, name, watched(name, sample.SAMPLERS[name]))
+    monkeypatch.setattr(sample, "guided", watched("guided", sample.guided))
+    always = {"generator", "on_step"}
+    for flags, name, options in (
+            (["--churn", "4", "--churn-min", "0.1", "--churn-max", "9", "--churn-noise", "1.1"], "heun",
+             {"churn": 4.0, "churn_min": 0.1, "churn_max": 9.0, "churn_noise": 1.1}),
+            (["--sampler", "unipc_3", "--lower-order-final"], "unipc_3", {"lower_order_final": True}),
+            (["--as-published"], "dpmpp_3m", {"as_published": True}),
+            (["--sampler", "dpm2_ancestral", "--eta", "0.5"], "dpm2_ancestral", {"eta": 0.5}),
+            (["--sampler", "heun"], "heun", {})):
+        draw_two("runs/done", *flags)
+        assert {k: v for k, v in seen[name].items() if k not in always} == options
+    plain = draw_two("runs/done", "--cfg", "3")
+    assert (draw_two("runs/done", "--cfg", "3", "--cfg-channels", "3") != plain).any()
+    assert seen["guided"]["channels"] == 3 and "skipped" not in seen["guided"]
+    assert (draw_two("runs/done", "--cfg", "3", "--cfg-channels", "4") == plain).all()
+    # skip-layer guidance: of ten steps, those that begin with 0.2 < i / 10 < 0.5
+    words = ["--prompt", "a small red circle", "--cfg", "2", "--steps", "10"]
+    plain = draw_two(text_runs[0], *words)
+    skips = ["--skip-layers", "1", "--skip-steps", "0.2", "0.5", "--skip-scale"]
+    assert (draw_two(text_runs[0], *words, *skips, "3") != plain).any()
+    assert seen["guided"]["skip_interval"] == pytest.approx((0.5, 0.7)) and seen["guided"]["skip_scale"] == 3
+    assert (draw_two(text_runs[0], *words, *skips, "0") == plain).all()
+    with pytest.raises(ValueError, match="--skip-layers 0 9: this network has joint blocks 0 to 1"):
+        draw_two(text_runs[0], *words, "--skip-layers", "0", "9")
+
+
 def test_the_times_of_sampling_are_shifted_alone(cwd, tmp_path, monkeypatch):
     """As by a path of that shift, while the network and what it predicts stay those of the run."""
     seen, euler = [], sample.SAMPLERS["euler"]
