@@ -264,7 +264,7 @@ def test_flags_that_a_run_takes(stored, given):
     conditioning.check_flags(kind, argparse.Namespace(**FLAGS | given))
 
 
-GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0, guide=None)
+GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0, cfg_channels=None, guide=None)
 
 
 @pytest.mark.parametrize("stored, given, expected", [

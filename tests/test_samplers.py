@@ -277,9 +277,10 @@ def test_times_may_end_above_0(path, name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_ends_above_0_has_the_noise_of_there(name):
-    n, path = 20_000, PATHS["ddpm"]
-    times = log_snr_times(path, 200, 0.3)[:-1]                    # which ends at 0.3
+    n, path = 5000, PATHS["ddpm"]
+    times = log_snr_times(path, 100, 0.3)[:-1]                    # which ends at 0.3
     alpha, sigma = path.alpha_sigma(times[-1])
+    torch.manual_seed(0)
     y = SAMPLERS[name](gaussian(path), path, start(path, n), times)
     std = ((alpha * STD) ** 2 + sigma**2).sqrt()
     assert times[-1] == pytest.approx(0.3) and abs(y.mean() - alpha * MEAN) < 5 * std / n**0.5 + 0.01
@@ -306,7 +307,7 @@ def test_order_on_even_times(path):
 
 @pytest.mark.parametrize("name, options", [
     ("ddpm", {}), ("ddpm", {"variance": "large"}), ("ddim", {"eta": 0.5}), ("dpmpp_2m_sde", {}),
-    ("dpmpp_3m_sde", {}), ("dpmpp_sde", {}), ("dpm2_ancestral", {}), ("heun", {"churn": 100.0}),
+    ("dpmpp_sde", {}), ("heun", {"churn": 100.0}),
     ("reverse_sde", {"noise": 1.0}), ("reverse_sde", {"noise": 0.3}), ("reverse_sde", {"noise": 0})])
 @pytest.mark.parametrize("path", ["rf", "ddpm-cosine"])
 def test_stochastic_solvers_draw_the_right_gaussian(path, name, options):
