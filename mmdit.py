@@ -47,6 +47,7 @@ class MMDiTConfig:
     rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head per axis of rope_3d: 0, y, x
     rope_theta: float = 100.0
     sincos: tuple[int, int] | None = None    # SD 3: added positions; the `crop` of sincos_positions
+    position_table: bool = False             # keep them as a buffer: the files of SD 3 hold their own
     guidance: bool = False                   # FLUX.1-dev: distilled, so the guidance scale is an input
     time_scale: float = 1000.0
     time_offset: float = 0.0
@@ -281,6 +282,10 @@ class MMDiT(nn.Module):
                              "even numbers that add up to width / heads")
         self.out_channels = c.out_channels or c.channels
         self.x_embedder = PatchEmbed(c.channels, c.width, c.patch)
+        if c.position_table:                 # along one axis, (largest, D / 2)
+            device = self.x_embedder.proj.weight.device
+            line = sincos_positions(1, c.sincos[1], c.width, device, crop=c.sincos)
+            self.register_buffer("position_table", line[:, :c.width // 2].contiguous())
         self.t_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
         self.context_embedder = nn.Linear(c.context_width, c.width)
         self.y_embedder = VectorEmbedder(c.pooled_width, c.width) if c.pooled_width else None
@@ -303,10 +308,26 @@ class MMDiT(nn.Module):
         c = self.config
         key = (length, h, w, device)
         if key not in self._positions:
-            sincos = sincos_positions(h, w, c.width, device, c.sincos) if c.sincos else None
+            sincos = None
+            if c.position_table:
+                sincos = self.centre_of_table(h, w).to(device)
+            elif c.sincos:
+                sincos = sincos_positions(h, w, c.width, device, c.sincos)
             rope = rope_3d(length, h, w, c.rope, c.rope_theta, device) if c.rope else None
             self._positions[key] = sincos, rope
         return self._positions[key]
+
+    def centre_of_table(self, h: int, w: int) -> Tensor:
+        """(h * w, D): the positions of the patches in the middle of the table. Raises ValueError for more
+        patches than it has."""
+        largest = len(self.position_table)
+        if max(h, w) > largest:
+            raise ValueError(f"{h}x{w} patches: the network's table of positions has {largest}x{largest}; "
+                             "draw a smaller picture")
+        top, left = (largest - h) // 2, (largest - w) // 2
+        rows = self.position_table[top:top + h, None].expand(h, w, -1)
+        columns = self.position_table[left:left + w].expand(h, w, -1)
+        return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
     def forward(self, xt: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None,
                 pooled: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:

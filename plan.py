@@ -37,13 +37,13 @@ from data import find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
 from parallel import check_tensor_parallel
-from published import check_weights
 from ragged import fitted
 from ranks import ALONE, Ranks
 from run import (Run, build_model, build_path, checkpoint_blocks, latent_space, load_checkpoint, load_vae,
                  make_config, unpack_vae)
 from settings import ARCHITECTURES
 from vae import VAE, VAEConfig
+from weights import check_weights
 
 
 @dataclass
@@ -190,7 +190,7 @@ def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argp
         plan.vae = unpack_vae(begun["vae"], str(plan.run.checkpoint))
     elif args.vae:
         try:
-            plan.vae = load_vae(args.vae)
+            plan.vae = load_vae(args.vae, args.published)
         except ValueError as error:
             raise ValueError(f"--vae {error}") from None
         if args.published:
@@ -259,7 +259,7 @@ def read_initial(args: argparse.Namespace) -> dict:
     try:
         checkpoint = load_checkpoint(path)
     except ValueError as error:
-        if not args.published or not path.is_file():
+        if not args.published or not path.exists():
             raise ValueError(f"--init-from {error}") from None
         return {"ema": published.read_network(args.published, args.init_from)}
     if checkpoint["arch"] != args.arch:

@@ -41,10 +41,10 @@ import settings
 from cli import Flag, make_parser, nonempty, program
 from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
 from parallel import Sharding
-from published import check_finite, check_weights, load_weights
 from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
 from text import TextConfig, TextEncoder
 from vae import VAE
+from weights import check_finite, check_weights, load_weights
 
 
 # ---- the folder
@@ -555,13 +555,13 @@ def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
     """A published network and its VAE, in the form of a checkpoint. Raises ValueError with a line for the
     user."""
     row = published.MODELS[name]
-    with torch.device("meta"):                         # only names and shapes are needed to check the file
-        model = build_model("dit", row.config)
+    if row.text is not None:
+        raise ValueError(f"--published {name}: draws from text, which sample.py takes only from runs of "
+                         "train.py; give a class-conditional model, like dit-xl-2-256")
     state = published.read_network(name, weights)
-    check_weights(model, state, str(weights))
-    autoencoder = load_vae(vae)
+    autoencoder = load_vae(vae, name)
     published.check_vae(name, autoencoder, str(vae))
-    return {"arch": "dit", "config": row.config, "objective": row.objective, "step": 0,
+    return {"arch": row.arch, "config": row.config, "objective": row.objective, "step": 0,
             "data": {"source": "imagenet", "size": [row.side, row.side],
                      "classes": [str(i) for i in range(1000)]},
             "text": None, "label_dropout": 0.1, "model": state, "ema": state, "vae": pack_vae(autoencoder)}
@@ -749,17 +749,18 @@ def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
     return vae.eval().requires_grad_(False)
 
 
-def load_vae(path: str | Path) -> VAE:
+def load_vae(path: str | Path, name: str | None = None) -> VAE:
     """A VAE with averaged weights, in evaluation mode: from a finished VAE run, from inside another run's
-    checkpoint, or a published one (see published.load_vae). Raises ValueError with a line for the user."""
+    checkpoint, or a published one (see published.load_vae, also for the name). Raises ValueError with a line
+    for the user."""
     path = Path(path)
-    if (path / "config.json").is_file() and not (path / "checkpoint.pt").is_file():
-        return published.load_vae(path)                # a diffusers folder
+    if published.has_vae(path) and not (path / "checkpoint.pt").is_file():
+        return published.load_vae(path, name)
     try:
         checkpoint = load_checkpoint(path)
     except ValueError:
         if path.is_file():
-            return published.load_vae(path)
+            return published.load_vae(path, name)
         raise
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])

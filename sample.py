@@ -41,12 +41,12 @@ from files import (Unfinished, check_space, check_writable, digest, fingerprint_
                    write_atomically, write_npz)
 from ranks import ALONE, Ranks, launched
 from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
-from published import load_weights
 from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
                  load_published, unpack_vae)
 from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
 from settings import OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device, published_model
 from vae import VAE
+from weights import load_weights
 
 # Flags that are options of one sampler, and that sampler.
 SAMPLER_OPTIONS = {"eta": "ddim", "variance": "ddpm", "noise": "reverse_sde"}

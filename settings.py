@@ -47,7 +47,7 @@ def text_encoder(string: str) -> str:
 
 def published_model(string: str) -> str:
     if nonempty(string) not in published.MODELS:
-        largest = ", ".join(name for name in published.MODELS if "-xl-2-" in name)
+        largest = ", ".join(name for name, row in published.MODELS.items() if row.text or "-xl-2-" in name)
         raise argparse.ArgumentTypeError(f"{string}: known are {largest}, and the sizes s, b, l, xl at patch "
                                          "2, 4, 8")
     return string
@@ -479,11 +479,12 @@ def resolve_experts(args: argparse.Namespace) -> None:
 
 
 def check_published(args: argparse.Namespace) -> None:
-    objective = published.MODELS[args.published].objective["name"]
+    row = published.MODELS[args.published]
+    objective = row.objective["name"]
     if not (args.init_from and args.vae):
         raise ValueError(f"--published {args.published}: needs --init-from FILE, its weights, and --vae PATH")
-    if args.arch != "dit" or args.objective != objective:
-        raise ValueError(f"--published {args.published}: is --arch dit --objective {objective}")
+    if args.arch != row.arch or args.objective != objective:
+        raise ValueError(f"--published {args.published}: is --arch {row.arch} --objective {objective}")
     for flag in ROWS.values():
         if flag.settled and given(flag, args):
             raise ValueError(f"{shown(flag, args)}: settled by --published {args.published}; give one or the "

@@ -14,6 +14,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 import dit
 import mmdit
+import names
 import published
 import unet
 import vae
@@ -477,7 +478,7 @@ def test_dit(dtype):
     for block in theirs.transformer_blocks[1:]:            # converted checkpoints hold copies of one embedder
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
     ours = dit.DiT(config).to(dtype).eval()
-    ours.load_state_dict(published.dit_weights(theirs.state_dict(), config))
+    ours.load_state_dict(names.dit_weights(theirs.state_dict(), config))
     x, steps, y = torch.randn(3, 4, 8, 8, dtype=dtype), torch.tensor([0, 500, 999]), torch.tensor([1, 9, 10])
     with torch.no_grad():
         as_is = theirs(x, steps, class_labels=y).sample
@@ -493,7 +494,7 @@ def test_full_size_dit_has_the_published_keys():
     with torch.device("meta"):
         state = diffusers_dit(config, sample_size=32).state_dict()
         ours = shapes(dit.DiT(config))
-        assert {name: tuple(w.shape) for name, w in published.dit_weights(state, config).items()} == ours
+        assert {name: tuple(w.shape) for name, w in names.dit_weights(state, config).items()} == ours
     # the original's names, of which pos_embed is a fixed table
     original = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table",
                 "final_layer.linear", "final_layer.adaLN_modulation.1"}
@@ -514,7 +515,7 @@ def unrounded(monkeypatch, dtype):
 
 def load_mmdit(config, theirs, dtype):
     ours = mmdit.MMDiT(config).to(dtype).eval()
-    ours.load_state_dict(published.mmdit_weights(theirs.state_dict(), config))             # strict, by name
+    ours.load_state_dict(names.mmdit_weights(theirs.state_dict(), config))             # strict, by name
     return ours
 
 
@@ -578,5 +579,5 @@ def test_full_size_mmdit_has_the_published_keys(name):
     config = mmdit.MMDiTConfig(**mmdit.PRESETS[name])
     with torch.device("meta"):
         theirs = FULL_MMDIT[name]()
-        state = published.mmdit_weights(theirs.state_dict(), config)
+        state = names.mmdit_weights(theirs.state_dict(), config)
         assert {key: tuple(w.shape) for key, w in state.items()} == shapes(mmdit.MMDiT(config))

@@ -17,6 +17,7 @@ import run
 import sample
 import train
 import vae
+import weights
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 
@@ -65,8 +66,8 @@ def downloads(tmp_path_factory):
     return folder
 
 
-def flags(downloads, name="dit-xs-8-256", weights="DiT-XS-8.pt", autoencoder="vae"):
-    return ["--published", name, "--weights", str(downloads / weights), "--vae", str(downloads / autoencoder)]
+def flags(downloads, name="dit-xs-8-256", file="DiT-XS-8.pt", autoencoder="vae"):
+    return ["--published", name, "--weights", str(downloads / file), "--vae", str(downloads / autoencoder)]
 
 
 def by_hand(downloads, path, call, steps, sampler, **options):
@@ -74,7 +75,7 @@ def by_hand(downloads, path, call, steps, sampler, **options):
     config = published.MODELS["dit-xs-8-256"].config | {"time_scale": 1.0, "time_offset": 0.0}
     state = torch.load(downloads / "DiT-XS-8.pt", weights_only=True)
     del state["pos_embed"]
-    network = published.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
+    network = weights.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
     autoencoder = run.load_vae(downloads / "vae")
     label, no_label = ({"y": torch.tensor([y])} for y in (207, 1000))
     return sample.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32), range(0, 1),
@@ -102,15 +103,6 @@ def test_published_sit_samples(downloads, tmp_path):
     assert np.abs(got.astype(int) - want).max() <= 1 and got.std() > 1
 
 
-@pytest.mark.optional
-def test_safetensors(downloads, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    state = torch.load(downloads / "DiT-XS-8.pt", weights_only=True)
-    safetensors.save_file({name: w.contiguous() for name, w in state.items()}, tmp_path / "dit.safetensors")
-    again = published.read_weights(tmp_path / "dit.safetensors")
-    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
-
-
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_every_published_preset_takes_the_original_names(family):
     for size, depth in (("s", 12), ("b", 12), ("l", 24), ("xl", 28)):
@@ -118,9 +110,9 @@ def test_every_published_preset_takes_the_original_names(family):
             row = published.MODELS[f"{family}-{size}-{patch}-256"]
             with torch.device("meta"):
                 model = run.build_model("dit", row.config)
-                theirs = model.state_dict() | {"pos_embed": torch.empty(1, 1)}
-                state = published.dit_weights(theirs, model.config)
-            published.check_weights(model, state, "file")
+                theirs = model.state_dict() | {"pos_embed": torch.empty(1, (32 // patch) ** 2, 1)}
+                state = published.our_weights(f"{family}-{size}-{patch}-256", theirs)
+            weights.check_weights(model, state, "file")
             assert len(model.blocks) == depth and model.config.patch == (patch, patch)
             assert model.out_channels == 8
 
@@ -138,19 +130,25 @@ def test_scale_of_a_published_vae(downloads, tmp_path):
         config.write_text(damaged)
         with pytest.raises(ValueError, match="config.json: damaged"):
             run.load_vae(tmp_path / "vae")
-    with pytest.raises(ValueError, match="groups = 32"):                 # a lone file is Stable Diffusion's
-        run.load_vae(downloads / "vae" / name)
+    # a file of such a folder has its config.json; one that is alone is refused, as XL's has the same shapes
+    assert run.load_vae(downloads / "vae" / name).latent_std[0].item() == pytest.approx(1 / 0.18215)
+    (tmp_path / name).write_bytes((downloads / "vae" / name).read_bytes())
+    with pytest.raises(ValueError, match="a VAE alone, without the scale .*0.13025 in Stable Diffusion XL"):
+        run.load_vae(tmp_path / name)
+    with pytest.raises(ValueError, match="groups = 32"):                 # of --published, without config.json
+        run.load_vae(tmp_path / name, "dit-xl-2-256")
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(name="dit-xxl-2-256"), "--published dit-xxl-2-256: known are"),
-    (dict(weights="short.pt"), "short.pt: weights do not fit the network: missing blocks.3.attn.qkv.weight; "
-                               "missing blocks.3.attn.qkv.bias; missing blocks.3.attn.proj.weight "
-                               "and 1 more"),
-    (dict(name="dit-b-8-256"), "DiT-XS-8.pt: weights do not fit the network"),
-    (dict(name="dit-xs-8-512"), "DiT-XS-8.pt: its table of positions, .* not for the 64 patches"),
-    (dict(weights="page.pt"), "page.pt: not a file of weights"),
-    (dict(weights="none.pt"), "none.pt: no such file"),
+    (dict(file="short.pt"), "short.pt: dit-xs-8-256: weights do not fit the network: missing "
+                            "blocks.3.attn.qkv.weight; missing blocks.3.attn.qkv.bias; missing "
+                            "blocks.3.attn.proj.weight and 1 more"),
+    (dict(name="dit-b-8-256"), "DiT-XS-8.pt: holds the network of dit-xs-8-256 or sit-xs-8-256, not of "
+                               "dit-b-8-256; give --published dit-xs-8-256"),
+    (dict(name="dit-xs-8-512"), "DiT-XS-8.pt: holds the network of dit-xs-8-256 or sit-xs-8-256, not of"),
+    (dict(file="page.pt"), "page.pt: not a file of weights"),
+    (dict(file="none.pt"), "none.pt: no such file"),
     (dict(autoencoder="DiT-XS-8.pt"), "not the weights of an AutoencoderKL"),
     (dict(autoencoder="nothing"), "nothing: no checkpoint there"),
 ])
