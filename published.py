@@ -216,8 +216,12 @@ def recognise(shapes: dict[str, Sequence[int]]) -> tuple[str, ...]:
     state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
     state = names.network_part(state)
     arch = names.kind_of(state)
+    embedding = state.get("x_embedder.proj.weight", state.get("pos_embed.proj.weight"))
 
     def fits(name: str) -> bool:
+        width, patch = (MODELS[name].config.get(key) for key in ("width", "patch"))
+        if embedding is not None and (len(embedding), *embedding.shape[2:]) != (width, *(patch or (2, 2))):
+            return False                   # spares building a network: there are many sizes of DiT
         try:
             return our_weights(name, state) is not None
         except ValueError:

@@ -244,6 +244,21 @@ def damage(path, how):
                           "zeros": bytes(len(whole)), "text": b"x" * len(whole)}[how])
 
 
+# ---- files of weights
+
+def write_safetensors(file, state):
+    """By hand, without the package."""
+    header, parts, start = {}, [], 0
+    for name, weight in state.items():
+        parts.append(weight.detach().contiguous().numpy().tobytes())
+        header[name] = {"dtype": {torch.float32: "F32", torch.float16: "F16"}[weight.dtype],
+                        "shape": list(weight.shape), "data_offsets": [start, start + len(parts[-1])]}
+        start += len(parts[-1])
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    Path(file).write_bytes(len(content).to_bytes(8, "little") + content + b"".join(parts))
+
+
 # ---- text encoders as they are published
 
 def change_json(file, **changes):

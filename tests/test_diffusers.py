@@ -361,6 +361,23 @@ def test_autoencoder(kind, dtype):
     torch.testing.assert_close(ours.normalize(z), (z - 0.1) * 0.5)       # (z - shift_factor) * scaling_factor
 
 
+@both_precisions
+@pytest.mark.parametrize("original", [False, True])
+def test_autoencoder_with_attention_inside_levels(original, dtype):
+    """As CompVis' f16 and f32 have it: at the lowest levels, after each block."""
+    torch.manual_seed(0)
+    theirs = shake(AutoencoderKL(
+        latent_channels=8, block_out_channels=(8, 16, 24), norm_num_groups=8, layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"))).to(dtype)
+    state = theirs.state_dict()
+    ours = published.vae_from_weights(compvis(state, 3) if original else state, scale=1.0, groups=8).to(dtype)
+    assert ours.config.attention_levels == (1, 2)
+    x, z = torch.randn(2, 3, 16, 24, dtype=dtype), torch.randn(2, 8, 4, 6, dtype=dtype)
+    assert_same(lambda x: ours.encode(x).mean, lambda x: theirs.encode(x).latent_dist.mean, x, dtype)
+    assert_same(ours.decode, lambda z: theirs.decode(z).sample, z, dtype)
+
+
 @pytest.mark.parametrize("kind", VAES)
 def test_full_size_autoencoder_has_the_published_keys(kind):
     with torch.device("meta"):
@@ -385,7 +402,9 @@ def compvis(state, levels):
                 ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
                 ("mid_block.attentions.0.to_", "mid.attn_1."), ("conv_shortcut", "nin_shortcut")):
             name = name.replace(theirs, original)
-        is_1x1 = ".attn_1." in name and weight.ndim == 2
+        name = re.sub(r"\.attentions\.(\d+)\.(group_|to_)", r".attn.\1.", name)
+        name = name.replace(".out.0.", ".proj_out.")
+        is_1x1 = ".attn" in name and weight.ndim == 2
         out[name] = weight[:, :, None, None] if is_1x1 else weight
     return out
 
