@@ -101,7 +101,8 @@ def compvis_unet(c):
                                             nn.Linear(c_emb, c_emb)))
     return modules(
         time_embed=nn.Sequential(nn.Linear(first, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb)),
-        label_emb=label, input_blocks=nn.ModuleList(down), middle_block=middle, output_blocks=nn.ModuleList(up),
+        label_emb=label, input_blocks=nn.ModuleList(down), middle_block=middle,
+        output_blocks=nn.ModuleList(up),
         out=nn.Sequential(nn.GroupNorm(c.groups, first), nn.SiLU(), nn.Conv2d(first, 4, 3, padding=1)))
 
 
@@ -392,7 +393,8 @@ def clip_config(layers, act):
 
     return CLIPTextConfig(vocab_size=50, hidden_size=16, intermediate_size=64, num_hidden_layers=layers,
                           num_attention_heads=2, max_position_embeddings=16, hidden_act=act,
-                          projection_dim=12, eos_token_id=49, bos_token_id=48, pad_token_id=0, attn_implementation="eager")
+                          projection_dim=12, eos_token_id=49, bos_token_id=48, pad_token_id=0,
+                          attn_implementation="eager")
 
 
 def load_transformers(model, state):
@@ -565,3 +567,34 @@ def test_models_that_weights_cannot_tell_and_others():
               for key, shape in shapes.items()}
     assert published.recognise(single) == four[2:]                         # only SiT's authors write it
     assert published.recognise({}) == published.recognise({"encoder.conv_in.weight": (4, 3, 3, 3)}) == ()
+
+
+# ---- folders that diffusers writes
+
+@pytest.mark.optional
+@pytest.mark.parametrize("options", [dict(), dict(variant="fp16"), dict(safe_serialization=False),
+                                     dict(max_shard_size="60KB"), dict(max_shard_size="60KB", variant="fp16")])
+def test_folders_as_diffusers_writes_them(tmp_path, monkeypatch, options):
+    """In one file or many, with and without a variant: the same weights as in its network."""
+    pytest.importorskip("diffusers")
+    from diffusers import SD3Transformer2DModel
+
+    small = dict(width=32, depth=2, heads=2, context_width=24, pooled_width=12, dual_attention=1,
+                 sincos=(8, 12))
+    row = published.MODELS["sd3.5-medium"]
+    monkeypatch.setitem(published.MODELS, "sd3.5-medium", row._replace(config=row.config | small))
+    theirs = randomize(SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=12,
+        pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm"))
+    theirs.pos_embed.pos_embed.copy_(dit.sincos_positions(12, 12, 32, crop=(4, 12)))   # as if trained longer
+    if "variant" in options:
+        theirs = theirs.half()
+    theirs.save_pretrained(tmp_path / "transformer", **options)
+    assert ("max_shard_size" in options) == bool(list(tmp_path.glob("transformer/*-of-*")))
+    ours = published.load_network("sd3.5-medium", tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {next(theirs.parameters()).dtype}
+    x, context, pooled = (torch.randn(size).double() for size in ((1, 16, 8, 12), (1, 5, 24), (1, 12)))
+    t = torch.tensor([0.25])
+    assert_close(ours.double()(x, t, context, pooled=pooled),
+                 theirs.double()(x, context, pooled, 1000 * t).sample, 2e-6)

@@ -246,7 +246,8 @@ def test_an_index_of_several(tmp_path, index):
 
 @pytest.mark.parametrize("content", [
     "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}',
-    '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": "/etc/x.safetensors"}}', '{"weight_map": {"a": "..\\\\x.safetensors"}}',
+    '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": "/etc/x.safetensors"}}',
+    '{"weight_map": {"a": "..\\\\x.safetensors"}}',
     '{"weight_map": {"a": ".."}}', '{"weight_map": {"a": ""}}'])
 def test_a_damaged_or_hostile_index(tmp_path, content):
     folder = tmp_path / "in"
