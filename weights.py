@@ -197,8 +197,10 @@ def map_weights(path: str | Path) -> dict[str, Tensor]:
                  if isinstance(name, str) and isinstance(weight, Tensor)}
     except Exception as error:         # a dozen types for damaged files; all mean the same to the user
         reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise ValueError(f"{file}: not a file of weights, or damaged ({reason}); download it again, or, "
-                         "where it holds objects of other kinds too, convert it to .safetensors") from None
+        remedy = "download it again"
+        if file.suffix not in (".safetensors", ".sft"):
+            remedy += ", or, where it holds objects of other kinds too, convert it to .safetensors"
+        raise ValueError(f"{file}: not a file of weights, or damaged ({reason}); {remedy}") from None
     if is_own:
         raise ValueError(f"{file}: is a run of train.py, not a published file; give it without --published")
     return state

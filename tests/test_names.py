@@ -573,7 +573,8 @@ def test_models_that_weights_cannot_tell_and_others():
 
 @pytest.mark.optional
 @pytest.mark.parametrize("options", [dict(), dict(variant="fp16"), dict(safe_serialization=False),
-                                     dict(max_shard_size="60KB"), dict(max_shard_size="60KB", variant="fp16")])
+                                     dict(max_shard_size="60KB"),
+                                     dict(max_shard_size="60KB", variant="fp16")])
 def test_folders_as_diffusers_writes_them(tmp_path, monkeypatch, options):
     """In one file or many, with and without a variant: the same weights as in its network."""
     pytest.importorskip("diffusers")

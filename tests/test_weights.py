@@ -66,33 +66,35 @@ def test_a_file_by_hand(tmp_path):
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-@pytest.mark.parametrize("entries, more", [
-    ({"a": ENTRY | {"data_offsets": [0, 12]}}, {}),                        # more bytes than its shape
-    ({"a": ENTRY | {"data_offsets": [8, 16]}}, {}),                        # beyond the end of the file
-    ({"a": ENTRY | {"data_offsets": [-8, 0]}}, {}),
-    ({"a": ENTRY | {"data_offsets": [8, 0]}}, {}),
-    ({"a": ENTRY | {"data_offsets": [0]}}, {}),
-    ({"a": ENTRY | {"data_offsets": [0, 8.0]}}, {}),
-    ({"a": ENTRY | {"shape": [2**62, 4]}}, {}),                            # a product that overflows 64 bits
-    ({"a": ENTRY | {"shape": [-2]}}, {}),
-    ({"a": ENTRY | {"shape": [True, 2]}}, {}),
-    ({"a": ENTRY | {"shape": "2"}}, {}),
-    ({"a": ENTRY | {"dtype": "F128"}}, {}),
-    ({"a": ENTRY, "b": ENTRY}, {}),                                        # two tensors in the same bytes
-    ({"a": {}}, {}),
-    ({"a": 3}, {}),
-    (b"[1, 2]", {}),
-    (b"\xff\xfe", {}),
-    (b"[" * 100_000, {}),                                                  # nested too deeply
-    ({"a": ENTRY}, {"size": 2**63}),                                       # a header longer than the file
-    ({"a": ENTRY}, {"size": 0}),
-    ({"a": ENTRY}, {"size": 1000}),
+@pytest.mark.parametrize("entries, size, why", [
+    ({"a": ENTRY | {"data_offsets": [0, 12]}}, None, "a: bytes 0 to 12 of 8, for a size of 8"),
+    ({"a": ENTRY | {"data_offsets": [8, 16]}}, None, "a: bytes 8 to 16 of 8, for a size of 8"),
+    ({"a": ENTRY | {"data_offsets": [-8, 0]}}, None, "a: sizes that are not whole numbers"),
+    ({"a": ENTRY | {"data_offsets": [8, 0]}}, None, "a: bytes 8 to 0 of 8"),
+    ({"a": ENTRY | {"data_offsets": [0]}}, None, "not enough values"),
+    ({"a": ENTRY | {"data_offsets": [0, 8.0]}}, None, "a: sizes that are not whole numbers"),
+    ({"a": ENTRY | {"shape": [2**62, 4]}}, None, f"a: bytes 0 to 8 of 8, for a size of {2**66}"),
+    ({"a": ENTRY | {"shape": [2**64]}}, None, "a: sizes that are not whole numbers"),
+    ({"a": ENTRY | {"shape": [-2]}}, None, "a: sizes that are not whole numbers"),
+    ({"a": ENTRY | {"shape": [True, 2]}}, None, "a: sizes that are not whole numbers"),
+    ({"a": ENTRY | {"shape": "2"}}, None, "a: sizes that are not whole numbers"),
+    ({"a": ENTRY | {"dtype": "F128"}}, None, "KeyError"),
+    ({"a": ENTRY, "b": ENTRY}, None, "b: bytes 0 to 8 of 8"),              # two tensors in the same bytes
+    ({"a": {}}, None, "KeyError"),
+    ({"a": 3}, None, "TypeError"),
+    (b"[1, 2]", None, "a header that is not a table"),
+    (b"\xff\xfe", None, "JSONDecodeError"),
+    (b"[" * 100_000, None, "RecursionError"),
+    ({"a": ENTRY}, 2**63, f"a header of {2**63:,} bytes in a file of"),
+    ({"a": ENTRY}, 0, "a header of 0 bytes"),
+    ({"a": ENTRY}, 1000, "a header of 1,000 bytes"),
 ])
-def test_hostile_headers(tmp_path, entries, more):
+def test_hostile_headers(tmp_path, entries, size, why):
     """One line, and no memory for what a header only claims to have."""
     file = tmp_path / "a.safetensors"
-    write(file, entries, b"\0" * 8, **more)
-    with pytest.raises(ValueError, match=r"a.safetensors: not a file of weights, or damaged \(") as raised:
+    write(file, entries, b"\0" * 8, size)
+    with pytest.raises(ValueError, match=rf"a.safetensors: not a file of weights, or damaged \({why}"
+                       ) as raised:
         weights.map_weights(file)
     assert "\n" not in str(raised.value)
     for content in (b"", b"1234", b"x" * 100):
