@@ -31,9 +31,10 @@ from torch import Tensor
 
 from cache import TextCache, TextWidths, check_embeddings, read_embeddings
 from data import Dataset, send
-from files import UNPRINTABLE, amount, fingerprint_files, shortened
+from encoders import FrozenTextEncoder, from_folder
+from files import UNPRINTABLE, amount, digest, fingerprint_files, shortened
 from folder import Folder, clean_text
-from text import FrozenTextEncoder, TextConfig, TextEncoder
+from text import TextConfig, TextEncoder
 from unet import UNetConfig
 
 Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask and perhaps pooled
@@ -80,6 +81,7 @@ class Conditioning:
     guiding: tuple[str, ...] = ()         # flags that act on guidance alone
     required = ""                         # the flag without which there is nothing to draw
     fingerprint: str | None = None        # identifies encoder outputs, which must not change on resume
+    rows_stored: int | None = None        # of every prompt's context, where its padding is not masked
     packed = False                        # whether training and validation give texts without padding
 
     def __init__(self, checkpoint: dict, device: torch.device):
@@ -262,7 +264,7 @@ class Labels(Conditioning):
 class Words(Conditioning):
     """Text, through an encoder. text["encoder"] is one of
     "bytes": built in, a part of the network (`model.text`) that is trained and saved with it;
-    "clip" or "t5": frozen, from the folder text["path"];
+    a name in encoders.RECIPES: frozen, from the folder text["path"], and with text["no_t5"] without T5;
     "none": vectors that another program computed, in one .npz file per picture. The names of these files then
     take the place of captions and prompts."""
 
@@ -314,11 +316,29 @@ class Words(Conditioning):
             self.widths = check_embeddings(folder.words)
             self.fingerprint = fingerprint_files(Path(source), "*.npz")
             return
-        self.encoder = FrozenTextEncoder(self.kind, self.text["path"], self.device)
+        self.encoder = self.frozen_encoder(self.text["path"])
         cond = self.encoder([""])
-        self.fingerprint = fingerprint_files(Path(self.text["path"]), "*.*")
+        if self.kind in ("clip", "t5"):                    # as of the first runs with these
+            self.fingerprint = fingerprint_files(Path(self.text["path"]), "*.*")
+        else:                                              # a pipeline's folder also holds its network
+            prints = [fingerprint_files(Path(part), "*.*") for part in self.encoder.folders]
+            self.fingerprint = digest(self.cache_name, prints)
         pooled = cond["pooled"].shape[-1] if "pooled" in cond else None
         self.widths = TextWidths(cond["context"].shape[-1], pooled)
+        if "mask" not in cond:
+            self.rows_stored = cond["context"].shape[1]
+
+    def frozen_encoder(self, path: str) -> FrozenTextEncoder:
+        """In runs of our own, the empty prompt is the null condition, whatever the encoder."""
+        return from_folder(self.kind, path, self.device, no_t5=self.without_t5, empty_is_null=True)
+
+    @property
+    def without_t5(self) -> bool:
+        return self.text.get("no_t5", False)
+
+    @property
+    def cache_name(self) -> str:
+        return f"{self.kind}-no-t5" if self.without_t5 else self.kind
 
     def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
         self.captions = train.captions
@@ -333,13 +353,13 @@ class Words(Conditioning):
             # The outputs of a frozen encoder never change, so each caption is encoded once. Captions are then
             # not reworded, because only their original wording is in the cache.
             encode = self.encoder or read_embeddings
-            self.table = TextCache(cache_dir / f"text-{self.kind}.bin", [*self.captions, *self.val_captions],
-                                   encode, self.fingerprint)
+            self.table = TextCache(cache_dir / f"text-{self.cache_name}.bin",
+                                   [*self.captions, *self.val_captions], encode, self.fingerprint)
             # In a cache of their own, because they may change on resume.
             self.preview_table = self.table
             if self.preview_prompts:
-                self.preview_table = TextCache(cache_dir / f"preview-{self.kind}.bin", self.preview_prompts,
-                                               encode, self.fingerprint)
+                self.preview_table = TextCache(cache_dir / f"preview-{self.cache_name}.bin",
+                                               self.preview_prompts, encode, self.fingerprint)
             self.encoder = None                            # frees memory: it may take several GB
 
     def warn_of_truncation(self) -> None:
@@ -347,11 +367,9 @@ class Words(Conditioning):
         if encoder is None:
             with torch.device("meta"):                     # only its limit is needed
                 encoder = TextEncoder(TextConfig(**self.text["config"]))
-        truncated = [rest for rest in map(encoder.truncated, self.captions) if rest]
-        if truncated:
-            print(f"warning: {len(truncated):,} of {len(self.captions):,} captions are longer than the "
-                  f"encoder's limit and are truncated; the first of them loses "
-                  f"{shortened(truncated[0])!r}",
+        for name, truncated in truncated_by(encoder, self.captions).items():
+            print(f"warning: {len(truncated):,} of {len(self.captions):,} captions are longer than {name}'s "
+                  f"limit and are truncated; the first of them loses {shortened(truncated[0])!r}",
                   file=sys.stderr)
 
     def network_options(self, arch: str, preset: dict) -> dict:
@@ -482,7 +500,7 @@ class Words(Conditioning):
         kind, _, path = (place or f"{self.kind}:{self.text['path']}").partition(":")
         if kind != self.kind:
             raise ValueError(f"--text-encoder {place}: this run was trained with {self.kind}:PATH")
-        return FrozenTextEncoder(kind, path, self.device)
+        return self.frozen_encoder(path)
 
     def hint(self) -> str:
         return flag_and_value(self.use, sorted(self.prompts, key=len))
@@ -504,12 +522,21 @@ def cut(prompt: str) -> str:
 
 
 def warn_of_truncated_prompts(encoder: TextEncoder | FrozenTextEncoder, prompts: list[str]) -> None:
-    truncated = [rest for rest in map(encoder.truncated, prompts) if rest]
-    for rest in truncated[:3]:
-        print("warning: a prompt is longer than the encoder's limit and is truncated; it loses "
-              f"{shortened(rest)!r}", file=sys.stderr)
-    if len(truncated) > 3:
-        print(f"warning: so are {len(truncated) - 3:,} more prompts", file=sys.stderr)
+    for name, truncated in truncated_by(encoder, prompts).items():
+        for rest in truncated[:3]:
+            print(f"warning: a prompt is longer than {name}'s limit and is truncated; it loses "
+                  f"{shortened(rest)!r}", file=sys.stderr)
+        if len(truncated) > 3:
+            print(f"warning: so are {len(truncated) - 3:,} more prompts", file=sys.stderr)
+
+
+def truncated_by(encoder: TextEncoder | FrozenTextEncoder, prompts: list[str]) -> dict[str, list[str]]:
+    """What the prompts lose, by the encoder that loses it."""
+    found: dict[str, list[str]] = {}
+    for prompt in prompts:
+        for name, rest in encoder.truncated(prompt).items():
+            found.setdefault(name, []).append(rest)
+    return found
 
 
 def read_prompts(flag: str, file: str) -> list[str]:
@@ -550,7 +577,9 @@ def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str], device
         found = cond[name][0].shape[-1] if name in cond else None
         if width and found != width:
             raise ValueError(f"text vectors ({name}) of width {found}: this network takes {width}")
-    inputs = {} if packed else {"context": cond["context"].float(), "mask": cond["mask"]}
+    inputs = {} if packed else {"context": cond["context"].float()}
+    if not packed and "mask" in cond:
+        inputs["mask"] = cond["mask"]
     if wanted["pooled"]:
         inputs["pooled"] = cond["pooled"].float()
     inputs = {name: send(part, device) for name, part in inputs.items()}

@@ -589,6 +589,10 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     if not (plan.cache_dir / "latents.npy").is_file():     # mean and deviation in fp16, mirrored or not
         flips = 2 if args.flip else 1
         need["latents"] = 4 * count * flips * math.prod(latent)
+    rows = plan.conditioning.rows_stored
+    if rows and plan.folder and not list(plan.cache_dir.glob("text-*.bin")):         # in fp16
+        captions = len(set(plan.folder.words))
+        need[f"{captions:,} encoded captions"] = 2 * captions * rows * plan.conditioning.widths.context
     place = nearest_folder(plan.cache_dir)
     settings.check_room("this training", need, shutil.disk_usage(place).free, f"the disk of {place}",
                         "give another --runs-dir or --cache-dir, or a smaller --image-size")

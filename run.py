@@ -39,6 +39,7 @@ import parallel
 import published
 import settings
 from cli import Flag, make_parser, nonempty, program
+from encoders import RECIPES
 from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
 from parallel import Sharding
 from published import check_finite, check_weights, load_weights
@@ -345,11 +346,11 @@ def is_averages(value: object) -> bool:
 
 def is_text(value: object) -> bool:
     """None, or a text encoder, each kind with what it needs."""
-    needs = {"bytes": ("config", dict), "clip": ("path", str), "t5": ("path", str), "none": ("encoder", str)}
+    needs = {"bytes": ("config", dict), "none": ("encoder", str)} | dict.fromkeys(RECIPES, ("path", str))
     if not isinstance(value, dict) or value.get("encoder") not in tuple(needs):
         return value is None
     name, kind = needs[value["encoder"]]
-    return isinstance(value.get(name), kind)
+    return isinstance(value.get(name), kind) and type(value.get("no_t5", False)) is bool
 
 
 PARTS = {                                              # of every checkpoint: what each must be

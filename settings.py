@@ -35,13 +35,15 @@ import vae
 from cli import (Flag, folder_name, given, integer, make_parser, nonempty, number, one_of, program, shown)
 from data import SOURCES
 from ddpm import DDPM
+from encoders import RECIPES, WITHOUT_T5
 from rectified_flow import MeanFlow, RectifiedFlow
 
 
 def text_encoder(string: str) -> str:
     kind, _, folder = nonempty(string).partition(":")
-    if kind not in ("bytes", "clip", "t5", "none") or bool(folder) != (kind in ("clip", "t5")):
-        raise argparse.ArgumentTypeError(f"{string}: must be bytes, clip:FOLDER, t5:FOLDER or none")
+    if kind not in ("bytes", "none", *RECIPES) or bool(folder) != (kind in RECIPES):
+        folders = ", ".join(f"{name}:FOLDER" for name in RECIPES)
+        raise argparse.ArgumentTypeError(f"{string}: must be bytes, {folders} or none")
     return string
 
 
@@ -205,9 +207,12 @@ FLAGS = {
                        "mmdit, and for unet on emoji; else class)",
              one_of(CONDITIONS)),
         Flag("--text-encoder", "bytes (default): built in, trained with the network; clip:FOLDER or "
-                               "t5:FOLDER: frozen, loaded by transformers; none: precomputed vectors, "
-                               "NAME.npz beside each picture of a folder",
+                               "t5:FOLDER: frozen, loaded by transformers; sd1, sd2, sdxl, sd3, flux-dev or "
+                               "flux-schnell:FOLDER: the encoders of that model, joined as it does; none: "
+                               "precomputed vectors, NAME.npz beside each picture of a folder",
              text_encoder, metavar="KIND", needs=NETWORK | {"cond": ("text",)}, settled=True),
+        Flag("--no-t5", "with --text-encoder sd3:FOLDER: zeros in place of its T5", needs=NETWORK | {
+            "cond": ("text",)}, settled=True),
         Flag("--cache-dir", "folder for decoded pictures and latents (default: the VAE's run)", nonempty,
              resumable=True),
     ],
@@ -355,6 +360,9 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.preview_prompts and args.text_encoder == "none":
         raise ValueError(f"--preview-prompts {args.preview_prompts}: --text-encoder none has no encoder for "
                          "them; leave it out")
+    if args.no_t5 and (args.text_encoder or "bytes").partition(":")[0] not in WITHOUT_T5:
+        raise ValueError(f"--no-t5: belongs to --text-encoder {' or '.join(WITHOUT_T5)}:FOLDER, not "
+                         f"{args.text_encoder or 'bytes'}; leave it out")
     if args.published:
         check_published(args)
     resolve_reflow(args)
@@ -723,7 +731,8 @@ def text_config(args: argparse.Namespace) -> dict | None:
     kind, _, folder = args.text_encoder.partition(":")
     if kind == "bytes":
         return {"encoder": kind, "config": asdict(text.TextConfig(**text.PRESETS.get(args.preset, {})))}
-    return {"encoder": kind, "path": folder} if folder else {"encoder": kind}
+    config = {"encoder": kind, "path": folder} if folder else {"encoder": kind}
+    return config | {"no_t5": True} if args.no_t5 else config
 
 
 # ---- the machine

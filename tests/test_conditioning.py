@@ -326,7 +326,7 @@ class FakeEncoder:
                 "mask": torch.ones(len(prompts), 2).bool()}
 
     def truncated(self, prompt):
-        return prompt[20:]
+        return {"the encoder": prompt[20:]} if prompt[20:] else {}
 
 
 def test_a_batch_has_each_pictures_own_caption(monkeypatch):
@@ -717,3 +717,29 @@ def test_frozen_encoder_trains_and_draws(cwd, text_runs, published, capsys):
         train.main(["--arch", "unet", *flags, "--text-encoder", f"clip:{moved}", "--name", "clip-other"])
     with pytest.raises(ValueError, match="this run was trained with clip:PATH"):
         sample.main(["runs/clip-unet", "--prompt", "blue", "--text-encoder", f"t5:{published / 't5'}"])
+
+
+@pytest.mark.optional
+def test_recipes_train_and_draw(cwd, text_runs, pipelines, capsys):
+    """The encoders of a published model, joined as it joins them, condition a network of our own."""
+    flags = ["--data", "scenes", "--cond", "text", *ON_VAE, "--batch-size", "8"]
+    for kind, arch, width, pooled, more in (
+            ("sd3", "mmdit", 40, 40, []), ("sd3", "mmdit", 4096, 40, ["--no-t5"]), ("sdxl", "unet", 40, 24, []),
+            ("flux-schnell", "mmdit", 40, 16, [])):
+        folder = pipelines[kind][1]
+        name = "-".join([kind, *more])
+        command = ["--arch", arch, *flags, "--text-encoder", f"{kind}:{folder}", *more, "--name", name]
+        train.main(command)
+        stored = run.load_checkpoint(f"runs/{name}")
+        assert stored["text"] == {"encoder": kind, "path": folder} | ({"no_t5": True} if more else {})
+        assert stored["config"]["context_width"] == width and stored["config"]["pooled_width"] == pooled
+        red, blue = (draw_two(f"runs/{name}", "--prompt", prompt) for prompt in ("a red circle", "blue"))
+        assert red.shape == (2, 32, 32, 3) and (red != blue).any()
+        capsys.readouterr()
+        train.main(command)                                                  # with the cache that it has left
+        assert "is finished" in capsys.readouterr().out
+    assert len(list(Path("runs/shapes-vae").glob("text-sd3*.bin"))) == 2
+    with pytest.raises(ValueError, match="this run was trained with sdxl:PATH"):
+        sample.main(["runs/sdxl", "--prompt", "blue", "--text-encoder", f"sd3:{folder}"])
+    empty = [draw_two("runs/sdxl", *asked) for asked in (["--prompt", "", "--cfg", "1"], ["--cfg", "0"])]
+    assert np.abs(empty[0] - empty[1]).max() <= 1                            # the null condition, zeros

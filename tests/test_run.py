@@ -447,6 +447,7 @@ BIAS = "x_embedder.proj.bias"
     (lambda c: c["vae"]["config"].update(widths=3), "no vae can be built"),
     (lambda c: c.update(model=[1]), r"its model is \[1\]"), (lambda c: c.update(ema={1: 2}), "its ema is"),
     (lambda c: c.update(text={}), "its text is {}"), (lambda c: c.update(text={"encoder": "t5"}), "its text"),
+    (lambda c: c.update(text={"encoder": "sd3", "path": "x", "no_t5": "yes"}), "its text is {'encoder': 's"),
     (lambda c: c.update(text={"encoder": []}), "its text"), (lambda c: c.update(step="x"), "its step is 'x'"),
     (lambda c: c.update(step=-5), "its step is -5"), (lambda c: c.update(step=True), "its step is True"),
     (lambda c: c.update(training=[1]), "its training is"),
