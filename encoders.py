@@ -393,6 +393,8 @@ def model_class_of(part: Part, architectures: list[str] | None = None):
 def load_encoder(part: Part, folder: str, dtype: torch.dtype | None) -> nn.Module:
     """The model of the package transformers that the weights in a folder belong to. Raises ValueError for a
     folder of another kind of model, or without some of the weights."""
+    import transformers
+
     with open(f"{folder}/config.json", encoding="utf-8") as file:
         config = json.load(file)
     if config.get("model_type") not in MODEL_TYPES[part.family]:
@@ -403,7 +405,8 @@ def load_encoder(part: Part, folder: str, dtype: torch.dtype | None) -> nn.Modul
     if "/" in attention or "auto_map" in config:
         raise ValueError("config.json asks for code from elsewhere, which is not run (auto_map or "
                          "attn_implementation)")
-    options = {"dtype": dtype or "auto"}
+    version = [int(number) for number in transformers.__version__.split(".")[:2]]
+    options = {"dtype" if version >= [4, 56] else "torch_dtype": dtype or "auto"}
     depth = CONFIGS.get(part.kind, {}).get("num_hidden_layers")
     if depth and config.get("num_hidden_layers", 0) > depth:       # a whole OpenCLIP-H
         options["num_hidden_layers"] = depth

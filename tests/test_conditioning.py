@@ -16,6 +16,7 @@ from conftest import ON_VAE, QUICK, Recorder, datasets, denoising, draw_two, in_
 from PIL import Image
 
 import conditioning
+import encoders
 import plan
 import run
 import sample
@@ -724,8 +725,8 @@ def test_recipes_train_and_draw(cwd, text_runs, pipelines, capsys):
     """The encoders of a published model, joined as it joins them, condition a network of our own."""
     flags = ["--data", "scenes", "--cond", "text", *ON_VAE, "--batch-size", "8"]
     for kind, arch, width, pooled, more in (
-            ("sd3", "mmdit", 40, 40, []), ("sd3", "mmdit", 4096, 40, ["--no-t5"]), ("sdxl", "unet", 40, 24, []),
-            ("flux-schnell", "mmdit", 40, 16, [])):
+            ("sd3", "mmdit", 40, 40, []), ("sd3", "mmdit", 4096, 40, ["--no-t5"]),
+            ("sdxl", "unet", 40, 24, []), ("flux-schnell", "mmdit", 40, 16, [])):
         folder = pipelines[kind][1]
         name = "-".join([kind, *more])
         command = ["--arch", arch, *flags, "--text-encoder", f"{kind}:{folder}", *more, "--name", name]
@@ -733,13 +734,16 @@ def test_recipes_train_and_draw(cwd, text_runs, pipelines, capsys):
         stored = run.load_checkpoint(f"runs/{name}")
         assert stored["text"] == {"encoder": kind, "path": folder} | ({"no_t5": True} if more else {})
         assert stored["config"]["context_width"] == width and stored["config"]["pooled_width"] == pooled
-        red, blue = (draw_two(f"runs/{name}", "--prompt", prompt) for prompt in ("a red circle", "blue"))
-        assert red.shape == (2, 32, 32, 3) and (red != blue).any()
+        encode = conditioning.of_checkpoint(stored, CPU).sampling_encoder(None, None)
+        torch.testing.assert_close(encode(["blue"]),
+                                   encoders.from_folder(kind, folder, no_t5=bool(more))(["blue"]))
+        assert (encode([""])["context"].any() == (kind != "sdxl")).all()     # its null condition is zeros
+        assert draw_two(f"runs/{name}", "--prompt", "blue").shape == (2, 32, 32, 3)
         capsys.readouterr()
         train.main(command)                                                  # with the cache that it has left
         assert "is finished" in capsys.readouterr().out
-    assert len(list(Path("runs/shapes-vae").glob("text-sd3*.bin"))) == 2
+    assert len(list(Path("runs/scenes-vae").glob("text-sd3*.bin"))) == 2
     with pytest.raises(ValueError, match="this run was trained with sdxl:PATH"):
         sample.main(["runs/sdxl", "--prompt", "blue", "--text-encoder", f"sd3:{folder}"])
     empty = [draw_two("runs/sdxl", *asked) for asked in (["--prompt", "", "--cfg", "1"], ["--cfg", "0"])]
-    assert np.abs(empty[0] - empty[1]).max() <= 1                            # the null condition, zeros
+    assert np.abs(empty[0] - empty[1]).max() <= 1
