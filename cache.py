@@ -297,8 +297,9 @@ class TextCache:
     called like the encoder, with prompts that it was built from, and returns CPU tensors.
 
     On disk: the valid rows of every context, one prompt after another, as float16 (rows, D) without a header;
-    in an .npz beside it, the row where each prompt ends, and the pooled vectors. Raises ValueError where the
-    encoder's outputs differ in width or do not fit float16."""
+    in an .npz beside it, the row where each prompt ends, and the pooled vectors. Where the encoder gives no
+    mask, as networks read its padding too, all rows are valid. Raises ValueError where the encoder's outputs
+    differ in width or do not fit float16."""
 
     def __init__(self, path: Path, prompts: Iterable[str], encode: Callable[[list[str]], dict[str, Tensor]],
                  encoder_fingerprint: str):
@@ -326,6 +327,7 @@ class TextCache:
             with np.load(index_path) as arrays:
                 self.ends = arrays["ends"]                              # (prompts + 1,), the first is 0
                 self.pooled = arrays["pooled"] if "pooled" in arrays else None
+                self.masked = "unmasked" not in arrays
             self.rows = np.memmap(path, np.float16, "r").reshape(self.ends[-1], -1)
             ordered = self.ends[0] == 0 and (np.diff(self.ends) >= 0).all()
         except Exception:               # NumPy and zipfile raise a dozen types for a damaged file
@@ -350,14 +352,17 @@ class TextCache:
                     raise ValueError(f"{shortened(prompts[i])}: text vectors of widths {found}, not {widths} "
                                      "as for the prompts before")
                 # Padding, which can be most of a context, is not stored.
-                for row, mask in zip(cond["context"], cond["mask"]):
-                    out.write(row[mask].half().cpu().numpy().tobytes())
+                masks = cond.get("mask", torch.ones(cond["context"].shape[:2], dtype=torch.bool))
+                for row, mask in zip(cond["context"], masks):
+                    out.write(row[mask.to(row.device)].half().cpu().numpy().tobytes())
                     lengths.append(int(mask.sum()))
                 if "pooled" in cond:
                     pooled.append(cond["pooled"].float().cpu().numpy())
         arrays = {"ends": np.cumsum(lengths)}
         if pooled:
             arrays["pooled"] = np.concatenate(pooled)
+        if "mask" not in cond:
+            arrays["unmasked"] = np.array(True)
         write_atomically(index_path, lambda file: np.savez(file, **arrays))
 
     @property
@@ -366,10 +371,13 @@ class TextCache:
         return TextWidths(self.rows.shape[1], pooled)
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        """-> context (B, L, D), mask (B, L), and pooled (B, P) where the encoder has one. L is the longest of
-        these prompts."""
+        """-> context (B, L, D), and mask (B, L) and pooled (B, P) where the encoder gives them. L is the
+        longest of these prompts."""
         cond = self.packed(prompts)
-        return pad_context(cond["context"], cond.get("pooled"))
+        padded = pad_context(cond["context"], cond.get("pooled"))
+        if not self.masked:
+            del padded["mask"]
+        return padded
 
     def packed(self, prompts: list[str]) -> dict[str, list[Tensor] | Tensor]:
         """The same with context as a list of (L, D) without padding, and no mask."""

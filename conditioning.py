@@ -33,11 +33,15 @@ from torch import Tensor
 
 from cache import TextCache, TextWidths, check_embeddings, read_embeddings
 from data import Dataset, send
-from files import UNPRINTABLE, amount, fingerprint_files, shortened
+from encoders import (BLOCKS, RECIPES, SIZE_FEATURES, WITHOUT_T5, FrozenTextEncoder, from_folder, from_states,
+                      with_sizes)
+from files import UNPRINTABLE, amount, digest, fingerprint_files, shortened
 from folder import Folder, clean_text
+from published import DISTILLED, read_text_encoder
 from shards import ShardCaptions
-from text import FrozenTextEncoder, TextConfig, TextEncoder
+from text import TextConfig, TextEncoder
 from unet import UNetConfig
+from weights import Resident, stored_bytes, visit_blocks
 
 Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask and perhaps pooled
 VALIDATED = 256        # validation pictures that are used
@@ -83,6 +87,8 @@ class Conditioning:
     guiding: tuple[str, ...] = ()         # flags that act on guidance alone
     required = ""                         # the flag without which there is nothing to draw
     fingerprint: str | None = None        # identifies encoder outputs, which must not change on resume
+    rows_stored: int | None = None        # of every prompt's context, where its padding is not masked
+    size: tuple[int, int] | None = None   # of the pictures, in pixels: Stable Diffusion XL takes it too
     packed = False                        # whether training and validation give texts without padding
 
     def __init__(self, checkpoint: dict, device: torch.device):
@@ -265,7 +271,7 @@ class Labels(Conditioning):
 class Words(Conditioning):
     """Text, through an encoder. text["encoder"] is one of
     "bytes": built in, a part of the network (`model.text`) that is trained and saved with it;
-    "clip" or "t5": frozen, from the folder text["path"];
+    a name in encoders.RECIPES: frozen, from the folder text["path"], and with text["no_t5"] without T5;
     "none": vectors that another program computed, in one .npz file per picture. The names of these files then
     take the place of captions and prompts."""
 
@@ -274,8 +280,12 @@ class Words(Conditioning):
                               "validation data)", nargs="+", metavar="TEXT"),
         "--prompts": dict(help="the same from a text file in UTF-8: one prompt per line", metavar="FILE"),
         "--negative-prompt": dict(help="what guidance steers away from (default: empty)", metavar="TEXT"),
-        "--text-encoder": dict(help="where the run's frozen encoder is now (default: where it was when "
-                                    "training)", metavar="KIND:PATH"),
+        "--text-encoder": dict(help="where the frozen encoder is: of a run, KIND:PATH (default: where it was "
+                                    "when training); of a published model, a folder or file (default: "
+                                    "--weights)", metavar="PATH"),
+        "--tokenizer": dict(help="of a published model: folders with the tokenizers of its text encoders, "
+                                 "which a single file does not hold", nargs="+", metavar="FOLDER"),
+        "--no-t5": dict(help="Stable Diffusion 3 without T5, its largest encoder", type=None),
         "--embedding": dict(help="instead of prompts, for a run trained on precomputed vectors: .npz with "
                                  "context, mask, pooled", nargs="+", metavar="FILE"),
     }
@@ -317,11 +327,29 @@ class Words(Conditioning):
             self.widths = check_embeddings(folder.words)
             self.fingerprint = fingerprint_files(Path(source), "*.npz")
             return
-        self.encoder = FrozenTextEncoder(self.kind, self.text["path"], self.device)
+        self.encoder = self.frozen_encoder(self.text["path"])
         cond = self.encoder([""])
-        self.fingerprint = fingerprint_files(Path(self.text["path"]), "*.*")
+        if self.kind in ("clip", "t5"):                    # as of the first runs with these
+            self.fingerprint = fingerprint_files(Path(self.text["path"]), "*.*")
+        else:                                              # a pipeline's folder also holds its network
+            prints = [fingerprint_files(Path(part), "*.*") for part in self.encoder.folders]
+            self.fingerprint = digest(self.cache_name, prints)
         pooled = cond["pooled"].shape[-1] if "pooled" in cond else None
         self.widths = TextWidths(cond["context"].shape[-1], pooled)
+        if "mask" not in cond:
+            self.rows_stored = cond["context"].shape[1]
+
+    def frozen_encoder(self, path: str) -> FrozenTextEncoder:
+        """In runs of our own, the empty prompt is the null condition, whatever the encoder."""
+        return from_folder(self.kind, path, self.device, no_t5=self.without_t5, empty_is_null=True)
+
+    @property
+    def without_t5(self) -> bool:
+        return self.text.get("no_t5", False)
+
+    @property
+    def cache_name(self) -> str:
+        return f"{self.kind}-no-t5" if self.without_t5 else self.kind
 
     def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
         self.captions = train.captions
@@ -340,12 +368,13 @@ class Words(Conditioning):
                 self.table = self.preview_table = functools.partial(encode_alone, self.encoder)
                 return
             captions = itertools.chain(self.captions, self.val_captions)
-            self.table = TextCache(cache_dir / f"text-{self.kind}.bin", captions, encode, self.fingerprint)
+            self.table = TextCache(cache_dir / f"text-{self.cache_name}.bin", captions, encode,
+                                   self.fingerprint)
             # In a cache of their own, because they may change on resume.
             self.preview_table = self.table
             if self.preview_prompts:
-                self.preview_table = TextCache(cache_dir / f"preview-{self.kind}.bin", self.preview_prompts,
-                                               encode, self.fingerprint)
+                self.preview_table = TextCache(cache_dir / f"preview-{self.cache_name}.bin",
+                                               self.preview_prompts, encode, self.fingerprint)
             self.encoder = None                            # frees memory: it may take several GB
 
     def warn_of_truncation(self) -> None:
@@ -356,11 +385,9 @@ class Words(Conditioning):
         captions = self.captions
         if isinstance(captions, ShardCaptions):            # millions, perhaps: some of them tell enough
             captions = captions[np.linspace(0, len(captions) - 1, min(1000, len(captions))).astype(int)]
-        truncated = [rest for rest in map(encoder.truncated, captions) if rest]
-        if truncated:
-            print(f"warning: {len(truncated):,} of {len(captions):,} captions are longer than the "
-                  f"encoder's limit and are truncated; the first of them loses "
-                  f"{shortened(truncated[0])!r}",
+        for name, truncated in truncated_by(encoder, captions).items():
+            print(f"warning: {len(truncated):,} of {len(captions):,} captions are longer than {name}'s "
+                  f"limit and are truncated; the first of them loses {shortened(truncated[0])!r}",
                   file=sys.stderr)
 
     def network_options(self, arch: str, preset: dict) -> dict:
@@ -377,7 +404,7 @@ class Words(Conditioning):
 
     def encode(self, model: nn.Module, prompts: list[str]) -> dict[str, Tensor]:
         """The conditions of these captions, in training."""
-        return network_inputs(model, self.table or model.text, prompts, self.device, self.packed)
+        return network_inputs(model, self.table or model.text, prompts, self.device, self.packed, self.size)
 
     def batch(self, model: nn.Module, indices: np.ndarray, dropped: Tensor,
               part: slice = slice(None)) -> dict[str, Tensor]:
@@ -409,7 +436,8 @@ class Words(Conditioning):
             columns = min(columns, len(prompts))
         n = rows * columns
         turn = torch.arange(n) % len(prompts)
-        every = network_inputs(model, self.preview_table or model.text, [*prompts[:n], ""], self.device)
+        every = network_inputs(model, self.preview_table or model.text, [*prompts[:n], ""], self.device,
+                               size=self.size)
         captions = [cut(prompts[i]) for i in turn]
         return Asked(turn, every, prompts, columns, captions)
 
@@ -430,27 +458,30 @@ class Words(Conditioning):
             return {"--prompt", "--prompts", "--negative-prompt"}
         return {"--prompt", "--prompts", "--negative-prompt", "--text-encoder"}
 
+    def wanted(self, args: argparse.Namespace) -> tuple[list[str], str | None]:
+        """The prompts, or files of vectors, and the negative prompt. None: the null condition."""
+        if self.precomputed:
+            return args.embedding, ""
+        asked = [clean_text(prompt) for prompt in args.prompt or self.prompts]
+        if not asked:
+            raise ValueError(f"{args.run}: holds no captions to draw as examples; give --prompt TEXT")
+        return asked, clean_text(args.negative_prompt or "")
+
     def ask(self, args: argparse.Namespace, model: nn.Module) -> Asked:
-        encode = self.sampling_encoder(model, args.text_encoder)
-        asked = args.embedding
-        negative = ""
-        if not self.precomputed:
-            asked = [clean_text(prompt) for prompt in args.prompt or self.prompts]
-            if not asked:
-                raise ValueError(f"{args.run}: holds no captions to draw as examples; give --prompt TEXT")
-            negative = clean_text(args.negative_prompt or "")
+        encode = self.sampling_encoder(model, args)
+        asked, negative = self.wanted(args)
         if args.prompts is not None and len(asked) > args.n:
             print(f"--prompts {args.prompts}: the first {args.n:,} of {len(asked):,} prompts are drawn; "
                   f"--n {len(asked)} draws each of them", file=sys.stderr)
         asked = asked[:args.n]
         prompts = list(dict.fromkeys(asked))               # without repetitions, so that each is encoded once
         if not self.precomputed:
-            warn_of_truncated_prompts(encode, [*prompts, negative])
+            warn_of_truncated_prompts(encode, [*prompts, negative or ""])
 
         def encoded(chosen: list[str]) -> dict[str, Tensor]:
             # A negative prompt takes the place of the null condition, which is the empty prompt.
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                return network_inputs(model, encode, [*chosen, negative], self.device)
+                return network_inputs(model, encode, [*chosen, negative], self.device, size=self.size)
 
         every, later = {}, None
         if len(prompts) <= ENCODED_AT_ONCE:
@@ -482,24 +513,69 @@ class Words(Conditioning):
             return asked._replace(encode=encoded)
         return asked._replace(every=encoded(asked.names))
 
-    def sampling_encoder(self, model: nn.Module, place: str | None) -> Encoder:
-        """The encoder to sample with. place: KIND:PATH of a frozen encoder that has moved since training."""
+    def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:
+        """The encoder to sample with; --text-encoder names a frozen one that has moved since training."""
         if self.kind == "bytes":
             return model.text
         if self.precomputed:
             return read_embeddings
-        kind, _, path = (place or f"{self.kind}:{self.text['path']}").partition(":")
+        kind, _, path = (args.text_encoder or f"{self.kind}:{self.text['path']}").partition(":")
         if kind != self.kind:
-            raise ValueError(f"--text-encoder {place}: this run was trained with {self.kind}:PATH")
-        return FrozenTextEncoder(kind, path, self.device)
+            raise ValueError(f"--text-encoder {args.text_encoder}: this run was trained with "
+                             f"{self.kind}:PATH")
+        return self.frozen_encoder(path)
 
     def hint(self) -> str:
         return flag_and_value(self.use, sorted(self.prompts, key=len))
 
 
+class PublishedWords(Words):
+    """Text, through the encoders of a published model as its own pipeline uses them."""
+    required = "--prompt"
+
+    @classmethod
+    def fits(cls, checkpoint: dict) -> bool:
+        return "published" in (checkpoint["text"] or {})
+
+    def accepted(self) -> set[str]:
+        found = {"--prompt", "--prompts", "--negative-prompt", "--text-encoder", "--tokenizer"}
+        return found | {"--no-t5"} if self.kind in WITHOUT_T5 else found
+
+    def wanted(self, args: argparse.Namespace) -> tuple[list[str], str | None]:
+        return args.prompt, args.negative_prompt           # word for word, as tokenizers differ in spaces
+
+    def encoder_path(self, args: argparse.Namespace) -> str:
+        return (args.text_encoder or self.text["path"]).removeprefix(f"{self.kind}:")
+
+    def encoder_bytes(self, args: argparse.Namespace) -> dict[str, int]:
+        """What the text encoders of a folder take, by their names. Those of a file are mapped."""
+        path = self.encoder_path(args)
+        return {part.folder: stored_bytes(f"{path}/{part.folder}") for part in RECIPES[self.kind].parts
+                if os.path.isdir(f"{path}/{part.folder}") and not (part.optional and args.no_t5)}
+
+    def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:
+        path = self.encoder_path(args)
+        dtype = torch.float32 if args.precision == "fp32" else None        # None: as in the files
+        options = dict(dtype=dtype, no_t5=args.no_t5, width=model.config.context_width)
+        device = torch.device("cpu") if args.offload else self.device
+        if os.path.isdir(path):
+            encoder = from_folder(self.kind, path, device, tokenizers=args.tokenizer, **options)
+        else:
+            states = {part.folder: read_text_encoder(part.kind.lower(), path)
+                      for part in RECIPES[self.kind].parts if not (part.optional and args.no_t5)}
+            encoder = from_states(self.kind, states, args.tokenizer or [], device, **options)
+        for part in encoder.encoders:                      # each has the device to itself
+            if args.offload == "parts" and part.model is not None:
+                part.stage = Resident(part.model, self.device)
+            elif args.offload == "blocks" and part.model is not None:
+                blocks = [module for module in part.model.modules() if type(module).__name__ in BLOCKS]
+                visit_blocks(part.model, tuple({type(block) for block in blocks}), self.device)
+        return encoder
+
+
 def encode_alone(encoder: FrozenTextEncoder, prompts: list[str]) -> dict[str, Tensor]:
     """The outputs of a frozen encoder as TextCache would keep them, whatever the training's number format."""
-    with torch.no_grad(), torch.autocast(encoder.model.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         return encoder(prompts)
 
 
@@ -519,12 +595,21 @@ def cut(prompt: str) -> str:
 
 
 def warn_of_truncated_prompts(encoder: TextEncoder | FrozenTextEncoder, prompts: list[str]) -> None:
-    truncated = [rest for rest in map(encoder.truncated, prompts) if rest]
-    for rest in truncated[:3]:
-        print("warning: a prompt is longer than the encoder's limit and is truncated; it loses "
-              f"{shortened(rest)!r}", file=sys.stderr)
-    if len(truncated) > 3:
-        print(f"warning: so are {len(truncated) - 3:,} more prompts", file=sys.stderr)
+    for name, truncated in truncated_by(encoder, prompts).items():
+        for rest in truncated[:3]:
+            print(f"warning: a prompt is longer than {name}'s limit and is truncated; it loses "
+                  f"{shortened(rest)!r}", file=sys.stderr)
+        if len(truncated) > 3:
+            print(f"warning: so are {len(truncated) - 3:,} more prompts", file=sys.stderr)
+
+
+def truncated_by(encoder: TextEncoder | FrozenTextEncoder, prompts: list[str]) -> dict[str, list[str]]:
+    """What the prompts lose, by the encoder that loses it."""
+    found: dict[str, list[str]] = {}
+    for prompt in prompts:
+        for name, rest in encoder.truncated(prompt).items():
+            found.setdefault(name, []).append(rest)
+    return found
 
 
 def read_prompts(flag: str, file: str) -> list[str]:
@@ -555,19 +640,27 @@ def read_prompts(flag: str, file: str) -> list[str]:
 
 
 def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str], device: torch.device,
-                   packed: bool = False) -> dict[str, Tensor]:
+                   packed: bool = False, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """The outputs of the encoder that the network takes, on the device, in float32 whatever the encoder
-    computes in. packed: without padding, with context as a list. Raises ValueError if their width is not the
-    one that the network was built for."""
+    computes in. packed: without padding, with context as a list. size: of the picture, in pixels, for a
+    network that takes it beside `pooled`. Raises ValueError if their width is not the one that the network
+    was built for."""
     cond = encode.packed(prompts) if packed else encode(prompts)
     wanted = {"context": model.config.context_width, "pooled": getattr(model.config, "pooled_width", None)}
+    if "pooled" in cond and wanted["pooled"] == cond["pooled"].shape[-1] + 6 * SIZE_FEATURES:
+        # Stable Diffusion XL: a picture of this size, of which nothing was cropped
+        cond = cond | {"pooled": with_sizes(cond["pooled"], torch.tensor([*size, 0, 0, *size]))}
     for name, width in wanted.items():
         found = cond[name][0].shape[-1] if name in cond else None
         if width and found != width:
             raise ValueError(f"text vectors ({name}) of width {found}: this network takes {width}")
-    inputs = {} if packed else {"context": cond["context"].float(), "mask": cond["mask"]}
+    inputs = {} if packed else {"context": cond["context"].float()}
+    if not packed and "mask" in cond:
+        inputs["mask"] = cond["mask"]
     if wanted["pooled"]:
         inputs["pooled"] = cond["pooled"].float()
+    if getattr(model.config, "guidance", False):           # distilled; sample.py takes another one by --cfg
+        inputs["guidance"] = torch.full((len(prompts),), DISTILLED)
     inputs = {name: send(part, device) for name, part in inputs.items()}
     if packed:                                             # sent as one
         rows = send(torch.cat(cond["context"]).float(), device)
@@ -576,7 +669,7 @@ def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str], device
 
 
 # The value of --cond -> the kind.
-KINDS = {"text": Words, "class": Labels, "none": Nothing}
+KINDS = {"published": PublishedWords, "text": Words, "class": Labels, "none": Nothing}
 FLAGS = {name: fields for kind in KINDS.values() for name, fields in kind.flags.items()}     # of sample.py
 
 
@@ -599,15 +692,17 @@ def check_flags(condition: Conditioning, args: argparse.Namespace) -> None:
     the values of --prompt."""
     for flag in FLAGS:
         value = value_of(flag, args)
-        if value is None or flag in condition.accepted():
+        if value in (None, False) or flag in condition.accepted():
             continue
         remedy = "leave it out"
         if condition.use and any(flag in kind.selecting for kind in KINDS.values()):
             remedy = f"use {condition.use}"
         first = value[0] if isinstance(value, list) else str(value)
-        raise ValueError(f"{flag} {shortened(first)}: this run {condition.described}; {remedy}")
-    if condition.required and value_of(condition.required, args) is None:
-        raise ValueError(f"{args.run}: this run {condition.described}; give some by {condition.required}")
+        words = flag if value is True else f"{flag} {shortened(first)}"
+        raise ValueError(f"{words}: this run {condition.described}; {remedy}")
+    if condition.required and value_of(condition.required, args) is None and args.prompts is None:
+        raise ValueError(f"{args.run or args.published}: this run {condition.described}; give some by "
+                         f"{condition.required}")
     if args.prompts is not None:
         if args.prompt is not None:
             raise ValueError(f"--prompts {args.prompts} with --prompt: give one of them")
@@ -648,6 +743,8 @@ def guidance_scale(condition: Conditioning, args: argparse.Namespace, default: f
         without_effect = "--interval {:g} {:g}".format(*args.interval)
     elif args.rescale > 0:
         without_effect = f"--rescale {args.rescale:g}"
+    elif args.cfg_channels:
+        without_effect = f"--cfg-channels {args.cfg_channels}"
     elif args.guide:
         without_effect = f"--guide {args.guide}"
     else:

@@ -149,7 +149,8 @@ class DDPM:
         """(steps + 1,) float64 sampling times, multiples of 1/1000 that fall to 0. Spacings of Lin et al.
         table 2: "trailing" goes from 1 in even steps to 0; "linspace" from 1 evenly to 0.001, then to 0;
         "leading" takes multiples of floor(1000 / steps), plus one, so it starts short of 1, where xt should
-        still contain some signal. Raises ValueError unless 1 <= steps <= 1000."""
+        still contain some signal (Stable Diffusion's are one higher: see times.py). Raises ValueError unless
+        1 <= steps <= 1000."""
         if not 1 <= steps <= STEPS:
             raise ValueError(f"steps {steps}: the diffusion path has 1 to {STEPS}")
         if spacing == "trailing":

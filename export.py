@@ -20,6 +20,7 @@ cli.quiet_imports(__name__)             # before those that take seconds
 import importlib.util
 import inspect
 import json
+import math
 import os
 import secrets
 import shutil
@@ -33,16 +34,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import dit
 import published
 from cli import Flag, make_parser, nonempty, program
 from ddpm import DDPM
 from dit import DiTConfig
 from files import check_writable, write_atomically
 from mmdit import MMDiTConfig
-from published import DIT_CLASSES
+from names import DIT_NAMES, MMDIT_NAMES, UNET_NAMES, mmdit_layers_without_gate, rename, separate
 from run import build_model, build_path, load_checkpoint, unpack_vae
 from unet import UNetConfig
 from vae import PRESETS, VAE, VAEConfig
+from weights import check_weights
 
 FLAGS = {
     "what and where to": [
@@ -66,6 +69,139 @@ DiT and this network over 128. Correct that after loading:
 """
 
 
+# ---- weights as diffusers names and arranges them; names.py has the way forward
+
+DIT_CLASSES = 1000       # diffusers' DiTPipeline takes class 1000 as the null class, whatever the network
+
+
+def delay_time(weight: Tensor, by: float) -> Tensor:
+    """The first layer of a time embedding, (D, F), for a program that gives it the sinusoids of time - by.
+
+    cos((u + by) f) and sin((u + by) f) are a rotation of cos(u f) and sin(u f), so the rotation becomes a
+    part of the weights, and the network is the same one, exactly."""
+    cosines, sines = weight.double().chunk(2, dim=1)                       # the embedding begins with cosines
+    half = cosines.shape[1]
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = (by * frequencies).cos(), (by * frequencies).sin()
+    return torch.cat([cosines * cos + sines * sin, sines * cos - cosines * sin], dim=1).to(weight.dtype)
+
+
+def dit_to_diffusers(state: dict[str, Tensor], config: DiTConfig, delay: float = 0.0) -> dict[str, Tensor]:
+    """The state of diffusers' DiTTransformer2DModel from that of a published DiT block, with DIT_CLASSES
+    classes. Rows of the table beyond our classes repeat the null class; without classes, all rows are zero.
+    delay: by how much our time embedding's input exceeds diffusers' timestep; see `delay_time`."""
+    state = dict(state)
+    for name in list(state):
+        if ".attn.qkv." in name:
+            separate(state, name, "qkv", ("q", "k", "v"), config.width)
+    time = "t_embedder.mlp.0.weight"
+    state[time] = delay_time(state[time], delay)
+    labels = "y_embedder.embedding_table.weight"
+    table = state.get(labels, state[time].new_zeros(1, config.width))
+    null = table[-1:].expand(DIT_CLASSES + 2 - len(table), -1)
+    state[labels] = torch.cat([table[:-1], null])                          # (DIT_CLASSES + 1, D)
+
+    renamed = {rename(name, DIT_NAMES, back=True): weight for name, weight in state.items()}
+    first = "transformer_blocks.0."
+    for name in [name for name in renamed if name.startswith(f"{first}norm1.emb.")]:
+        for i in range(1, config.depth):   # diffusers keeps a copy of the embedders in every block
+            renamed[name.replace(first, f"transformer_blocks.{i}.")] = renamed[name]
+    return renamed
+
+
+def mmdit_to_diffusers(state: dict[str, Tensor], config: MMDiTConfig,
+                       delay: float = 0.0) -> dict[str, Tensor]:
+    """The inverse of `mmdit_weights`: the state of SD3Transformer2DModel or, with single blocks, of
+    FluxTransformer2DModel. delay: by how much our time embedding's input exceeds diffusers' timestep; see
+    `delay_time`."""
+    state = dict(state)
+    for name in list(state):
+        if ".linear1." in name:
+            hidden = len(state[name]) - 3 * config.width
+            separate(state, name, "linear1", ("q", "k", "v", "mlp"), [config.width] * 3 + [hidden])
+        elif ".qkv." in name:
+            separate(state, name, "qkv", ("q", "k", "v"), config.width)
+    state["t_embedder.mlp.0.weight"] = delay_time(state["t_embedder.mlp.0.weight"], delay)
+    if config.guidance:                    # the scale itself is embedded, which has no steps to count
+        name = "guidance_embedder.mlp.0.weight"
+        state[name] = delay_time(state[name], config.time_offset)
+    for layer in mmdit_layers_without_gate(config):
+        for kind in ("weight", "bias"):
+            shift, scale = state[f"{layer}.{kind}"].chunk(2)
+            state[f"{layer}.{kind}"] = torch.cat([scale, shift])
+
+    if config.single_depth == 0:           # Stable Diffusion 3 keeps its table of positions in the file
+        base, largest = config.sincos
+        device = state["x_embedder.proj.weight"].device
+        table = dit.sincos_positions(largest, largest, config.width, device, crop=(base, largest))
+        axis = state.pop("position_table", None)
+        if axis is not None:
+            columns = axis.expand(largest, largest, -1)                        # (row, column, D / 2)
+            table = torch.cat([columns, columns.transpose(0, 1)], dim=-1).flatten(0, 1)
+        renamed = {rename(name, MMDIT_NAMES, back=True): weight for name, weight in state.items()}
+        return renamed | {"pos_embed.pos_embed": table[None]}
+    # FLUX embeds vectors (c, p, q), and writes (c, p, q) where we write (p, q, c): see `mmdit_weights`.
+    p, q = config.patch
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = state[name].unflatten(0, (p * q, -1))                           # (p * q, c, ...)
+        state[name] = rows.transpose(0, 1).flatten(0, 1)                       # (c * p * q, ...)
+    renamed = {rename(name, MMDIT_NAMES, back=True): weight for name, weight in state.items()}
+    renamed["x_embedder.weight"] = renamed.pop("pos_embed.proj.weight").flatten(1)
+    renamed["x_embedder.bias"] = renamed.pop("pos_embed.proj.bias")
+    return renamed
+
+
+def unet_to_diffusers(state: dict[str, Tensor], config: UNetConfig, delay: float = 0.0) -> dict[str, Tensor]:
+    """The state of diffusers' UNet2DConditionModel from that of a U-Net. delay: by how much our time
+    embedding's input exceeds diffusers' timestep; see `delay_time`."""
+    renamed = {rename(name, UNET_NAMES, back=True): weight for name, weight in state.items()}
+    time = "time_embedding.linear_1.weight"
+    renamed[time] = delay_time(renamed[time], delay)
+    if config.context_width is None:
+        # diffusers has no transformer without cross-attention. One whose weights are zero adds exactly zero;
+        # of this shape, it attends to the picture itself when it is given no context.
+        for name in [name for name in renamed if name.endswith(".attn1.to_out.0.weight")]:
+            block = name.removesuffix("attn1.to_out.0.weight")
+            square = torch.zeros_like(renamed[name])
+            row = square.new_zeros(len(square))
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                renamed[f"{block}attn2.{part}.weight"] = square
+            renamed[f"{block}attn2.to_out.0.bias"] = row
+            renamed[f"{block}norm2.weight"] = torch.ones_like(row)
+            renamed[f"{block}norm2.bias"] = row
+    return renamed
+
+
+def vae_to_diffusers(autoencoder: VAE) -> dict[str, Tensor]:
+    """The state of diffusers' AutoencoderKL from a VAE without a shortcut, with the normalisation of its
+    latents in quant_conv and post_quant_conv (the identity where the VAE has none). diffusers' latents are
+    then our normalised ones at scaling_factor 1:
+
+        mean' = (mean - m) / s,   logvar' = logvar - 2 log s,   decode'(z') = decode(s z' + m)
+
+    Both implementations clamp the log-variance to [-30, 20], we before this map and diffusers after it. They
+    differ where it is beyond either range: below, where the noise is under e^-15 of the latent's scale (or of
+    1), less than a rounding error; above, where the noise is e^10 times as large, as in no trained VAE."""
+    channels = autoencoder.config.latent_channels
+    mean, std = autoencoder.latent_mean.double(), autoencoder.latent_std.double()
+    state = {name: weight for name, weight in autoencoder.state_dict().items()
+             if not name.startswith("latent_")}
+    like = state["decoder.conv_in.weight"]                                 # for its dtype and device
+    for layer, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        if f"{layer}.weight" not in state:
+            state[f"{layer}.weight"] = torch.eye(size).to(like)[:, :, None, None]
+            state[f"{layer}.bias"] = like.new_zeros(size)
+
+    weight, bias = state["quant_conv.weight"].double(), state["quant_conv.bias"].double()
+    scale = torch.cat([1 / std, torch.ones_like(std)])                     # of means and log-variances
+    state["quant_conv.weight"] = weight * scale[:, None, None, None]
+    state["quant_conv.bias"] = bias * scale - torch.cat([mean / std, 2 * std.log()])
+    weight, bias = state["post_quant_conv.weight"].double(), state["post_quant_conv.bias"].double()
+    state["post_quant_conv.weight"] = weight * std[:, None, None]          # (C out, C in, 1, 1): its input
+    state["post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ mean
+    return {name: part.to(like.dtype) for name, part in state.items()}
+
+
 # ---- configurations of diffusers; each refuses what that class cannot represent
 
 class Part(NamedTuple):
@@ -81,7 +217,7 @@ class Layout(NamedTuple):
     folder: str                       # its place in a pipeline's folder
     fixed: dict                       # settings that are variable here and fixed there
     config: Callable[..., dict]       # of our configuration and the latent's (height, width)
-    weights: Callable[..., dict]      # see published.dit_to_diffusers
+    weights: Callable[..., dict]      # see dit_to_diffusers
 
 
 def side(what: str, sides: tuple[int, int]) -> int:
@@ -144,7 +280,8 @@ def unet_config(c: UNetConfig, latent: tuple[int, int]) -> dict:
         "down_block_types": down, "up_block_types": up, "use_linear_projection": c.linear_projection,
         # in diffusers, this is the number of heads
         "attention_head_dim": c.heads if isinstance(c.heads, int) else list(c.heads),
-        "cross_attention_dim": c.context_width or list(c.widths)}      # see published.unet_to_diffusers
+        "transformer_layers_per_block": c.depth if isinstance(c.depth, int) else list(c.depth),
+        "cross_attention_dim": c.context_width or list(c.widths)}      # see unet_to_diffusers
     if c.num_classes:
         config["num_class_embeds"] = c.num_classes + 1                 # the last one is the null class
     if c.pooled_width:
@@ -157,12 +294,15 @@ def vae_config(c: VAEConfig, size: tuple[int, int]) -> dict:
         raise ValueError("shortcut True: diffusers' AutoencoderKL has none; the VAE of --vae-preset sd and "
                          "published ones are without")
     levels = len(c.widths)
+    down = ["AttnDownEncoderBlock2D" if level in c.attention_levels else "DownEncoderBlock2D"
+            for level in range(levels)]
+    up = ["AttnUpDecoderBlock2D" if level in c.attention_levels else "UpDecoderBlock2D"
+          for level in reversed(range(levels))]
     return {"_class_name": "AutoencoderKL", "in_channels": c.image_channels, "out_channels": c.image_channels,
             "latent_channels": c.latent_channels, "block_out_channels": list(c.widths),
             "layers_per_block": c.layers, "norm_num_groups": c.groups, "sample_size": max(size),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels, "mid_block_add_attention": c.attention,
-            "scaling_factor": 1.0, "shift_factor": 0.0}                # see published.vae_to_diffusers
+            "down_block_types": down, "up_block_types": up, "mid_block_add_attention": c.attention,
+            "scaling_factor": 1.0, "shift_factor": 0.0}                # see vae_to_diffusers
 
 
 PUBLISHED = {"experts": 0, "norm": "layer", "mlp": "gelu", "mlp_ratio": 4.0, "conv": False,
@@ -171,15 +311,15 @@ SECOND_TIME = {"second_time": False}
 LAYOUTS = {
     "dit": Layout("DiTTransformer2DModel", "transformer",
                   PUBLISHED | SECOND_TIME | {"qk_norm": False, "rope": False},
-                  dit_config, published.dit_to_diffusers),
+                  dit_config, dit_to_diffusers),
     "sd3": Layout("SD3Transformer2DModel", "transformer", PUBLISHED | {"rope": None, "guidance": False},
-                  sd3_config, published.mmdit_to_diffusers),
+                  sd3_config, mmdit_to_diffusers),
     "flux": Layout("FluxTransformer2DModel", "transformer",
                    PUBLISHED | {"qk_norm": True, "sincos": None, "dual_attention": 0, "rope_theta": 10000.0},
-                   flux_config, published.mmdit_to_diffusers),
+                   flux_config, mmdit_to_diffusers),
     "unet": Layout("UNet2DConditionModel", "unet",
                    SECOND_TIME | {"positions": False, "middle_attention": True}, unet_config,
-                   published.unet_to_diffusers),
+                   unet_to_diffusers),
 }
 
 BETAS = {"linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
@@ -214,7 +354,7 @@ def scheduler_config(objective: dict) -> dict:
 
 def vae_part(autoencoder: VAE, size: tuple[int, int], folder: str = "vae") -> Part:
     config = vae_config(autoencoder.config, size)
-    return Part(folder, config, published.vae_to_diffusers(autoencoder))
+    return Part(folder, config, vae_to_diffusers(autoencoder))
 
 
 def network_parts(checkpoint: dict, config, state: dict[str, Tensor], autoencoder: VAE) -> list[Part]:
@@ -363,7 +503,7 @@ def export(run: str, out: str, raw: bool = False, with_correction: bool = False)
     state = checkpoint["model" if raw else "ema"]
     with torch.device("meta"):             # only names, shapes and settings are needed
         model = build_model(arch, checkpoint["config"], checkpoint["text"])
-    published.check_weights(model, state, str(run))
+    check_weights(model, state, str(run))
     autoencoder = None
     if arch != "vae":
         build_path(checkpoint["objective"])
@@ -413,7 +553,7 @@ def demo() -> None:
         error = (again.normalize(again.encode(images).mean) - latents).abs().max()
         size = os.path.getsize(f"{folder}/vae.pt")
         print(f"vae.pt: {size:,} bytes; read back, its latents differ by {error:g}")
-        folded = published.vae_from_weights(published.vae_to_diffusers(model), scale=1.0, groups=2)
+        folded = published.vae_from_weights(vae_to_diffusers(model), scale=1.0, groups=2)
         error = (folded.encode(images).mean - latents).abs().max()
         print(f"for diffusers: with the scale of its latents in its weights, they differ by {error:.0e}")
         try:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -113,7 +114,10 @@ def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
     """The digest of these weights and their names."""
     parts = []
     for name in sorted(tensors):
-        parts += [name, tensors[name].detach().cpu().numpy()]
+        weight = tensors[name].detach().cpu()
+        if weight.dtype == torch.bfloat16:                 # which numpy does not have
+            weight = weight.view(torch.int16)
+        parts += [name, weight.numpy()]
     return digest(*parts)
 
 

@@ -30,11 +30,11 @@ from cli import program
 from conditioning import VALIDATED
 from data import (Dataset, Order, grouped_indices, load_drawn, packed_indices, send, shares,
                   some_pictures)
+from draw import draw_batches, picture_bar
 from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare
 from ragged import Ragged, groups_of_equal
 from run import build_path, encoder_fingerprint
-from sample import draw_batches, picture_bar
 from settings import OBJECTIVES
 from tasks import Autoencoding, Denoising, Interrupted, posteriors, watched
 from vae import VAE

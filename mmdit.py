@@ -13,6 +13,7 @@ sizes with texts of different lengths: see `Joint`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class MMDiTConfig:
     rope: tuple[int, int, int] | None = (16, 24, 24)   # channels of a head per axis of rope_3d: 0, y, x
     rope_theta: float = 100.0
     sincos: tuple[int, int] | None = None    # SD 3: added positions; the `crop` of sincos_positions
+    position_table: bool = False             # keep them as a buffer: the files of SD 3 hold their own
     guidance: bool = False                   # FLUX.1-dev: distilled, so the guidance scale is an input
     time_scale: float = 1000.0
     time_offset: float = 0.0
@@ -281,6 +283,10 @@ class MMDiT(nn.Module):
                              "even numbers that add up to width / heads")
         self.out_channels = c.out_channels or c.channels
         self.x_embedder = PatchEmbed(c.channels, c.width, c.patch)
+        if c.position_table:                 # along one axis, (largest, D / 2)
+            device = self.x_embedder.proj.weight.device
+            line = sincos_positions(1, c.sincos[1], c.width, device, crop=c.sincos)
+            self.register_buffer("position_table", line[:, :c.width // 2].contiguous())
         self.t_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
         self.context_embedder = nn.Linear(c.context_width, c.width)
         self.y_embedder = VectorEmbedder(c.pooled_width, c.width) if c.pooled_width else None
@@ -296,6 +302,19 @@ class MMDiT(nn.Module):
         self._positions: dict[tuple, tuple[Tensor | None, Rope | None]] = {}
         initialize_transformer(self)
 
+    def without(self, layers: tuple[int, ...]) -> MMDiT:
+        """This network, weights shared, without these of its joint blocks, counted from 0: what skip-layer
+        guidance compares it with. Raises ValueError for a block that it does not have."""
+        for layer in layers:
+            if not 0 <= layer < len(self.joint_blocks):
+                raise ValueError(f"layer {layer}: this network has joint blocks 0 to "
+                                 f"{len(self.joint_blocks) - 1}")
+        other = copy.copy(self)
+        other._modules = dict(self._modules)             # a copy would share the dictionary of its parts
+        other.joint_blocks = nn.ModuleList(block for i, block in enumerate(self.joint_blocks)
+                                           if i not in layers)
+        return other
+
     def positions(self, length: int, h: int, w: int,
                   device: torch.device) -> tuple[Tensor | None, Rope | None]:
         """The added and the rotary positions of `length` text tokens and h x w patches, computed once for
@@ -303,10 +322,26 @@ class MMDiT(nn.Module):
         c = self.config
         key = (length, h, w, device)
         if key not in self._positions:
-            sincos = sincos_positions(h, w, c.width, device, c.sincos) if c.sincos else None
+            sincos = None
+            if c.position_table:
+                sincos = self.centre_of_table(h, w).to(device)
+            elif c.sincos:
+                sincos = sincos_positions(h, w, c.width, device, c.sincos)
             rope = rope_3d(length, h, w, c.rope, c.rope_theta, device) if c.rope else None
             self._positions[key] = sincos, rope
         return self._positions[key]
+
+    def centre_of_table(self, h: int, w: int) -> Tensor:
+        """(h * w, D): the positions of the patches in the middle of the table. Raises ValueError for more
+        patches than it has."""
+        largest = len(self.position_table)
+        if max(h, w) > largest:
+            raise ValueError(f"{h}x{w} patches: the network's table of positions has {largest}x{largest}; "
+                             "draw a smaller picture")
+        top, left = (largest - h) // 2, (largest - w) // 2
+        rows = self.position_table[top:top + h, None].expand(h, w, -1)
+        columns = self.position_table[left:left + w].expand(h, w, -1)
+        return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
     def forward(self, xt: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None,
                 pooled: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:

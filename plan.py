@@ -38,7 +38,6 @@ from cuts import check_tensor_parallel
 from data import find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
-from published import check_weights
 from ragged import fitted
 from ranks import ALONE, Ranks
 from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, latent_space,
@@ -46,6 +45,7 @@ from run import (Run, build_model, build_path, checkpoint_blocks, encoder_finger
 from settings import ARCHITECTURES
 from shards import VAE_FILE, Shards
 from vae import VAE, VAEConfig
+from weights import check_weights
 
 
 @dataclass
@@ -143,6 +143,7 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
     if initial and "arch" in initial:                      # a run; a published file is what --published says
         check_initial(args, initial, plan)
     check_shapes(args, vae_config, condition, plan)
+    condition.size = plan.size
     return plan
 
 
@@ -201,7 +202,7 @@ def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argp
         plan.vae = unpack_vae(begun["vae"], str(plan.run.checkpoint))
     elif args.vae:
         try:
-            plan.vae = load_vae(args.vae)
+            plan.vae = load_vae(args.vae, args.published)
         except ValueError as error:
             raise ValueError(f"--vae {error}") from None
         if args.published:
@@ -323,12 +324,12 @@ def read_initial(args: argparse.Namespace) -> dict:
     try:
         checkpoint = load_checkpoint(path)
     except ValueError as error:
-        if not args.published or not path.is_file():
+        if not args.published or not path.exists():
             raise ValueError(f"--init-from {error}") from None
         return {"ema": published.read_network(args.published, args.init_from)}
     if checkpoint["arch"] != args.arch:
         raise ValueError(f"--init-from {args.init_from}: is a {checkpoint['arch']}, not a {args.arch}")
-    if args.published and checkpoint["objective"] != published.MODELS[args.published].objective:
+    if args.published and checkpoint["objective"] != settings.objective_config(args):
         raise ValueError(f"--init-from {args.init_from}: was trained with {checkpoint['objective']}, not as "
                          f"--published {args.published}")
     return checkpoint
@@ -593,8 +594,10 @@ def bytes_per_picture(args: argparse.Namespace, model: torch.nn.Module, size: tu
         cond = {}
         if args.cond == "text":                # a few words; pooled only where the network takes it
             cond["context"] = torch.empty(count, 8, condition.widths.context)
-            if condition.widths.pooled is not None:
-                cond["pooled"] = torch.empty(count, condition.widths.pooled)
+            if model.config.pooled_width is not None:
+                cond["pooled"] = torch.empty(count, model.config.pooled_width)
+            if getattr(model.config, "guidance", False):
+                cond["guidance"] = torch.empty(count)
         elif model.config.num_classes:
             cond["y"] = torch.zeros(count, dtype=torch.long)
         return model(torch.empty(count, *latent), torch.empty(count), **cond)
@@ -659,6 +662,10 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     if not encoded and not (plan.cache_dir / "latents.npy").is_file():
         flips = 2 if args.flip else 1
         need["latents"] = 4 * count * flips * math.prod(latent)
+    rows = plan.conditioning.rows_stored
+    if rows and plan.folder and not list(plan.cache_dir.glob("text-*.bin")):         # in fp16
+        captions = len(set(plan.folder.words))
+        need[f"{captions:,} encoded captions"] = 2 * captions * rows * plan.conditioning.widths.context
     place = nearest_folder(plan.cache_dir)
     settings.check_room("this training", need, shutil.disk_usage(place).free, f"the disk of {place}",
                         "give another --runs-dir or --cache-dir, or a smaller --image-size")

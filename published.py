@@ -1,23 +1,20 @@
-"""Weights published elsewhere: the table of models, how to read their files into our networks, and how to
-give ours the names and layouts of diffusers.
+"""Models published elsewhere: the table of them, and their files as our networks and VAEs.
 
     python published.py                  # prints the table of models and their parameter counts
     python sample.py --published dit-xl-2-256 --weights DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/ --n 1
 
-DiT: Peebles & Xie 2022 (arXiv:2212.09748); SiT: Ma et al. 2024 (arXiv:2401.08740); Stable Diffusion 3: Esser
-et al. 2024 (arXiv:2403.03206); the VAE: Rombach et al. 2022 (arXiv:2112.10752), appendix G. Files come from
-the authors' repositories or from diffusers, which names and arranges some weights differently; export.py uses
-the way back. Nothing is downloaded here. A state is a dict of tensors by name; every error is one line for
-the user (ValueError).
+DiT: Peebles & Xie 2022 (arXiv:2212.09748); SiT: Ma et al. 2024 (arXiv:2401.08740); Stable Diffusion 1 and 2:
+Rombach et al. 2022 (arXiv:2112.10752); XL: Podell et al. 2023 (arXiv:2307.01952); 3 and 3.5: Esser et al.
+2024 (arXiv:2403.03206); FLUX: github.com/black-forest-labs/flux. Files come from the authors or in the layout
+of diffusers; names.py has their names, weights.py reads them. Nothing is downloaded here. A state is a dict
+of tensors by name; every error is one line for the user (ValueError).
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import math
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,115 +22,111 @@ import torch
 from torch import Tensor
 
 import dit
-from dit import DiT, DiTConfig
-from mmdit import MMDiTConfig
-from unet import UNetConfig
+import mmdit
+import names
+import unet
+from vae import PRESETS as VAE_PRESETS
 from vae import VAE, VAEConfig
-
-SCALE = 0.18215      # brings the latents of Stable Diffusion 1 and 2 to a standard deviation of about 1
+from weights import (assign_weights, check_finite, check_weights, load_weights, map_weights, read_header,
+                     read_weights)
 
 
 # ---- the models
 
+class Latents(NamedTuple):
+    """The latents that a model was trained in: x0 = (z - shift) * scale, of a VAE with `factor` 8."""
+    owner: str         # whose VAE it is
+    channels: int
+    scale: float
+    shift: float = 0.0
+
+
+SD = Latents("Stable Diffusion 1 and 2", 4, 0.18215)
+XL = Latents("Stable Diffusion XL", 4, 0.13025)
+SD3 = Latents("Stable Diffusion 3", 16, 1.5305, 0.0609)
+FLUX = Latents("FLUX", 16, 0.3611, 0.1159)
+
+
 class Published(NamedTuple):
-    """A class-conditional model of ImageNet in the latents of Stable Diffusion's VAE."""
-    config: dict       # of the DiT
-    objective: dict    # the path it was trained on, with its settings
-    side: int          # of its pictures, in pixels
+    """A model as it was published, with the settings that its authors or its model card recommend."""
+    arch: str                          # "dit", "mmdit" or "unet"
+    config: dict                       # of that network
+    objective: dict                    # the path it was trained on, with its settings
+    side: int                          # of its pictures, in pixels
+    latents: Latents
+    steps: int
+    guidance: float                    # scale of classifier-free guidance; 1: none
+    sampler: str
+    times: str = "even"
+    text: str | None = None            # one of encoders.RECIPES; None: the 1000 classes of ImageNet
+    # FLUX.1-dev: the logarithm of the shift is linear in the number of image tokens, through these two
+    # points, (tokens, logarithm); and the guidance scale that is an input of the network
+    shift_points: tuple[tuple[int, float], tuple[int, float]] | None = None
+    distilled_guidance: float | None = None
 
 
-class Family(NamedTuple):
-    time: dict         # from our time (0 = data, 1 = noise) to that of its embedding
-    objective: dict
+DIT_TIME = {"time_scale": 1000.0, "time_offset": -1.0}     # numbers its steps 0..999, where ours are 1..1000
+SIT_TIME = {"time_scale": -1.0, "time_offset": 1.0}        # its time runs from noise to data
 
 
-FAMILIES = {
-    # numbers its steps 0..999, where ours are 1..1000
-    "dit": Family(time={"time_scale": 1000.0, "time_offset": -1.0},
-                  objective={"name": "ddpm", "schedule": "linear", "learned_variance": True}),
-    # its time runs from noise to data
-    "sit": Family(time={"time_scale": -1.0, "time_offset": 1.0},
-                  objective={"name": "rf", "density": "uniform"}),
-}
-
-
-def published_row(family: str, size: str, patch: int, side: int) -> Published:
-    config = dit.PRESETS[f"{size}/{patch}"] | dit.PUBLISHED_BLOCK | FAMILIES[family].time
-    config |= {"learn_sigma": True, "num_classes": 1000}           # SiT has the extra channels too, unused
+def class_model(family: str, size: str, patch: int, side: int) -> Published:
+    config = dit.PRESETS[f"{size}/{patch}"] | dit.PUBLISHED_BLOCK
+    config |= DIT_TIME if family == "dit" else SIT_TIME
+    # SiT has the extra channels too, without a meaning: see names.single_to_double_channels
+    config |= {"learn_sigma": True, "num_classes": 1000}
     if size == "XL":
-        config |= {"heads": 16}                                    # our preset has 18, which are faster
-    return Published(config, FAMILIES[family].objective, side)
+        config |= {"heads": 16}                            # our preset has 18, which are faster
+    if family == "dit":
+        objective = {"name": "ddpm", "schedule": "linear", "learned_variance": True}
+        return Published("dit", config, objective, side, SD, 250, 4.0, "ddpm", "linspace")
+    # Its authors use an adaptive solver (dopri5); Heun with 125 steps takes the 250 evaluations of their SDE.
+    return Published("dit", config, {"name": "rf", "density": "uniform"}, side, SD, 125, 4.0, "heun")
 
 
 # By name: FAMILY-SIZE-PATCH-SIDE. Few of these have been released, but the authors' code can train all.
 MODELS: dict[str, Published] = {
-    f"{family}-{size.lower()}-{patch}-{side}": published_row(family, size, patch, side)
-    for family, size, patch, side in itertools.product(FAMILIES, ("S", "B", "L", "XL"), (2, 4, 8), (256, 512))
+    f"{family}-{size.lower()}-{patch}-{side}": class_model(family, size, patch, side)
+    for family, size, patch, side in itertools.product(("dit", "sit"), ("S", "B", "L", "XL"), (2, 4, 8),
+                                                       (256, 512))
+}
+
+SDXL_CONFIG = unet.PRESETS["sd2"] | dict(
+    widths=(320, 640, 1280), attention=(False, True, True), heads=(5, 10, 20), depth=(1, 2, 10),
+    context_width=2048, pooled_width=2816)                 # pooled: 1280 of OpenCLIP-G, and 6 numbers of 256
+SD3_CONFIG = mmdit.PRESETS["sd3-medium"] | dict(position_table=True)
+SD35_CONFIG = mmdit.PRESETS["sd3.5-medium"] | dict(position_table=True)
+SD35_LARGE_CONFIG = SD3_CONFIG | dict(width=2432, depth=38, heads=38, qk_norm=True)
+FLUX_CONFIG = mmdit.PRESETS["flux-dev"]
+
+DISTILLED = 3.5            # the guidance that FLUX.1-dev is drawn with, and trained further
+EPS = {"name": "ddpm", "schedule": "scaled_linear", "prediction": "eps"}
+V = {"name": "ddpm", "schedule": "scaled_linear", "prediction": "v"}
+SHIFTED = {"name": "rf", "shift": 3.0}                     # at 1024 x 1024: Esser et al., section 5.3.2
+
+# Steps, guidance, sampler and spacing of the times (times.TIMES) are those of the model cards, else of
+# diffusers' pipelines.
+MODELS |= {
+    "sd1.5": Published("unet", unet.PRESETS["sd1"], EPS, 512, SD, 50, 7.5, "plms", "sd", "sd1"),
+    "sd2.1-base": Published("unet", unet.PRESETS["sd2"], EPS, 512, SD, 50, 7.5, "plms", "sd", "sd2"),
+    "sd2.1": Published("unet", unet.PRESETS["sd2"], V, 768, SD, 50, 7.5, "ddim", "sd", "sd2"),
+    "sdxl": Published("unet", SDXL_CONFIG, EPS, 1024, XL, 50, 5.0, "euler", "sdxl", "sdxl"),
+    "sd3-medium": Published("mmdit", SD3_CONFIG, SHIFTED, 1024, SD3, 28, 7.0, "euler", "sd3", "sd3"),
+    "sd3.5-medium": Published("mmdit", SD35_CONFIG, SHIFTED, 1024, SD3, 40, 4.5, "euler", "sd3", "sd3"),
+    "sd3.5-large": Published("mmdit", SD35_LARGE_CONFIG, SHIFTED, 1024, SD3, 28, 3.5, "euler", "sd3", "sd3"),
+    "flux-dev": Published("mmdit", FLUX_CONFIG, {"name": "rf"}, 1024, FLUX, 50, 1.0, "euler", "even",
+                          "flux-dev", shift_points=((256, 0.5), (4096, 1.15)), distilled_guidance=DISTILLED),
+    "flux-schnell": Published("mmdit", FLUX_CONFIG | dict(guidance=False), {"name": "rf"}, 1024, FLUX, 4, 1.0,
+                              "euler", "even", "flux-schnell"),
 }
 
 
-# ---- files and checks
-
-def check_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Raise ValueError, one line that begins with `what`, with the first names or shapes that do not fit."""
-    own = model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"surplus {name}" for name in state if name not in own]
-    wrong += [f"{name} of shape {tuple(state[name].shape)}, not {tuple(weight.shape)}"
-              for name, weight in own.items() if name in state and state[name].shape != weight.shape]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{what}: weights do not fit the network: {'; '.join(wrong[:3])}{more}")
-
-
-def load_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> torch.nn.Module:
-    """Copy a state into a model, strictly, and return the model. Raises ValueError as check_weights does."""
-    check_weights(model, state, what)
-    model.load_state_dict(state)
-    return model
-
-
-def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """A published state from a .safetensors or a torch file, on the CPU; where a file has several sets of
-    weights, the EMA weights. Raises ValueError, also for a checkpoint of train.py."""
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; download it first")
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{file}: needs the package safetensors (pip install safetensors)") from None
-    try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            # weights_only, as a pickle from elsewhere could run any code. The checkpoints of DiT and SiT also
-            # hold their training settings, an argparse.Namespace: plain attributes, so safe to allow.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        is_own = "arch" in state and "ema" in state
-        for part in ("ema", "state_dict", "model"):        # where authors keep weights, the best ones first
-            if isinstance(state.get(part), dict):
-                state = state[part]
-        state = {name: weight for name, weight in state.items()
-                 if isinstance(name, str) and isinstance(weight, Tensor)}
-    except Exception as error:         # both packages raise a dozen types; all mean the same to the user
-        raise ValueError(f"{file}: not a file of weights alone, or damaged ({type(error).__name__}); "
-                         "if it holds other objects too, convert it to .safetensors") from None
-    if is_own:
-        raise ValueError(f"{file}: is a run of train.py, not a published file; give it without --published")
-    check_finite(state, str(file))
-    return state
-
-
-def check_finite(state: dict[str, Tensor], what: str) -> None:
-    """Raise ValueError, one line that begins with `what`, for weights with NaN or infinity: they draw nothing
-    and no training recovers them."""
-    for name, weight in state.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{what}: damaged: {name} has values that are not finite (NaN or infinity); use "
-                             "an earlier copy of the file, or train again under another --name")
+def build_network(name: str) -> torch.nn.Module:
+    """The network of MODELS[name] on the meta device: names and shapes without memory."""
+    row = MODELS[name]
+    network, config = {"dit": (dit.DiT, dit.DiTConfig), "mmdit": (mmdit.MMDiT, mmdit.MMDiTConfig),
+                       "unet": (unet.UNet, unet.UNetConfig)}[row.arch]
+    with torch.device("meta"):
+        return network(config(**row.config))
 
 
 # ---- files of export.py
@@ -144,9 +137,7 @@ def read_metadata(file: str | Path) -> dict | None:
     file = Path(file)
     try:
         if file.suffix == ".safetensors":
-            with open(file, "rb") as content:      # its header is JSON, whose length stands before it
-                size = int.from_bytes(content.read(8), "little")
-                strings = json.loads(content.read(min(size, 2**27)))["__metadata__"]
+            strings = read_header(file)[0]["__metadata__"]
         else:
             strings = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["metadata"]
         metadata = {name: json.loads(value) for name, value in strings.items() if name != "format"}
@@ -180,373 +171,106 @@ def tuples(config: dict) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
-# ---- names and layouts
+# ---- networks
 
-def rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    """Apply every (pattern, replacement) of a table, one after the other."""
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def join(state: dict[str, Tensor], q_name: str, parts: tuple[str, ...], whole: str) -> None:
-    """Replace separate layers, of which q_name is the first, by our joint one. Its output is q, k and v in
-    this order, so its rows are those of the parts, stacked. If a part is missing, no joint layer is made, and
-    check_weights reports that."""
-    weights = [state.pop(q_name.replace(".q.", f".{part}."), None) for part in parts]
-    if all(weight is not None for weight in weights):
-        state[q_name.replace(".q.", f".{whole}.")] = torch.cat(weights)
+def inside(path: str | Path, *parts: str) -> Path:
+    """The first of these folders in a folder of a whole pipeline; any other path as it is."""
+    for part in parts:
+        if (Path(path) / part).is_dir():
+            return Path(path) / part
+    return Path(path)
 
 
-def separate(state: dict[str, Tensor], name: str, whole: str, parts: tuple[str, ...],
-             sizes: int | list[int]) -> None:
-    """The inverse of `join`: replace a joint layer by the layers that it consists of, in the order of its
-    rows. sizes: rows of each part, or of all."""
-    for part, rows in zip(parts, state.pop(name).split(sizes), strict=True):
-        state[name.replace(f".{whole}.", f".{part}.")] = rows
+def our_weights(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the network of MODELS[name] from a published one (of names.network_part). Raises
+    ValueError where it does not fit, also for a file of another picture size, which has the same weights
+    and shapes but for the table of positions (dit, sit)."""
+    row = MODELS[name]
+    network = build_network(name)
+    table = state.get("pos_embed")     # (1, tokens, width), in the original's files alone
+    if row.arch == "dit" and table is not None:
+        tokens = (row.side // 8 // network.config.patch[0]) ** 2
+        if table.shape[1:2] != (tokens,):
+            raise ValueError(f"its table of positions, {tuple(table.shape)}, is not for the {tokens} patches "
+                             f"of {name}; give the name that belongs to the file")
+    state = names.WEIGHTS[row.arch](state, network.config)
+    check_weights(network, state, name)
+    return state
 
 
-def delay_time(weight: Tensor, by: float) -> Tensor:
-    """The first layer of a time embedding, (D, F), for a program that gives it the sinusoids of time - by.
+def recognise(shapes: dict[str, Sequence[int]]) -> tuple[str, ...]:
+    """The models whose network has these names and shapes, original or of diffusers, also in a whole file.
+    Several where the weights cannot tell: dit and sit; sd2.1-base and sd2.1, which predict eps and v. Empty
+    for anything else."""
+    state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    state = names.network_part(state)
+    arch = names.kind_of(state)
+    embedding = state.get("x_embedder.proj.weight", state.get("pos_embed.proj.weight"))
 
-    cos((u + by) f) and sin((u + by) f) are a rotation of cos(u f) and sin(u f), so the rotation becomes a
-    part of the weights, and the network is the same one, exactly."""
-    cosines, sines = weight.double().chunk(2, dim=1)                       # the embedding begins with cosines
-    half = cosines.shape[1]
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-    cos, sin = (by * frequencies).cos(), (by * frequencies).sin()
-    return torch.cat([cosines * cos + sines * sin, sines * cos - cosines * sin], dim=1).to(weight.dtype)
+    def fits(name: str) -> bool:
+        width, patch = (MODELS[name].config.get(key) for key in ("width", "patch"))
+        if embedding is not None and (len(embedding), *embedding.shape[2:]) != (width, *(patch or (2, 2))):
+            return False                   # spares building a network: there are many sizes of DiT
+        try:
+            return our_weights(name, state) is not None
+        except ValueError:
+            return False
 
-
-# diffusers' DiTTransformer2DModel. Our names are those of the original DiT and SiT.
-DIT_NAMES = (
-    (r"^pos_embed\.proj\.", "x_embedder.proj."),
-    (r"^transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
-    (r"^transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
-    (r"^transformer_blocks\.0\.norm1\.emb\.class_embedder\.", "y_embedder."),
-    (r"^transformer_blocks\.(\d+)\.norm1\.linear\.", r"blocks.\1.adaLN_modulation.1."),
-    (r"^transformer_blocks\.(\d+)\.attn1\.to_out\.0\.", r"blocks.\1.attn.proj."),
-    (r"^transformer_blocks\.(\d+)\.attn1\.to_(q|k|v)\.", r"blocks.\1.attn.\2."),      # joined below
-    (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.", r"blocks.\1.mlp.fc1."),
-    (r"^transformer_blocks\.(\d+)\.ff\.net\.2\.", r"blocks.\1.mlp.fc2."),
-    (r"^proj_out_1\.", "final_layer.adaLN_modulation.1."),
-    (r"^proj_out_2\.", "final_layer.linear."),
-)
-DIT_NAMES_BACK = (
-    (r"^x_embedder\.proj\.", "pos_embed.proj."),
-    (r"^t_embedder\.mlp\.0\.", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1."),
-    (r"^t_embedder\.mlp\.2\.", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2."),
-    (r"^y_embedder\.", "transformer_blocks.0.norm1.emb.class_embedder."),
-    (r"^blocks\.(\d+)\.adaLN_modulation\.1\.", r"transformer_blocks.\1.norm1.linear."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"transformer_blocks.\1.attn1.to_out.0."),
-    (r"^blocks\.(\d+)\.attn\.(q|k|v)\.", r"transformer_blocks.\1.attn1.to_\2."),
-    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"transformer_blocks.\1.ff.net.0.proj."),
-    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"transformer_blocks.\1.ff.net.2."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "proj_out_1."),
-    (r"^final_layer\.linear\.", "proj_out_2."),
-)
-DIT_CLASSES = 1000       # diffusers' DiTPipeline takes class 1000 as the null class, whatever the network
+    return tuple(name for name, row in MODELS.items() if row.arch == arch and fits(name))
 
 
-def dit_weights(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """The state of a DiT of this config from a published one, by the original names or diffusers'."""
-    renamed: dict[str, Tensor] = {}
-    for name, weight in state.items():
-        if name == "pos_embed":
-            continue                   # the fixed table that `sincos_positions` computes
-        if re.match(r"transformer_blocks\.[1-9]\d*\.norm1\.emb\.", name):
-            continue                   # diffusers keeps a copy of the embedders in every block
-        renamed[rename(name, DIT_NAMES)] = weight
-    for name in list(renamed):
-        if ".attn.q." in name:
-            join(renamed, name, ("q", "k", "v"), "qkv")
-    if config.time_scale < 0:
-        # SiT predicts the velocity of its own time, from noise to data. Negating the last layer makes it the
-        # velocity of ours, dx/dt with t = 1 at noise.
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            if name in renamed:
-                renamed[name] = -renamed[name]
-    return renamed
+def read_network(name: str, path: str | Path) -> dict[str, Tensor]:
+    """The state of the network of MODELS[name] from its file or folder: mapped where the file has it as we
+    do, in the file's dtypes. Raises ValueError, which names the model that the file holds if it is another
+    one of MODELS."""
+    file = inside(path, "transformer", "unet")
+    state = names.network_part(map_weights(file))
+    try:
+        found = our_weights(name, state)
+    except ValueError as error:
+        others = recognise({key: weight.shape for key, weight in state.items()})
+        if others:
+            raise ValueError(f"{file}: holds the network of {' or '.join(others)}, not of {name}; give "
+                             f"--published {others[0]}") from None
+        raise ValueError(f"{file}: {error}") from None
+    check_finite(found, str(file))
+    return found
 
 
-def dit_to_diffusers(state: dict[str, Tensor], config: DiTConfig, delay: float = 0.0) -> dict[str, Tensor]:
-    """The state of diffusers' DiTTransformer2DModel from that of a published DiT block, with DIT_CLASSES
-    classes. Rows of the table beyond our classes repeat the null class; without classes, all rows are zero.
-    delay: by how much our time embedding's input exceeds diffusers' timestep; see `delay_time`."""
-    state = dict(state)
-    for name in list(state):
-        if ".attn.qkv." in name:
-            separate(state, name, "qkv", ("q", "k", "v"), config.width)
-    time = "t_embedder.mlp.0.weight"
-    state[time] = delay_time(state[time], delay)
-    labels = "y_embedder.embedding_table.weight"
-    table = state.get(labels, state[time].new_zeros(1, config.width))
-    null = table[-1:].expand(DIT_CLASSES + 2 - len(table), -1)
-    state[labels] = torch.cat([table[:-1], null])                          # (DIT_CLASSES + 1, D)
-
-    renamed = {rename(name, DIT_NAMES_BACK): weight for name, weight in state.items()}
-    first = "transformer_blocks.0."
-    for name in [name for name in renamed if name.startswith(f"{first}norm1.emb.")]:
-        for i in range(1, config.depth):   # diffusers keeps a copy of the embedders in every block
-            renamed[name.replace(first, f"transformer_blocks.{i}.")] = renamed[name]
-    return renamed
+def load_network(name: str, path: str | Path, dtype: torch.dtype | None = None,
+                 device: torch.device | str = "cpu") -> torch.nn.Module:
+    """The network of MODELS[name] with the weights of a file or folder, for inference: in the file's dtype
+    unless another is given, and never twice in memory. Raises ValueError as `read_network` does."""
+    state = read_network(name, path)
+    for key, weight in state.items():
+        kept = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype      # no arithmetic in 8 bits
+        state[key] = weight.to(device, dtype or kept)
+    return assign_weights(build_network(name), state, str(path)).eval().requires_grad_(False)
 
 
-# diffusers' SD3Transformer2DModel and FluxTransformer2DModel. Each row applies to the result of those above.
-MMDIT_NAMES = (
-    (r"^(pos_embed\.proj|x_embedder)\.", "x_embedder.proj."),
-    (r"^time_text_embed\.timestep_embedder\.", "t_embedder.mlp."),
-    (r"^time_text_embed\.guidance_embedder\.", "guidance_embedder.mlp."),
-    (r"^time_text_embed\.text_embedder\.", "y_embedder.mlp."),
-    (r"\.mlp\.linear_1\.", ".mlp.0."),
-    (r"\.mlp\.linear_2\.", ".mlp.2."),
-    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
-    (r"^proj_out\.", "final_layer.linear."),
-    (r"^single_transformer_(blocks\.\d+)\.norm\.linear\.", r"single_\1.adaLN_modulation.1."),
-    (r"^single_transformer_(blocks\.\d+)\.attn\.to_(q|k|v)\.", r"single_\1.\2."),         # joined below
-    (r"^single_transformer_(blocks\.\d+)\.proj_mlp\.", r"single_\1.mlp."),                # joined below
-    (r"^single_transformer_(blocks\.\d+)\.proj_out\.", r"single_\1.linear2."),
-    (r"^single_transformer_(blocks\.\d+)\.attn\.norm_(q|k)\.weight$", r"single_\1.\2_norm"),
-    (r"^transformer_", "joint_"),
-    (r"\.norm1\.linear\.", ".x_block.adaLN_modulation.1."),
-    (r"\.norm1_context\.linear\.", ".context_block.adaLN_modulation.1."),
-    (r"\.attn(2?)\.to_(q|k|v)\.", r".x_block.attn\1.\2."),                                # joined below
-    (r"\.attn\.add_(q|k|v)_proj\.", r".context_block.attn.\1."),                          # joined below
-    (r"\.attn(2?)\.to_out\.0\.", r".x_block.attn\1.proj."),
-    (r"\.attn\.to_add_out\.", ".context_block.attn.proj."),
-    (r"\.attn(2?)\.norm_(q|k)\.weight$", r".x_block.attn\1.\2_norm"),
-    (r"\.attn\.norm_added_(q|k)\.weight$", r".context_block.attn.\1_norm"),
-    (r"\.ff\.net\.0\.proj\.", ".x_block.mlp.fc1."),
-    (r"\.ff\.net\.2\.", ".x_block.mlp.fc2."),
-    (r"\.ff_context\.net\.0\.proj\.", ".context_block.mlp.fc1."),
-    (r"\.ff_context\.net\.2\.", ".context_block.mlp.fc2."),
-)
-MMDIT_NAMES_BACK = (     # FLUX's x_embedder is a linear layer: see mmdit_to_diffusers
-    (r"^x_embedder\.proj\.", "pos_embed.proj."),
-    (r"^t_embedder\.mlp\.", "time_text_embed.timestep_embedder."),
-    (r"^guidance_embedder\.mlp\.", "time_text_embed.guidance_embedder."),
-    (r"^y_embedder\.mlp\.", "time_text_embed.text_embedder."),
-    (r"_embedder\.0\.", "_embedder.linear_1."),
-    (r"_embedder\.2\.", "_embedder.linear_2."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
-    (r"^final_layer\.linear\.", "proj_out."),
-    (r"^single_(blocks\.\d+)\.adaLN_modulation\.1\.", r"single_transformer_\1.norm.linear."),
-    (r"^single_(blocks\.\d+)\.(q|k|v)\.", r"single_transformer_\1.attn.to_\2."),
-    (r"^single_(blocks\.\d+)\.mlp\.", r"single_transformer_\1.proj_mlp."),
-    (r"^single_(blocks\.\d+)\.linear2\.", r"single_transformer_\1.proj_out."),
-    (r"^single_(blocks\.\d+)\.(q|k)_norm$", r"single_transformer_\1.attn.norm_\2.weight"),
-    (r"^joint_", "transformer_"),
-    (r"\.x_block\.adaLN_modulation\.1\.", ".norm1.linear."),
-    (r"\.context_block\.adaLN_modulation\.1\.", ".norm1_context.linear."),
-    (r"\.x_block\.attn(2?)\.(q|k|v)\.", r".attn\1.to_\2."),
-    (r"\.context_block\.attn\.(q|k|v)\.", r".attn.add_\1_proj."),
-    (r"\.x_block\.attn(2?)\.proj\.", r".attn\1.to_out.0."),
-    (r"\.context_block\.attn\.proj\.", ".attn.to_add_out."),
-    (r"\.x_block\.attn(2?)\.(q|k)_norm$", r".attn\1.norm_\2.weight"),
-    (r"\.context_block\.attn\.(q|k)_norm$", r".attn.norm_added_\1.weight"),
-    (r"\.x_block\.mlp\.fc1\.", ".ff.net.0.proj."),
-    (r"\.x_block\.mlp\.fc2\.", ".ff.net.2."),
-    (r"\.context_block\.mlp\.fc1\.", ".ff_context.net.0.proj."),
-    (r"\.context_block\.mlp\.fc2\.", ".ff_context.net.2."),
-)
+def read_text_encoder(encoder: str, path: str | Path) -> dict[str, Tensor]:
+    """The state of one of names.TEXT_PREFIXES from a whole file, by the names of transformers. Raises
+    ValueError if the file does not hold it."""
+    state = names.text_weights(map_weights(path), encoder)
+    if not state:
+        raise ValueError(f"{path}: the text encoder {encoder} is not in this file; give a folder or a file "
+                         "that has it")
+    check_finite(state, str(path))
+    return state
 
 
-def mmdit_layers_without_gate(config: MMDiTConfig) -> list[str]:
-    """Our modulations without a gate. There, diffusers has (scale, shift) and we have (shift, scale): in the
-    final layer and, unless single blocks follow, in the context stream of the last joint block."""
-    layers = ["final_layer.adaLN_modulation.1"]
-    if config.single_depth == 0:
-        layers.append(f"joint_blocks.{config.depth - 1}.context_block.adaLN_modulation.1")
-    return layers
+# ---- VAEs
 
+def vae_from_weights(state: dict[str, Tensor], scale: float | Sequence[float],
+                     shift: float | Sequence[float] = 0.0, groups: int = 32) -> VAE:
+    """A VAE, in evaluation mode, from a published state as names.vae_weights takes it. Its widths are read
+    from the shapes of the weights.
 
-def mmdit_weights(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
-    """The state of an MMDiT of this config from that of diffusers' SD3Transformer2DModel or
-    FluxTransformer2DModel. Three layouts differ from ours beside the names: separate q, k, v; modulations
-    without a gate; and, in FLUX, the order of the values in a patch."""
-    renamed = {rename(name, MMDIT_NAMES): weight for name, weight in state.items()
-               if name != "pos_embed.pos_embed"}           # the fixed table that `sincos_positions` computes
-    for name in list(renamed):
-        if not re.search(r"\.q\.(weight|bias)$", name):
-            continue
-        if name.startswith("single_"):                     # its joint layer includes the MLP's first layer
-            join(renamed, name, ("q", "k", "v", "mlp"), "linear1")
-        else:
-            join(renamed, name, ("q", "k", "v"), "qkv")
-
-    for layer in mmdit_layers_without_gate(config):
-        for kind in ("weight", "bias"):
-            scale, shift = renamed[f"{layer}.{kind}"].chunk(2)
-            renamed[f"{layer}.{kind}"] = torch.cat([shift, scale])
-
-    # FLUX receives the latent already cut into patches, as vectors in the order (c, p, q). The columns of its
-    # linear embedding are therefore in the order of our convolution's weights and only need their shape. The
-    # rows of its final layer are reordered, as ours writes (p, q, c). Stable Diffusion 3 is as ours in both.
-    p, q = config.patch
-    embedding = renamed["x_embedder.proj.weight"]
-    if embedding.ndim == 2:
-        renamed["x_embedder.proj.weight"] = embedding.unflatten(1, (config.channels, p, q))
-    if config.single_depth:
-        channels = config.out_channels or config.channels
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            rows = renamed[name].unflatten(0, (channels, p * q))               # (c, p * q, ...)
-            renamed[name] = rows.transpose(0, 1).flatten(0, 1)                 # (p * q * c, ...)
-    return renamed
-
-
-def mmdit_to_diffusers(state: dict[str, Tensor], config: MMDiTConfig,
-                       delay: float = 0.0) -> dict[str, Tensor]:
-    """The inverse of `mmdit_weights`: the state of SD3Transformer2DModel or, with single blocks, of
-    FluxTransformer2DModel. delay: by how much our time embedding's input exceeds diffusers' timestep; see
-    `delay_time`."""
-    state = dict(state)
-    for name in list(state):
-        if ".linear1." in name:
-            hidden = len(state[name]) - 3 * config.width
-            separate(state, name, "linear1", ("q", "k", "v", "mlp"), [config.width] * 3 + [hidden])
-        elif ".qkv." in name:
-            separate(state, name, "qkv", ("q", "k", "v"), config.width)
-    state["t_embedder.mlp.0.weight"] = delay_time(state["t_embedder.mlp.0.weight"], delay)
-    if config.guidance:                    # the scale itself is embedded, which has no steps to count
-        name = "guidance_embedder.mlp.0.weight"
-        state[name] = delay_time(state[name], config.time_offset)
-    for layer in mmdit_layers_without_gate(config):
-        for kind in ("weight", "bias"):
-            shift, scale = state[f"{layer}.{kind}"].chunk(2)
-            state[f"{layer}.{kind}"] = torch.cat([scale, shift])
-
-    if config.single_depth == 0:           # Stable Diffusion 3 keeps its table of positions in the file
-        base, largest = config.sincos
-        device = state["x_embedder.proj.weight"].device
-        table = dit.sincos_positions(largest, largest, config.width, device, crop=(base, largest))
-        renamed = {rename(name, MMDIT_NAMES_BACK): weight for name, weight in state.items()}
-        return renamed | {"pos_embed.pos_embed": table[None]}
-    # FLUX embeds vectors (c, p, q), and writes (c, p, q) where we write (p, q, c): see `mmdit_weights`.
-    p, q = config.patch
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = state[name].unflatten(0, (p * q, -1))                           # (p * q, c, ...)
-        state[name] = rows.transpose(0, 1).flatten(0, 1)                       # (c * p * q, ...)
-    renamed = {rename(name, MMDIT_NAMES_BACK): weight for name, weight in state.items()}
-    renamed["x_embedder.weight"] = renamed.pop("pos_embed.proj.weight").flatten(1)
-    renamed["x_embedder.bias"] = renamed.pop("pos_embed.proj.bias")
-    return renamed
-
-
-# UNet2DConditionModel. Our names are those of diffusers, except for the embedding of the pooled text vector,
-# which diffusers calls a class embedding of the type "projection".
-UNET_NAMES = ((r"^class_embedding\.(linear_[12])\.", r"add_embedding.\1."),)
-UNET_NAMES_BACK = ((r"^add_embedding\.(linear_[12])\.", r"class_embedding.\1."),)
-
-
-def unet_to_diffusers(state: dict[str, Tensor], config: UNetConfig, delay: float = 0.0) -> dict[str, Tensor]:
-    """The state of diffusers' UNet2DConditionModel from that of a U-Net. delay: by how much our time
-    embedding's input exceeds diffusers' timestep; see `delay_time`."""
-    renamed = {rename(name, UNET_NAMES_BACK): weight for name, weight in state.items()}
-    time = "time_embedding.linear_1.weight"
-    renamed[time] = delay_time(renamed[time], delay)
-    if config.context_width is None:
-        # diffusers has no transformer without cross-attention. One whose weights are zero adds exactly zero;
-        # of this shape, it attends to the picture itself when it is given no context.
-        for name in [name for name in renamed if name.endswith(".attn1.to_out.0.weight")]:
-            block = name.removesuffix("attn1.to_out.0.weight")
-            square = torch.zeros_like(renamed[name])
-            row = square.new_zeros(len(square))
-            for part in ("to_q", "to_k", "to_v", "to_out.0"):
-                renamed[f"{block}attn2.{part}.weight"] = square
-            renamed[f"{block}attn2.to_out.0.bias"] = row
-            renamed[f"{block}norm2.weight"] = torch.ones_like(row)
-            renamed[f"{block}norm2.bias"] = row
-    return renamed
-
-
-# AutoencoderKL. Our names are those of diffusers since 0.15; FLUX's are those of the original, CompVis.
-VAE_NAMES = (
-    (r"\.query\.", ".to_q."),                                                # diffusers before 0.15
-    (r"\.key\.", ".to_k."),
-    (r"\.value\.", ".to_v."),
-    (r"\.proj_attn\.", ".to_out.0."),
-    (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),   # CompVis, from here on
-    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.(q|k|v)\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-)
-
-
-def vae_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a VAE, without the statistics of its latents, in float32 at least, from a published one
-    with the names of diffusers (old or new), CompVis or FLUX, also from a whole Stable Diffusion file."""
-    for prefix in ("first_stage_model.", "vae."):          # from a whole file, take only this part
-        if any(name.startswith(prefix) for name in state):
-            state = {name[len(prefix):]: weight for name, weight in state.items() if name.startswith(prefix)}
-    is_compvis = any(".up.0.block." in name for name in state)
-    renamed: dict[str, Tensor] = {}
-    for name, weight in state.items():
-        if name.startswith("loss."):                       # the discriminator that trained it
-            continue
-        name = rename(name, VAE_NAMES)
-        if ".attentions." in name and weight.ndim == 4:    # 1x1 convolutions, which are linear layers here
-            weight = weight[:, :, 0, 0]
-        # half-precision files are common, but decoding in half precision is visible
-        renamed[name] = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if is_compvis:                                         # numbers the decoder's levels from fine to coarse
-        last = count_levels(renamed) - 1
-        renamed = {re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(last - int(level[0])), name): weight
-                   for name, weight in renamed.items()}
-    return renamed
-
-
-def vae_to_diffusers(autoencoder: VAE) -> dict[str, Tensor]:
-    """The state of diffusers' AutoencoderKL from a VAE without a shortcut, with the normalisation of its
-    latents in quant_conv and post_quant_conv (the identity where the VAE has none). diffusers' latents are
-    then our normalised ones at scaling_factor 1:
-
-        mean' = (mean - m) / s,   logvar' = logvar - 2 log s,   decode'(z') = decode(s z' + m)
-
-    Both implementations clamp the log-variance to [-30, 20], we before this map and diffusers after it. They
-    differ where it is beyond either range: below, where the noise is under e^-15 of the latent's scale (or of
-    1), less than a rounding error; above, where the noise is e^10 times as large, as in no trained VAE."""
-    channels = autoencoder.config.latent_channels
-    mean, std = autoencoder.latent_mean.double(), autoencoder.latent_std.double()
-    state = {name: weight for name, weight in autoencoder.state_dict().items()
-             if not name.startswith("latent_")}
-    like = state["decoder.conv_in.weight"]                                 # for its dtype and device
-    for layer, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
-        if f"{layer}.weight" not in state:
-            state[f"{layer}.weight"] = torch.eye(size).to(like)[:, :, None, None]
-            state[f"{layer}.bias"] = like.new_zeros(size)
-
-    weight, bias = state["quant_conv.weight"].double(), state["quant_conv.bias"].double()
-    scale = torch.cat([1 / std, torch.ones_like(std)])                     # of means and log-variances
-    state["quant_conv.weight"] = weight * scale[:, None, None, None]
-    state["quant_conv.bias"] = bias * scale - torch.cat([mean / std, 2 * std.log()])
-    weight, bias = state["post_quant_conv.weight"].double(), state["post_quant_conv.bias"].double()
-    state["post_quant_conv.weight"] = weight * std[:, None, None]          # (C out, C in, 1, 1): its input
-    state["post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ mean
-    return {name: part.to(like.dtype) for name, part in state.items()}
-
-
-def count_levels(state: dict[str, Tensor]) -> int:
-    """The number of resolutions of a VAE's encoder."""
-    levels = 0
-    while f"encoder.down_blocks.{levels}.resnets.0.conv1.weight" in state:
-        levels += 1
-    return levels
-
-
-def vae_from_weights(state: dict[str, Tensor], scale: float, shift: float = 0.0, groups: int = 32) -> VAE:
-    """A VAE, in evaluation mode, from a published state as vae_weights takes it. Its widths are read from the
-    shapes of the weights.
-
-    scale and shift: what the model was published with, x0 = (z - shift) * scale (SD 1 and 2: 0.18215 and 0;
-    XL: 0.13025 and 0; SD 3: 1.5305 and 0.0609; FLUX: 0.3611 and 0.1159). groups: the number of groups in its
-    norms, which the shapes do not show. Raises ValueError for weights that are not an AutoencoderKL's."""
-    state = vae_weights(state)
-    levels = count_levels(state)
+    scale and shift: what the model was published with, x0 = (z - shift) * scale; one number, or one for each
+    channel. groups: the number of groups in its norms, which the shapes do not show. Raises ValueError for
+    weights that are not an AutoencoderKL's."""
+    state = names.vae_weights(state)
+    levels = names.count_levels(state)
     if levels == 0 or "encoder.conv_in.weight" not in state or "decoder.conv_in.weight" not in state:
         raise ValueError("not the weights of an AutoencoderKL: no encoder and decoder of known names in it")
     layers = 0
@@ -559,62 +283,97 @@ def vae_from_weights(state: dict[str, Tensor], scale: float, shift: float = 0.0,
                      for level in range(levels)),
         layers=layers, groups=groups,
         attention="encoder.mid_block.attentions.0.to_q.weight" in state,
+        attention_levels=tuple(level for level in range(levels)
+                               if f"encoder.down_blocks.{level}.attentions.0.to_q.weight" in state),
         quant_conv="quant_conv.weight" in state)
-    state["latent_mean"] = torch.full((config.latent_channels,), shift)
-    state["latent_std"] = torch.full((config.latent_channels,), 1 / scale)
+    numbers = [torch.tensor(value, dtype=torch.float32) for value in (scale, shift)]
+    if any(value.ndim and len(value) != config.latent_channels for value in numbers):
+        raise ValueError(f"its latents have {config.latent_channels} channels, for which config.json has "
+                         "another number of means or deviations")
+    state["latent_mean"] = numbers[1].expand(config.latent_channels).clone()
+    state["latent_std"] = (1 / numbers[0]).expand(config.latent_channels).clone()
     with torch.device("meta"):         # costs no memory: the state's tensors become its parameters
         model = VAE(config)
-    check_weights(model, state, f"AutoencoderKL of widths {config.widths}")
-    model.load_state_dict(state, assign=True)
+    assign_weights(model, state, f"AutoencoderKL of widths {config.widths}")
     return model.eval().requires_grad_(False)
 
 
-# ---- what the programs ask for
-
-def read_network(name: str, file: str | Path) -> dict[str, Tensor]:
-    """The state of the DiT MODELS[name] from its file. Raises ValueError for a file of another picture size,
-    which has the same weights and shapes but for the table of positions."""
-    state = read_weights(file)
-    config = DiTConfig(**MODELS[name].config)
-    tokens = (MODELS[name].side // 8 // config.patch[0]) ** 2
-    table = state.get("pos_embed")     # (1, tokens, width), in the original's files alone
-    if table is not None and table.shape[1:2] != (tokens,):
-        raise ValueError(f"{file}: its table of positions, {tuple(table.shape)}, is not for the {tokens} "
-                         f"patches of {name}; give the name that belongs to the file")
-    return dit_weights(state, config)
+# A file without config.json does not hold its scale. A whole file shows by the names of its other parts whose
+# it is, in this order; a VAE alone, only by the name under which it was published.
+WHOLE_FILES = (("conditioner.", XL), ("model.diffusion_model.label_emb.", XL), ("cond_stage_model.", SD),
+               ("model.diffusion_model.input_blocks.", SD), ("model.diffusion_model.joint_blocks.", SD3),
+               ("text_encoders.clip_g.", SD3), ("model.diffusion_model.double_blocks.", FLUX))
+VAE_FILES = {"ae": FLUX, "sdxl_vae": XL, "vae-ft-mse-840000-ema-pruned": SD,
+             "vae-ft-ema-560000-ema-pruned": SD}
 
 
-def load_vae(path: str | Path) -> VAE:
-    """A published VAE: a diffusers folder (config.json beside the weights) or a file of weights alone. Such a
-    file does not hold the scale of its latents: for 4 channels, that of Stable Diffusion 1 and 2 is assumed
-    (give XL's VAE as a folder). Raises ValueError if it is neither."""
+def latents_of(file: Path, state: dict[str, Tensor], name: str | None) -> Latents:
+    """The latents of a VAE in a file without a config.json. name: of the model that it is for. Raises
+    ValueError where nothing shows them."""
+    for prefix, latents in WHOLE_FILES:
+        if any(key.startswith(prefix) for key in state):
+            return latents
+    if file.stem in VAE_FILES:
+        return VAE_FILES[file.stem]
+    if name is not None:
+        return MODELS[name].latents
+    known = ", ".join(f"{latents.scale:g} in {latents.owner}" for latents in (SD, XL, SD3, FLUX))
+    raise ValueError(f"{file}: a VAE alone, without the scale of its latents, which differs between models "
+                     f"({known}); give a folder with its config.json (scaling_factor), or name its model by "
+                     "--published")
+
+
+def has_vae(path: Path) -> bool:
+    """Whether this is a folder of diffusers with a VAE, or a file of another program by its ending."""
+    folder = inside(path, "vae")
+    return (folder / "config.json").is_file() or path.suffix in (".ckpt", ".sft")
+
+
+def load_vae(path: str | Path, name: str | None = None) -> VAE:
+    """A published VAE: a diffusers folder (config.json beside the weights), also a whole pipeline's; a whole
+    file of Stable Diffusion or of FLUX; or a file of the VAE alone, whose scale is then that of MODELS[name].
+    Raises ValueError if it is none of these, or without the scale of its latents."""
     path = Path(path)
     if read_metadata(path) is not None:                    # of export.py: it holds its scale
         return load_exported_vae(path)
-    config = {}
-    file = path
-    if (path / "config.json").is_file():
-        config = read_config(path / "config.json")
-        file = path / "diffusion_pytorch_model.safetensors"
-        if not file.is_file() and file.with_suffix(".bin").is_file():
-            file = file.with_suffix(".bin")
-    state = read_weights(file)
-    scale = config.get("scaling_factor")
-    if not scale:
-        channels = 4                   # a file without a decoder is refused by vae_from_weights, below
-        for name, weight in state.items():
-            if name.endswith("decoder.conv_in.weight"):
-                channels = weight.shape[1]
-        if channels != 4:
-            raise ValueError(f"{path}: the scale of latents of {channels} channels is not in this file; "
-                             "give the diffusers folder, whose config.json has it")
-        scale = SCALE
-    shift = config.get("shift_factor") or 0.0              # null in the config.json of some models
-    groups = config.get("norm_num_groups") or 32
+    place = inside(path, "vae")
+    state = map_weights(place)
+    description = place / "config.json"
+    if place.stem == "diffusion_pytorch_model":            # one file of such a folder
+        description = place.with_name("config.json")
+    scale, shift, groups = None, 0.0, 32
     try:
-        return vae_from_weights(state, scale, shift, groups)
+        if description.is_file():
+            scale, shift, groups = described_latents(description)
+        if scale is None:
+            # what is no VAE at all is refused below
+            is_vae = any(key.endswith("decoder.conv_in.weight") for key in state)
+            latents = latents_of(place, state, name) if is_vae else SD
+            scale, shift = latents.scale, latents.shift
+        autoencoder = vae_from_weights(state, scale, shift, groups)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        message = str(error)
+        raise ValueError(message if message.startswith(str(place)) else f"{place}: {message}") from None
+    check_finite(autoencoder.state_dict(), str(place))
+    return autoencoder
+
+
+def described_latents(file: Path) -> tuple[float | list[float] | None, float | list[float], int]:
+    """Scale, shift and number of groups in a VAE's config.json; no scale where it has none. A model with
+    latents_mean and latents_std (of each channel) is used as x0 = (z - mean) / std * scaling_factor."""
+    config = read_config(file)
+    try:
+        scale = config.get("scaling_factor")
+        shift = float(config.get("shift_factor") or 0.0)   # null in the config.json of some models
+        groups = int(config.get("norm_num_groups") or 32)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if not scale:
+            return None, shift, groups
+        if mean is None or std is None:
+            return float(scale), shift, groups
+        return [float(scale) / float(value) for value in std], [float(value) for value in mean], groups
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ValueError(f"{file}: damaged; download it again") from None
 
 
 def load_exported_vae(file: Path) -> VAE:
@@ -641,27 +400,53 @@ def read_config(file: Path) -> dict:
 def check_vae(name: str, autoencoder: VAE, what: str) -> None:
     """Raise ValueError where the latents of a VAE, read from `what`, are not those that MODELS[name] was
     trained in, as it would then draw noise or wrong colours."""
+    latents = MODELS[name].latents
     channels = autoencoder.config.latent_channels
-    scale = 1 / autoencoder.latent_std                     # (C,)
-    same_shape = channels == 4 and autoencoder.factor == 8
-    same_scale = not autoencoder.latent_mean.any() and ((scale - SCALE).abs() < 1e-4).all()
+    scale, mean = 1 / autoencoder.latent_std, autoencoder.latent_mean          # (C,)
+    same_shape = channels == latents.channels and autoencoder.factor == 8
+    same_scale = ((scale - latents.scale).abs() < 1e-4).all() and ((mean - latents.shift).abs() < 1e-4).all()
     if not (same_shape and same_scale):
-        raise ValueError(f"--vae {what}: {name} was trained in latents of 4 channels at 1/8, scaled by "
-                         f"{SCALE} (Stable Diffusion 1 and 2); this one has {channels} at "
-                         f"1/{autoencoder.factor}, scaled by {scale.mean():.5f}")
+        shifts = ["", ""]
+        if latents.shift or mean.any():
+            shifts = [f" after a shift of {value:.4f}" for value in (latents.shift, mean.mean())]
+        raise ValueError(f"--vae {what}: {name} was trained in latents of {latents.channels} channels at "
+                         f"1/8, scaled by {latents.scale}{shifts[0]} ({latents.owner}); this one has "
+                         f"{channels} at 1/{autoencoder.factor}, scaled by {scale.mean():.5f}{shifts[1]}")
+
+
+def weights_in_bytes(name: str) -> dict[str, int]:
+    """What the parts of a text model take as they are used: network and text encoders in bf16, and the VAE in
+    fp32."""
+    from encoders import RECIPES, count_parameters
+
+    row = MODELS[name]
+    with torch.device("meta"):         # shapes without memory
+        autoencoder = VAE(VAEConfig(**VAE_PRESETS["sd"] | {"latent_channels": row.latents.channels,
+                                                           "quant_conv": row.latents.channels == 4}))
+    found = {"network": 2 * sum(p.numel() for p in build_network(name).parameters())}
+    for part in RECIPES[row.text].parts:
+        kind = "T5" if part.family == "t5" else "CLIP"
+        found[kind] = found.get(kind, 0) + 2 * count_parameters(part)
+    return found | {"VAE": 4 * sum(p.numel() for p in autoencoder.parameters())}
 
 
 def demo() -> None:
-    """Print the published models and their parameters."""
-    print("name            path   picture   latent   patches   parameters")
+    """Print the published models and their parameters; and of text models, how much memory their weights
+    take."""
+    print("name            network   path   picture   latent   patches   parameters")
     for name, row in MODELS.items():
-        with torch.device("meta"):     # shapes without memory
-            model = DiT(DiTConfig(**row.config))
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        network = build_network(name)
+        millions = sum(p.numel() for p in network.parameters()) / 1e6
         latent = row.side // 8
-        patches = (latent // model.config.patch[0]) ** 2
-        path = row.objective["name"]
-        print(f"{name:15s} {path:4s} {row.side:9d} {latent:8d} {patches:9d} {millions:10.1f} M")
+        patches = f"{(latent // network.config.patch[0]) ** 2:9d}" if row.arch != "unet" else 9 * " "
+        print(f"{name:15s} {row.arch:9s} {row.objective['name']:4s} {row.side:9d} {latent:8d} {patches} "
+              f"{millions:10.1f} M")
+    print("\nGiB of weights (bf16; the VAE in fp32)   network    CLIP      T5     VAE     all")
+    for name in (name for name, row in MODELS.items() if row.text):
+        parts = weights_in_bytes(name)
+        sizes = [parts.get(key, 0) / 2**30 for key in ("network", "CLIP", "T5", "VAE")]
+        shown = (f"{size:7.2f}" if size else "      -" for size in (*sizes, sum(sizes)))
+        print(f"{name:39s} {' '.join(shown)}")
 
 
 if __name__ == "__main__":

@@ -41,12 +41,13 @@ import published
 import settings
 from cli import Flag, make_parser, nonempty, program
 from cuts import cuts_of
+from encoders import RECIPES
 from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
 from parallel import Sharding
-from published import check_finite, check_weights, load_weights
 from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
 from text import TextConfig, TextEncoder
 from vae import VAE
+from weights import check_finite, check_weights, load_weights
 
 
 # ---- the folder
@@ -349,11 +350,11 @@ def is_averages(value: object) -> bool:
 
 def is_text(value: object) -> bool:
     """None, or a text encoder, each kind with what it needs."""
-    needs = {"bytes": ("config", dict), "clip": ("path", str), "t5": ("path", str), "none": ("encoder", str)}
+    needs = {"bytes": ("config", dict), "none": ("encoder", str)} | dict.fromkeys(RECIPES, ("path", str))
     if not isinstance(value, dict) or value.get("encoder") not in tuple(needs):
         return value is None
     name, kind = needs[value["encoder"]]
-    return isinstance(value.get(name), kind)
+    return isinstance(value.get(name), kind) and type(value.get("no_t5", False)) is bool
 
 
 PARTS = {                                              # of every checkpoint: what each must be
@@ -557,20 +558,30 @@ def average_of_width(run: str, checkpoint: dict, width: float) -> dict:
     return ema.combine(states, weights)
 
 
-def load_published(name: str, weights: str | Path, vae: str | Path) -> dict:
-    """A published network and its VAE, in the form of a checkpoint. Raises ValueError with a line for the
-    user."""
+def load_published(name: str, weights: str | Path, vae: str | Path | None = None) -> dict:
+    """A published network and its VAE, in the form of a checkpoint. The network's weights are mapped, in the
+    file's dtypes. vae: where it is, if not with the weights. Under "sampling" are the row's defaults of
+    sample.py. Raises ValueError with a line for the user."""
     row = published.MODELS[name]
-    with torch.device("meta"):                         # only names and shapes are needed to check the file
-        model = build_model("dit", row.config)
+    place = vae or weights
+    try:
+        autoencoder = load_vae(place, name)
+    except ValueError as error:
+        if vae is not None:
+            raise
+        raise ValueError(f"--weights {weights}: no VAE there ({error}); give it by --vae PATH") from None
+    published.check_vae(name, autoencoder, str(place))
     state = published.read_network(name, weights)
-    check_weights(model, state, str(weights))
-    autoencoder = load_vae(vae)
-    published.check_vae(name, autoencoder, str(vae))
-    return {"arch": "dit", "config": row.config, "objective": row.objective, "step": 0,
-            "data": {"source": "imagenet", "size": [row.side, row.side],
-                     "classes": [str(i) for i in range(1000)]},
-            "text": None, "label_dropout": 0.1, "model": state, "ema": state, "vae": pack_vae(autoencoder)}
+    data = {"source": name, "size": [row.side, row.side], "prompts": [], "classes": []}
+    text = {"encoder": row.text, "path": str(weights), "published": name}
+    if row.text is None:
+        text, data["classes"] = None, [str(i) for i in range(1000)]        # of ImageNet
+    sampling = {"sampler": row.sampler, "steps": row.steps, "scale": row.guidance, "times": row.times,
+                "shift_points": row.shift_points, "distilled": row.distilled_guidance}
+    # The rate at which the condition was dropped in training does not matter here, but that it was.
+    return {"arch": row.arch, "config": row.config, "objective": row.objective, "step": 0, "data": data,
+            "text": text, "label_dropout": 0.0 if row.guidance == 1 else 0.1, "model": state, "ema": state,
+            "vae": pack_vae(autoencoder), "sampling": sampling}
 
 
 @dataclass
@@ -758,17 +769,18 @@ def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
     return vae.eval().requires_grad_(False)
 
 
-def load_vae(path: str | Path) -> VAE:
+def load_vae(path: str | Path, name: str | None = None) -> VAE:
     """A VAE with averaged weights, in evaluation mode: from a finished VAE run, from inside another run's
-    checkpoint, or a published one (see published.load_vae). Raises ValueError with a line for the user."""
+    checkpoint, or a published one (see published.load_vae, also for the name). Raises ValueError with a line
+    for the user."""
     path = Path(path)
-    if (path / "config.json").is_file() and not (path / "checkpoint.pt").is_file():
-        return published.load_vae(path)                # a diffusers folder
+    if published.has_vae(path) and not (path / "checkpoint.pt").is_file():
+        return published.load_vae(path, name)
     try:
         checkpoint = load_checkpoint(path)
     except ValueError:
         if path.is_file():
-            return published.load_vae(path)
+            return published.load_vae(path, name)
         raise
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])

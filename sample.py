@@ -4,11 +4,10 @@ the steps.
     python sample.py runs/shapes-dit-rf --label red-circle --n 64 --steps 10 --cfg 2 --seed 0 --out grid.png
     python sample.py runs/shapes-dit-rf --n 50000 --batch-size 500 --out samples.npz
     python sample.py --published dit-xl-2-256 --weights DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/ --n 1
+    python sample.py --published sdxl --weights sd_xl_base_1.0.safetensors --tokenizer sdxl/ --prompt "a fox"
 
-From noise to a picture: `main` loads a checkpoint, asks its conditioning for the conditions of all pictures,
-and hands batches to `draw`, which builds a denoiser, follows a sampler along the path's times and decodes the
-latent. Picture i has a random generator of its own, seeded with seed + i, so it does not depend on the batch
-size or on how many are drawn.
+`main` loads a checkpoint, asks its conditioning for the conditions of all pictures, has draw.py draw them
+batch by batch, and writes them.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -36,37 +33,46 @@ from tqdm import tqdm
 import conditioning
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
+from draw import Guide, Skip, Stage, draw_batches, in_own_dtype, picture_bar
 from ema import WIDEST
 from files import (Unfinished, check_space, check_writable, digest, fingerprint_tensors, unfinished_file,
                    write_atomically, write_npz)
-from ranks import ALONE, Ranks, launched
 from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
-from published import load_weights
+from ranks import ALONE, Ranks, launched
 from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
                  load_published, unpack_vae)
-from samplers import SAMPLERS, TIMES, guided, inpainting, noise_like, soft_border
-from settings import OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device, published_model
+from samplers import SAMPLERS
+from settings import (ARCHITECTURES, OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device,
+                      published_model)
+from times import ONLY, TIMES, shift_of_tokens
 from vae import VAE
+from weights import Resident, assign_weights, load_weights, visit_blocks
 
-# Flags that are options of one sampler, and that sampler.
-SAMPLER_OPTIONS = {"eta": "ddim", "variance": "ddpm", "noise": "reverse_sde"}
+# Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
+CHURNED = ("heun",)
+MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc_2", "unipc_3")
+SAMPLER_OPTIONS = {"eta": ("ddim", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "dpm2_ancestral"),
+                   "variance": ("ddpm",), "noise": ("reverse_sde",),
+                   "churn": CHURNED, "churn_min": CHURNED, "churn_max": CHURNED, "churn_noise": CHURNED,
+                   "lower_order_final": MULTISTEP, "as_published": ("dpmpp_3m", "dpmpp_3m_sde")}
 
 FLAGS = {
-    # Either a run, or all three parts of a published model: see `check_flags`.
+    # Either a run, or a published model: see `check_flags`.
     "what to draw with": [
         Flag("run", "run folder, or a checkpoint file", nonempty, nargs="?"),
         Flag("--published", "instead of a run: a published model, like dit-xl-2-256 or sit-xl-2-256",
              published_model, metavar="NAME"),
-        Flag("--weights", "the published model's weights: .pt, .ckpt or .safetensors", nonempty,
-             metavar="FILE"),
-        Flag("--vae", "the published model's VAE: a file, or a diffusers folder", nonempty,
-             metavar="PATH"),
+        Flag("--weights", "the published model's weights: .pt, .ckpt or .safetensors, or a diffusers folder",
+             nonempty, metavar="PATH"),
+        Flag("--vae", "the published model's VAE: a file, or a diffusers folder (default: with the weights)",
+             nonempty, metavar="PATH"),
         Flag("--raw", "the run's raw weights, not their average"),
         Flag("--ema", "width of the average, relative to the training: made of those that the run has kept "
                       "(default: the --ema of the training)", number(0, WIDEST, above=True), metavar="WIDTH"),
     ],
     "what to draw": [
-        Flag("--n", "how many pictures (default: 64)", integer(1, 10**8), 64),
+        Flag("--n", "how many pictures (default: 64; of a published model, one of each prompt)",
+             integer(1, 10**8)),
         # What a run is conditioned on decides which of these it takes.
         *(Flag(name, **{"type": str} | fields) for name, fields in conditioning.FLAGS.items()),
         Flag("--size", "height and width of the pictures (default: those of the training; of --aspect, a "
@@ -93,127 +99,51 @@ FLAGS = {
         Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm, jump for meanflow)",
              one_of(SAMPLERS)),
         Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow)", integer(1, 10**5)),
-        Flag("--times", "spacing of the steps: even (default), log-snr, karras; ddpm also leading, linspace",
-             one_of(TIMES), "even"),
+        Flag("--times", "spacing of the steps: even (default of runs), log-snr, karras, beta; ddpm also "
+                        "leading, linspace, beta-sigma, sd, sdxl; rf also sd3 (see times.py)", one_of(TIMES)),
         Flag("--shift", "rf: shift of the sampling times (default: that of the training)",
              number(0, 1e9, above=True)),
         Flag("--interval", "times between which guidance acts (default: 0 1)", number(0, 1), (0.0, 1.0),
              nargs=2, metavar=("LOW", "HIGH")),
+        Flag("--cfg-channels", "guide only so many channels of the latent, the first ones, as DiT's authors "
+                               "do with 3 (default: all)", integer(1, 10**4)),
+        Flag("--skip-layers", "mmdit: skip-layer guidance, away from what the network draws without these "
+                              "joint blocks, counted from 0; 7 8 9 for Stable Diffusion 3.5 medium",
+             integer(0, 10**4), nargs="+", metavar="BLOCK"),
+        Flag("--skip-scale", "scale of skip-layer guidance (default: 2.8)", number(-1e6, 1e6)),
+        Flag("--skip-steps", "shares of the steps between which it acts (default: 0.01 0.2)", number(0, 1),
+             nargs=2, metavar=("FROM", "TO")),
         Flag("--rescale", "how much of the contrast that guidance adds is removed again (default: 0)",
              number(0, 1), 0.0),
-        Flag("--eta", "ddim: 0 deterministic (default) to 1 ancestral", number(0, 1)),
+        Flag("--eta", "ddim, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, dpm2_ancestral: 0 deterministic to 1 "
+                      "ancestral (default: 0 for ddim, 1 for the others)", number(0, 1)),
         Flag("--variance", "ddpm: variance of each step, small (default), large or learned",
              one_of(("small", "large", "learned"))),
         Flag("--noise", "reverse_sde: how much noise is added (default: 1; 0 is the ODE)", number(0, 100)),
+        Flag("--churn", "heun: fresh noise in the whole sampling, which is spread over the steps (S_churn of "
+                        "Karras et al. 2022; default: 0)", number(0, 1e6)),
+        Flag("--churn-min", "heun: least sigma / alpha at which --churn acts (default: 0)", number(0, 1e9)),
+        Flag("--churn-max", "heun: largest sigma / alpha at which --churn acts (default: no limit)",
+             number(0, 1e9)),
+        Flag("--churn-noise", "heun: standard deviation of the noise of --churn (default: 1)", number(0, 10)),
+        Flag("--lower-order-final", "dpmpp_2m, dpmpp_3m, their sde variants, unipc_2, unipc_3: the order "
+                                    "falls to 1 over the last steps, as in diffusers below 15 steps"),
+        Flag("--as-published", "dpmpp_3m, dpmpp_3m_sde: half of the curvature, as in the authors' code, "
+                               "which costs one order"),
     ],
     "machine": [
         Flag("--batch-size", "pictures at a time (default: 64); affects only speed", integer(1, 10**6), 64),
         Flag("--compile", "torch.compile the network; on CUDA, as graphs"),
         Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", nonempty, "auto"),
-        Flag("--precision", "precision of the network: fp32 (default), tf32, bf16; the VAE runs in fp32, or "
-                            "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16")), "fp32"),
+        Flag("--precision", "precision of the network: fp32 (default of runs), tf32, bf16; a published "
+                            "network by default runs in the precision of its file. The VAE runs in fp32, or "
+                            "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16"))),
+        Flag("--offload", "keep text encoders, network and VAE on the CPU but while they work (parts), or "
+                          "even each of their blocks (blocks)", one_of(("parts", "blocks"))),
+        Flag("--tile", "have the VAE take large pictures in tiles of so many pixels, with blended seams",
+             integer(64, 2**15), metavar="PIXELS"),
     ],
 }
-
-
-# ---- drawing
-
-class Guide(NamedTuple):
-    """The weaker network of autoguidance, and what was asked for as its conditions."""
-    network: Callable
-    asked: Asked
-
-
-@torch.no_grad()
-def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: range, cond: dict,
-         uncond: dict | None = None, *, sampler: str, steps: int, scale: float = 1.0, rescale: float = 0.0,
-         interval: tuple[float, float] = (0.0, 1.0), weak: Callable | None = None, times: str = "even",
-         strength: float = 1.0, image: Tensor | None = None, mask: Tensor | None = None,
-         on_step: Callable | None = None, progress: Callable[[float], None] | None = None,
-         **options) -> np.ndarray:
-    """One batch of pictures, uint8 (B, H, W, C). shape: that of a latent, (C, h, w). seeds: one per picture.
-    cond, uncond, weak: see `guided`. options: passed to the sampler.
-
-    image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
-    2022, arXiv:2108.01073), and skip the steps before. mask (1, 1, H, W), bool: draw only where it is True;
-    every other pixel keeps its value, and the drawn side of the border is blended. on_step(i, uint8 pictures)
-    is called after each step with the decoded xt; progress(share) with how much of the batch is done: from 0
-    to 1, where decoding counts as one more step."""
-    # ---- noise, from generators on the CPU, so that it is the same on every device
-    device = next(vae.parameters()).device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
-
-    # ---- the denoiser, which is all that a sampler sees of the network, and the times to visit
-    denoise = guided(model, path, cond, uncond, scale, weak=weak, interval=interval, rescale=rescale,
-                     variance=options.get("variance") == "learned")
-    t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0
-
-    # ---- from a picture: begin at the time `strength`, where it is mixed with that much noise
-    if image is not None:
-        with torch.autocast(device.type, enabled=False):   # as in VAE.decode: pixels need more than 8 bits
-            x0 = vae.normalize(vae.encode(image.to(device)).mean)
-        # Round to the diffusion path's steps of 1/1000, and make the first step at least half as long: a step
-        # as short as a rounding error would make multistep solvers divide by almost zero.
-        start = round(strength * 1000) / 1000
-        if start < t[0]:
-            t = torch.cat([t.new_tensor([start]), t[t < start - 5e-4]])      # the steps that are left
-            alpha, sigma = path.alpha_sigma(t[0])
-            x = alpha * x0 + sigma * x                     # xt of this picture at that time
-    if mask is not None:
-        # One latent position stands for factor x factor pixels: it is drawn if any of them is.
-        repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
-        denoise = inpainting(denoise, path, x0, repaint)
-        blend = soft_border(mask, vae.factor // 2).to(device)
-
-    def decode(x0: Tensor) -> np.ndarray:
-        pictures = vae.decode(vae.denormalize(x0))         # (B, C, H, W), nominally in [-1, 1]
-        if mask is not None:                               # the VAE's reconstruction is close, but not exact
-            known = image.to(device)
-            pictures = torch.where(mask.to(device), torch.lerp(known, pictures, blend), known)
-        return to_uint8(pictures)
-
-    # Samplers report latents; whoever watches wants pictures, of xt and not of the guess x0.
-    def report(i: int, xt: Tensor, x0: Tensor) -> None:
-        if on_step:
-            on_step(i, decode(xt))
-        if progress:
-            progress((i + 1) / len(t))
-
-    # ---- from noise to data
-    if len(t) > 1:                                         # at strength 0 no step is left
-        x = SAMPLERS[sampler](denoise, path, x, t, generator=generators, on_step=report, **options)
-    return decode(x)
-
-
-def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], asked: Asked, seeds: range,
-                 batch_size: int, first: int = 0, progress: Callable[[float], None] = lambda done: None,
-                 guide: Guide | None = None, ranks: Ranks = ALONE, **how) -> Iterator[np.ndarray]:
-    """The pictures that were asked for, from the first on, batch by batch; `how` is passed to `draw`.
-    progress(done) is called after each step with how many are done; of the present batch, a share. ranks: the
-    processes that draw one batch each at a time; rank 0 gets the pictures of all, in their order."""
-    weak = None if guide is None else guide.network
-    for begin in range(first, len(seeds), batch_size * ranks.size):
-        end = min(begin + batch_size * ranks.size, len(seeds))         # of the batches drawn side by side
-        start = begin + ranks.rank * batch_size
-        part = seeds[start:min(start + batch_size, end)]   # may be empty for the last ranks
-        images = None
-        if len(part) > 0:
-            cond, uncond = asked.batch(start, len(part))   # uncond: the null condition, once per picture
-            if guide is not None:
-                uncond, _ = guide.asked.batch(start, len(part))     # the same conditions as cond
-            images = draw(model, vae, path, shape, part, cond, uncond, weak=weak,
-                          progress=lambda share: progress(begin + share * (end - begin)), **how)
-        for found in ranks.gathered(images):
-            if found is not None:
-                yield found
-        progress(end)
-
-
-def picture_bar(total: int, first: int = 0, **options) -> tqdm:
-    """A bar that counts pictures, whole ones although it also moves within a batch."""
-    return tqdm(total=total, initial=first, unit="img", **options,
-                bar_format="{l_bar}{bar}| {n:,.0f}/{total:,} [{elapsed}<{remaining}, {rate_fmt}]")
 
 
 # ---- what the flags mean, and refusals of what cannot work
@@ -239,15 +169,15 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         found = "folder" if kind else "file"
         raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
 
-    # Either a run, whose checkpoint holds everything, or all three parts of a published model.
-    given = [part is not None for part in (args.published, args.weights, args.vae)]
-    mixed = args.run is not None and any(given)
+    # Either a run, whose checkpoint holds everything, or a published model.
+    given = [part is not None for part in (args.published, args.weights)]
+    mixed = args.run is not None and (any(given) or args.vae is not None)
     incomplete = args.run is None and not all(given)
     if mixed or incomplete:
         behind = ""
         if args.init_image and len(args.init_image) > 1:
             behind = "; --init-image takes all names behind it, so name a run before it"
-        raise ValueError(f"give a run, or --published NAME with its --weights FILE and --vae PATH{behind}")
+        raise ValueError(f"give a run, or --published NAME with its --weights PATH{behind}")
     for flag, value in (("--raw", args.raw), (f"--ema {args.ema}", args.ema)):
         if value and args.published:
             raise ValueError(f"{flag} with --published {args.published}: a published file has one set of "
@@ -259,6 +189,9 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     low, high = args.interval                              # each in [0, 1], by its type
     if not low < high:
         raise ValueError(f"--interval {low:g} {high:g}: two times between 0 and 1, the lower one first")
+    if args.compile and args.offload:
+        raise ValueError(f"--compile with --offload {args.offload}: what is compiled stays on the device; "
+                         "give one of them")
     for flag, value in (("--strength", args.strength), ("--mask", args.mask)):
         if value is not None and not args.init_image:
             raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with")
@@ -288,7 +221,10 @@ def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, de
     """Refuse a batch that the VAE cannot decode in the memory of the device."""
     # Input and output, in fp32, of a convolution of the decoder's last level: the very least.
     at_once = min(args.batch_size, args.n)
-    need = {f"decoding {at_once:,} pictures": at_once * math.prod(size) * vae.config.widths[0] * 2 * 4}
+    pixels = at_once * math.prod(size)
+    if args.tile:
+        pixels = min(pixels, args.tile**2)
+    need = {f"decoding {at_once:,} pictures": pixels * vae.config.widths[0] * 2 * 4}
     check_room(f"--batch-size {args.batch_size}", need, memory(device), f"memory ({device.type})",
                "give a smaller one")
 
@@ -304,31 +240,63 @@ def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
     """The sampler asked for, or the one whose option was given, or None; and its options."""
     sampler = args.sampler
     options = {}
-    for name, owner in SAMPLER_OPTIONS.items():
+    for name, owners in SAMPLER_OPTIONS.items():
         value = getattr(args, name)
-        if value is None:
+        if value is None or value is False:
             continue
-        if sampler not in (None, owner):                   # by --sampler, or by the option of another
-            raise ValueError(f"--{name} {value}: belongs to --sampler {owner}, not {sampler}")
-        sampler = owner                                    # the option implies its sampler
+        if sampler is None:                                # the option implies its sampler
+            sampler = owners[0]
+        if sampler not in owners:                          # by --sampler, or by the option of another
+            flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise ValueError(f"{flag}: belongs to --sampler {' or '.join(owners)}, not {sampler}")
         options[name] = value
+    for name, value in options.items():
+        if name.startswith("churn_") and "churn" not in options:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: says how --churn acts; give that too")
     return sampler, options
 
 
-def choose_sampler(args: argparse.Namespace, objective: dict) -> tuple[str, dict]:
-    """The sampler asked for or implied, or the objective's default; and its options. Refuses what does not go
-    with the objective."""
+def fill_defaults(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Set what depends on the network: how many pictures, and how they are sampled."""
+    defaults = sampling_of(checkpoint)
+    args.times = args.times or defaults["times"]
+    args.steps = args.steps or defaults["steps"]
+    if args.n is None:
+        args.n = len(args.prompt or [1]) if args.published else 64
+    if not args.published:                                 # else None: as the file has it
+        args.precision = args.precision or "fp32"
+
+
+def sampling_of(checkpoint: dict) -> dict:
+    """Its defaults of sampler, steps, scale and times: those of the objective, or of a published model."""
+    row = OBJECTIVES[checkpoint["objective"]["name"]]
+    defaults = {"sampler": row.sampler, "steps": row.steps, "scale": row.scale, "times": "even"}
+    if checkpoint["config"].get("guidance"):               # of a run that began with FLUX.1-dev
+        defaults["distilled"] = conditioning.DISTILLED
+    return defaults | checkpoint.get("sampling", {})
+
+
+def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dict]:
+    """The sampler asked for or implied, or the network's default; and its options. Refuses what does not go
+    with its objective."""
+    objective = checkpoint["objective"]
     sampler, options = sampler_options(args)
-    # The straight path has no thousand steps from which these spacings choose.
-    if args.times in ("leading", "linspace") and objective["name"] != "ddpm":
-        raise ValueError(f"--times {args.times}: a spacing of the ddpm path; this run is on the path of rf")
+    if sampler is None:
+        sampler = sampling_of(checkpoint)["sampler"]
+        if sampler == "ddpm" and objective.get("learned_variance"):        # as DiT's authors draw
+            options["variance"] = "learned"
+    # The straight path has no thousand steps from which a spacing could choose, the other one no shift.
+    path = "ddpm" if objective["name"] == "ddpm" else "rf"
+    if ONLY.get(args.times, path) != path:
+        raise ValueError(f"--times {args.times}: a spacing of the {ONLY[args.times]} path; this run is on "
+                         f"the path of {path}")
     if sampler == "jump" and not OBJECTIVES[objective["name"]].second_time:
         raise ValueError(f"--sampler jump: needs a run of --objective meanflow; this one is of "
                          f"{objective['name']}")
     if args.variance == "learned" and not objective.get("learned_variance"):
         what = args.run or args.weights
         raise ValueError(f"--variance learned: {what} was not trained to predict a variance")
-    return sampler or OBJECTIVES[objective["name"]].sampler, options
+    return sampler, options
 
 
 def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
@@ -336,6 +304,113 @@ def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
     if args.ema:
         return average_of_width(args.run, checkpoint, args.ema)
     return checkpoint["model" if args.raw else "ema"]
+
+
+def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict:
+    """What guidance is to do besides its scale, as arguments of `draw`. Refuses what this network cannot."""
+    found = {}
+    if args.cfg_channels:
+        if args.cfg_channels > vae.config.latent_channels:
+            raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of this run has "
+                             f"{vae.config.latent_channels}")
+        found["channels"] = args.cfg_channels
+    given = {"scale": args.skip_scale, "steps": args.skip_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if not args.skip_layers:
+            raise ValueError(f"--skip-{name}: says how --skip-layers acts; give that too")
+    if not args.skip_layers:
+        return found
+    layers = "--skip-layers " + " ".join(map(str, args.skip_layers))
+    depth = checkpoint["config"].get("depth", 0)
+    if checkpoint["arch"] != "mmdit":
+        raise ValueError(f"{layers}: only mmdit has blocks to skip; this run is a {checkpoint['arch']}")
+    if max(args.skip_layers) >= depth:
+        raise ValueError(f"{layers}: this network has joint blocks 0 to {depth - 1}")
+    start, stop = given.get("steps", (0.01, 0.2))
+    if not start < stop:
+        raise ValueError(f"--skip-steps {start:g} {stop:g}: two shares between 0 and 1, the lower one first")
+    found["skip"] = Skip(tuple(args.skip_layers), given.get("scale", 2.8), start, stop)
+    return found
+
+
+def distilled_guidance(args: argparse.Namespace, checkpoint: dict) -> float | None:
+    """The guidance scale that is an input of a distilled network: that of --cfg, which then means nothing
+    else. None for any other network."""
+    default = sampling_of(checkpoint).get("distilled")
+    if default is None:
+        return None
+    scale, args.cfg = args.cfg, None
+    return default if scale is None else scale
+
+
+def network_of(args: argparse.Namespace, checkpoint: dict, what: str,
+               device: torch.device) -> torch.nn.Module:
+    """The network with the weights asked for; a published one in the file's dtype, or that of --precision,
+    and on the CPU, where its weights may still be mapped: see `set_stage`."""
+    state = chosen_weights(args, checkpoint)
+    if not args.published:
+        model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
+        return load_weights(model, state, what).to(device).eval()
+    dtype = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, None: None}[args.precision]
+    for name, weight in state.items():
+        kept = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype      # no arithmetic in 8 bits
+        state[name] = weight.to(dtype or kept)
+    if args.offload != "blocks":
+        need = {"the network": sum(weight.numel() * weight.itemsize for weight in state.values())}
+        check_room(f"--published {args.published}", need, memory(device), f"memory ({device.type})",
+                   "give --offload blocks, or --precision bf16")
+    with torch.device("meta"):                             # the state's tensors become its weights
+        model = build_model(checkpoint["arch"], checkpoint["config"])
+    return assign_weights(model, state, what).eval().requires_grad_(False)
+
+
+def check_encoders(args: argparse.Namespace, condition: conditioning.Conditioning,
+                   device: torch.device) -> None:
+    """Refuse text encoders of a published model that the device cannot hold."""
+    need = {}
+    if isinstance(condition, conditioning.PublishedWords) and args.offload != "blocks":
+        need = condition.encoder_bytes(args)
+    if args.offload == "parts" and need:                   # one at a time
+        largest = max(need, key=need.get)
+        need = {largest: need[largest]}
+    remedy = "give --offload blocks"
+    if args.offload is None:
+        remedy = "give --offload parts, or blocks"
+    check_room(f"--published {args.published}", need, memory(device), f"memory ({device.type})", remedy)
+
+
+def set_stage(args: argparse.Namespace, checkpoint: dict, model: torch.nn.Module, vae: VAE,
+              device: torch.device) -> Stage:
+    """Network and VAE on the device, or with --offload only while they work."""
+    tile = args.tile and args.tile // vae.factor * vae.factor
+    if device.type == "cuda":                              # faster, at the precision asked for
+        torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if args.offload is None:
+        for part in (model, vae):
+            part.to(device)
+            if device.type == "cuda":
+                part.to(memory_format=torch.channels_last)
+        return Stage(device, tile=tile)
+    if args.offload == "blocks":
+        visit_blocks(model, ARCHITECTURES[checkpoint["arch"]].blocks, device)
+        return Stage(device, vae=Resident(vae, device), tile=tile)
+    model.to("cpu")
+    return Stage(device, Resident(model, device), Resident(vae, device), tile)
+
+
+def callable_network(args: argparse.Namespace, model: torch.nn.Module, distilled: float | None) -> Callable:
+    """The network as `draw` calls it, with latents in float32. distilled: the guidance scale among its
+    inputs."""
+    network = graphed(model) if args.compile else model
+    network = in_own_dtype(network, next(model.parameters()).dtype)
+    if distilled is None:
+        return network
+
+    def call(xt: Tensor, t: Tensor, **cond) -> Tensor:
+        return network(xt, t, **cond | {"guidance": torch.full_like(t, distilled)})
+    return call
 
 
 def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | None:
@@ -418,6 +493,11 @@ def chosen_size(args: argparse.Namespace, checkpoint: dict,
     if any(side % part for side, part in zip(size, multiple)):
         raise ValueError("--size {} {}: height must be a multiple of {} and width of {}".format(
             *size, *multiple))
+    if checkpoint["config"].get("position_table"):         # of published models: one row per patch
+        largest = [checkpoint["config"]["sincos"][1] * part for part in multiple]
+        if any(side > most for side, most in zip(size, largest)):
+            raise ValueError("--size {} {}: the network has positions for sides of at most {}".format(
+                *size, min(largest)))
     trained = None
     if "aspect" in data:
         low, high = data["aspect"]["smallest"], data["aspect"]["largest"]
@@ -433,10 +513,14 @@ def chosen_size(args: argparse.Namespace, checkpoint: dict,
     return size, math.prod(size) / math.prod(multiple)
 
 
-def sampling_path(args: argparse.Namespace, objective: dict, tokens: float = 1) -> dict:
+def sampling_path(args: argparse.Namespace, checkpoint: dict, tokens: float = 1) -> dict:
     """The objective whose path is sampled along: the run's own, with the shift asked for or, where it follows
     the tokens of a picture, that of so many. It moves only the times at which the network is evaluated.
     Raises ValueError on a path that has no shift."""
+    objective = checkpoint["objective"]
+    points = sampling_of(checkpoint).get("shift_points")
+    if points is not None:
+        objective = objective | {"shift": shift_of_tokens(tokens, *points)}
     base = objective.get("shift_tokens")
     if base is not None:
         objective = {name: value for name, value in objective.items() if name != "shift_tokens"}
@@ -608,41 +692,41 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
                          "only one")
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
-    objective = OBJECTIVES[checkpoint["objective"]["name"]]
-    scale = conditioning.guidance_scale(condition, args, objective.scale)
-    sampler, options = choose_sampler(args, checkpoint["objective"])
-    steps = args.steps or objective.steps
+    fill_defaults(args, checkpoint)
+    distilled = distilled_guidance(args, checkpoint)
+    scale = conditioning.guidance_scale(condition, args, sampling_of(checkpoint)["scale"])
+    sampler, options = choose_sampler(args, checkpoint)
+    steps = args.steps
     vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
     size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae))
-    path = build_path(sampling_path(args, checkpoint["objective"], tokens))
+    condition.size = size
+    path = build_path(sampling_path(args, checkpoint, tokens))
     TIMES[args.times](path, steps)                         # refuses more steps than the path has
     weaker = read_guide(args, checkpoint, vae)
+    guidance = guidance_options(args, checkpoint, vae)
     check_size(args, size, vae.config.image_channels, steps)
     check_decoding(args, size, vae, device)
+    check_encoders(args, condition, device)
 
     # ---- the network, the VAE and their inputs
-    model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
-    load_weights(model, chosen_weights(args, checkpoint), what).to(device).eval()
-    vae = vae.to(device)
+    model = network_of(args, checkpoint, what, device)
     shape = (vae.config.latent_channels, size[0] // vae.factor, size[1] // vae.factor)
     image, mask = read_image_and_mask(args, size, vae.config.image_channels)
     strength = args.strength
     if strength is None:
         strength = 1.0 if args.mask else 0.8               # within a mask, start from noise alone
     with torch.no_grad():
-        asked = condition.ask(args, model)
+        asked = condition.ask(args, model)                 # before the rest is on the device
+    stage = set_stage(args, checkpoint, model, vae, device)
     zoom = enlargement(size[1]) if asked.captions else 1
     check_size(args, size, vae.config.image_channels, steps, asked.columns, zoom)
-    if device.type == "cuda":                              # faster, at the precision asked for
-        torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
-        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-        model = model.to(memory_format=torch.channels_last)
-        vae = vae.to(memory_format=torch.channels_last)
-    network = graphed(model) if args.compile else model
+    network = callable_network(args, model, distilled)
     guide = build_guide(args, weaker, condition, asked, device)
-
+    skipped = None
+    if args.skip_layers:
+        skipped = callable_network(args, model.without(tuple(args.skip_layers)), distilled)
     how = dict(sampler=sampler, steps=steps, scale=scale, rescale=args.rescale, interval=tuple(args.interval),
-               times=args.times, strength=strength, **options)
+               times=args.times, strength=strength, **guidance, **options)
 
     written: list[int] = []                                # how many pictures, after each batch
 
@@ -651,12 +735,13 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         first = ranks.highest(first)                       # rank 0 knows how many are there
         written.append(first)
         seeds = range(args.seed, args.seed + args.n)
-        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {scale:g}") as bar,
-              torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")):
+        autocast = args.precision == "bf16" and not args.published       # whose weights are in bf16
+        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {distilled or scale:g}") as bar,
+              torch.autocast(device.type, torch.bfloat16, enabled=autocast)):
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
                                        progress=lambda done: bar.update(done - bar.n),
                                        image=image, mask=mask, on_step=on_step, guide=guide,
-                                       ranks=ranks, **how):
+                                       ranks=ranks, skipped=skipped, stage=stage, **how):
                 yield images
                 written.append(written[-1] + len(images))
 

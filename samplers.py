@@ -3,8 +3,9 @@
     python samplers.py             # measures each solver's order of convergence against an exact solution
 
 All have one signature, `sampler(denoise, path, x, times, *, generator=None, on_step=None)`. x (B, ...) is
-noise at times[0]; times (N + 1,) fall strictly to 0 in N steps, each from t to s; the result is x at 0. A
-sampler uses the model only through `denoise(xt, t) -> (x0, eps)`. Every first-order step combines that pair,
+noise at times[0]; times (N + 1,) fall strictly in N steps, each from t to s (see times.py); the result is x
+at the last time, which is 0, data, or slightly above. A sampler uses the model only through `denoise(xt, t)
+-> (x0, eps)`. Every first-order step combines that pair,
 
     x_s = alpha_s * x0 + sigma_s * eps
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import factorial
+from math import factorial, inf, log1p
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,15 @@ OnStep = Callable[[int, Tensor, Tensor], None] | None              # (i, x at ti
 # ---- denoisers
 
 def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1.0, *, weak=None,
-           interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0,
+           interval: tuple[float, float] = (0.0, 1.0), rescale: float = 0.0, channels: int | None = None,
+           skipped=None, skip_scale: float = 2.8, skip_interval: tuple[float, float] = (0.0, 1.0),
            variance: bool = False) -> Denoiser:
-    """A denoiser from a network, by classifier-free guidance on all channels
+    """A denoiser from a network, by classifier-free guidance
     (Ho & Salimans 2022, arXiv:2207.12598): raw = raw(uncond) + scale * (raw(cond) - raw(uncond)).
 
-    cond, uncond: the network's keyword arguments, of the batch's length.
+    cond, uncond: the network's keyword arguments, of the batch's length. A network with distilled guidance
+    (Meng et al. 2023, arXiv:2210.03142; FLUX.1-dev) takes its scale here, as cond["guidance"] (B,), and needs
+    no `uncond`: `scale` is then 1.
     scale: 1 is conditional, 0 unconditional; each evaluates only that branch.
     weak: another network, which then evaluates the branch `uncond`. With the conditions of `cond` there,
     this is autoguidance, away from what a weaker network draws under the same conditions, such as an earlier
@@ -46,7 +50,12 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
     interval: guide only where low < t <= high, and use scale 1 elsewhere
     (Kynkaanniemi et al. 2024, arXiv:2404.07724).
     rescale: 0 to 1, how far the standard deviation of each image's guided output is moved back to that of its
-    conditional output, to avoid overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
+    conditional output, to avoid overexposure (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16). Further
+    channels, of a learned variance, do not count.
+    channels: guide only so many first channels (None: all); the others are those of the conditional output.
+    DiT's authors draw with 3 of 4.
+    skipped: the network without some of its blocks, for skip-layer guidance as Stable Diffusion 3.5 has it:
+    skip_scale * (raw(cond) - skipped(cond)) is added where low < t <= high of skip_interval.
     variance: return the learned variance as the third value, from the conditional output without guidance.
     The denoiser takes a third argument, the time s that a step goes to, for a network of two times: its raw
     output is then the mean velocity from t to s. Without it, the output is that at t.
@@ -60,7 +69,7 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
         if s is not None:
             second = {"s": torch.full_like(time, float(s))}
             given, null = given | second, null | second
-        if scale == 0.0:
+        if scale == 0.0 and channels is None:
             other = model if weak is None else weak
             raw = unguided = other(xt, time, **null).to(xt.dtype)
         elif scale == 1.0 or not interval[0] < t <= interval[1]:
@@ -74,8 +83,14 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
                 unguided = model(xt, time, **given).to(xt.dtype)
                 other = weak(xt, time, **null).to(xt.dtype)
             raw = other + scale * (unguided - other)
-            if rescale:
-                raw = raw * (rescale * std_per_image(unguided) / std_per_image(raw) + 1 - rescale)
+            if channels is not None:
+                raw = torch.cat([raw[:, :channels], unguided[:, channels:]], 1)
+        if skipped is not None and skip_interval[0] < t <= skip_interval[1]:
+            raw = raw + skip_scale * (unguided - skipped(xt, time, **given).to(xt.dtype))
+        if rescale and raw is not unguided:
+            latent = slice(xt.shape[1])    # the channels of xt
+            wanted, found = std_per_image(unguided[:, latent]), std_per_image(raw[:, latent])
+            raw = raw * (rescale * wanted / found + 1 - rescale)
         x0, eps = path.to_x0_eps(raw, xt, t)
         if variance:
             return x0, eps, path.fraction(unguided, xt)
@@ -132,9 +147,10 @@ def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
 
 
 def check_times(times: Tensor) -> None:
-    """Raise ValueError unless times (N + 1,) fall strictly to 0 and N is at least 1."""
-    if times.ndim != 1 or len(times) < 2 or times[-1] != 0 or not (times[1:] < times[:-1]).all():
-        raise ValueError(f"times must fall strictly to 0 in at least one step, got {times.tolist()}")
+    """Raise ValueError unless times (N + 1,) fall strictly, to 0 or above, and N is at least 1."""
+    if times.ndim != 1 or len(times) < 2 or times[-1] < 0 or not (times[1:] < times[:-1]).all():
+        raise ValueError(f"times must fall strictly, to 0 or above, in at least one step, got "
+                         f"{times.tolist()}")
 
 
 def log_snr(path, t: Tensor) -> Tensor:
@@ -142,6 +158,25 @@ def log_snr(path, t: Tensor) -> Tensor:
     inf at t = 0."""
     alpha, sigma = path.alpha_sigma(t)
     return (alpha / sigma).log()
+
+
+def fresh_std(path, t: Tensor, s: Tensor, eta: float) -> Tensor:
+    """Standard deviation of the fresh noise of a step from t to s, whose other noise is kept from xt: eta 0
+    is none, eta 1 that of the posterior q(xs | xt, x0) (Song et al. 2020, arXiv:2010.02502, eq. 16)."""
+    alpha_t, sigma_t = path.alpha_sigma(t)
+    alpha_s, sigma_s = path.alpha_sigma(s)
+    return eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp_min(0).sqrt()
+
+
+def order_of_step(i: int, times: Tensor, highest: int, lower_order_final: bool) -> int:
+    """The order of the i-th step of a multistep solver. It rises from 1 with the number of evaluations made
+    and, with lower_order_final, falls to 1 over the last steps. A last step to 0 is of order 1 anyway, so
+    this changes the step before it, and the last one of times that end above 0. It steadies few steps:
+    diffusers does so below 15 steps, and always in its UniPC."""
+    order = min(i + 1, highest)
+    if lower_order_final:
+        order = min(order, len(times) - 1 - i)
+    return order
 
 
 # ---- solvers in alpha and sigma
@@ -177,13 +212,27 @@ def jump(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 
 
 def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-         on_step: OnStep = None) -> Tensor:
-    """Second order: (x0, eps) averaged over both ends of the step. 2 evaluations per step, 2N - 1 in all: the
-    last step is of first order, because xt at s = 0 contains no noise from which to predict eps."""
+         on_step: OnStep = None, churn: float = 0.0, churn_min: float = 0.0, churn_max: float = inf,
+         churn_noise: float = 1.0) -> Tensor:
+    """Second order: (x0, eps) averaged over both ends of the step. 2 evaluations per step, 2N - 1 in all: a
+    last step to 0 is of first order, because xt at s = 0 contains no noise from which to predict eps.
+
+    churn: before each step, raise sigma / alpha by the factor 1 + min(churn / N, sqrt(2) - 1), with fresh
+    noise of standard deviation churn_noise, where sigma / alpha is between churn_min and churn_max; never
+    beyond the start of the path (Karras et al. 2022, arXiv:2206.00364, algorithm 2, there S_churn, S_min,
+    S_max and S_noise). 0 is deterministic."""
     check_times(times)
+    growth = min(churn / (len(times) - 1), 2**0.5 - 1)
     for i, (t, s) in enumerate(zip(times, times[1:])):
-        x0, eps = denoise(x, t)
         alpha_t, sigma_t = path.alpha_sigma(t)
+        # noise: the same x0 at a higher level, t_hat, is x * alpha_hat / alpha_t and the noise that it lacks
+        if growth > 0 and alpha_t > 0 and churn_min <= sigma_t / alpha_t <= churn_max:
+            t_hat = path.t_at(log_snr(path, t) - log1p(growth)).clamp(max=times[0])
+            alpha_hat, sigma_hat = path.alpha_sigma(t_hat)
+            std = (sigma_hat**2 - (alpha_hat / alpha_t * sigma_t) ** 2).clamp_min(0).sqrt()
+            x = alpha_hat / alpha_t * x + churn_noise * std * noise_like(x, generator)
+            t, alpha_t, sigma_t = t_hat, alpha_hat, sigma_hat
+        x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
         # predict
         x_s = alpha_s * x0 + sigma_s * eps
@@ -202,14 +251,13 @@ def heun(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Genera
 def ddim(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
          on_step: OnStep = None, eta: float = 0.0) -> Tensor:
     """First order, with a share of fresh noise: eta 0 is `euler`, eta 1 draws from the posterior
-    q(xs | xt, x0), on any path. 1 evaluation per step. Song et al. 2020 (arXiv:2010.02502)."""
+    q(xs | xt, x0), on any path. 1 evaluation per step. Song et al. 2020 (arXiv:2010.02502).
+    In x / alpha and sigma / alpha this is k-diffusion's ancestral Euler step, with the same eta."""
     check_times(times)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
-        alpha_t, sigma_t = path.alpha_sigma(t)
         alpha_s, sigma_s = path.alpha_sigma(s)
-        # eq. 16: the standard deviation of the new noise
-        std = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp_min(0).sqrt()
+        std = fresh_std(path, t, s, eta)
         # predict, eq. 12
         x = alpha_s * x0 + (sigma_s**2 - std**2).clamp_min(0).sqrt() * eps
         # noise
@@ -280,6 +328,76 @@ def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator:
     return x
 
 
+# ---- solvers in eps
+#
+# Where eps is held, x / alpha is linear in sigma / alpha, so these step with a mean of several eps. From
+# alpha = 0, where sigma / alpha is infinite, the step is of first order.
+
+def plms(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+         on_step: OnStep = None) -> Tensor:
+    """Pseudo linear multistep: the step of `euler` with the mean of up to four eps that is Adams-Bashforth's
+    for even steps of sigma / alpha. Where they are not even, of second order. The first step averages eps at
+    both its ends: 1 evaluation per step and 1 more. Liu et al. 2022 (arXiv:2202.09778), eqs. 9 and 12,
+    without their Runge-Kutta steps, as Stable Diffusion 1 uses it."""
+    check_times(times)
+    past = []                                            # eps at t and before, the latest first
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        alpha_t, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        past = [eps, *past[:3]]
+        # predict
+        x = alpha_s * x0 + sigma_s * eps
+        # correct, by the mean of eps
+        if alpha_t > 0:
+            if i == 0 and len(times) > 2:
+                mean = (eps + denoise(x, s)[1]) / 2
+            else:
+                mean = sum(w * eps_k for w, eps_k in zip(ADAMS_BASHFORTH[len(past)], past))
+            x = x + (sigma_s - alpha_s / alpha_t * sigma_t) * (mean - eps)
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+ADAMS_BASHFORTH = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
+                   4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+def lms(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+        on_step: OnStep = None, order: int = 4) -> Tensor:
+    """Linear multistep: as `plms`, with the weights of the steps as they are, so that a polynomial through
+    the eps of up to `order` times is integrated over sigma / alpha exactly. 1 evaluation per step.
+    k-diffusion's and the textbook's: Hairer et al. 1993, Solving Ordinary Differential Equations I, III.5."""
+    check_times(times)
+    past = []                                            # (sigma / alpha, eps), the latest first
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        alpha_t, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        # predict
+        x = alpha_s * x0 + sigma_s * eps
+        # correct, by the mean of eps
+        if alpha_t > 0:
+            level = sigma_t / alpha_t
+            h = sigma_s / alpha_s - level
+            past = [(level, eps), *past[:order - 1]]
+            weights = mean_weights([(level_k - level) / h for level_k, _ in past])
+            x = x + alpha_s * h * sum(w * (eps_k - eps) for w, (_, eps_k) in zip(weights, past))
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def mean_weights(r: list[Tensor]) -> list[Tensor]:
+    """Weights w_k, one per r_k, with which the mean over [0, 1] of a polynomial of degree len(r) - 1 is that
+    of its values at r_k: sum_k w_k r_k^j = 1 / (j + 1)."""
+    distances = torch.stack(r).cpu()                     # at most `order`: too few to be worth a GPU
+    degrees = torch.arange(len(r), dtype=distances.dtype)
+    weights = torch.linalg.solve(distances ** degrees[:, None], 1 / (degrees + 1))
+    return list(weights.to(r[0].device))
+
+
 # ---- solvers in log-SNR
 #
 # Higher orders expand x0 or eps in lam = log(alpha / sigma), of which a step covers h. A step from alpha = 0
@@ -337,9 +455,9 @@ def dpm_solver_3(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
 
 
 def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-             on_step: OnStep = None) -> Tensor:
+             on_step: OnStep = None, lower_order_final: bool = False) -> Tensor:
     """DPM-Solver++(2M): second order, multistep: the slope of x0 from the step before. 1 evaluation per step.
-    Lu et al. 2022 (arXiv:2211.01095), algorithm 2."""
+    Lu et al. 2022 (arXiv:2211.01095), algorithm 2. lower_order_final: see `order_of_step`."""
     check_times(times)
     h_last = x0_last = None
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -349,7 +467,7 @@ def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
         # predict
         x = alpha_s * x0 + sigma_s * eps
         # correct, by the slope of x0
-        if i > 0 and h.isfinite():
+        if order_of_step(i, times, 2, lower_order_final) == 2 and h.isfinite():
             change = h / h_last * (x0 - x0_last)
             x = x - alpha_s * (-h).expm1() / 2 * change
         if on_step:
@@ -359,26 +477,29 @@ def dpmpp_2m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
 
 
 def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-             on_step: OnStep = None, as_published: bool = False) -> Tensor:
+             on_step: OnStep = None, as_published: bool = False,
+             lower_order_final: bool = False) -> Tensor:
     """DPM-Solver++(3M): third order, multistep: slope and curvature of x0 from the two steps before.
     1 evaluation per step. Lu et al. 2022 (arXiv:2211.01095), section 4 and appendix A, at k = 3.
 
     as_published: the authors' code, and code derived from it, uses the second divided difference, half the
-    second derivative, in place of the derivative and so is of second order. True reproduces its pictures."""
+    second derivative, in place of the derivative and so is of second order. True reproduces its pictures.
+    lower_order_final: see `order_of_step`."""
     check_times(times)
     h_last = h_before = x0_last = slope = slope_last = None         # last: one step before; before: two
     for i, (t, s) in enumerate(zip(times, times[1:])):
         x0, eps = denoise(x, t)
         alpha_s, sigma_s = path.alpha_sigma(s)
         h = log_snr(path, s) - log_snr(path, t)
+        order = order_of_step(i, times, 3, lower_order_final)
         # predict
         x = alpha_s * x0 + sigma_s * eps
         # correct, by the slope of x0 (a divided difference over lam) and from the third step by the curvature
         if i > 0:
             slope = (x0 - x0_last) / h_last
-        if i == 1 and h.isfinite():
+        if order == 2 and h.isfinite():
             x = x - alpha_s * (-h).expm1() / 2 * h * slope
-        elif i > 1 and h.isfinite():
+        elif order == 3 and h.isfinite():
             difference = (slope - slope_last) / (h_last + h_before)
             curvature = difference if as_published else 2 * difference
             phi2 = (-h).expm1() / h + 1
@@ -393,10 +514,11 @@ def dpmpp_3m(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Ge
 
 
 def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-                 on_step: OnStep = None) -> Tensor:
+                 on_step: OnStep = None, eta: float = 1.0, lower_order_final: bool = False) -> Tensor:
     """SDE-DPM-Solver++(2M): the reverse SDE of the path, for which a step of order one is `ddpm`; x0 is
-    extrapolated as in `dpmpp_2m`. 1 evaluation per step.
-    Lu et al. 2022 (arXiv:2211.01095), eq. 19 and appendix A."""
+    extrapolated as in `dpmpp_2m`, which this is at eta = 0. 1 evaluation per step.
+    Lu et al. 2022 (arXiv:2211.01095), eq. 19 and appendix A. eta: the share of the noise and of the drift
+    that makes up for it, as in k-diffusion. lower_order_final: see `order_of_step`."""
     check_times(times)
     h_last = x0_last = None
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -406,13 +528,14 @@ def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
         h = log_snr(path, s) - log_snr(path, t)
         # correct, by the slope of x0: its mean over the step
         x0_mean = x0
-        if i > 0 and h.isfinite():
+        if order_of_step(i, times, 2, lower_order_final) == 2 and h.isfinite():
             x0_mean = x0 + h / h_last * (x0 - x0_last) / 2
         # predict
-        renewed = -(-2 * h).expm1()                      # the share of the noise that is replaced
-        x = sigma_s / sigma_t * (-h).exp() * x + alpha_s * renewed * x0_mean
-        # noise
-        if s > 0:
+        share = -(-(1 + eta) * h).expm1()                # of x0 at s, the rest being that within x
+        x = sigma_s / sigma_t * (-h).exp() ** eta * x + alpha_s * share * x0_mean
+        # noise: `renewed` is the share that is replaced
+        if s > 0 and eta > 0:
+            renewed = -(-2 * eta * h).expm1()
             x = x + sigma_s * renewed.sqrt() * noise_like(x, generator)
         if on_step:
             on_step(i, x, x0)
@@ -420,11 +543,112 @@ def dpmpp_2m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator
     return x
 
 
+def dpmpp_3m_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+                 on_step: OnStep = None, eta: float = 1.0, as_published: bool = False,
+                 lower_order_final: bool = False) -> Tensor:
+    """SDE-DPM-Solver++(3M): as `dpmpp_2m_sde`, with x0 extrapolated as in `dpmpp_3m`: at eta = 0 of third
+    order. 1 evaluation per step. k-diffusion's, whose pictures as_published=True reproduces: it takes half of
+    the curvature, as 3M does in its authors' code. eta: see `dpmpp_2m_sde`. lower_order_final: see
+    `order_of_step`."""
+    check_times(times)
+    h_last = h_before = x0_last = slope = slope_last = None         # last: one step before; before: two
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, _ = denoise(x, t)
+        _, sigma_t = path.alpha_sigma(t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        h = log_snr(path, s) - log_snr(path, t)
+        order = order_of_step(i, times, 3, lower_order_final)
+        # predict
+        share = -(-(1 + eta) * h).expm1()
+        x = sigma_s / sigma_t * (-h).exp() ** eta * x + alpha_s * share * x0
+        # correct, by the slope of x0 and from the third step by the curvature
+        if i > 0:
+            slope = (x0 - x0_last) / h_last
+        phi2 = 1 - share / ((1 + eta) * h)
+        if order == 2 and h.isfinite():
+            x = x + alpha_s * phi2 * h * slope
+        elif order == 3 and h.isfinite():
+            difference = (slope - slope_last) / (h_last + h_before)
+            curvature = difference if as_published else 2 * difference
+            slope_t = slope + h_last * difference
+            x = x + alpha_s * phi2 * h * slope_t
+            x = x - alpha_s * (phi2 / ((1 + eta) * h) - 0.5) * h**2 * curvature
+        # noise
+        if s > 0 and eta > 0:
+            x = x + sigma_s * (-(-2 * eta * h).expm1()).sqrt() * noise_like(x, generator)
+        if on_step:
+            on_step(i, x, x0)
+        h_last, h_before = h, h_last
+        x0_last, slope_last = x0, slope
+    return x
+
+
+def dpmpp_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+              on_step: OnStep = None, eta: float = 1.0) -> Tensor:
+    """DPM-Solver++ SDE: the step of `ddim` with x0 from the middle of the step, which it reaches by another.
+    2 evaluations per step. k-diffusion's, with r = 1/2; there the noises of both have the correlation of a
+    Brownian motion over sigma / alpha, here that of the reverse SDE, 1 / sqrt(1 + e^h)."""
+    check_times(times)
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        lam = log_snr(path, t)
+        h = log_snr(path, s) - lam
+        noise = noise_like(x, generator) if eta > 0 and s > 0 else torch.zeros_like(x)
+        # correct, by x0 in the middle, and the eps that x contains with it
+        if h.isfinite():
+            middle = path.t_at(lam + h / 2)
+            alpha_t, sigma_t = path.alpha_sigma(t)
+            alpha_m, sigma_m = path.alpha_sigma(middle)
+            std = fresh_std(path, t, middle, eta)
+            x_m = alpha_m * x0 + (sigma_m**2 - std**2).clamp_min(0).sqrt() * eps + std * noise
+            x0, _ = denoise(x_m, middle)
+            eps = (x - alpha_t * x0) / sigma_t
+            if eta > 0:                    # of the step's noise, the first half of the step has this share
+                half = 1 / (1 + h.exp())
+                noise = half.sqrt() * noise + (1 - half).sqrt() * noise_like(x, generator)
+        # predict and noise
+        std = fresh_std(path, t, s, eta)
+        x = alpha_s * x0 + (sigma_s**2 - std**2).clamp_min(0).sqrt() * eps + std * noise
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
+def dpm2_ancestral(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
+                   on_step: OnStep = None, eta: float = 1.0) -> Tensor:
+    """The step of `ddim`, whose part without fresh noise is one of `dpm_solver_2`: eps from its middle.
+    2 evaluations per step. k-diffusion's second-order ancestral sampler."""
+    check_times(times)
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        x0, eps = denoise(x, t)
+        alpha_s, sigma_s = path.alpha_sigma(s)
+        std = fresh_std(path, t, s, eta)
+        kept = (sigma_s**2 - std**2).clamp_min(0).sqrt()             # the noise of xs that is not fresh
+        lam = log_snr(path, t)
+        h = (alpha_s / kept).log() - lam
+        # predict
+        x = alpha_s * x0 + kept * eps
+        # correct, by eps in the middle
+        if h.isfinite():
+            middle = path.t_at(lam + h / 2)
+            alpha_m, sigma_m = path.alpha_sigma(middle)
+            _, eps_m = denoise(alpha_m * x0 + sigma_m * eps, middle)
+            x = x - kept * h.expm1() * (eps_m - eps)
+        # noise
+        if eta > 0 and s > 0:
+            x = x + std * noise_like(x, generator)
+        if on_step:
+            on_step(i, x, x0)
+    return x
+
+
 def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Generators = None,
-          on_step: OnStep = None, order: int = 3) -> Tensor:
+          on_step: OnStep = None, order: int = 3, lower_order_final: bool = False) -> Tensor:
     """UniPC: a multistep predictor of the given order and a corrector, one order higher, that uses the
     evaluation at the predicted point; the next step uses that evaluation too. 1 evaluation per step.
-    Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 for x0, with B = e^-h - 1."""
+    Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2 for x0, with B = e^-h - 1.
+    lower_order_final: see `order_of_step`."""
     check_times(times)
     past = []                                            # (lam, x0) of earlier times, the latest first
     x0 = denoise(x, times[0])[0]
@@ -435,15 +659,15 @@ def unipc(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator: Gener
         h = log_snr(path, s) - lam
         # predict, first order; then by the slopes of x0 from t to the earlier times
         first = sigma_s / sigma_t * x + (alpha_s - sigma_s * alpha_t / sigma_t) * x0
-        past = past[:order - 1]
+        past = past[:order_of_step(i, times, order, lower_order_final) - 1]
         if not h.isfinite():
             past = []
         r = [(lam_k - lam) / h for lam_k, _ in past]     # their distances from t in steps of h: negative
         slopes = [(x0_k - x0) / r_k for r_k, (_, x0_k) in zip(r, past)]
         x = first - alpha_s * sum(w * d for w, d in zip(unipc_weights(r, h), slopes))
-        # correct, by the slope from t to s too; the last step, to s = 0, has nothing to evaluate at its end
+        # correct, by the slope from t to s too; after the last step nothing is evaluated
         x0_s = x0
-        if s > 0:
+        if i + 2 < len(times):
             x0_s = denoise(x, s)[0]
             slopes.append(x0_s - x0)
             x = first - alpha_s * sum(w * d for w, d in zip(unipc_weights([*r, 1.0], h), slopes))
@@ -473,46 +697,11 @@ def unipc_weights(r: list, h: Tensor) -> list[Tensor]:
 
 
 SAMPLERS = {"euler": euler, "jump": jump, "heun": heun, "ddim": ddim, "ddpm": ddpm,
-            "dpm_solver_2": dpm_solver_2, "dpm_solver_3": dpm_solver_3,
+            "plms": plms, "lms": lms, "dpm_solver_2": dpm_solver_2, "dpm_solver_3": dpm_solver_3,
             "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "dpmpp_2m_sde": dpmpp_2m_sde,
+            "dpmpp_3m_sde": dpmpp_3m_sde, "dpmpp_sde": dpmpp_sde, "dpm2_ancestral": dpm2_ancestral,
             "unipc_2": partial(unipc, order=2), "unipc_3": partial(unipc, order=3),
             "reverse_sde": reverse_sde}
-
-
-# ---- times other than the path's own
-
-def log_snr_times(path, steps: int, end: float = 1e-3) -> Tensor:
-    """(steps + 1,) times evenly spaced in lam from the path's start to t = end, then 0. A start at alpha = 0,
-    where lam = -inf, counts as t = 1 - end."""
-    return times_at(path, steps, end,
-                    lambda low, high: torch.linspace(low, high, steps, dtype=torch.float64))
-
-
-def karras_times(path, steps: int, end: float = 1e-3, rho: float = 7.0) -> Tensor:
-    """As log_snr_times, but (sigma / alpha)^(1 / rho) is evenly spaced:
-    Karras et al. 2022 (arXiv:2206.00364), eq. 5."""
-    def nodes(low: Tensor, high: Tensor) -> Tensor:
-        roots = torch.linspace((-low / rho).exp(), (-high / rho).exp(), steps, dtype=torch.float64)
-        return -rho * roots.log()
-    return times_at(path, steps, end, nodes)
-
-
-def times_at(path, steps: int, end: float, nodes: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(steps + 1,) times: the path's start, where lam is nodes(low, high) (steps,) without its first, then 0.
-    low and high are lam at the start and at t = end."""
-    start = path.times(1)[0]
-    low = log_snr(path, start)
-    if not low.isfinite():
-        low = log_snr(path, start.clamp(max=1 - end))
-    inner = path.t_at(nodes(low, log_snr(path, start.new_tensor(end))))[1:]
-    return torch.cat([start[None], inner, start.new_zeros(1)])
-
-
-# The value of --times -> a function of path and steps: the path's own spacings, or even in another variable.
-TIMES = {"even": lambda path, steps: path.times(steps),
-         "leading": lambda path, steps: path.times(steps, "leading"),
-         "linspace": lambda path, steps: path.times(steps, "linspace"),
-         "log-snr": log_snr_times, "karras": karras_times}
 
 
 # ---- measuring a solver
@@ -537,11 +726,13 @@ def demo() -> None:
     """Print each solver's error at 20 to 160 steps, and how fast it falls."""
     from ddpm import DDPM
     from rectified_flow import RectifiedFlow
+    from times import log_snr_times
 
     torch.manual_seed(0)
     means = torch.tensor([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]], dtype=torch.float64)
     x = torch.randn(64, 2, dtype=torch.float64)
-    names = ("euler", "heun", "dpm_solver_2", "dpmpp_2m", "dpm_solver_3", "dpmpp_3m", "unipc_2", "unipc_3")
+    names = ("euler", "heun", "plms", "dpm_solver_2", "dpmpp_2m", "dpm_solver_3", "dpmpp_3m", "unipc_2",
+             "unipc_3")
     print("median error against the exact flow of three Gaussians in 2-D, and its slope: the order")
     for path, end in ((RectifiedFlow(), 1e-5), (DDPM(schedule="linear"), 1e-9)):
         denoise = gaussian_mixture(path, means, 0.4)

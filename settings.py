@@ -35,19 +35,22 @@ import vae
 from cli import (Flag, folder_name, given, integer, make_parser, nonempty, number, one_of, program, shown)
 from data import SOURCES
 from ddpm import DDPM
+from encoders import RECIPES, WITHOUT_T5
 from rectified_flow import MeanFlow, RectifiedFlow
+from times import shift_of_tokens
 
 
 def text_encoder(string: str) -> str:
     kind, _, folder = nonempty(string).partition(":")
-    if kind not in ("bytes", "clip", "t5", "none") or bool(folder) != (kind in ("clip", "t5")):
-        raise argparse.ArgumentTypeError(f"{string}: must be bytes, clip:FOLDER, t5:FOLDER or none")
+    if kind not in ("bytes", "none", *RECIPES) or bool(folder) != (kind in RECIPES):
+        folders = ", ".join(f"{name}:FOLDER" for name in RECIPES)
+        raise argparse.ArgumentTypeError(f"{string}: must be bytes, {folders} or none")
     return string
 
 
 def published_model(string: str) -> str:
     if nonempty(string) not in published.MODELS:
-        largest = ", ".join(name for name in published.MODELS if "-xl-2-" in name)
+        largest = ", ".join(name for name, row in published.MODELS.items() if row.text or "-xl-2-" in name)
         raise argparse.ArgumentTypeError(f"{string}: known are {largest}, and the sizes s, b, l, xl at patch "
                                          "2, 4, 8")
     return string
@@ -209,9 +212,12 @@ FLAGS = {
                        "mmdit, and for unet on emoji; else class)",
              one_of(CONDITIONS)),
         Flag("--text-encoder", "bytes (default): built in, trained with the network; clip:FOLDER or "
-                               "t5:FOLDER: frozen, loaded by transformers; none: precomputed vectors, "
-                               "NAME.npz beside each picture of a folder",
+                               "t5:FOLDER: frozen, loaded by transformers; sd1, sd2, sdxl, sd3, flux-dev or "
+                               "flux-schnell:FOLDER: the encoders of that model, joined as it does; none: "
+                               "precomputed vectors, NAME.npz beside each picture of a folder",
              text_encoder, metavar="KIND", needs=NETWORK | {"cond": ("text",)}, settled=True),
+        Flag("--no-t5", "with --text-encoder sd3:FOLDER: zeros in place of its T5", needs=NETWORK | {
+            "cond": ("text",)}, settled=True),
         Flag("--cache-dir", "folder for decoded pictures and latents (default: the VAE's run)", nonempty,
              resumable=True),
     ],
@@ -361,6 +367,9 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
                          "them; leave it out")
     if args.published:
         check_published(args)
+    if args.no_t5 and (args.text_encoder or "bytes").partition(":")[0] not in WITHOUT_T5:
+        raise ValueError(f"--no-t5: belongs to --text-encoder {' or '.join(WITHOUT_T5)}:FOLDER, not "
+                         f"{args.text_encoder or 'bytes'}; leave it out")
     resolve_reflow(args)
     resolve_experts(args)
     if args.vae:
@@ -431,6 +440,11 @@ def check_aspect(args: argparse.Namespace) -> None:
 
 def resolve_conditioning(args: argparse.Namespace) -> None:
     row = ARCHITECTURES[args.arch]
+    if args.published and published.MODELS[args.published].text and args.arch != "vae":
+        if args.cond not in (None, "text"):
+            raise ValueError(f"--cond {args.cond}: --published {args.published} is conditioned on text; "
+                             "leave it out")
+        args.cond = "text"
     if args.cond is None:
         captions_only = args.data in SOURCES and SOURCES[args.data].captions_only
         args.cond = "text" if args.arch == "unet" and captions_only else row.conditioning[0]
@@ -488,13 +502,32 @@ def resolve_experts(args: argparse.Namespace) -> None:
 
 
 def check_published(args: argparse.Namespace) -> None:
-    objective = published.MODELS[args.published].objective["name"]
+    row = published.MODELS[args.published]
+    objective = row.objective["name"]
+    # A whole pipeline has its VAE and text encoders too. What is not there is refused where it is read.
+    is_folder = args.init_from and not any(map(os.path.isfile, (args.init_from,
+                                                                f"{args.init_from}/checkpoint.pt")))
+    if row.text is not None and is_folder:
+        args.vae = args.vae or args.init_from
     if not (args.init_from and args.vae):
         raise ValueError(f"--published {args.published}: needs --init-from FILE, its weights, and --vae PATH")
-    if args.arch != "dit" or args.objective != objective:
-        raise ValueError(f"--published {args.published}: is --arch dit --objective {objective}")
+    if args.arch != row.arch or args.objective != objective:
+        raise ValueError(f"--published {args.published}: is --arch {row.arch} --objective {objective}")
+    taken = ()
+    if row.text is not None:
+        taken = ("text_encoder", "no_t5")
+        if args.text_encoder is None and is_folder:
+            args.text_encoder = f"{row.text}:{args.init_from}"
+        if not (args.text_encoder or "").startswith(f"{row.text}:"):
+            found = f"--init-from {args.init_from}"
+            if args.text_encoder:
+                found = f"--text-encoder {args.text_encoder}"
+            raise ValueError(f"{found}: --published {args.published} takes its own text encoders; give "
+                             f"--text-encoder {row.text}:FOLDER")
+        if args.label_dropout is None and row.guidance == 1:
+            args.label_dropout = 0.0          # it was not trained on the null condition, and needs none
     for flag in ROWS.values():
-        if flag.settled and given(flag, args):
+        if flag.settled and given(flag, args) and flag.key not in taken:
             raise ValueError(f"{shown(flag, args)}: settled by --published {args.published}; give one or the "
                              "other")
 
@@ -683,7 +716,11 @@ def vae_settings(args: argparse.Namespace, begun: dict | None,
 def objective_config(args: argparse.Namespace) -> dict:
     """The objective's name and the options of its path, as the checkpoint stores them."""
     if args.published:
-        return published.MODELS[args.published].objective
+        row = published.MODELS[args.published]
+        if row.shift_points is None:
+            return row.objective
+        height, width = args.image_size                    # a token is 16 x 16 pixels
+        return row.objective | {"shift": shift_of_tokens(height * width / 256, *row.shift_points)}
     config = {"name": args.objective}
     for flag in ROWS.values():
         value = getattr(args, flag.key)
@@ -715,6 +752,8 @@ def network_config(args: argparse.Namespace, latent_channels: int, condition) ->
     if args.published:
         preset = published.MODELS[args.published].config
     config = preset | {"channels": latent_channels} | condition.network_options(args.arch, preset)
+    if args.published and args.arch == "mmdit":
+        config["guidance"] = preset.get("guidance", False)     # else of no network that is trained here
     if args.patch:
         config["patch"] = (args.patch[0], args.patch[-1])
     if args.block == "published":
@@ -738,7 +777,8 @@ def text_config(args: argparse.Namespace) -> dict | None:
     kind, _, folder = args.text_encoder.partition(":")
     if kind == "bytes":
         return {"encoder": kind, "config": asdict(text.TextConfig(**text.PRESETS.get(args.preset, {})))}
-    return {"encoder": kind, "path": folder} if folder else {"encoder": kind}
+    config = {"encoder": kind, "path": folder} if folder else {"encoder": kind}
+    return config | {"no_t5": True} if args.no_t5 else config
 
 
 # ---- the machine

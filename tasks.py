@@ -30,12 +30,12 @@ from cache import LatentCache, PairCache, noise_of, pieces
 from cli import program
 from conditioning import VALIDATED
 from data import Dataset, Order, load_drawn, order_of, send
+from draw import draw_batches, picture_bar
 from files import fingerprint_tensors
-from ranks import Ranks
 from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare, reflow_scale
+from ranks import Ranks
 from run import build_model, build_path, encoder_fingerprint
-from sample import draw_batches, picture_bar
 from samplers import SAMPLERS, guided
 from settings import OBJECTIVES
 from shards import ShardLatents, ShardOrder, ShardPictures

@@ -1,19 +1,17 @@
-"""Text encoders: prompts to vectors, one for each token and one for the whole prompt.
+"""The built-in text encoder: prompts to vectors, one for each token and one for the whole prompt.
 
     python text.py                       # shows the tokens of a prompt and the sizes of the encoder
     python train.py --arch mmdit --data shapes --cond text --text-encoder bytes
 
-TextEncoder is built in and trained together with the network that it conditions. It reads bytes, so it needs
-no vocabulary and takes any script; a word is one token, made of its bytes (patches of bytes that end at
-spaces: Slagle 2024, arXiv:2404.14408). FrozenTextEncoder wraps a pretrained CLIP or T5.
-Contract: encoder(prompts) -> context (B, L, D), 0 where padded; mask (B, L), True at valid positions; and,
-except from T5, pooled (B, P).
+TextEncoder is trained together with the network that it conditions. It reads bytes, so it needs no vocabulary
+and takes any script; a word is one token, made of its bytes (patches of bytes that end at spaces: Slagle
+2024, arXiv:2404.14408). Pretrained ones are in encoders.py.
+Contract: encoder(prompts) -> context (B, L, D), 0 where padded; mask (B, L), True at valid positions; and
+pooled (B, D).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from dataclasses import dataclass
 
@@ -119,9 +117,10 @@ class TextEncoder(nn.Module):
         # layers keep PyTorch's initial weights.
         nn.init.normal_(self.embedding.weight, std=0.25)
 
-    def truncated(self, prompt: str) -> str:
-        """The part of a prompt beyond the limit, which is not read; empty if it fits."""
-        return b"".join(split_words(prompt)[self.config.limit:]).decode("utf-8", "ignore").strip()
+    def truncated(self, prompt: str) -> dict[str, str]:
+        """The part of a prompt beyond the limit, which is not read, by who loses it. Empty if it fits."""
+        rest = b"".join(split_words(prompt)[self.config.limit:]).decode("utf-8", "ignore").strip()
+        return {"the encoder": rest} if rest else {}
 
     def positions(self, length: int, device: torch.device) -> Rope:
         """Rotary positions 0, 1, ..., computed once for each length."""
@@ -171,128 +170,6 @@ class TextEncoder(nn.Module):
             x = block(x, rope, mask)
         x = self.norm(x) * mask[..., None]
         return {"context": x, "mask": mask, "pooled": x[:, 0]}
-
-
-# ---- pretrained and frozen
-
-class FrozenTextEncoder:
-    """A pretrained encoder from the package transformers, called like a TextEncoder.
-
-    kind "clip": the penultimate hidden layer and the pooled output (Stable Diffusion 2, XL and 3); "t5": the
-    last hidden layer and no pooled output (Stable Diffusion 3). path: a folder with the model and its
-    tokenizer, or a pipeline's with text_encoder/ and tokenizer/ (for t5 text_encoder_3/ and tokenizer_3/).
-    limit: tokens of a prompt, begin and end marks included. The files may be in any precision; the encoder
-    runs in float32. No code that lies in the folder is run. Raises ValueError with a line for the user."""
-
-    def __init__(self, kind: str, path: str, device: torch.device | str = "cpu", limit: int = 77):
-        suffix = "_3" if kind == "t5" else ""
-        model_folder = subfolder(path, f"text_encoder{suffix}")
-        tokenizer_folder = subfolder(path, f"tokenizer{suffix}")
-        # A wrong path is reported before a missing package, because installing that would not help.
-        if not os.path.isfile(f"{model_folder}/config.json"):
-            raise ValueError(f"{kind}:{path}: no text encoder there; give a folder with its config.json")
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError(f"{kind}:{path}: needs the package transformers "
-                             "(pip install transformers)") from None
-        try:
-            self.tokenizer = load_tokenizer(kind, tokenizer_folder)
-            # float32: in half precision T5 overflows, and a CPU is slower
-            self.model = load_encoder(kind, model_folder).float().to(device).eval()
-            check_tokenizer(kind, self.tokenizer, self.model)
-        except Exception as error:         # transformers raises a dozen types; all mean the same to the user
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{kind}:{path}: cannot be loaded as a {kind} encoder with its tokenizer "
-                             f"({what})") from None
-        self.kind = kind
-        self.limit = min(limit, self.tokenizer.model_max_length)
-
-    def truncated(self, prompt: str) -> str:
-        """The part of a prompt beyond the limit, which is not read; empty if it fits."""
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        room = self.limit - self.tokenizer.num_special_tokens_to_add()
-        return self.tokenizer.decode(ids[room:]) if len(ids) > room else ""
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        """-> context (B, L, D), 0 where padded; mask (B, L), True at valid positions; from CLIP also pooled
-        (B, P)."""
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.limit,
-                                return_tensors="pt")
-        ids = tokens["input_ids"].to(self.model.device)
-        attention_mask = tokens["attention_mask"].to(self.model.device)
-        out = self.model(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
-        mask = attention_mask.bool()
-        if self.kind == "t5":
-            return {"context": out.last_hidden_state * mask[..., None], "mask": mask}
-        # CLIP's last layer is trained only for the pooled output; the one before describes each token better.
-        context = out.hidden_states[-2] * mask[..., None]
-        pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
-        return {"context": context, "mask": mask, "pooled": pooled}
-
-
-def subfolder(path: str, name: str) -> str:
-    """The subfolder of that name if the folder is a pipeline's; else the folder itself."""
-    return f"{path}/{name}" if os.path.isdir(f"{path}/{name}") else path
-
-
-# What config.json calls an encoder of each kind. A whole CLIP contains its text encoder; mT5 is a T5.
-MODEL_TYPES = {"clip": ("clip_text_model", "clip"), "t5": ("t5", "mt5")}
-# Files of which one group must be there: without them, transformers makes up an empty vocabulary.
-TOKENIZER_FILES = {"clip": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-                   "t5": (("tokenizer.json",), ("spiece.model",))}
-# Begin and end marks of a prompt, which tell the two kinds of tokenizers apart.
-SPECIAL_TOKENS = {"clip": 2, "t5": 1}
-
-
-def load_tokenizer(kind: str, folder: str):
-    """The tokenizer in a folder. Raises ValueError if its files are not all there."""
-    import transformers
-
-    groups = TOKENIZER_FILES[kind]
-    if not any(all(os.path.isfile(f"{folder}/{name}") for name in names) for names in groups):
-        needed = " or ".join(" with ".join(names) for names in groups)
-        raise ValueError(f"no tokenizer in {folder}, which needs {needed}")
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def check_tokenizer(kind: str, tokenizer, model: nn.Module) -> None:
-    """Raise ValueError where the tokenizer is another model's: its tokens would mean something else."""
-    marks = tokenizer.num_special_tokens_to_add()
-    known = model.get_input_embeddings().num_embeddings
-    if marks != SPECIAL_TOKENS[kind] or len(tokenizer) > known:
-        raise ValueError(f"its tokenizer, of {len(tokenizer):,} tokens and {marks} marks, belongs to another "
-                         f"model than this one of {known:,} tokens and {SPECIAL_TOKENS[kind]} marks")
-
-
-def load_encoder(kind: str, folder: str) -> nn.Module:
-    """The model of the package transformers that the weights in a folder belong to. Raises ValueError for a
-    folder of another kind of model, or without some of the weights."""
-    import transformers
-
-    with open(f"{folder}/config.json", encoding="utf-8") as file:
-        config = json.load(file)
-    if config.get("model_type") not in MODEL_TYPES[kind]:
-        raise ValueError(f"config.json names a model of type {config.get('model_type')!r}, not "
-                         f"{' or '.join(MODEL_TYPES[kind])}")
-    # transformers would fetch an implementation of attention that is named like OWNER/NAME, and run it.
-    attention = str([config.get("attn_implementation"), config.get("_attn_implementation")])
-    if "/" in attention or "auto_map" in config:
-        raise ValueError("config.json asks for code from elsewhere, which is not run (auto_map or "
-                         "attn_implementation)")
-    if kind == "t5":                       # without the decoder, which text-to-image does not use
-        model_class = transformers.T5EncoderModel
-    elif config.get("architectures") == ["CLIPTextModel"]:      # no projection (Stable Diffusion 1, 2)
-        model_class = transformers.CLIPTextModel
-    else:                                  # with a projection of the pooled output (XL, 3)
-        model_class = transformers.CLIPTextModelWithProjection
-    model, found = model_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
-                                               output_loading_info=True)
-    missing = sorted(found["missing_keys"])
-    if missing:                            # transformers warns only, and leaves them random
-        raise ValueError(f"{len(missing)} of its weights are missing, like {missing[0]}")
-    return model
 
 
 def demo() -> None:

@@ -42,12 +42,12 @@ from deferred import deferred
 from mixed import MixedAutoencoding, MixedDenoising
 from parallel import Sharding, replicate, synchronised
 from plan import Plan, data_changed, fit_weights, prepare
-from published import load_weights
 from ranks import Ranks, launched
 from run import (Run, State, checkpoint_blocks, compile_blocks, describe, load_checkpoint, load_vae, pack_vae,
                  unpack_vae)
 from settings import ARCHITECTURES, BLOCKS, CHANGEABLE, OBJECTIVES
 from tasks import Autoencoding, Denoising, Interrupted, Task
+from weights import load_weights
 
 SAMPLE_ROWS = 10       # rows of samples.png
 

@@ -32,6 +32,7 @@ class UNetConfig:
     attention: tuple[bool, ...] = (False, True)  # per level: a transformer after each ResNet block?
     middle_attention: bool = True               # a transformer between the two blocks at the bottom?
     heads: int | tuple[int, ...] = 2            # per level, or one number for all
+    depth: int | tuple[int, ...] = 1            # blocks of each transformer, likewise (SD XL: 2 and 10)
     groups: int = 16                            # groups in every GroupNorm
     context_width: int | None = None            # None: no cross-attention
     pooled_width: int | None = None             # width of the pooled text vector (SD XL); None: not used
@@ -208,9 +209,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Turn the pixels of x (B, C, H, W) into tokens, apply a transformer block, and add the result to x."""
+    """Turn the pixels of x (B, C, H, W) into tokens, apply `depth` transformer blocks, and add the result to
+    x."""
 
-    def __init__(self, width: int, heads: int, c: UNetConfig):
+    def __init__(self, width: int, heads: int, c: UNetConfig, depth: int = 1):
         super().__init__()
         self.norm = nn.GroupNorm(c.groups, width, eps=1e-6)
         self.positions = c.positions
@@ -221,7 +223,8 @@ class SpatialTransformer(nn.Module):
             # the published weights are those of 1x1 convolutions, applied here as linear layers to tokens
             self.proj_in = nn.Conv2d(width, width, 1)
             self.proj_out = nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c.context_width)])
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, heads, c.context_width) for _ in range(depth))
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                            # (B, H * W, C)
@@ -252,6 +255,10 @@ class Resample(nn.Module):
 #
 # `skips` is a stack of feature maps: the down path pushes them, the up path pops them in reverse order.
 
+def per_level(value: int | tuple[int, ...], c: UNetConfig) -> list[int]:
+    return [value] * len(c.widths) if isinstance(value, int) else list(value)
+
+
 class DownLevel(nn.Module):
     """ResNet blocks, each followed by a transformer if the level has attention; then, except at the last
     level, a downsampler. The outputs of every block and of the downsampler are pushed onto skips."""
@@ -266,7 +273,8 @@ class DownLevel(nn.Module):
             c_in = width
         self.attentions = nn.ModuleList()
         if c.attention[level]:
-            self.attentions.extend(SpatialTransformer(width, heads, c) for _ in range(c.layers))
+            depth = per_level(c.depth, c)[level]
+            self.attentions.extend(SpatialTransformer(width, heads, c, depth) for _ in range(c.layers))
         self.downsamplers = nn.ModuleList()
         if level < len(c.widths) - 1:
             self.downsamplers.append(Resample(width, up=False))
@@ -301,7 +309,8 @@ class UpLevel(nn.Module):
             c_in = width
         self.attentions = nn.ModuleList()
         if c.attention[level]:
-            self.attentions.extend(SpatialTransformer(width, heads, c) for _ in skip_widths)
+            depth = per_level(c.depth, c)[level]
+            self.attentions.extend(SpatialTransformer(width, heads, c, depth) for _ in skip_widths)
         self.upsamplers = nn.ModuleList()
         if level > 0:
             self.upsamplers.append(Resample(width, up=True))
@@ -326,7 +335,7 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(width, width, c_emb, c.groups) for _ in range(2))
         self.attentions = nn.ModuleList()
         if c.middle_attention:
-            self.attentions.append(SpatialTransformer(width, heads, c))
+            self.attentions.append(SpatialTransformer(width, heads, c, per_level(c.depth, c)[-1]))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.resnets[0](x, emb)
@@ -344,10 +353,10 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         c = self.config = config
-        heads = [c.heads] * len(c.widths) if isinstance(c.heads, int) else list(c.heads)
-        if not len(c.widths) == len(c.attention) == len(heads):
-            raise ValueError(f"widths {c.widths}, attention {c.attention} and heads {c.heads} "
-                             "must have one entry per level")
+        heads = per_level(c.heads, c)
+        if not len(c.widths) == len(c.attention) == len(heads) == len(per_level(c.depth, c)):
+            raise ValueError(f"widths {c.widths}, attention {c.attention}, heads {c.heads} and depth "
+                             f"{c.depth} must have one entry per level")
         for width, number in zip(c.widths, heads):
             if width % c.groups or width % number or width % 2:
                 raise ValueError(f"U-Net width {width} must be even and a multiple of groups = {c.groups} "

@@ -30,6 +30,7 @@ class VAEConfig:
     layers: int = 1                          # ResNet blocks per encoder level; a decoder level has one more
     groups: int = 4                          # groups in every GroupNorm: few, to keep an image's brightness
     attention: bool = True                   # single-head self-attention in the middle
+    attention_levels: tuple[int, ...] = ()   # levels with attention after each block (CompVis f16, f32)
     quant_conv: bool = True                  # 1x1 convolutions around the latent (SD 1, 2, XL; not 3, FLUX)
     shortcut: bool = False                   # a linear map of each patch, added to encoder and decoder
 
@@ -144,21 +145,27 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """ResNet blocks at one resolution, then `resample` to the next: "down", "up" or None."""
+    """ResNet blocks at one resolution, each followed by attention if the level has it, then `resample` to the
+    next: "down", "up" or None."""
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None,
+                 attention: bool = False):
         super().__init__()
         widths = [c_in] + [c_out] * layers
         self.resnets = nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], groups) for i in range(layers))
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
-        elif resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+        self.attentions = nn.ModuleList()
+        if attention:
+            self.attentions.extend(Attention(c_out, groups) for _ in range(layers))
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():            # resnets, then the resampler: the order of assignment above
-            for layer in module:
-                x = layer(x)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if self.attentions:
+                x = self.attentions[i](x)
+        for resampler in (*self.downsamplers, *self.upsamplers):
+            x = resampler(x)
         return x
 
 
@@ -171,7 +178,8 @@ class Encoder(nn.Module):
         widths = (c.widths[0], *c.widths)              # level i goes from widths[i] to widths[i + 1]
         self.conv_in = nn.Conv2d(c.image_channels, c.widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[i], widths[i + 1], c.layers, c.groups, "down" if i < last else None)
+            Level(widths[i], widths[i + 1], c.layers, c.groups, "down" if i < last else None,
+                  i in c.attention_levels)
             for i in range(last + 1))
         self.mid_block = Middle(c.widths[-1], c.groups, c.attention)
         self.conv_norm_out = nn.GroupNorm(c.groups, c.widths[-1], eps=1e-6)
@@ -196,7 +204,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.latent_channels, c.widths[-1], 3, padding=1)
         self.mid_block = Middle(c.widths[-1], c.groups, c.attention)
         self.up_blocks = nn.ModuleList(
-            Level(widths[i], widths[i + 1], c.layers + 1, c.groups, "up" if i < last else None)
+            Level(widths[i], widths[i + 1], c.layers + 1, c.groups, "up" if i < last else None,
+                  last - i in c.attention_levels)
             for i in range(last + 1))
         self.conv_norm_out = nn.GroupNorm(c.groups, c.widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(c.widths[0], c.image_channels, 3, padding=1)

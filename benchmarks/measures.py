@@ -25,10 +25,10 @@ from benchmarks.scenes import score_scene
 from conditioning import network_inputs
 from data import load_data, load_drawn, load_mnist
 from pictures import to_tensor
-from published import load_weights
 from run import build_model, build_path, load_checkpoint, load_vae, unpack_vae
 from samplers import SAMPLERS, guided, noise_like
 from toys import Scene, describe_scene, draw_scene, read_corners
+from weights import load_weights
 
 # Times u at which errors are measured: a path of diffusion ends at u = 0.94, before all is noise.
 FIRST, LAST = 0.02, 0.92

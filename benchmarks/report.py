@@ -43,8 +43,9 @@ from data import CLASSES, Dataset, load_data, load_mnist
 from files import digest, fingerprint_tensors, open_array, read_stamp, write_atomically
 from pictures import to_tensor, to_uint8
 from run import Run, encoder_fingerprint, load_checkpoint, unpack_vae
-from samplers import SAMPLERS, TIMES
+from samplers import SAMPLERS
 from settings import OBJECTIVES
+from times import TIMES
 from toys import SHAPE_CLASSES, read_shape
 from vae import VAE
 

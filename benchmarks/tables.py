@@ -377,9 +377,9 @@ def schedule_table(m: Measured) -> str:
             rows.append(f"| {objective} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
-    return "\n".join(rows) + ("\n\nFréchet distance, 50 first-order steps. The cosine schedule ends at an alpha "
-                              f"of {cosine_end():.0e}, by which the network's eps is divided for x0, and its "
-                              f"error with it. {seeds_of(m, 'schedules')}; "
+    return "\n".join(rows) + ("\n\nFréchet distance, 50 first-order steps. The cosine schedule ends at an "
+                              f"alpha of {cosine_end():.0e}, by which the network's eps is divided for x0, "
+                              f"and its error with it. {seeds_of(m, 'schedules')}; "
                               f"{made_with(m, 'schedules')}.")
 
 

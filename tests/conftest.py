@@ -47,6 +47,17 @@ SHAPES = 4800           # how many shapes there are to train on
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "optional: needs a package beyond requirements.txt")
+    config.addinivalue_line("markers", "long: takes more than ten seconds, often in several processes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Long tests run where they are asked for: by -m long, by their file, or by a part of their name."""
+    named = any(".py" in word for word in config.invocation_params.args)
+    if named or config.option.markexpr or config.option.keyword:
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +255,21 @@ def damage(path, how):
                           "zeros": bytes(len(whole)), "text": b"x" * len(whole)}[how])
 
 
+# ---- files of weights
+
+def write_safetensors(file, state):
+    """By hand, without the package."""
+    header, parts, start = {}, [], 0
+    for name, weight in state.items():
+        parts.append(weight.detach().contiguous().numpy().tobytes())
+        header[name] = {"dtype": {torch.float32: "F32", torch.float16: "F16"}[weight.dtype],
+                        "shape": list(weight.shape), "data_offsets": [start, start + len(parts[-1])]}
+        start += len(parts[-1])
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    Path(file).write_bytes(len(content).to_bytes(8, "little") + content + b"".join(parts))
+
+
 # ---- text encoders as they are published
 
 def change_json(file, **changes):
@@ -297,3 +323,75 @@ def published(tmp_path_factory):
         vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
         decoder_start_token_id=0)).save_pretrained(root / "t5")
     return root
+
+
+def tiny_clip(seed, width, projection, depth=3, **more):
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.CLIPTextConfig(
+        vocab_size=54, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
+        num_attention_heads=2, projection_dim=width, max_position_embeddings=24, bos_token_id=0,
+        eos_token_id=1, pad_token_id=1, **more)
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return shaken(kind(config))
+
+
+def tiny_t5(seed):
+    import transformers
+
+    torch.manual_seed(seed)
+    return shaken(transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=8, d_model=40, d_kv=8, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False)))
+
+
+def shaken(model):
+    """Larger weights than the initial ones, with which all prompts are nearly the same."""
+    for name, weight in model.named_parameters():
+        with torch.no_grad():
+            weight.add_(0.2 * torch.randn(weight.shape))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def pipelines(published, tmp_path_factory):
+    """By recipe: the pipeline, and the folder that it was saved in."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers, for the comparison")
+    import transformers
+
+    def tokenizer(kind, **more):
+        return transformers.AutoTokenizer.from_pretrained(published / kind, **more)
+
+    large, giant = tokenizer("clip"), tokenizer("clip", pad_token="x")
+    small = dict(vae=None, scheduler=None)
+    checker = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=1,
+        joint_attention_dim=40, caption_projection_dim=8, pooled_projection_dim=40)
+    built = {
+        "sd1": diffusers.StableDiffusionPipeline(
+            unet=None, text_encoder=tiny_clip(1, 16, False), tokenizer=large, **small, **checker),
+        "sd2": diffusers.StableDiffusionPipeline(
+            unet=None, text_encoder=tiny_clip(2, 16, False, hidden_act="gelu"), tokenizer=giant, **small,
+            **checker),
+        "sdxl": diffusers.StableDiffusionXLPipeline(
+            unet=None, text_encoder=tiny_clip(3, 16, False), tokenizer=large,
+            text_encoder_2=tiny_clip(4, 24, True, 2, hidden_act="gelu"), tokenizer_2=giant, **small),
+        "sd3": diffusers.StableDiffusion3Pipeline(
+            transformer=transformer, text_encoder=tiny_clip(5, 16, True), tokenizer=large,
+            text_encoder_2=tiny_clip(6, 24, True, hidden_act="gelu"), tokenizer_2=giant,
+            text_encoder_3=tiny_t5(7), tokenizer_3=tokenizer("t5"), **small),
+        "flux-dev": diffusers.FluxPipeline(
+            transformer=None, text_encoder=tiny_clip(8, 16, False), tokenizer=large,
+            text_encoder_2=tiny_t5(9), tokenizer_2=tokenizer("t5"), **small),
+    }
+    diffusers.utils.logging.set_verbosity_error()            # of truncated prompts
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, pipe in built.items():
+        for key, component in pipe.components.items():
+            if key.startswith(("text_encoder", "tokenizer")):
+                component.save_pretrained(root / name / key)
+    built["flux-schnell"] = built["flux-dev"]
+    (root / "flux-schnell").symlink_to(root / "flux-dev")
+    return {name: (pipe, str(root / name)) for name, pipe in built.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DAMAGE, damage
 
-import text
+import encoders
 from cache import LatentCache, TextCache, check_embeddings, pieces, read_embeddings
 from data import load_drawn
 from files import read_stamp
@@ -121,9 +121,25 @@ def test_latents_under_a_former_fingerprint_are_kept(tmp_path):
 # ---- text
 
 @pytest.mark.optional
+@torch.no_grad()
+def test_text_cache_of_a_recipe(pipelines, tmp_path):
+    """No mask, as networks read the padding of these: context and pooled vectors as encoded, in float16."""
+    for name, length in (("sdxl", 24), ("sd3", 24 + 256)):
+        encoder = encoders.from_folder(name, pipelines[name][1], empty_is_null=True)
+        prompts = ["a red circle", "blue"]
+        for _ in range(2):
+            table = TextCache(tmp_path / f"{name}.bin", prompts, encoder, "1")
+            got, want = table(["blue", ""]), encoder(["blue", ""])
+            assert set(got) == {"context", "pooled"} == set(want) and got["context"].shape == (2, length, 40)
+            torch.testing.assert_close(got["context"], want["context"], atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(got["pooled"], want["pooled"])
+        assert got["context"][1].any() == (name == "sd3")          # XL's null condition is zeros
+
+
+@pytest.mark.optional
 def test_text_cache(published, tmp_path, capsys):
     """It returns the encoder's output, in float16; it is built once, and anew for other prompts."""
-    encoder = text.FrozenTextEncoder("clip", str(published / "clip"))
+    encoder = encoders.from_folder("clip", str(published / "clip"))
     prompts = ["a red circle", "blue", "blue"]
     first = TextCache(tmp_path / "text.bin", prompts, encoder, "clip 1")
     with torch.no_grad():

@@ -392,6 +392,7 @@ NUMBERS = {"val_loss", "straightness", "flops_per_example", "parameters", "steps
            "wall_seconds", "measured_steps"}
 
 
+@pytest.mark.long
 def test_every_cell_is_measured_once(tiny, capsys):
     assert compare.main(FLAGS) == 0
     found = {(r["study"], r["cell"]): r for r in lines()}
@@ -426,6 +427,7 @@ def test_every_cell_is_measured_once(tiny, capsys):
     assert "    python sample.py runs/dit-1 --sampler euler --steps 3" in printed
 
 
+@pytest.mark.long
 def test_samples_of_the_grid_side_by_side(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     with pytest.raises(ValueError, match="--pictures: runs has no run of the grid"):
@@ -445,6 +447,7 @@ def test_samples_of_the_grid_side_by_side(tiny, monkeypatch, tmp_path):
     np.testing.assert_array_equal(picture[row:row + 64:2, left:left + 64:2, 0], first)
 
 
+@pytest.mark.long
 def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
     monkeypatch.setattr(compare, "STUDIES", CHILDREN)
     assert compare.main([*FLAGS, "--only", "few"]) == 0
@@ -459,6 +462,7 @@ def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
     assert all(row["seconds"] > 0 for row in found["dit"]["speed"]) and "speed" not in found["reflow"]
 
 
+@pytest.mark.long
 def test_pictures_of_prompts_are_drawn_and_scored(tiny, monkeypatch):
     cell = compare.Cell("said", "mmdit", "mmdit", ("--arch", "mmdit", "--preset", "tiny"),
                         (compare.Evaluation("heun", 2, 3.0),), "scenes")

@@ -16,6 +16,7 @@ from conftest import ON_VAE, QUICK, Recorder, datasets, denoising, draw_two, in_
 from PIL import Image
 
 import conditioning
+import encoders
 import plan
 import run
 import sample
@@ -228,8 +229,8 @@ def test_the_hint_quotes_what_a_shell_would_split():
         conditioning.of_checkpoint(checkpoint(classes=["\x1b[31m", "b"]), CPU).index("\x1b[2J")
 
 
-FLAGS = dict(run="runs/x", label=None, prompt=None, prompts=None, negative_prompt=None, text_encoder=None,
-             embedding=None)
+FLAGS = {flag.lstrip("-").replace("-", "_"): False if "type" in fields else None     # switches, and others
+         for flag, fields in conditioning.FLAGS.items()} | {"run": "runs/x"}
 
 
 @pytest.mark.parametrize("stored, given, message", [
@@ -264,7 +265,7 @@ def test_flags_that_a_run_takes(stored, given):
     conditioning.check_flags(kind, argparse.Namespace(**FLAGS | given))
 
 
-GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0, guide=None)
+GUIDANCE = FLAGS | dict(cfg=None, interval=(0.0, 1.0), rescale=0.0, cfg_channels=None, guide=None)
 
 
 @pytest.mark.parametrize("stored, given, expected", [
@@ -326,7 +327,7 @@ class FakeEncoder:
                 "mask": torch.ones(len(prompts), 2).bool()}
 
     def truncated(self, prompt):
-        return prompt[20:]
+        return {"the encoder": prompt[20:]} if prompt[20:] else {}
 
 
 def test_a_batch_has_each_pictures_own_caption(monkeypatch):
@@ -717,3 +718,33 @@ def test_frozen_encoder_trains_and_draws(cwd, text_runs, published, capsys):
         train.main(["--arch", "unet", *flags, "--text-encoder", f"clip:{moved}", "--name", "clip-other"])
     with pytest.raises(ValueError, match="this run was trained with clip:PATH"):
         sample.main(["runs/clip-unet", "--prompt", "blue", "--text-encoder", f"t5:{published / 't5'}"])
+
+
+@pytest.mark.optional
+def test_recipes_train_and_draw(cwd, text_runs, pipelines, capsys):
+    """The encoders of a published model, joined as it joins them, condition a network of our own."""
+    flags = ["--data", "scenes", "--cond", "text", *ON_VAE, "--batch-size", "8"]
+    for kind, arch, width, pooled, more in (
+            ("sd3", "mmdit", 40, 40, []), ("sd3", "mmdit", 4096, 40, ["--no-t5"]),
+            ("sdxl", "unet", 40, 24, []), ("flux-schnell", "mmdit", 40, 16, [])):
+        folder = pipelines[kind][1]
+        name = "-".join([kind, *more])
+        command = ["--arch", arch, *flags, "--text-encoder", f"{kind}:{folder}", *more, "--name", name]
+        train.main(command)
+        stored = run.load_checkpoint(f"runs/{name}")
+        assert stored["text"] == {"encoder": kind, "path": folder} | ({"no_t5": True} if more else {})
+        assert stored["config"]["context_width"] == width and stored["config"]["pooled_width"] == pooled
+        asked = argparse.Namespace(text_encoder=None)
+        encode = conditioning.of_checkpoint(stored, CPU).sampling_encoder(None, asked)
+        torch.testing.assert_close(encode(["blue"]),
+                                   encoders.from_folder(kind, folder, no_t5=bool(more))(["blue"]))
+        assert (encode([""])["context"].any() == (kind != "sdxl")).all()     # its null condition is zeros
+        assert draw_two(f"runs/{name}", "--prompt", "blue").shape == (2, 32, 32, 3)
+        capsys.readouterr()
+        train.main(command)                                                  # with the cache that it has left
+        assert "is finished" in capsys.readouterr().out
+    assert len(list(Path("runs/scenes-vae").glob("text-sd3*.bin"))) == 2
+    with pytest.raises(ValueError, match="this run was trained with sdxl:PATH"):
+        sample.main(["runs/sdxl", "--prompt", "blue", "--text-encoder", f"sd3:{folder}"])
+    empty = [draw_two("runs/sdxl", *asked) for asked in (["--prompt", "", "--cfg", "1"], ["--cfg", "0"])]
+    assert np.abs(empty[0] - empty[1]).max() <= 1

@@ -1,6 +1,9 @@
 """The schedulers and models of diffusers (an independent implementation) against ours, in float64."""
 
+import importlib
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,13 +17,17 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 import dit
 import mmdit
+import names
 import published
 import unet
 import vae
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
-from samplers import (SAMPLERS, ddim, ddpm, dpm_solver_2, dpm_solver_3, dpmpp_2m_sde, dpmpp_3m, euler,
-                      gaussian_mixture, heun, karras_times, log_snr_times)
+from samplers import (SAMPLERS, ddim, ddpm, dpm2_ancestral, dpm_solver_2, dpm_solver_3, dpmpp_2m,
+                      dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, heun, lms,
+                      plms)
+from times import (beta_sigma_times, beta_times, karras_times, log_snr_times, sd3_times, sd_times, sdxl_times,
+                   shift_of_tokens, stretched)
 
 pytestmark = [pytest.mark.optional,
               pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]   # theirs
@@ -243,6 +250,193 @@ def test_dpmpp_2m_sde(scheduler):
     assert error(got, follow(theirs, X, noise=noise)) < 1e-6
 
 
+class Corrected:
+    """diffusers' SDE-DPM-Solver++ of order 3, whose weight of the curvature has -1/2 where the integral has
+    +1/2: the difference is alpha_s times its D2."""
+
+    def multistep_dpm_solver_third_order_update(self, outputs, *args, sample, noise):
+        x = super().multistep_dpm_solver_third_order_update(outputs, *args, sample=sample, noise=noise)
+        s, t, t_1, t_2 = (-self.sigmas[self.step_index + 1 - k].log() for k in range(4))
+        h, h_0, h_1 = s - t, t - t_1, t_1 - t_2
+        slopes = (outputs[-1] - outputs[-2]) * h / h_0, (outputs[-2] - outputs[-3]) * h / h_1
+        alpha_s = (1 + (-2 * s).exp()) ** -0.5
+        return x + alpha_s * (slopes[0] - slopes[1]) * h / (h_0 + h_1)
+
+
+def test_dpmpp_3m_sde(scheduler, monkeypatch):
+    """With the sign of one coefficient corrected; the factor 2 is lacking as in 3M (see test_samplers.py)."""
+    def build(corrected, **more):
+        name, bases = "DPMSolverMultistepScheduler", (schedulers.DPMSolverMultistepScheduler,)
+        if corrected:
+            bases = (Corrected, *bases)
+        with monkeypatch.context() as patch:
+            patch.setattr(schedulers, name, type(name, bases, {"__module__": bases[-1].__module__}))
+            return scheduler(name, 12, solver_order=3, algorithm_type="sde-dpmsolver++",
+                             solver_type="heun", **more, **SD)
+
+    generator = torch.Generator().manual_seed(2)
+    noise = [torch.randn(X.shape, dtype=X.dtype, generator=generator) for _ in range(12)]
+    times = times_of(build(True))
+    run = lambda **options: ours(dpmpp_3m_sde, PATH, X, times, generator=torch.Generator().manual_seed(2),
+                                 **options)
+    for lower in (False, True):
+        got = run(as_published=True, lower_order_final=lower)
+        assert error(got, follow(build(True, lower_order_final=lower), X, noise=noise)) < 1e-6
+    assert error(run(as_published=True), follow(build(False, lower_order_final=False), X, noise=noise)) > 1e-2
+
+
+def follow_middles(scheduler, x, level, **options):
+    """As `follow`, for schedulers that list the middles of the steps too: final states of whole steps."""
+    states = []
+    for i, timestep in enumerate(scheduler.timesteps):
+        inside = scheduler.scale_model_input(x, timestep)
+        _, eps = mixture(PATH)(inside, PATH.t_at(-level(scheduler).log()))
+        x = scheduler.step(eps, timestep, x, **options).prev_sample
+        if scheduler.state_in_first_order:
+            states.append(x)
+    return states
+
+
+def test_dpmpp_sde(scheduler, monkeypatch):
+    """Given noises with our correlation. Those of diffusers, by torchsde, are of a Brownian motion over
+    sigma / alpha."""
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+    module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    monkeypatch.setattr(schedulers, "DPMSolverSDEScheduler", module.DPMSolverSDEScheduler)
+    theirs = scheduler("DPMSolverSDEScheduler", 12, timestep_spacing="trailing", **SD)
+    generator, halves = torch.Generator().manual_seed(2), []
+
+    def noise(level_t, level_s):                           # to the middle, then to the end of each step
+        fresh = torch.randn(X.shape, dtype=X.dtype, generator=generator)
+        if len(halves) % 2 == 0:
+            halves.append(fresh)
+            return fresh
+        half = 1 / (1 + level_t / level_s)
+        halves.append(half.sqrt() * halves[-1] + (1 - half).sqrt() * fresh)
+        return halves[-1]
+
+    theirs.noise_sampler = noise
+    times = PATH.times(12)
+    alpha = PATH.alpha_sigma(times)[0]
+    want = follow_middles(theirs, X / alpha[0], lambda theirs: theirs.sigmas[theirs.step_index]
+                          if theirs.state_in_first_order else theirs.mid_point_sigma)
+    got = ours(dpmpp_sde, PATH, X, times, generator=torch.Generator().manual_seed(2))
+    assert error([x / a for x, a in zip(got, alpha[1:])], want) < 1e-6
+
+
+def test_dpm2_ancestral(scheduler):
+    theirs = scheduler("KDPM2AncestralDiscreteScheduler", 12, timestep_spacing="trailing", **SD)
+    times = PATH.times(12)
+    alpha = PATH.alpha_sigma(times)[0]
+    want = follow_middles(theirs, X / alpha[0], lambda theirs: theirs.sigmas[theirs.step_index]
+                          if theirs.state_in_first_order else theirs.sigmas_interpol[theirs.step_index - 1],
+                          generator=torch.Generator().manual_seed(2))
+    got = ours(dpm2_ancestral, PATH, X, times, generator=torch.Generator().manual_seed(2))
+    # theirs ends one call early: the last step has no middle, and so leaves the scheduler within a step
+    last = got.pop()
+    assert error([x / a for x, a in zip(got, alpha[1:])], want) < 1e-6
+    x0, _ = mixture(PATH)(got[-1], times[-2])
+    torch.testing.assert_close(last, x0)
+
+
+def test_euler_ancestral_is_ddim(scheduler):
+    """At eta = 1, and so `ddpm`, between any two times."""
+    theirs = scheduler("EulerAncestralDiscreteScheduler", 12, timestep_spacing="trailing", **SD)
+    times, generator = PATH.times(12), torch.Generator().manual_seed(2)
+    alpha = PATH.alpha_sigma(times)[0]
+    want = X / alpha[0]
+    for i, timestep in enumerate(theirs.timesteps):
+        _, eps = mixture(PATH)(theirs.scale_model_input(want, timestep), times[i])
+        want = theirs.step(eps, timestep, want, generator=generator).prev_sample
+    for sampler, options in ((ddim, {"eta": 1.0}), (ddpm, {})):
+        got = sampler(mixture(PATH), PATH, X, times, generator=torch.Generator().manual_seed(2), **options)
+        assert error([got], [want]) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 50])
+def test_plms(scheduler, steps):
+    """As Stable Diffusion 1 is configured, with the times of its own, which end above 0."""
+    theirs = scheduler("PNDMScheduler", steps, skip_prk_steps=True, steps_offset=1, **SD)
+    times, want = sd_times(PATH, steps), X
+    listed = [(step.item() + 1) / 1000 for step in theirs.timesteps]
+    assert times[:-1].tolist() == pytest.approx(sorted(set(listed), reverse=True))
+    assert len(listed) == steps + (steps > 1)
+    torch.testing.assert_close(PATH.alpha_sigma(times[-1])[0] ** 2, theirs.final_alpha_cumprod)
+    for timestep in theirs.timesteps:
+        _, eps = mixture(PATH)(want, (timestep.double() + 1) / 1000)
+        want = theirs.step(eps, timestep, want).prev_sample
+    assert error(ours(plms, PATH, X, times)[-1:], [want]) < 1e-6
+
+
+def test_lms(scheduler):
+    pytest.importorskip("scipy", reason="pip install scipy, with which diffusers integrates")
+    theirs = scheduler("LMSDiscreteScheduler", 12, timestep_spacing="trailing", **SD)
+    times = PATH.times(12)
+    alpha = PATH.alpha_sigma(times)[0]
+    want = follow(theirs, X / alpha[0])
+    assert error([x / a for x, a in zip(ours(lms, PATH, X, times), alpha[1:])], want) < 1e-6
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim_of_stable_diffusion(scheduler, eta):
+    """Its times, in fresh noise up to the last step, which does not go to 0."""
+    theirs = scheduler("DDIMScheduler", 20, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **SD)
+    generator, want = torch.Generator().manual_seed(1), X
+    for timestep in theirs.timesteps:
+        raw = mixture(PATH)(want, (timestep.double() + 1) / 1000)[1]
+        want = theirs.step(raw, timestep, want, eta=eta, generator=generator).prev_sample
+    got = ddim(mixture(PATH), PATH, X, sd_times(PATH, 20), eta=eta,
+               generator=torch.Generator().manual_seed(1))
+    assert error([got], [want]) < 1e-6
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("sampler, order", [(dpmpp_2m, 2), (dpmpp_3m, 3)])
+@pytest.mark.parametrize("lower", [False, True])
+def test_lower_order_final(scheduler, sampler, order, final, lower):
+    """Below 15 steps, to 0 and to the first noisy step."""
+    build = lambda: scheduler("DPMSolverMultistepScheduler", 12, solver_order=order, lower_order_final=lower,
+                              final_sigmas_type=final, **SD)
+    end = torch.tensor([0.001 if final == "sigma_min" else 0.0], dtype=torch.float64)
+    times = torch.cat([times_of(build())[:-1], end])
+    options = {"as_published": True} if order == 3 else {}
+    got = ours(sampler, PATH, X, times, lower_order_final=lower, **options)
+    assert error(got, follow(build(), X)) < 1e-6
+    changed = error(got, ours(sampler, PATH, X, times, lower_order_final=not lower, **options)) > 1e-9
+    assert changed == (order == 3 or final == "sigma_min")
+
+
+def test_churn(scheduler):
+    """EDM's algorithm 2, in diffusers' deprecated scheduler, on the path of alpha = 1 (see test_heun)."""
+    from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeScheduler
+
+    class Raised(Exploding):
+        def t_at(self, lam):
+            return (-lam).exp()
+
+    levels = torch.cat([torch.linspace(5, 0.1, 10, dtype=torch.float64), torch.zeros(1).double()])
+    theirs = KarrasVeScheduler(s_churn=3.0, s_min=0.5, s_max=3.5, s_noise=1.05)
+    theirs.num_inference_steps = 10
+    generator, want = torch.Generator().manual_seed(2), 5 * X
+    raw = lambda x, level: -mixture(Raised())(x, level)[1]          # their output points to the data
+    for level, following in zip(levels, levels[1:]):
+        kept = generator.get_state()
+        raised, level_hat = theirs.add_noise_to_input(want.double(), level, generator)
+        generator.set_state(kept)
+        if level_hat > level:              # the same noise in float64, which theirs draws in float32
+            noise = torch.randn(X.shape, dtype=X.dtype, generator=generator)
+            raised = want + (level_hat**2 - level**2) ** 0.5 * 1.05 * noise
+        first = theirs.step(raw(raised, level_hat), level_hat, following, raised)
+        want = first.prev_sample
+        if following > 0:
+            want = theirs.step_correct(raw(want, following), level_hat, following, raised, want,
+                                       first.derivative).prev_sample
+    got = heun(mixture(Raised()), Raised(), 5 * X, levels, generator=torch.Generator().manual_seed(2),
+               churn=3.0, churn_min=0.5, churn_max=3.5, churn_noise=1.05)
+    assert error([got], [want]) < 1e-9
+    assert error([heun(mixture(Raised()), Raised(), 5 * X, levels)], [want]) > 1e-2
+
+
 @pytest.mark.parametrize("order", [2, 3])
 def test_unipc(scheduler, order):
     """Ours reports corrected states, diffusers' only predicted ones, so the final states are compared.
@@ -253,6 +447,8 @@ def test_unipc(scheduler, order):
     got = SAMPLERS[f"unipc_{order}"](mixture(PATH), PATH, X, times)
     if order == 3:
         assert 1e-5 < error([got], follow(build(), X)[-1:]) < 0.1
+        lower = SAMPLERS["unipc_3"](mixture(PATH), PATH, X, times, lower_order_final=True)
+        assert error([lower], follow(build(), X)[-1:]) < 1e-6
         theirs, keep, x = build(), build(lower_order_final=False), X
         for i, timestep in enumerate(theirs.timesteps):
             keep.register_to_config(lower_order_final=i == 11)
@@ -300,6 +496,71 @@ def test_log_snr_and_karras_grids(scheduler):
         theirs = scheduler("DPMSolverMultistepScheduler", 12, **{flag: True}, **SD)
         alpha, sigma = PATH.alpha_sigma(grid(PATH, 12))
         torch.testing.assert_close(sigma / alpha, theirs.sigmas, rtol=1e-9, atol=1e-12)
+
+
+def assert_same_times(times, scheduler, within=1e-6):
+    """The sigma / alpha of every time, and the steps that the network is given, to a share of 1/1000."""
+    alpha, sigma = PATH.alpha_sigma(times)
+    torch.testing.assert_close(sigma / alpha, scheduler.sigmas, rtol=1e-9, atol=1e-12)
+    assert (times[:-1] * 1000 - 1 - scheduler.timesteps).abs().max() < within
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 30, 50, 999])
+def test_times_of_stable_diffusion_xl(scheduler, steps):
+    theirs = scheduler("EulerDiscreteScheduler", steps, timestep_spacing="leading", steps_offset=1, **SD)
+    assert_same_times(sdxl_times(PATH, steps), theirs)
+    times = sdxl_times(PATH, steps)
+    want = follow(theirs, X / PATH.alpha_sigma(times)[0][0])
+    assert error(ours(euler, PATH, X, times)[-1:], want[-1:]) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20, 50])
+def test_euler_trailing_times(scheduler, steps):
+    theirs = scheduler("EulerDiscreteScheduler", steps, timestep_spacing="trailing", **SD)
+    assert_same_times(PATH.times(steps), theirs)
+
+
+@pytest.mark.parametrize("flag, grid", [("use_karras_sigmas", karras_times),
+                                        ("use_exponential_sigmas", log_snr_times),
+                                        ("use_beta_sigmas", beta_sigma_times)])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+@pytest.mark.parametrize("steps", [7, 30])
+def test_times_in_other_variables(scheduler, flag, grid, spacing, steps):
+    """From the first to the last time of a spacing. Between two steps of the table, diffusers interpolates
+    log sigma and we alpha^2, so the network is given a time that differs by up to 0.15 of a step."""
+    if flag == "use_beta_sigmas":
+        pytest.importorskip("scipy", reason="pip install scipy, for the quantiles of diffusers")
+    theirs = scheduler("EulerDiscreteScheduler", steps, timestep_spacing=spacing, steps_offset=1,
+                       **{flag: True}, **SD)
+    ends = {} if spacing == "linspace" else {"start": sdxl_times(PATH, steps)[0].item(), "end": 0.002}
+    assert_same_times(grid(PATH, steps, **ends), theirs, within=0.15)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+def test_times_of_stable_diffusion_3(scheduler, steps):
+    theirs = scheduler("FlowMatchEulerDiscreteScheduler", steps, shift=3.0)
+    torch.testing.assert_close(sd3_times(RectifiedFlow(shift=3.0), steps), theirs.sigmas, rtol=1e-9, atol=0)
+    torch.testing.assert_close(theirs.timesteps, theirs.sigmas[:-1] * 1000)
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 6000])
+def test_times_of_flux(scheduler, tokens):
+    """As its pipeline asks for them: mu is written here as there, by slope and intercept."""
+    theirs = scheduler("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.5,
+                       max_shift=1.15)
+    slope = (1.15 - 0.5) / (4096 - 256)
+    theirs.set_timesteps(sigmas=np.linspace(1, 1 / 28, 28), mu=tokens * slope + 0.5 - slope * 256)
+    path = RectifiedFlow(shift=shift_of_tokens(tokens))
+    torch.testing.assert_close(path.times(28), theirs.sigmas, rtol=1e-9, atol=0)
+
+
+def test_shift_terminal_and_beta_of_flow(scheduler):
+    theirs = scheduler("FlowMatchEulerDiscreteScheduler", shift=2.0, shift_terminal=0.1)
+    theirs.set_timesteps(sigmas=np.linspace(1, 1 / 9, 9))
+    torch.testing.assert_close(stretched(RectifiedFlow(shift=2.0).times(9), 0.1), theirs.sigmas)
+    pytest.importorskip("scipy", reason="pip install scipy, for the quantiles of diffusers")
+    theirs = scheduler("FlowMatchEulerDiscreteScheduler", 9, use_beta_sigmas=True)
+    torch.testing.assert_close(beta_times(RectifiedFlow(), 9), theirs.sigmas, rtol=1e-9, atol=0)
 
 
 # ---- models: the same weights, the same numbers
@@ -360,6 +621,23 @@ def test_autoencoder(kind, dtype):
     torch.testing.assert_close(ours.normalize(z), (z - 0.1) * 0.5)       # (z - shift_factor) * scaling_factor
 
 
+@both_precisions
+@pytest.mark.parametrize("original", [False, True])
+def test_autoencoder_with_attention_inside_levels(original, dtype):
+    """As CompVis' f16 and f32 have it: at the lowest levels, after each block."""
+    torch.manual_seed(0)
+    theirs = shake(AutoencoderKL(
+        latent_channels=8, block_out_channels=(8, 16, 24), norm_num_groups=8, layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"))).to(dtype)
+    state = theirs.state_dict()
+    ours = published.vae_from_weights(compvis(state, 3) if original else state, scale=1.0, groups=8).to(dtype)
+    assert ours.config.attention_levels == (1, 2)
+    x, z = torch.randn(2, 3, 16, 24, dtype=dtype), torch.randn(2, 8, 4, 6, dtype=dtype)
+    assert_same(lambda x: ours.encode(x).mean, lambda x: theirs.encode(x).latent_dist.mean, x, dtype)
+    assert_same(ours.decode, lambda z: theirs.decode(z).sample, z, dtype)
+
+
 @pytest.mark.parametrize("kind", VAES)
 def test_full_size_autoencoder_has_the_published_keys(kind):
     with torch.device("meta"):
@@ -384,7 +662,9 @@ def compvis(state, levels):
                 ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
                 ("mid_block.attentions.0.to_", "mid.attn_1."), ("conv_shortcut", "nin_shortcut")):
             name = name.replace(theirs, original)
-        is_1x1 = ".attn_1." in name and weight.ndim == 2
+        name = re.sub(r"\.attentions\.(\d+)\.(group_|to_)", r".attn.\1.", name)
+        name = name.replace(".out.0.", ".proj_out.")
+        is_1x1 = ".attn" in name and weight.ndim == 2
         out[name] = weight[:, :, None, None] if is_1x1 else weight
     return out
 
@@ -477,7 +757,7 @@ def test_dit(dtype):
     for block in theirs.transformer_blocks[1:]:            # converted checkpoints hold copies of one embedder
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
     ours = dit.DiT(config).to(dtype).eval()
-    ours.load_state_dict(published.dit_weights(theirs.state_dict(), config))
+    ours.load_state_dict(names.dit_weights(theirs.state_dict(), config))
     x, steps, y = torch.randn(3, 4, 8, 8, dtype=dtype), torch.tensor([0, 500, 999]), torch.tensor([1, 9, 10])
     with torch.no_grad():
         as_is = theirs(x, steps, class_labels=y).sample
@@ -493,7 +773,7 @@ def test_full_size_dit_has_the_published_keys():
     with torch.device("meta"):
         state = diffusers_dit(config, sample_size=32).state_dict()
         ours = shapes(dit.DiT(config))
-        assert {name: tuple(w.shape) for name, w in published.dit_weights(state, config).items()} == ours
+        assert {name: tuple(w.shape) for name, w in names.dit_weights(state, config).items()} == ours
     # the original's names, of which pos_embed is a fixed table
     original = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table",
                 "final_layer.linear", "final_layer.adaLN_modulation.1"}
@@ -514,7 +794,7 @@ def unrounded(monkeypatch, dtype):
 
 def load_mmdit(config, theirs, dtype):
     ours = mmdit.MMDiT(config).to(dtype).eval()
-    ours.load_state_dict(published.mmdit_weights(theirs.state_dict(), config))             # strict, by name
+    ours.load_state_dict(names.mmdit_weights(theirs.state_dict(), config))             # strict, by name
     return ours
 
 
@@ -535,6 +815,30 @@ def test_sd3(qk_norm, dual, dtype, unrounded):
     t = torch.tensor([0.25, 1.0])
     assert_same(lambda x: ours(x, t, context, pooled=pooled),
                 lambda x: theirs(x, context, pooled, 1000 * t).sample, x, dtype)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+def test_sd3_without_layers(layers):
+    """diffusers' skip_layers, which skip-layer guidance compares with; the whole network stays as it is."""
+    theirs = shake(SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=12,
+        pos_embed_max_size=12, qk_norm="rms_norm"))
+    ours = load_mmdit(mmdit.MMDiTConfig(
+        width=32, depth=3, heads=2, context_width=24, pooled_width=12, rope=None, sincos=(8, 12),
+        **mmdit.PUBLISHED_BLOCK), theirs, torch.float32)
+    x, context, pooled = (torch.randn(size) for size in ((2, 4, 8, 12), (2, 5, 24), (2, 12)))
+    t = torch.tensor([0.25, 1.0])
+    skipped = ours.without(layers)
+    with torch.no_grad():
+        for network, skip in ((skipped, list(layers)), (ours, None)):
+            want = theirs(x, context, pooled, 1000 * t, skip_layers=skip).sample
+            found = network(x, t, context, pooled=pooled)
+            assert (found - want).norm() / want.norm() < 1e-5
+        assert (skipped(x, t, context, pooled=pooled) - ours(x, t, context, pooled=pooled)).norm() > 0.1
+    assert all(p is q for p, q in zip(skipped.final_layer.parameters(), ours.final_layer.parameters()))
+    with pytest.raises(ValueError, match="layer 3: this network has joint blocks 0 to 2"):
+        ours.without((3,))
 
 
 @both_precisions
@@ -578,5 +882,5 @@ def test_full_size_mmdit_has_the_published_keys(name):
     config = mmdit.MMDiTConfig(**mmdit.PRESETS[name])
     with torch.device("meta"):
         theirs = FULL_MMDIT[name]()
-        state = published.mmdit_weights(theirs.state_dict(), config)
+        state = names.mmdit_weights(theirs.state_dict(), config)
         assert {key: tuple(w.shape) for key, w in state.items()} == shapes(mmdit.MMDiT(config))

@@ -11,12 +11,14 @@ import dit
 import export
 import files
 import mmdit
+import names
 import published
 import run
 import unet
 from samplers import ddim, euler, guided
 from text import TextConfig
 from vae import VAE, VAEConfig
+from weights import load_weights
 
 SIZE = (16, 16)                                            # of pictures; latents are 8 x 8
 CLASSES = ["red", "green", "blue"]
@@ -84,7 +86,7 @@ def network_run(tmp_path, name, **more):
 
 def rebuilt(checkpoint, weights="ema"):
     model = run.build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
-    return published.load_weights(model, checkpoint[weights], "test").eval().requires_grad_(False)
+    return load_weights(model, checkpoint[weights], "test").eval().requires_grad_(False)
 
 
 def conditions(config, n=2):
@@ -120,19 +122,15 @@ def test_the_way_back_and_the_way_forward_are_inverse(name):
     model = randomize(run.build_model(arch, config | {"channels": 6}))
     config, state = model.config, model.state_dict()
     if name == "dit":
-        there, again = published.dit_to_diffusers(state, config), published.dit_weights
-        forward, back = published.DIT_NAMES, published.DIT_NAMES_BACK
+        there, again, table = export.dit_to_diffusers(state, config), names.dit_weights, names.DIT_NAMES
     elif name in ("sd3", "flux"):
-        there, again = published.mmdit_to_diffusers(state, config), published.mmdit_weights
-        forward, back = published.MMDIT_NAMES, published.MMDIT_NAMES_BACK
+        there, again, table = export.mmdit_to_diffusers(state, config), names.mmdit_weights, names.MMDIT_NAMES
     else:
-        forward, back = published.UNET_NAMES, published.UNET_NAMES_BACK
-        there = published.unet_to_diffusers(state, config)
-        again = lambda state, _: {published.rename(key, forward): weight for key, weight in state.items()}
+        there, again, table = export.unet_to_diffusers(state, config), names.unet_weights, names.UNET_NAMES
     parts = {key.replace(".qkv.", f".{part}.").replace(".linear1.", f".{part}.")
              for key in state for part in ("q", "k", "v")}
     for key in parts:
-        assert published.rename(published.rename(key, back), forward) == key
+        assert names.rename(names.rename(key, table, back=True), table) == key
     result = again(there, config)
     if name == "dit":                                      # the table has more classes there
         table = result["y_embedder.embedding_table.weight"]
@@ -160,8 +158,8 @@ def test_a_delayed_time_is_the_same_function(by, width):
         return torch.cat([angles.cos(), angles.sin()], 1)
 
     want = embedding(time + by) @ weight.T
-    torch.testing.assert_close(embedding(time) @ published.delay_time(weight, by).T, want, rtol=0, atol=1e-10)
-    assert (torch.equal(published.delay_time(weight, by), weight)) == (by == 0)
+    torch.testing.assert_close(embedding(time) @ export.delay_time(weight, by).T, want, rtol=0, atol=1e-10)
+    assert (torch.equal(export.delay_time(weight, by), weight)) == (by == 0)
     assert by == 0 or distance(embedding(time) @ weight.T, want) > 0.01
 
 
@@ -169,7 +167,7 @@ def test_a_delayed_time_is_the_same_function(by, width):
 @pytest.mark.parametrize("attention", [True, False])
 def test_the_scale_of_latents_moves_into_the_weights(quant_conv, attention):
     model = make_vae(quant_conv=quant_conv, attention=attention)
-    folded = published.vae_from_weights(published.vae_to_diffusers(model), scale=1.0, groups=4)
+    folded = published.vae_from_weights(export.vae_to_diffusers(model), scale=1.0, groups=4)
     assert folded.config.quant_conv
     x, z = torch.randn(2, 3, *SIZE), torch.randn(2, 4, 8, 8)
     ours, theirs = model.encode(x), folded.encode(x)

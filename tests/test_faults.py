@@ -18,6 +18,8 @@ import ranks
 import run
 from benchmarks import faults
 
+pytestmark = pytest.mark.long
+
 # What a launch does to itself, by the variable FAULT of its environment: "kind:rank:call of the loss".
 SETUP = faults.FEW + """
 import os, time, resource

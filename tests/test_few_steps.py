@@ -9,6 +9,7 @@ import torch
 from conftest import ON_VAE, draw_two, same, weights
 
 import dit
+import draw
 import run
 import sample
 import settings
@@ -304,8 +305,8 @@ def test_a_mean_flow_resumes_and_draws(cwd, monkeypatch):
     for key in ("model", "ema"):
         assert same(weights("runs/mean", key), weights("runs/mean-again", key))
     called = []
-    plain = sample.guided
-    monkeypatch.setattr(sample, "guided", lambda *args, **options: called.append(args[4]) or
+    plain = draw.guided
+    monkeypatch.setattr(draw, "guided", lambda *args, **options: called.append(args[4]) or
                         plain(*args, **options))
     monkeypatch.setitem(settings.OBJECTIVES, "meanflow", settings.OBJECTIVES["meanflow"]._replace(steps=1))
     drawn = {}

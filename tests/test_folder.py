@@ -738,6 +738,7 @@ def test_metadata_rows_are_matched_by_path(tmp_path):
         list_folder(tmp_path / "p", "captions")
 
 
+@pytest.mark.long
 def test_memory_per_picture(tmp_path, monkeypatch):
     """At rest and at the peak of every step. benchmarks/loading.py measures larger folders."""
     count = 3000

@@ -81,6 +81,7 @@ def lines():
     return [json.loads(line) for line in open("results/l.jsonl")]
 
 
+@pytest.mark.long
 def test_rungs_are_measured_once_and_share_what_they_can(small, capsys):
     assert ladder.main(FLAGS) == 0
     trained = [command for command in small if command[0] == "train.py"]

@@ -349,6 +349,7 @@ def one_rank(rank, world, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world", [2, 4])
 def test_experts_on_several_ranks_equal_one_process(world, tmp_path):
     torch.multiprocessing.spawn(one_rank, (world, str(tmp_path)), nprocs=world)

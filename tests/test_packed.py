@@ -174,10 +174,10 @@ def test_the_shift_follows_the_tokens():
     want = torch.stack([shift_time(u[i], shift) for i, shift in enumerate((0.5, 1.0, 2.0, 4.0))])
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
     args = sample.parse_args(["RUN"])
-    objective = {"name": "rf", "shift_tokens": 64}
-    assert sample.sampling_path(args, objective, 256) == {"name": "rf", "shift": 2.0}
+    checkpoint = {"objective": {"name": "rf", "shift_tokens": 64}, "config": {}}
+    assert sample.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 2.0}
     args.shift = 3.0
-    assert sample.sampling_path(args, objective, 256) == {"name": "rf", "shift": 3.0}
+    assert sample.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 3.0}
     with pytest.raises(ValueError, match="shift_tokens 64: must be at least 1, and without a shift"):
         RectifiedFlow(shift=2.0, shift_tokens=64)
 
@@ -290,7 +290,7 @@ def test_mixed_latents(tmp_path, capsys):
     torch.testing.assert_close(var, sums[1] / count - (sums[0] / count) ** 2)
 
     chosen = np.array([5, 0, 7])
-    z = cache.split(cache.batch(chosen, torch.Generator().manual_seed(4)), chosen)
+    z = cache.split(cache.batch(chosen, generator=torch.Generator().manual_seed(4)), chosen)
     g = torch.Generator().manual_seed(4)
     flip = torch.randint(2, (3,), generator=g)
     parts = [torch.from_numpy(cache.latents[i][f].astype(np.float32)) for i, f in zip(chosen, flip)]
@@ -418,6 +418,7 @@ def test_a_vae_of_mixed_sizes_resumes_bit_for_bit(folder, monkeypatch):
     assert Image.open("both.png").size[1] > 48
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch, more, layout", [
     ("dit", ["--tokens", "128", "--flip", "--shift-tokens", "16"], []),
     ("dit", ["--batch-size", "12"], ["--shard", "--tensor-parallel", "2"]),

@@ -102,7 +102,7 @@ def losses(folder):
     return [json.loads(line) for line in open(folder / "runs/shapes-dit-rf/metrics.jsonl")]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_several_processes_train_the_network_of_one(alone, tmp_path, count):
     statuses, printed = launch(tmp_path, count, *TRAINING).end()
     assert statuses == [0] * count
@@ -288,6 +288,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_every_layout_has_the_weights_and_gradients_of_one_process(tmp_path):
     script = tmp_path / "check.py"
     script.write_text(CHECK)
@@ -305,6 +306,7 @@ cuts.linears_of = lambda module, in_block: {
 name, *words""", 1)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_any_layout(tmp_path):
     """Tensor parallel with fewer cuts, then with all, then sharded, then whole, then tensor parallel again:
     as one process from the beginning."""
@@ -336,6 +338,7 @@ def test_a_run_goes_on_in_any_layout(tmp_path):
 
 # ---- interruptions
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_all_at_one_step_and_any_number_goes_on(tmp_path):
     flags = [*TRAINING, "--save-every", "1000", "--val-every", "1000"]
     several = launch(tmp_path, 2, *flags, "--steps", "400", "--cooldown", "0")
@@ -366,6 +369,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_any_number_goes_on(tm
     assert_close(one["model"], wanted["model"])
 
 
+@pytest.mark.long
 def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
     flags = [*TRAINING, "--steps", "300", "--save-every", "2"]
     several = launch(tmp_path, 2, *flags)
@@ -385,6 +389,7 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
 
 # ---- what cannot work, in one line
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags, message", [
     ([["--arch", "dit", "--steps", "0"]] * 2, "--steps 0: must be between 1 and"),
     ([["--arch", "dit", "--batch-size", "9"]] * 2, "--batch-size 9: 2 processes or groups of them, each"),
@@ -418,6 +423,7 @@ def test_an_incomplete_environment_is_one_line(tmp_path):
                                              "with torchrun")
 
 
+@pytest.mark.long
 def test_torchrun_starts_it(alone, tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
@@ -434,6 +440,7 @@ def test_torchrun_starts_it(alone, tmp_path):
 DRAWING = ["runs/shapes-dit-rf", "--n", "11", "--batch-size", "2", "--steps", "2"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("out", ["pictures.npz", "pictures", "pictures.png"])
 def test_several_processes_draw_the_pictures_of_one(alone, tmp_path, out):
     subprocess.run([*COMMAND, "sample.py", *DRAWING, "--out", str(tmp_path / out)], cwd=alone, check=True)
@@ -448,6 +455,7 @@ def test_several_processes_draw_the_pictures_of_one(alone, tmp_path, out):
         assert file.read_bytes() == (several / file.relative_to(tmp_path)).read_bytes()
 
 
+@pytest.mark.long
 def test_a_drawing_goes_on_in_another_number_of_processes(alone, tmp_path):
     os.symlink(alone / "runs", tmp_path / "runs")
     words = [*DRAWING[:2], "120", *DRAWING[3:], "--out", "pictures.npz"]

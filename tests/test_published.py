@@ -2,21 +2,28 @@
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import few_samples
+from conftest import few_samples, write_safetensors
 from PIL import Image
 
 import dit
+import draw
+import encoders
+import names
+import plan
 import published
 import run
 import sample
 import train
 import vae
+import weights
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
 
@@ -65,8 +72,8 @@ def downloads(tmp_path_factory):
     return folder
 
 
-def flags(downloads, name="dit-xs-8-256", weights="DiT-XS-8.pt", autoencoder="vae"):
-    return ["--published", name, "--weights", str(downloads / weights), "--vae", str(downloads / autoencoder)]
+def flags(downloads, name="dit-xs-8-256", file="DiT-XS-8.pt", autoencoder="vae"):
+    return ["--published", name, "--weights", str(downloads / file), "--vae", str(downloads / autoencoder)]
 
 
 def by_hand(downloads, path, call, steps, sampler, **options):
@@ -74,10 +81,10 @@ def by_hand(downloads, path, call, steps, sampler, **options):
     config = published.MODELS["dit-xs-8-256"].config | {"time_scale": 1.0, "time_offset": 0.0}
     state = torch.load(downloads / "DiT-XS-8.pt", weights_only=True)
     del state["pos_embed"]
-    network = published.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
+    network = weights.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
     autoencoder = run.load_vae(downloads / "vae")
     label, no_label = ({"y": torch.tensor([y])} for y in (207, 1000))
-    return sample.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32), range(0, 1),
+    return draw.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32), range(0, 1),
                        label, no_label, sampler=sampler, steps=steps, scale=4.0, **options)[0]
 
 
@@ -102,15 +109,6 @@ def test_published_sit_samples(downloads, tmp_path):
     assert np.abs(got.astype(int) - want).max() <= 1 and got.std() > 1
 
 
-@pytest.mark.optional
-def test_safetensors(downloads, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    state = torch.load(downloads / "DiT-XS-8.pt", weights_only=True)
-    safetensors.save_file({name: w.contiguous() for name, w in state.items()}, tmp_path / "dit.safetensors")
-    again = published.read_weights(tmp_path / "dit.safetensors")
-    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
-
-
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_every_published_preset_takes_the_original_names(family):
     for size, depth in (("s", 12), ("b", 12), ("l", 24), ("xl", 28)):
@@ -118,9 +116,9 @@ def test_every_published_preset_takes_the_original_names(family):
             row = published.MODELS[f"{family}-{size}-{patch}-256"]
             with torch.device("meta"):
                 model = run.build_model("dit", row.config)
-                theirs = model.state_dict() | {"pos_embed": torch.empty(1, 1)}
-                state = published.dit_weights(theirs, model.config)
-            published.check_weights(model, state, "file")
+                theirs = model.state_dict() | {"pos_embed": torch.empty(1, (32 // patch) ** 2, 1)}
+                state = published.our_weights(f"{family}-{size}-{patch}-256", theirs)
+            weights.check_weights(model, state, "file")
             assert len(model.blocks) == depth and model.config.patch == (patch, patch)
             assert model.out_channels == 8
 
@@ -138,19 +136,25 @@ def test_scale_of_a_published_vae(downloads, tmp_path):
         config.write_text(damaged)
         with pytest.raises(ValueError, match="config.json: damaged"):
             run.load_vae(tmp_path / "vae")
-    with pytest.raises(ValueError, match="groups = 32"):                 # a lone file is Stable Diffusion's
-        run.load_vae(downloads / "vae" / name)
+    # a file of such a folder has its config.json; one that is alone is refused, as XL's has the same shapes
+    assert run.load_vae(downloads / "vae" / name).latent_std[0].item() == pytest.approx(1 / 0.18215)
+    (tmp_path / name).write_bytes((downloads / "vae" / name).read_bytes())
+    with pytest.raises(ValueError, match="a VAE alone, without the scale .*0.13025 in Stable Diffusion XL"):
+        run.load_vae(tmp_path / name)
+    with pytest.raises(ValueError, match="groups = 32"):                 # of --published, without config.json
+        run.load_vae(tmp_path / name, "dit-xl-2-256")
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(name="dit-xxl-2-256"), "--published dit-xxl-2-256: known are"),
-    (dict(weights="short.pt"), "short.pt: weights do not fit the network: missing blocks.3.attn.qkv.weight; "
-                               "missing blocks.3.attn.qkv.bias; missing blocks.3.attn.proj.weight "
-                               "and 1 more"),
-    (dict(name="dit-b-8-256"), "DiT-XS-8.pt: weights do not fit the network"),
-    (dict(name="dit-xs-8-512"), "DiT-XS-8.pt: its table of positions, .* not for the 64 patches"),
-    (dict(weights="page.pt"), "page.pt: not a file of weights"),
-    (dict(weights="none.pt"), "none.pt: no such file"),
+    (dict(file="short.pt"), "short.pt: dit-xs-8-256: weights do not fit the network: missing "
+                            "blocks.3.attn.qkv.weight; missing blocks.3.attn.qkv.bias; missing "
+                            "blocks.3.attn.proj.weight and 1 more"),
+    (dict(name="dit-b-8-256"), "DiT-XS-8.pt: holds the network of dit-xs-8-256 or sit-xs-8-256, not of "
+                               "dit-b-8-256; give --published dit-xs-8-256"),
+    (dict(name="dit-xs-8-512"), "DiT-XS-8.pt: holds the network of dit-xs-8-256 or sit-xs-8-256, not of"),
+    (dict(file="page.pt"), "page.pt: not a file of weights"),
+    (dict(file="none.pt"), "none.pt: no such file"),
     (dict(autoencoder="DiT-XS-8.pt"), "not the weights of an AutoencoderKL"),
     (dict(autoencoder="nothing"), "nothing: no checkpoint there"),
 ])
@@ -162,9 +166,11 @@ def test_wrong_downloads(downloads, tmp_path, monkeypatch, change, message):
 
 
 def test_run_and_published_exclude_each_other(downloads):
-    for wrong in (["runs/x", *flags(downloads)], [], flags(downloads)[:4], ["runs/x", "--vae", "vae"]):
+    for wrong in (["runs/x", *flags(downloads)], [], flags(downloads)[:2], ["runs/x", "--vae", "vae"]):
         with pytest.raises(ValueError, match="give a run, or --published NAME"):
             sample.main(wrong)
+    with pytest.raises(ValueError, match="DiT-XS-8.pt: no VAE there .*; give it by --vae PATH"):
+        sample.main(flags(downloads)[:4])
     with pytest.raises(ValueError, match="one set of weights"):
         sample.main([*flags(downloads), "--raw"])
     with pytest.raises(ValueError, match="not trained to predict a variance"):
@@ -231,3 +237,209 @@ def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):
         with pytest.raises(ValueError, match=message):
             train.main([*flags, "--name", "refused"])
     assert set(downloads.rglob("*")) == before
+
+
+# ---- the authors' files of networks and VAEs
+
+def test_sit_of_512_has_single_channels(downloads, tmp_path):
+    """Its authors built the network of 256 with channels that nobody reads, and that of 512 without them."""
+    config = published.MODELS["dit-xs-8-512"].config | published.SIT_TIME
+    original = shake(dit.DiT(dit.DiTConfig(**config | {"learn_sigma": False})))
+    table = dit.sincos_positions(8, 8, config["width"])[None]
+    torch.save({"ema": original.state_dict() | {"pos_embed": table}}, tmp_path / "SiT-512.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        row = published.MODELS["sit-s-8-512"]
+        patch.setitem(published.MODELS, "sit-xs-8-512", row._replace(config=row.config | SMALLER))
+        ours = published.load_network("sit-xs-8-512", tmp_path / "SiT-512.pt")
+    x, t, y = torch.randn(2, 4, 64, 64), torch.tensor([0.2, 0.9]), torch.tensor([1, 1000])
+    out = ours(x, t, y)
+    torch.testing.assert_close(out[:, :4], -original(x, t, y))             # the velocity of its own time
+    assert out.shape[1] == 8 and (out[:, 4:] == 0).all()
+
+
+WIDE = [i / 4 - 1 for i in range(4)]
+
+
+def vae_state(tiny=None):
+    autoencoder = shake(vae.VAE(tiny or TINY_VAE))
+    return {name: weight for name, weight in autoencoder.state_dict().items()
+            if not name.startswith("latent_")}
+
+
+@pytest.fixture
+def eight_groups(monkeypatch):
+    """Files without a config.json have 32 groups, more than a tiny VAE has channels."""
+    build = published.vae_from_weights
+    monkeypatch.setattr(published, "vae_from_weights", lambda state, scale, shift, groups: build(
+        state, scale, shift, 8))
+
+
+@pytest.mark.parametrize("others, channels, latents", [
+    (("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x"), 4, published.SD),
+    (("model.diffusion_model.input_blocks.0.0.weight",), 4, published.SD),
+    (("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.1.model.x"), 4, published.XL),
+    (("model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"), 4,
+     published.XL),
+    (("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",), 16, published.SD3),
+    (("model.diffusion_model.double_blocks.0.img_mod.lin.weight",), 16, published.FLUX),
+])
+def test_a_whole_file_shows_the_scale_of_its_vae(tmp_path, eight_groups, others, channels, latents):
+    """By the names of its other parts, whatever --published says: check_vae then refuses."""
+    config = vae.VAEConfig(widths=(8, 8, 8, 8), groups=8, latent_channels=channels, quant_conv=channels == 4)
+    state = vae_state(config)
+    whole = {f"first_stage_model.{name}": weight for name, weight in state.items()}
+    torch.save({"state_dict": whole | {name: torch.ones(1) for name in others}}, tmp_path / "whole.ckpt")
+    for name in (None, "dit-xl-2-256"):
+        found = run.load_vae(tmp_path / "whole.ckpt", name)
+        torch.testing.assert_close(found.latent_std, torch.full((channels,), 1 / latents.scale))
+        torch.testing.assert_close(found.latent_mean, torch.full((channels,), latents.shift))
+        for key, weight in state.items():
+            assert torch.equal(found.state_dict()[key], weight)
+    for name, row in published.MODELS.items():
+        if row.latents == latents:
+            published.check_vae(name, found, "x")
+        else:
+            with pytest.raises(ValueError, match=f"--vae x: {name} was trained in .* scaled by "
+                                                 f"{row.latents.scale}.*this one has {channels} at 1/8"):
+                published.check_vae(name, found, "x")
+
+
+@pytest.mark.parametrize("name, channels, latents", [
+    ("ae.safetensors", 16, published.FLUX), ("sdxl_vae.safetensors", 4, published.XL),
+    ("vae-ft-mse-840000-ema-pruned.ckpt", 4, published.SD)])
+def test_a_vae_alone_is_known_by_its_published_name(tmp_path, eight_groups, name, channels, latents):
+    config = vae.VAEConfig(widths=(8, 8, 8, 8), groups=8, latent_channels=channels, quant_conv=channels == 4)
+    state = vae_state(config)
+    for file in (tmp_path / name, tmp_path / f"my-{name}"):
+        if file.suffix == ".ckpt":
+            torch.save(state, file)
+        else:
+            write_safetensors(file, state)
+    # the same shapes may be another model's, so its name counts before --published, and check_vae refuses
+    for model in (None, "dit-xl-2-256", "sd3-medium"):
+        assert published.load_vae(tmp_path / name, model).latent_std[0].item() == pytest.approx(
+            1 / latents.scale)
+    with pytest.raises(ValueError, match="a VAE alone, without the scale of its latents"):
+        published.load_vae(tmp_path / f"my-{name}")
+    found = published.load_vae(tmp_path / f"my-{name}", "flux-dev")
+    assert found.latent_mean[0].item() == pytest.approx(0.1159)
+
+
+def test_means_and_deviations_of_latents(tmp_path):
+    """x0 = (z - mean) / std * scaling_factor, each channel by its own."""
+    torch.save(vae_state(), tmp_path / "diffusion_pytorch_model.bin")
+    config = {"norm_num_groups": 8, "scaling_factor": 0.5, "latents_mean": WIDE,
+              "latents_std": [1, 2, 4, 0.5]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = run.load_vae(tmp_path)
+    z = torch.randn(2, 4, 3, 3)
+    mean, std = (torch.tensor(config[f"latents_{name}"]).view(4, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close(found.normalize(z), (z - mean) / std * 0.5)
+    for wrong, message in (({"latents_mean": WIDE * 2}, "config.json has another number of means"),
+                           ({"latents_std": ["x"] * 4}, "config.json: damaged"),
+                           ({"latents_std": 3}, "config.json: damaged"),
+                           ({"latents_std": [0, 1, 1, 1]}, "config.json: damaged"),
+                           ({"scaling_factor": "x", "latents_mean": None}, "config.json: damaged")):
+        (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(ValueError, match=message):
+            run.load_vae(tmp_path)
+
+
+def test_a_folder_of_a_whole_pipeline(tmp_path):
+    """Network and VAE from its parts, in the file's precision or another; what is missing is one line."""
+    row = published.MODELS["dit-xs-8-256"]
+    for folder in ("transformer", "vae"):
+        (tmp_path / folder).mkdir()
+    state = shake(dit.DiT(dit.DiTConfig(**row.config))).half().state_dict()
+    torch.save(state, tmp_path / "transformer/diffusion_pytorch_model.fp16.bin")
+    for dtype in (None, torch.bfloat16):
+        network = published.load_network("dit-xs-8-256", tmp_path, dtype)
+        for name, weight in network.state_dict().items():
+            assert weight.dtype == (dtype or torch.float16)
+            assert torch.equal(weight, state[name].to(weight.dtype))
+        assert not network.training and not any(p.requires_grad for p in network.parameters())
+    with pytest.raises(ValueError, match="vae: no files of weights in this folder"):
+        published.load_vae(tmp_path, "dit-xs-8-256")
+    torch.save(vae_state(), tmp_path / "vae/diffusion_pytorch_model.bin")
+    (tmp_path / "vae/config.json").write_text('{"norm_num_groups": 8, "scaling_factor": 0.18215}')
+    assert run.load_vae(tmp_path).config == TINY_VAE
+    (tmp_path / "transformer/diffusion_pytorch_model.fp16.bin").unlink()
+    with pytest.raises(ValueError, match="transformer: no files of weights in this folder"):
+        published.load_network("dit-xs-8-256", tmp_path)
+
+
+def test_text_encoders_of_a_whole_file(tmp_path):
+    prefix = "cond_stage_model.transformer.text_model."
+    state = {f"{prefix}final_layer_norm.weight": torch.ones(4)}
+    torch.save(state, tmp_path / "x.ckpt")
+    found = published.read_text_encoder("clip-l", tmp_path / "x.ckpt")
+    assert set(found) == {"text_model.final_layer_norm.weight"}
+    with pytest.raises(ValueError, match="x.ckpt: the text encoder t5-xxl is not in this file"):
+        published.read_text_encoder("t5-xxl", tmp_path / "x.ckpt")
+    torch.save({name: weight * torch.nan for name, weight in state.items()}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="final_layer_norm.weight has values that are not finite"):
+        published.read_text_encoder("clip-l", tmp_path / "x.ckpt")
+
+
+# ---- the rows
+
+TINY = {
+    "sd1.5": dict(widths=(8, 16), attention=(True, False), groups=4, heads=2, context_width=12),
+    "sd3.5-medium": dict(width=32, depth=3, heads=2, dual_attention=2, context_width=12, pooled_width=8,
+                         sincos=(8, 12)),
+    "flux-dev": dict(width=32, depth=2, single_depth=2, heads=2, rope=(4, 6, 6), context_width=12,
+                     pooled_width=8)}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_network_that_is_trained_on(tmp_path, monkeypatch, name):
+    """What --init-from reads fits the network of the row, by the authors' names and by ours; weights of
+    another model are refused in one line that names it."""
+    row = published.MODELS[name]
+    monkeypatch.setitem(published.MODELS, name, row._replace(config=row.config | TINY[name]))
+    config = published.MODELS[name].config
+    state = shake(run.build_model(row.arch, config)).state_dict()
+    torch.save({f"model.diffusion_model.{key}": weight for key, weight in state.items()}
+               if row.arch == "unet" else state, tmp_path / "w.ckpt")
+    if row.arch == "mmdit":                                # ours are the original's, but for these
+        original = {re.sub(r"\.(q|k)_norm$", r".ln_\1.weight", key): w for key, w in state.items()}
+        if "position_table" in original:
+            line = original.pop("position_table")
+            original["pos_embed"] = torch.cat([line.repeat(12, 1), line.repeat_interleave(12, 0)], 1)[None]
+        torch.save(original, tmp_path / "w.ckpt")
+    args = SimpleNamespace(init_from=str(tmp_path / "w.ckpt"), published=name, arch=row.arch)
+    found = plan.read_initial(args)["ema"]
+    network = run.build_model(row.arch, config)
+    weights.load_weights(network, plan.fit_weights(network, found, "w"), "w")
+    for key, weight in network.state_dict().items():
+        if name != "flux-dev" or not key.startswith("final_layer.linear"):     # rearranged; see test_names.py
+            assert torch.equal(weight, state[key])
+    other = {"sd1.5": "sd2.1", "sd3.5-medium": "flux-dev", "flux-dev": "sd3-medium"}[name]
+    with pytest.raises(ValueError, match=f"w.ckpt: holds the network of {name}, not of {other}; give "
+                                         f"--published {name}"):
+        published.read_network(other, tmp_path / "w.ckpt")
+
+
+def test_every_row_is_complete():
+    for name, row in published.MODELS.items():
+        path = run.build_path(row.objective)
+        assert row.arch in ("dit", "mmdit", "unet") and row.steps > 0 and row.guidance >= 1
+        channels = row.config.get("channels", 4)
+        assert channels == row.latents.channels and row.side % 64 == 0
+        assert (row.text is None) == (row.arch == "dit")
+        if row.text:
+            kinds = {part.kind.lower() for part in encoders.RECIPES[row.text].parts}
+            assert kinds <= set(names.TEXT_PREFIXES)
+        assert path.prediction == {"dit": "eps", "sit": "velocity", "sd1.5": "eps", "sd2.1-base": "eps",
+                                   "sd2.1": "v", "sdxl": "eps"}.get(name.split("-")[0] if row.arch == "dit"
+                                                                    else name, "velocity")
+    (low, at_low), (high, at_high) = published.MODELS["flux-dev"].shift_points
+    assert (low, high) == ((256 // 16) ** 2, (1024 // 16) ** 2) and (at_low, at_high) == (0.5, 1.15)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("sd1.5", "DiT-XS-8.pt: holds the network of dit-xs-8-256 or sit-xs-8-256, not of sd1.5"),
+    ("flux-dev", "flux-dev was trained in latents of 16 channels at 1/8, scaled by 0.3611 after a shift of")])
+def test_files_of_class_models_are_no_models_of_text(downloads, name, message):
+    with pytest.raises(ValueError, match=message):
+        sample.main([*flags(downloads, name), "--n", "1"])

@@ -330,6 +330,7 @@ def test_report_on_shapes(small_data, tmp_path):
     assert found["loss"]["curve"]["validation"][-1][0] == 60 and found["words"]["loss"]
 
 
+@pytest.mark.long
 def test_an_interrupted_report_is_continued(small_data, tmp_path, monkeypatch):
     """What was drawn is not drawn again, and the result is the same; other flags begin anew."""
     command = [*QUICK_REPORT, "--only", "sweep", "seeds"]

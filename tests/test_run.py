@@ -312,6 +312,7 @@ def test_blocks_compile_once_for_all_sizes():
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_text_of_any_length():
     """Down to machine code: a U-Net's block that attends to text, at two sizes of picture and two of text."""
@@ -447,6 +448,7 @@ BIAS = "x_embedder.proj.bias"
     (lambda c: c["vae"]["config"].update(widths=3), "no vae can be built"),
     (lambda c: c.update(model=[1]), r"its model is \[1\]"), (lambda c: c.update(ema={1: 2}), "its ema is"),
     (lambda c: c.update(text={}), "its text is {}"), (lambda c: c.update(text={"encoder": "t5"}), "its text"),
+    (lambda c: c.update(text={"encoder": "sd3", "path": "x", "no_t5": "yes"}), "its text is {'encoder': 's"),
     (lambda c: c.update(text={"encoder": []}), "its text"), (lambda c: c.update(step="x"), "its step is 'x'"),
     (lambda c: c.update(step=-5), "its step is -5"), (lambda c: c.update(step=True), "its step is True"),
     (lambda c: c.update(training=[1]), "its training is"),

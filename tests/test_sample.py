@@ -14,6 +14,7 @@ from conftest import ON_VAE, altered, contents, draw_two
 from PIL import Image
 from tqdm import tqdm
 
+import draw as draw_file
 import files
 import run
 import sample
@@ -45,6 +46,7 @@ def test_pictures_do_not_depend_on_the_batch(cwd):
     assert np.abs(a[1] - b[0]).max() <= 1 and np.abs(a[0] - b[0]).max() > 3     # picture i is seed + i
 
 
+@pytest.mark.long
 def test_the_length_of_the_average_is_chosen_afterwards(cwd):
     """A width that was kept draws the same; another is what a training with it would have had, the closer
     the more checkpoints are kept; and what is too far from all of them is refused."""
@@ -79,6 +81,44 @@ def test_the_length_of_the_average_is_chosen_afterwards(cwd):
             sample.main([source, "--ema", width])
     with pytest.raises(ValueError, match="--raw with --ema 0.1: the weights themselves, or an average"):
         sample.main(["runs/widths", "--ema", "0.1", "--raw"])
+
+
+def test_options_reach_sampler_and_guidance(cwd, text_runs, monkeypatch):
+    """Each flag is one argument of its sampler or of `guided`, and is left out where it is not given."""
+    seen = {}
+
+    def watched(name, real):
+        def called(*args, **more):
+            seen[name] = more
+            return real(*args, **more)
+        return called
+
+    for name in ("heun", "unipc_3", "dpmpp_3m", "dpm2_ancestral"):
+        monkeypatch.setitem(sample.SAMPLERS, name, watched(name, sample.SAMPLERS[name]))
+    monkeypatch.setattr(draw_file, "guided", watched("guided", draw_file.guided))
+    always = {"generator", "on_step"}
+    for flags, name, options in (
+            (["--churn", "4", "--churn-min", "0.1", "--churn-max", "9", "--churn-noise", "1.1"], "heun",
+             {"churn": 4.0, "churn_min": 0.1, "churn_max": 9.0, "churn_noise": 1.1}),
+            (["--sampler", "unipc_3", "--lower-order-final"], "unipc_3", {"lower_order_final": True}),
+            (["--as-published"], "dpmpp_3m", {"as_published": True}),
+            (["--sampler", "dpm2_ancestral", "--eta", "0.5"], "dpm2_ancestral", {"eta": 0.5}),
+            (["--sampler", "heun"], "heun", {})):
+        draw_two("runs/done", *flags)
+        assert {k: v for k, v in seen[name].items() if k not in always} == options
+    plain = draw_two("runs/done", "--cfg", "3")
+    assert (draw_two("runs/done", "--cfg", "3", "--cfg-channels", "3") != plain).any()
+    assert seen["guided"]["channels"] == 3 and "skipped" not in seen["guided"]
+    assert (draw_two("runs/done", "--cfg", "3", "--cfg-channels", "4") == plain).all()
+    # skip-layer guidance: of ten steps, those that begin with 0.2 < i / 10 < 0.5
+    words = ["--prompt", "a small red circle", "--cfg", "2", "--steps", "10"]
+    plain = draw_two(text_runs[0], *words)
+    skips = ["--skip-layers", "1", "--skip-steps", "0.2", "0.5", "--skip-scale"]
+    assert (draw_two(text_runs[0], *words, *skips, "3") != plain).any()
+    assert seen["guided"]["skip_interval"] == pytest.approx((0.5, 0.7)) and seen["guided"]["skip_scale"] == 3
+    assert (draw_two(text_runs[0], *words, *skips, "0") == plain).all()
+    with pytest.raises(ValueError, match="--skip-layers 0 9: this network has joint blocks 0 to 1"):
+        draw_two(text_runs[0], *words, "--skip-layers", "0", "9")
 
 
 def test_the_times_of_sampling_are_shifted_alone(cwd, tmp_path, monkeypatch):
@@ -119,6 +159,7 @@ def test_output_kinds(cwd):
     assert (by_name == by_number).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", [0, 1])
 def test_pictures_to_begin_with(cwd, text_runs, which, monkeypatch):
     """Strength 0 is the VAE's reconstruction; more of it, more change; a mask keeps what is outside."""
@@ -267,7 +308,7 @@ def test_an_interrupted_output_is_continued(cwd, monkeypatch, out, capsys):
             return Path(name).read_bytes()
         return {file.name: file.read_bytes() for file in Path(name).iterdir()}
 
-    drawn, draw_batch, end_after = [], sample.draw, None
+    drawn, draw_batch, end_after = [], draw_file.draw, None
 
     def counting(*inputs, **options):
         if len(drawn) == end_after:
@@ -275,7 +316,7 @@ def test_an_interrupted_output_is_continued(cwd, monkeypatch, out, capsys):
         drawn.append(inputs[4])                            # the seeds
         return draw_batch(*inputs, **options)
 
-    monkeypatch.setattr(sample, "draw", counting)
+    monkeypatch.setattr(draw_file, "draw", counting)
     for end_after in (2, 3):
         with pytest.raises(Killed):
             sample.main([*command, out])
@@ -310,7 +351,7 @@ def test_an_interrupted_output_is_continued(cwd, monkeypatch, out, capsys):
     ("cut.gif", "sample.py: interrupted: nothing was written"),
 ])
 def test_an_interruption_says_how_far_it_came(cwd, monkeypatch, capsys, out, line):
-    drawn, draw_batch = [], sample.draw
+    drawn, draw_batch = [], draw_file.draw
 
     def interrupted(*inputs, **options):
         if len(drawn) == 2:
@@ -318,7 +359,7 @@ def test_an_interruption_says_how_far_it_came(cwd, monkeypatch, capsys, out, lin
         drawn.append(1)
         return draw_batch(*inputs, **options)
 
-    monkeypatch.setattr(sample, "draw", interrupted)
+    monkeypatch.setattr(draw_file, "draw", interrupted)
     with pytest.raises(SystemExit) as ended:
         sample.main(["runs/done", "--steps", "1", "--n", "10", "--batch-size", "3", "--out", out])
     assert ended.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == line
@@ -333,7 +374,7 @@ def test_the_bar_moves_with_every_step(cwd, monkeypatch):
             super().update(n)
             seen.append(self.n)
 
-    monkeypatch.setattr(sample, "tqdm", lambda **options: Bar(file=text, mininterval=0, **options))
+    monkeypatch.setattr(draw_file, "tqdm", lambda **options: Bar(file=text, mininterval=0, **options))
     sample.main(["runs/done", "--steps", "3", "--n", "5", "--batch-size", "4", "--out", "bar.npz"])
     np.testing.assert_allclose(seen, [1, 2, 3, 4, 4.25, 4.5, 4.75, 5])
     counts = re.findall(r"\| ([\d.]+/[\d.]+) \[", text.getvalue())
@@ -349,8 +390,8 @@ def test_a_share_is_told_after_each_step(cwd, name):
     how = dict(sampler=name, steps=4)
     inputs = (model, run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"]), (4, 8, 8),
               range(1), cond)
-    told = sample.draw(*inputs, progress=shares.append, **how)
-    assert shares == [0.2, 0.4, 0.6, 0.8] and (told == sample.draw(*inputs, **how)).all()
+    told = draw_file.draw(*inputs, progress=shares.append, **how)
+    assert shares == [0.2, 0.4, 0.6, 0.8] and (told == draw_file.draw(*inputs, **how)).all()
 
 
 def test_links_at_an_output_are_not_followed(cwd):
@@ -379,7 +420,8 @@ def test_links_at_an_output_are_not_followed(cwd):
     (["--noise", "0"], {"name": "rf"}, ("reverse_sde", {"noise": 0.0})),
 ])
 def test_choice_of_the_sampler(flags, objective, expected):
-    assert sample.choose_sampler(sample.parse_args(["runs/x", *flags]), objective) == expected
+    checkpoint = {"objective": objective, "config": {}}
+    assert sample.choose_sampler(sample.parse_args(["runs/x", *flags]), checkpoint) == expected
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -395,7 +437,20 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--device", ""], "--device is empty"),
     (["runs/done", "--init-image", "a.png", "b.png"], "--init-image a.png b.png: a network begins with one"),
     (["--init-image", "a.png", "runs/done"], "give a run, .*; --init-image takes all names behind it, so"),
-    (["runs/done", "--eta", "0.5", "--sampler", "heun"], "--eta 0.5: belongs to --sampler ddim, not heun"),
+    (["runs/done", "--eta", "0.5", "--sampler", "heun"],
+     "--eta 0.5: belongs to --sampler ddim or .*, not heun"),
+    (["runs/done", "--churn", "5", "--sampler", "euler"],
+     "--churn 5.0: belongs to --sampler heun, not euler"),
+    (["runs/done", "--churn-max", "5"], "--churn-max 5: says how --churn acts; give that too"),
+    (["runs/done", "--lower-order-final", "--sampler", "heun"],
+     "--lower-order-final: belongs to --sampler dpmpp_2m or .*, not heun"),
+    (["runs/done", "--cfg-channels", "5"], "--cfg-channels 5: the latent of this run has 4"),
+    (["runs/done", "--cfg-channels", "3", "--cfg", "1"], "--cfg-channels 3 with guidance 1"),
+    (["runs/done", "--skip-layers", "1"],
+     "--skip-layers 1: only mmdit has blocks to skip; this run is a dit"),
+    (["runs/done", "--skip-scale", "1"], "--skip-scale: says how --skip-layers acts; give that too"),
+    (["runs/done", "--skip-steps", "0", "2"], "--skip-steps 2: must be between 0 and 1"),
+    (["runs/done", "--times", "sd"], "--times sd: a spacing of the ddpm path; this run is on the path of rf"),
     (["runs/done", "--eta", "2"], "between 0 and 1"),
     (["runs/done", "--noise", "1", "--sampler", "ddpm"],
      "--noise 1.0: belongs to --sampler reverse_sde, not ddpm"),
@@ -498,7 +553,7 @@ def test_a_run_guides_itself(cwd, weaker):
     checkpoint = run.load_checkpoint("runs/done")
     model = run.build_model("dit", checkpoint["config"]).eval()
     model.load_state_dict(checkpoint["ema"])
-    expected = sample.draw(lambda *inputs, **cond: 2 * model(*inputs, **cond),
+    expected = draw_file.draw(lambda *inputs, **cond: 2 * model(*inputs, **cond),
                            run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"]),
                            (4, 8, 8), range(3), {"y": torch.zeros(3, dtype=torch.long)}, sampler="heun",
                            steps=3)
@@ -527,7 +582,7 @@ def test_guidance_of_text_runs_has_its_own_encoder(cwd, text_runs, tmp_path):
 def test_pictures_of_another_guide_are_not_mixed(cwd, weaker, monkeypatch):
     command = ["runs/done", "--steps", "1", "--n", "4", "--batch-size", "2", "--cfg", "3", "--out",
                "guides.npz"]
-    draw_batch, drawn = sample.draw, []
+    draw_batch, drawn = draw_file.draw, []
 
     def killed(*inputs, **options):
         if len(drawn) == 1:
@@ -535,13 +590,13 @@ def test_pictures_of_another_guide_are_not_mixed(cwd, weaker, monkeypatch):
         drawn.append(1)
         return draw_batch(*inputs, **options)
 
-    monkeypatch.setattr(sample, "draw", killed)
+    monkeypatch.setattr(draw_file, "draw", killed)
     with pytest.raises(Killed):
         sample.main([*command, "--guide", weaker])
     for other in ([], ["--guide", "runs/done"]):
         with pytest.raises(ValueError, match="2 pictures are there, drawn with guide"):
             sample.main([*command, *other])
-    monkeypatch.setattr(sample, "draw", draw_batch)
+    monkeypatch.setattr(draw_file, "draw", draw_batch)
     sample.main([*command, "--guide", weaker])
     continued = np.load("guides.npz")["arr_0"]
     sample.main([*command, "--guide", weaker])

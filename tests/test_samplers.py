@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+import samplers
 from ddpm import DDPM
 from rectified_flow import RectifiedFlow
-from samplers import (SAMPLERS, ddim, ddpm, dpmpp_3m, euler, gaussian_mixture, guided, heun, inpainting,
-                      karras_times, log_snr, log_snr_times, noise_like, reverse_sde)
+from samplers import (ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpm2_ancestral, dpmpp_2m, dpmpp_2m_sde,
+                      dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, guided, heun, inpainting,
+                      lms, log_snr, mean_weights, noise_like, plms, reverse_sde)
+from times import karras_times, log_snr_times
 
 PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "ddpm": DDPM(),
          "ddpm-cosine": DDPM(schedule="cosine"), "ddpm-zero-snr": DDPM("v", zero_terminal_snr=True)}
@@ -84,8 +87,8 @@ def slope(sampler, path, end, steps=(40, 80, 160), **options):
 # where sigma is about 1e-5, as the last step, to 0, is of first order
 SMOOTH = {"rf": (RectifiedFlow(), 1e-5), "rf-shift": (RectifiedFlow(shift=3.0), 1e-5),
           "ddpm": (DDPM(schedule="linear"), 1e-9), "ddpm-zero-snr": (DDPM("v", zero_terminal_snr=True), 1e-9)}
-ORDERS = {"euler": 1, "ddim": 1, "heun": 2, "dpm_solver_2": 2, "dpm_solver_3": 3, "dpmpp_2m": 2,
-          "dpmpp_3m": 3, "unipc_2": 3, "unipc_3": 4}                # UniPC's corrector adds one
+ORDERS = {"euler": 1, "ddim": 1, "heun": 2, "plms": 2, "lms": 4, "dpm_solver_2": 2, "dpm_solver_3": 3,
+          "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc_2": 3, "unipc_3": 4}     # UniPC's corrector adds one
 LEAST = {1: 0.95, 2: 1.9, 3: 2.85, 4: 3.85}
 
 
@@ -94,8 +97,194 @@ LEAST = {1: 0.95, 2: 1.9, 3: 2.85, 4: 3.85}
 def test_order_of_convergence(path, name):
     order = ORDERS[name]
     steps = (40, 80, 160) if order == 4 else (80, 160, 320)   # order 4 is sooner at the error of the two ends
+    if name == "lms":                                         # its first steps are of lower orders
+        steps = (480, 960)
     measured = slope(SAMPLERS[name], *SMOOTH[path], steps=steps)
     assert LEAST[order] <= measured < order + 0.5
+
+
+@pytest.mark.parametrize("sampler, order, options", [
+    (lms, 3, {"order": 3}), (lms, 2, {"order": 2}), (dpmpp_sde, 2, {"eta": 0.0}),
+    (dpm2_ancestral, 2, {"eta": 0.0}), (dpmpp_3m_sde, 3, {"eta": 0.0}),
+    (dpmpp_3m, 3, {"lower_order_final": True}), (SAMPLERS["unipc_2"], 3, {"lower_order_final": True})])
+@pytest.mark.parametrize("path", ["rf", "ddpm"])
+def test_order_of_convergence_with_options(path, sampler, order, options):
+    steps = (320, 640) if sampler is lms else (80, 160, 320)
+    assert LEAST[order] <= slope(sampler, *SMOOTH[path], steps=steps, **options) < order + 0.5
+
+
+def moments(sampler, path, times, monkeypatch, **options):
+    """The exact mean and standard deviation of what a sampler draws for the data of `gaussian`. There every
+    step is affine in x and in its noise, so a row of a batch for each noise shows its part in the end."""
+    count, alpha, sigma = [], *path.alpha_sigma(times[0])
+    run = lambda x: sampler(gaussian(path), path, x, times, **options)
+    monkeypatch.setattr(samplers, "noise_like", lambda x, generator=None: count.append(1) or x * 0)
+    run(torch.zeros(1, 1, dtype=torch.float64))
+    draws = iter(range(len(count)))
+
+    def unit(x, generator=None):
+        noise = torch.zeros_like(x)
+        noise[2 + next(draws)] = 1
+        return noise
+
+    monkeypatch.setattr(samplers, "noise_like", unit)
+    x = (alpha * MEAN).expand(2 + len(count), 1).clone()
+    x[1] += ((alpha * STD) ** 2 + sigma**2).sqrt()
+    y = run(x)[:, 0]
+    return y[0], (y[1:] - y[0]).square().sum().sqrt()
+
+
+@pytest.mark.parametrize("name, order, options", [
+    ("ddpm", 1, {}), ("ddim", 1, {"eta": 0.5}), ("reverse_sde", 1, {}), ("dpmpp_2m_sde", 2, {}),
+    ("dpmpp_2m_sde", 2, {"eta": 0.5}), ("dpmpp_3m_sde", 2, {}), ("dpmpp_sde", 2, {}),
+    ("dpmpp_sde", 2, {"eta": 0.5}), ("dpm2_ancestral", 2, {}), ("dpm2_ancestral", 2, {"eta": 0.5}),
+    ("heun", 2, {"churn": 10.0})])
+@pytest.mark.parametrize("path", ["rf", "ddpm"])
+def test_weak_order_of_stochastic_solvers(path, name, order, options, monkeypatch):
+    """The mean is exact at any number of steps, the standard deviation converges, measured without a
+    statistical error."""
+    path, end = SMOOTH[path]
+    errors = []
+    for steps in (160, 320):
+        mean, std = moments(SAMPLERS[name], path, log_snr_times(path, steps, end), monkeypatch, **options)
+        assert abs(mean - MEAN) < 1e-12
+        errors.append((std / STD - 1).abs())
+    assert errors[1] < (0.04 if order == 1 else 0.0015)
+    assert 0.9 * order < torch.log2(errors[0] / errors[1]) < order + 0.3
+
+
+def test_third_order_sde_is_more_accurate(monkeypatch):
+    """Than the second, and than with half of its curvature, as published: in the standard deviation."""
+    path, end = SMOOTH["rf"]
+    error = lambda sampler, **options: (moments(sampler, path, log_snr_times(path, 160, end), monkeypatch,
+                                                **options)[1] / STD - 1).abs()
+    assert 2 * error(dpmpp_3m_sde) < error(dpmpp_2m_sde) and 1.8 * error(dpmpp_3m_sde) < error(
+        dpmpp_3m_sde, as_published=True)
+
+
+def test_weights_of_linear_multistep():
+    """Even steps: Adams-Bashforth's, which are tabulated. Uneven ones: every cubic is integrated exactly."""
+    for n, weights in ADAMS_BASHFORTH.items():
+        even = [torch.tensor(-float(k), dtype=torch.float64) for k in range(n)]
+        torch.testing.assert_close(torch.stack(mean_weights(even)), torch.tensor(weights).double(), rtol=1e-6,
+                                   atol=0)
+    r = [torch.tensor(x, dtype=torch.float64) for x in (0.0, -0.3, -1.7, -1.9)]
+    cubic = lambda x: 2 - x + 3 * x**2 - 0.7 * x**3
+    mean = sum(w * cubic(x) for w, x in zip(mean_weights(r), r))
+    torch.testing.assert_close(mean.item(), 2 - 1 / 2 + 3 / 3 - 0.7 / 4)
+
+
+def test_plms_is_exact_where_eps_is_a_polynomial():
+    """On a path with alpha = 1, even steps: eps = cubic in sigma is integrated exactly from the fourth step
+    on, and the trapezoid of the first step is exact for a line."""
+    class Exploding:
+        def alpha_sigma(self, t):
+            return torch.ones_like(t), t
+
+    times = torch.linspace(1, 0, 9, dtype=torch.float64)
+    for power, first in ((1, 1), (3, 4)):
+        states = [torch.ones(1, 1, dtype=torch.float64)]
+        denoise = lambda x, t: (x - t * t**power, (t**power).expand(1, 1))
+        plms(denoise, Exploding(), states[0], times, on_step=lambda i, x, x0: states.append(x))
+        exact = times ** (power + 1) / (power + 1)
+        for i in range(1, 8):
+            change = states[i + 1] - states[i] if i >= first - 1 else exact[i + 1] - exact[i]
+            torch.testing.assert_close(change.item(), (exact[i + 1] - exact[i]).item())
+        if power == 1:
+            torch.testing.assert_close((states[1] - states[0]).item(), (exact[1] - exact[0]).item())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_churn_raises_the_noise_level_along_the_path(path):
+    """Karras et al. algorithm 2 in x / alpha and sigma / alpha, from what the network is given to see; below
+    churn_min, above churn_max and beyond the start of the path nothing is raised."""
+    path = PATHS[path]
+    times, seen = path.times(10), []
+
+    def denoise(x, t):
+        seen.append((x, t))
+        return gaussian(path)(x, t)
+
+    levels = path.alpha_sigma(times)[1] / path.alpha_sigma(times)[0]
+    options = dict(churn=2.0, churn_min=levels[8].item(), churn_max=levels[3].item() * (1 + 1e-9),
+                   churn_noise=1.1)
+    states, x = [], torch.randn(3, 1, dtype=torch.float64)
+    heun(denoise, path, x, times, generator=torch.Generator().manual_seed(1),
+         on_step=lambda i, x, x0: states.append(x), **options)
+    generator = torch.Generator().manual_seed(1)
+    for i in range(10):
+        before = x if i == 0 else states[i - 1]
+        given, t = seen[2 * i]
+        if 3 <= i <= 8:
+            level = (1 + 0.2) * levels[i]
+            noise = torch.randn(3, 1, dtype=torch.float64, generator=generator)
+            alpha, sigma = path.alpha_sigma(t)
+            torch.testing.assert_close(sigma / alpha, level)
+            want = before / path.alpha_sigma(times[i])[0] + 1.1 * (level**2 - levels[i] ** 2).sqrt() * noise
+            torch.testing.assert_close(given / alpha, want)
+        else:
+            assert t == times[i] and torch.equal(given, before)
+    seen.clear()                                       # at most sqrt(2), and not above where the path begins
+    heun(denoise, path, x, times, churn=1e9)
+    assert seen[0][1] == times[0] and all(t <= times[0] for _, t in seen)
+    twice = path.t_at(log_snr(path, times[5]) - torch.tensor(2.0).log() / 2)
+    torch.testing.assert_close(seen[10][1], twice, rtol=1e-6, atol=0)
+    torch.testing.assert_close(heun(denoise, path, x, times, churn=0.0), heun(denoise, path, x, times),
+                               rtol=0, atol=0)
+
+
+def test_lower_order_final():
+    """The last step but one is of the second order, the last of the first, also where it does not go to 0."""
+    path = PATHS["ddpm"]
+    denoise = gaussian_mixture(path, MEANS, STD)
+    run = lambda sampler, times, **options: sampler(denoise, path, X, times, **options)
+    times = path.times(9)
+
+    def states(sampler, times, **options):
+        found = []
+        sampler(denoise, path, X, times, on_step=lambda i, x, x0: found.append((x, x0)), **options)
+        return found
+
+    for sampler in (dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, SAMPLERS["unipc_3"]):
+        options = {"eta": 0.0} if sampler in (dpmpp_2m_sde, dpmpp_3m_sde) else {}
+        plain, lower = (states(sampler, times[:-1], lower_order_final=on, **options) for on in (False, True))
+        x, x0 = lower[-2][0], lower[-1][1]
+        (_, sigma_t), (alpha_s, sigma_s) = path.alpha_sigma(times[-3]), path.alpha_sigma(times[-2])
+        eps = (x - path.alpha_sigma(times[-3])[0] * x0) / sigma_t
+        torch.testing.assert_close(lower[-1][0], alpha_s * x0 + sigma_s * eps)       # the step of `euler`
+        assert (plain[-1][0] - lower[-1][0]).abs().max() > 1e-5
+        changed = [(a[0] - b[0]).abs().max() > 1e-9 for a, b in zip(plain, lower)]
+        second = sampler in (dpmpp_2m, dpmpp_2m_sde)
+        assert changed == [False] * (7 if second else 6) + [True] * (1 if second else 2)
+        if second:                             # to 0 the last step is of first order anyway
+            torch.testing.assert_close(run(sampler, times, lower_order_final=True, **options),
+                                       run(sampler, times, **options), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if "unipc" not in name])
+@pytest.mark.parametrize("path", ["rf", "ddpm"])
+def test_times_may_end_above_0(path, name):
+    """There the result is what a run to 0 passes through (UniPC looks ahead; see the next test)."""
+    path, states = PATHS[path], []
+    times, x = path.times(8), start(path, 16)
+    seeds = lambda: torch.Generator().manual_seed(2)
+    SAMPLERS[name](gaussian(path), path, x, times, generator=seeds(),
+                   on_step=lambda i, x, x0: states.append(x))
+    for n in (7, 4):
+        end = SAMPLERS[name](gaussian(path), path, x, times[:n + 1], generator=seeds())
+        torch.testing.assert_close(end, states[n - 1])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_ends_above_0_has_the_noise_of_there(name):
+    n, path = 5000, PATHS["ddpm"]
+    times = log_snr_times(path, 100, 0.3)[:-1]                    # which ends at 0.3
+    alpha, sigma = path.alpha_sigma(times[-1])
+    torch.manual_seed(0)
+    y = SAMPLERS[name](gaussian(path), path, start(path, n), times)
+    std = ((alpha * STD) ** 2 + sigma**2).sqrt()
+    assert times[-1] == pytest.approx(0.3) and abs(y.mean() - alpha * MEAN) < 5 * std / n**0.5 + 0.01
+    assert abs(y.std() / std - 1) < 5 / (2 * n) ** 0.5 + 0.02
 
 
 @pytest.mark.parametrize("path", ["rf", "ddpm"])
@@ -118,6 +307,7 @@ def test_order_on_even_times(path):
 
 @pytest.mark.parametrize("name, options", [
     ("ddpm", {}), ("ddpm", {"variance": "large"}), ("ddim", {"eta": 0.5}), ("dpmpp_2m_sde", {}),
+    ("dpmpp_sde", {}), ("heun", {"churn": 100.0}),
     ("reverse_sde", {"noise": 1.0}), ("reverse_sde", {"noise": 0.3}), ("reverse_sde", {"noise": 0})])
 @pytest.mark.parametrize("path", ["rf", "ddpm-cosine"])
 def test_stochastic_solvers_draw_the_right_gaussian(path, name, options):
@@ -223,6 +413,10 @@ def test_one_sampler_is_another():
         torch.testing.assert_close(ddim(denoise, path, x, times, eta=1.0, generator=seeds()),
                                    ddpm(denoise, path, x, times, generator=seeds()))
         assert (ddpm(denoise, path, x, times) - euler(denoise, path, x, times)).abs().max() > 0.01
+        for stochastic, deterministic in (("dpmpp_2m_sde", "dpmpp_2m"), ("dpm2_ancestral", "dpm_solver_2")):
+            torch.testing.assert_close(SAMPLERS[stochastic](denoise, path, x, times, eta=0.0),
+                                       SAMPLERS[deterministic](denoise, path, x, times))
+        torch.testing.assert_close(lms(denoise, path, x, times, order=1), euler(denoise, path, x, times))
 
 
 def test_euler_is_euler_on_the_straight_path():
@@ -277,15 +471,17 @@ def test_steps_are_intervals_and_one_works(name, path):
                            on_step=lambda i, x, x0: shown.append(i))
         assert torch.isfinite(y).all() and shown == list(range(steps))
         # one evaluation per step, and more inside a step unless it starts at alpha = 0 or ends at 0
-        inside = {"heun": 1, "dpm_solver_2": 1, "dpm_solver_3": 2}.get(name, 0)
+        inside = {"heun": 1, "dpm_solver_2": 1, "dpm_solver_3": 2, "dpmpp_sde": 1,
+                  "dpm2_ancestral": 1}.get(name, 0)
         from_pure_noise = name != "heun" and steps > 1 and path.alpha_sigma(path.times(1)[0])[0] == 0
-        assert len(calls) == steps + inside * (steps - 1 - int(from_pure_noise))
+        first = int(name == "plms" and steps > 1 and not from_pure_noise)      # it evaluates both ends
+        assert len(calls) == steps + first + inside * (steps - 1 - int(from_pure_noise))
         assert min(calls) > 0                                   # the network is never evaluated at t = 0
 
 
 def test_bad_times_are_refused():
-    for times in ([1.0], [1.0, 0.5], [0.5, 1.0, 0.0], [1.0, 0.5, 0.5, 0.0]):
-        with pytest.raises(ValueError, match="fall strictly to 0"):
+    for times in ([1.0], [1.0, -0.5], [0.5, 1.0, 0.0], [1.0, 0.5, 0.5, 0.0]):
+        with pytest.raises(ValueError, match="fall strictly, to 0 or above"):
             euler(gaussian(PATHS["rf"]), PATHS["rf"], torch.zeros(1, 1), torch.tensor(times))
 
 
@@ -327,6 +523,148 @@ def test_guidance():
     torch.testing.assert_close(std(raw(rescale=1.0)), std(base))
     torch.testing.assert_close(std(raw(rescale=0.5)), (std(base) + std(raw())) / 2)
     assert (std(raw()) > 2 * std(base)).all()
+
+
+def doubled(xt, t, y):
+    """A network of twice the channels of xt, all of which depend on all of xt, on t and on y."""
+    mixed = torch.einsum("oc,bchw->bohw", torch.linspace(-1, 2, 32).view(8, 4).sin().to(xt), xt)
+    return (mixed + y.view(-1, 1, 1, 1) * t.view(-1, 1, 1, 1)).sin() * torch.arange(1.0, 9.0).view(8, 1, 1)
+
+
+@pytest.mark.parametrize("path", [DDPM(learned_variance=True), RectifiedFlow()], ids=["ddpm", "rf"])
+def test_rescale_counts_only_the_channels_of_the_latent(path):
+    """Lin et al. eqs. 15 and 16, for a network that returns more of them; its variance is left alone."""
+    x, t, y = torch.randn(3, 4, 2, 2), torch.tensor(0.5), torch.tensor([1, 2, 3])
+    cond, uncond = {"y": y}, {"y": torch.zeros(3)}
+    times = torch.full((3,), 0.5)
+    positive, negative = doubled(x, times, y), doubled(x, times, uncond["y"])
+    guided_by_4 = negative + 4 * (positive - negative)
+    ratio = positive[:, :4].flatten(1).std(1) / guided_by_4[:, :4].flatten(1).std(1)
+    want = (0.7 * ratio.view(3, 1, 1, 1) + 0.3) * guided_by_4[:, :4]
+    options = {"variance": True} if isinstance(path, DDPM) else {}
+    x0, eps, *fraction = guided(doubled, path, cond, uncond, 4.0, rescale=0.7, **options)(x, t)
+    for found, expected in zip((x0, eps), path.to_x0_eps(want, x, t)):
+        torch.testing.assert_close(found, expected)
+    if fraction:
+        torch.testing.assert_close(fraction[0], (positive[:, 4:] + 1) / 2)
+
+
+def test_guidance_on_three_channels_is_the_formula_of_dit():
+    """Three of the network's eight channels are guided, and every other, the fourth of the latent and the
+    variance too, is that of the half of the batch that is drawn, the conditional one."""
+    path, x, t = DDPM(learned_variance=True), torch.randn(3, 4, 2, 2), torch.tensor(0.5)
+    y, null = torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.long)
+
+    def as_dit(pair, times, labels, scale):              # a batch whose halves hold the same noise
+        half = pair[:3]
+        out = doubled(torch.cat([half, half]), times, labels)
+        first, others = out[:, :3], out[:, 3:]
+        positive, negative = first.chunk(2)
+        mixed = negative + scale * (positive - negative)
+        return torch.cat([torch.cat([mixed, mixed]), others], dim=1)
+
+    out = as_dit(torch.cat([x, x]), torch.full((6,), 0.5), torch.cat([y, null]), 4.0)[:3]
+    denoise = guided(doubled, path, {"y": y}, {"y": null}, 4.0, channels=3, variance=True)
+    for found, expected in zip(denoise(x, t), (*path.to_x0_eps(out, x, t), (out[:, 4:] + 1) / 2)):
+        torch.testing.assert_close(found, expected)
+    # all four are the usual guidance, and at scale 0 only three are unconditional
+    four, usual = (guided(doubled, path, {"y": y}, {"y": null}, 4.0, channels=n)(x, t) for n in (4, None))
+    torch.testing.assert_close(four, usual, rtol=0, atol=0)
+    assert (usual[1][:, 3] - out[:, 3]).abs().max() > 0.1
+    _, eps = guided(doubled, path, {"y": y}, {"y": null}, 0.0, channels=3)(x, t)
+    positive, negative = (doubled(x, torch.full((3,), 0.5), labels)[:, :4] for labels in (y, null))
+    torch.testing.assert_close(eps, torch.cat([negative[:, :3], positive[:, 3:]], 1))
+
+
+def test_skip_layer_guidance():
+    """The difference to a network without some blocks is added, within its own interval, after the guidance
+    of the other kind, or without any."""
+    path, x, y, null = RectifiedFlow(), torch.randn(3, 4, 2, 2), torch.tensor([1, 2, 3]), torch.zeros(3)
+    calls = []
+
+    def network(factor):
+        def forward(xt, t, y):
+            calls.append((factor, len(xt)))
+            return (factor * xt + y.view(-1, 1, 1, 1) * t.view(-1, 1, 1, 1)).sin()
+        return forward
+
+    def raw(t, scale, **more):
+        calls.clear()
+        x0, eps = guided(network(1.7), path, {"y": y}, {"y": null}, scale, skipped=network(0.9), **more)(x, t)
+        return eps - x0
+
+    for t in (0.5, 0.8, 0.9):
+        at = torch.full((3,), t)
+        positive, negative, without = (network(f)(x, at, c) for f, c in ((1.7, y), (1.7, null), (0.9, y)))
+        for scale in (1.0, 5.0):
+            want = negative + scale * (positive - negative)
+            if 0.5 < t <= 0.8:
+                want = want + 1.5 * (positive - without)
+            found = raw(torch.tensor(t), scale, skip_scale=1.5, skip_interval=(0.5, 0.8))
+            torch.testing.assert_close(found, want)
+            assert calls == [(1.7, 3 if scale == 1 else 6)] + [(0.9, 3)] * (t == 0.8)
+
+
+def test_distilled_guidance_is_a_condition():
+    """A network whose guidance is distilled takes the scale as an input: one evaluation, without a null
+    branch."""
+    path, x, batches = RectifiedFlow(), torch.randn(3, 4, 2, 2), []
+
+    def model(xt, t, y, guidance):
+        batches.append(len(xt))
+        return y.view(-1, 1, 1, 1) * guidance.view(-1, 1, 1, 1) * torch.ones_like(xt)
+
+    cond = {"y": torch.tensor([1.0, 2.0, 3.0]), "guidance": torch.full((3,), 3.5)}
+    x0, eps = guided(model, path, cond)(x, torch.tensor(0.5))
+    torch.testing.assert_close(eps - x0, 3.5 * cond["y"].view(3, 1, 1, 1).expand_as(x))
+    assert batches == [3]
+
+
+def spaced_by_openai(model, betas, count, x, noise):
+    """OpenAI's respaced diffusion as improved-diffusion defines it: `count` of the steps at even fractions,
+    the betas of that subsequence, an output of the mean (eps) and, as "learned range", of the variance.
+    model(x, step) -> (B, 2C, ...). Written here step by step from Nichol & Dhariwal's sections 3.1 and 4."""
+    total = len(betas)
+    stride, kept = (total - 1) / (count - 1), []
+    for i in range(count):
+        kept.append(round(i * stride))
+    cumulative, previous, steps = torch.cumprod(1 - betas, 0), 1.0, []
+    for step in kept:
+        steps.append(1 - cumulative[step].item() / previous)
+        previous = cumulative[step].item()
+    steps = torch.tensor(steps, dtype=torch.float64)
+    bars = torch.cumprod(1 - steps, 0)
+    before = torch.cat([bars.new_ones(1), bars[:-1]])
+    posterior = steps * (1 - before) / (1 - bars)
+    clipped = torch.cat([posterior[1:2], posterior[1:]]).log()
+    for i in reversed(range(count)):
+        eps, share = model(x, kept[i]).chunk(2, dim=1)
+        share = (share + 1) / 2
+        logvar = share * steps[i].log() + (1 - share) * clipped[i]
+        x0 = (1 / bars[i]).sqrt() * x - (1 / bars[i] - 1).sqrt() * eps
+        mean = (before[i].sqrt() * steps[i] / (1 - bars[i])) * x0
+        mean = mean + ((1 - steps[i]).sqrt() * (1 - before[i]) / (1 - bars[i])) * x
+        x = mean if i == 0 else mean + (logvar / 2).exp() * noise[count - 1 - i]
+    return x
+
+
+@pytest.mark.parametrize("count", [10, 250])
+def test_dit_recipe_is_openais_spaced_diffusion(count):
+    """Ancestral sampling with a learned variance at "linspace" times, with the schedule that DiT has."""
+    path = DDPM(schedule="linear", learned_variance=True)
+    x = torch.randn(3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = [torch.randn(x.shape, dtype=x.dtype, generator=g)
+             for g in [torch.Generator().manual_seed(1)] for _ in range(count - 1)]
+    y = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    network = lambda x, t, y: doubled(x, t.to(x), y) / torch.arange(1.0, 9.0).view(8, 1, 1)
+    theirs = spaced_by_openai(lambda x, step: network(x, torch.full((3,), (step + 1) / 1000), y),
+                              torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), count, x, noise)
+    denoise = guided(network, path, {"y": y}, variance=True)
+    ours = ddpm(denoise, path, x, path.times(count, "linspace"), variance="learned",
+                generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    small = ddpm(denoise, path, x, path.times(count, "linspace"), generator=torch.Generator().manual_seed(1))
+    assert (small - theirs).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), DDPM(), DDPM(prediction="v")], ids=["rf", "eps", "v"])

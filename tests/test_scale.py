@@ -132,6 +132,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="m
 
 
 @linux
+@pytest.mark.long
 def test_one_process_holds_what_the_table_says(monkeypatch, capsys):
     found = scale.measure(PUBLISHED, Layout(), 0.03, 2, checkpointed=False)
     expected = scale.held(PUBLISHED, Layout(), 0.03, bf16=False)

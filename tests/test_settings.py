@@ -28,12 +28,12 @@ def stored(*flags):
 
 # ---- what a flag accepts
 
-@pytest.mark.parametrize("string", ["bytes", "none", "clip:a", "t5:/a:b"])
+@pytest.mark.parametrize("string", ["bytes", "none", "clip:a", "t5:/a:b", "sd3:a", "flux-dev:a"])
 def test_text_encoders(string):
     assert text_encoder(string) == string
 
 
-@pytest.mark.parametrize("string", ["bert", "clip", "t5:", "bytes:x", "none:x"])
+@pytest.mark.parametrize("string", ["bert", "clip", "t5:", "bytes:x", "none:x", "sdxl", "flux:a"])
 def test_no_text_encoders(string):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^{string}: must be bytes, clip:FOLDER, t5"):
         text_encoder(string)
@@ -110,7 +110,7 @@ def test_settings_that_a_published_model_decides():
     assert {flag.key for flag in settings.ROWS.values() if flag.settled} == {
         "preset", "prediction", "loss", "schedule", "min_snr", "zero_terminal_snr", "density",
         "density_mean", "density_std", "mode_scale", "shift", "shift_tokens", "guidance", "jumps", "patch",
-        "block", "conv", "experts", "text_encoder"}
+        "block", "conv", "experts", "text_encoder", "no_t5"}
 
 
 @pytest.mark.parametrize("name", settings.ARCHITECTURES)
@@ -222,6 +222,9 @@ def test_defaults(flags, expected):
     (["--arch", "unet", "--cond", "none", "--text-encoder", "none"], "belongs to --cond text, not none"),
     (["--arch", "unet", "--text-encoder", "bytes"], "--text-encoder bytes: belongs to --cond text, not"),
     (["--arch", "mmdit", "--text-encoder", "bert"], "--text-encoder bert: must be bytes, clip:FOLDER"),
+    (["--arch", "mmdit", "--no-t5"], "--no-t5: belongs to --text-encoder sd3:FOLDER, not bytes; leave it"),
+    (["--arch", "mmdit", "--no-t5", "--text-encoder", "flux-dev:x"], "--no-t5: belongs .*, not flux-dev:x"),
+    (["--arch", "dit", "--no-t5"], "--no-t5.*: belongs to --cond text, not class"),
     (["--arch", "mmdit", "--text-encoder", "none", "--preview-prompts", "x"],
      "--preview-prompts x: --text-encoder none has no encoder"),
     (["--arch", "dit", "--preview-prompts", "x"], "--preview-prompts x: belongs to --cond text, not class"),
@@ -437,6 +440,9 @@ def test_configuration_of_text_without_a_pooled_vector():
     (["--arch", "mmdit", "--text-encoder", "clip:a/b"], {"encoder": "clip", "path": "a/b"}),
     (["--arch", "mmdit", "--text-encoder", "t5:a:b"], {"encoder": "t5", "path": "a:b"}),
     (["--arch", "mmdit", "--text-encoder", "none"], {"encoder": "none"}),
+    (["--arch", "mmdit", "--text-encoder", "sd3:a"], {"encoder": "sd3", "path": "a"}),
+    (["--arch", "mmdit", "--text-encoder", "sd3:a", "--no-t5"],
+     {"encoder": "sd3", "path": "a", "no_t5": True}),
     (["--arch", "dit"], None), (["--arch", "vae", "--cond", "text"], None),
 ])
 def test_configuration_of_the_text_encoder(flags, expected):

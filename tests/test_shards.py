@@ -416,6 +416,7 @@ ON_SHARDS = {"vae": ["--arch", "vae", "--vae-preset", "tiny", "--data", "s"],
              "latents": ["--arch", "dit", "--preset", "tiny", "--data", "latents"]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ON_SHARDS)
 def test_two_processes_train_on_shards_as_one(encoded, name):
     flags = [*ON_SHARDS[name], *SHORT, "--workers", "2"]
@@ -450,6 +451,7 @@ def encode_process(*flags, hook=""):
                             stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.long
 def test_an_encoding_that_is_killed_goes_on(encoded, monkeypatch, tmp_path):
     """kill -9 within the second shard; then two processes at once. The shards are the same to the byte."""
     monkeypatch.chdir(encoded)

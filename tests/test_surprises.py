@@ -30,7 +30,7 @@ KINDS = {
     "an encoder whose files are fp16 or bf16": [
         "test_conditioning::test_network_inputs_are_float32",
         "test_conditioning::test_encoders_in_half_precision_train_and_draw",
-        "test_text::test_encoders_in_half_precision"],
+        "test_encoders::test_encoders_in_half_precision"],
     "a small batch bounds the memory of start-up, validation and previews": [
         "test_train::test_memory_outside_training_steps_follows_the_batch",
         "test_train::test_memory_of_the_vae_follows_the_batch*3"],
@@ -115,16 +115,16 @@ KINDS = {
         "test_folder::test_what_is_no_file_is_named_and_not_read",
         "test_files::test_only_a_file_is_a_lock", "test_toys::test_only_a_file_is_a_font"],
     "a text encoder's folder does not run its own code": [
-        "test_text::test_a_folder_that_is_not_this_encoder_is_refused*3",
-        "test_text::test_no_code_of_a_tokenizers_folder_is_run"],
+        "test_encoders::test_a_folder_that_is_not_this_encoder_is_refused*3",
+        "test_encoders::test_no_code_of_a_tokenizers_folder_is_run"],
     "the folder of another kind of encoder, or of none": [
-        "test_text::test_a_folder_that_is_not_this_encoder_is_refused*3",
-        "test_text::test_a_folder_without_an_encoder_is_refused*2"],
+        "test_encoders::test_a_folder_that_is_not_this_encoder_is_refused*3",
+        "test_encoders::test_a_folder_without_an_encoder_is_refused*2"],
     "an encoder without some of its weights": [
-        "test_text::test_a_folder_that_is_not_this_encoder_is_refused*4"],
+        "test_encoders::test_a_folder_that_is_not_this_encoder_is_refused*4"],
     "an encoder without its own tokenizer": [
-        "test_text::test_a_folder_that_is_not_this_encoder_is_refused*2",
-        "test_text::test_another_models_tokenizer_is_refused*2"],
+        "test_encoders::test_a_folder_that_is_not_this_encoder_is_refused*2",
+        "test_encoders::test_another_models_tokenizer_is_refused*2"],
     "links in a run folder or at an output are not followed": [
         "test_files::test_no_link_is_followed", "test_sample::test_links_at_an_output_are_not_followed*4",
         "test_files::test_a_link_is_not_continued", "test_export::test_an_export_replaces_an_export"],

@@ -22,6 +22,7 @@ from conftest import (DONE, ON_VAE, QUICK, QUICK_VAE, ROOT, SHAPES, VAE, Recorde
 from PIL import Image
 
 import data
+import draw
 import plan
 import run
 import sample
@@ -91,7 +92,7 @@ def test_every_combination_trains_and_samples(cwd, arch, objective, prediction):
     vae, path = run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"])
     cond, uncond = {"y": torch.tensor([0, 1])}, {"y": torch.tensor([24, 24])}
     for sampler in sample.SAMPLERS:
-        images = sample.draw(model.eval(), vae, path, (4, 8, 8), range(2), cond, uncond, sampler=sampler,
+        images = draw.draw(model.eval(), vae, path, (4, 8, 8), range(2), cond, uncond, sampler=sampler,
                              steps=3, scale=2.0)
         assert images.shape == (2, 32, 32, 3) and len(np.unique(images)) > 1
         if sampler == settings.OBJECTIVES[objective].sampler:
@@ -372,6 +373,7 @@ def whole(home):
     return run.load_checkpoint(home / "runs/whole")
 
 
+@pytest.mark.long
 def test_kill_9_at_random_moments(cwd):
     """Killed wherever it may be, the rerun ends in the same bits, and the checkpoint is loadable at every
     moment. On a few pictures, so that the processes are short."""
@@ -441,7 +443,7 @@ def test_a_signal_ends_a_validation_or_a_preview(cwd, monkeypatch, capsys, task,
     flags = ["--arch", arch, *(ON_VAE if arch == "dit" else [*QUICK_VAE, "--vae-preset", "tiny"]), "--steps",
              str(steps), "--val-every", "2", "--preview-every", "2", "--batch-size", "2", "--name", name]
     plain, pieces, calls = getattr(getattr(train, task), part), [], []
-    watched, draw = tasks.watched, sample.draw
+    watched, plain_draw = tasks.watched, draw.draw
 
     def begin(self, model, stop, *more):
         os.kill(os.getpid(), signal.SIGINT)
@@ -452,7 +454,7 @@ def test_a_signal_ends_a_validation_or_a_preview(cwd, monkeypatch, capsys, task,
         patch.setattr(getattr(train, task), part, begin)
         patch.setattr(tasks, "watched", lambda parts, *more:
                       (pieces.append(1) or part for part in watched(parts, *more)))
-        patch.setattr(sample, "draw", lambda *a, **k: pieces.append(1) or draw(*a, **k))
+        patch.setattr(draw, "draw", lambda *a, **k: pieces.append(1) or plain_draw(*a, **k))
         assert train.main(flags) == 130
     assert len(pieces) - calls[0] <= 2                      # of the network's previews, a step of each
     ending = f"stopped at step 3 of {steps}, saved; the same command continues"
