@@ -470,8 +470,9 @@ class Words(Conditioning):
     def ask(self, args: argparse.Namespace, model: nn.Module) -> Asked:
         encode = self.sampling_encoder(model, args)
         asked, negative = self.wanted(args)
-        if args.prompts is not None and len(asked) > args.n:
-            print(f"--prompts {args.prompts}: the first {args.n:,} of {len(asked):,} prompts are drawn; "
+        if args.prompt is not None and len(asked) > args.n:
+            flag = f"--prompts {args.prompts}" if args.prompts is not None else "--prompt"
+            print(f"{flag}: the first {args.n:,} of {len(asked):,} prompts are drawn; "
                   f"--n {len(asked)} draws each of them", file=sys.stderr)
         asked = asked[:args.n]
         prompts = list(dict.fromkeys(asked))               # without repetitions, so that each is encoded once

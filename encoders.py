@@ -275,8 +275,12 @@ def from_folder(name: str, path: str | dict[str, str], device: torch.device | st
     places = {key: tokenizers or [folder if separate else path] for key, folder in folders.items()}
     index = f"{path}/model_index.json"
     if RECIPES[name].null_zeros and os.path.isfile(index):
-        with open(index, encoding="utf-8") as file:
-            options.setdefault("null_zeros", json.load(file).get("force_zeros_for_empty_prompt", True))
+        try:
+            with open(index, encoding="utf-8") as file:
+                zeros = dict(json.load(file)).get("force_zeros_for_empty_prompt", True)
+        except (ValueError, TypeError):
+            raise ValueError(f"{index}: damaged; download it again") from None
+        options.setdefault("null_zeros", zeros)
     first = next(iter(path.values())) if separate else path
 
     def load(part: Part) -> nn.Module:

@@ -350,7 +350,10 @@ def vae_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".attentions." in name and weight.ndim == 4:    # 1x1 convolutions, which are linear layers here
             weight = weight[:, :, 0, 0]
         # half-precision files are common, but decoding in half precision is visible
-        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else None
+        dtype = None
+        if weight.is_floating_point():         # 8 bits promote to nothing
+            dtype = torch.float32 if weight.dtype.itemsize == 1 else torch.promote_types(weight.dtype,
+                                                                                         torch.float32)
         renamed[name] = weight.to(dtype or weight.dtype, copy=True)            # out of the mapped file
     if is_compvis:                                         # numbers the decoder's levels from fine to coarse
         last = count_levels(renamed) - 1

@@ -206,7 +206,7 @@ def choose_vae(args: argparse.Namespace, plan: Plan, begun: dict | None) -> argp
         except ValueError as error:
             raise ValueError(f"--vae {error}") from None
         if args.published:
-            published.check_vae(args.published, plan.vae, args.vae)
+            published.check_vae(args.published, plan.vae, f"--vae {args.vae}")
     else:
         earlier = vae_run.read_settings()
         if earlier is not None:

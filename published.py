@@ -397,6 +397,25 @@ def read_config(file: Path) -> dict:
     return config
 
 
+def check_prediction(name: str, path: str | Path) -> None:
+    """Raise ValueError where a pipeline's folder says that its network predicts something else than that of
+    MODELS[name], which its weights do not show."""
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return
+    names_of = {"epsilon": "eps", "v_prediction": "v"}
+    theirs = names_of.get(read_config(file).get("prediction_type"))
+    row = MODELS[name]
+    ours = row.objective.get("prediction")
+    if theirs is None or ours is None or theirs == ours:
+        return
+    others = [other for other, candidate in MODELS.items() if candidate.config == row.config
+              and candidate.arch == row.arch and candidate.objective.get("prediction") == theirs]
+    remedy = f"; give --published {others[0]}" if others else ""
+    raise ValueError(f"{path}: predicts {theirs} (scheduler_config.json), where {name} predicts "
+                     f"{ours}{remedy}")
+
+
 def check_vae(name: str, autoencoder: VAE, what: str) -> None:
     """Raise ValueError where the latents of a VAE, read from `what`, are not those that MODELS[name] was
     trained in, as it would then draw noise or wrong colours."""
@@ -409,7 +428,7 @@ def check_vae(name: str, autoencoder: VAE, what: str) -> None:
         shifts = ["", ""]
         if latents.shift or mean.any():
             shifts = [f" after a shift of {value:.4f}" for value in (latents.shift, mean.mean())]
-        raise ValueError(f"--vae {what}: {name} was trained in latents of {latents.channels} channels at "
+        raise ValueError(f"{what}: {name} was trained in latents of {latents.channels} channels at "
                          f"1/8, scaled by {latents.scale}{shifts[0]} ({latents.owner}); this one has "
                          f"{channels} at 1/{autoencoder.factor}, scaled by {scale.mean():.5f}{shifts[1]}")
 

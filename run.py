@@ -563,15 +563,21 @@ def load_published(name: str, weights: str | Path, vae: str | Path | None = None
     file's dtypes. vae: where it is, if not with the weights. Under "sampling" are the row's defaults of
     sample.py. Raises ValueError with a line for the user."""
     row = published.MODELS[name]
-    place = vae or weights
+    for flag, path in (("--weights", weights), ("--vae", vae)):
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{flag} {path}: no such file or folder; download it first")
+    state = published.read_network(name, weights)
+    published.check_prediction(name, weights)
+    place, flag = (weights, "--weights") if vae is None else (vae, "--vae")
     try:
-        autoencoder = load_vae(place, name)
+        # A folder without a checkpoint is no run of ours.
+        is_run = (Path(place) / "checkpoint.pt").is_file() or Path(place).is_file()
+        autoencoder = load_vae(place, name) if is_run else published.load_vae(place, name)
     except ValueError as error:
         if vae is not None:
-            raise
+            raise ValueError(f"--vae {error}") from None
         raise ValueError(f"--weights {weights}: no VAE there ({error}); give it by --vae PATH") from None
-    published.check_vae(name, autoencoder, str(place))
-    state = published.read_network(name, weights)
+    published.check_vae(name, autoencoder, f"{flag} {place}")
     data = {"source": name, "size": [row.side, row.side], "prompts": [], "classes": []}
     text = {"encoder": row.text, "path": str(weights), "published": name}
     if row.text is None:

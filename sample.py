@@ -44,7 +44,7 @@ from run import (average_of_width, build_model, build_path, graphed, latent_spac
 from samplers import SAMPLERS
 from settings import (ARCHITECTURES, OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device,
                       published_model)
-from times import ONLY, TIMES, shift_of_tokens
+from times import ONLY, TIMES, interval_of_steps, shift_of_tokens
 from vae import VAE
 from weights import Resident, assign_weights, load_weights, visit_blocks
 
@@ -173,6 +173,9 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     given = [part is not None for part in (args.published, args.weights)]
     mixed = args.run is not None and (any(given) or args.vae is not None)
     incomplete = args.run is None and not all(given)
+    if args.run is not None and args.published:
+        raise ValueError(f"{args.run} with --published {args.published}: a run or a published model, not "
+                         "both (a prompt of several words needs quotation marks)")
     if mixed or incomplete:
         behind = ""
         if args.init_image and len(args.init_image) > 1:
@@ -306,8 +309,9 @@ def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
     return checkpoint["model" if args.raw else "ema"]
 
 
-def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict:
-    """What guidance is to do besides its scale, as arguments of `draw`. Refuses what this network cannot."""
+def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE, times: Tensor) -> dict:
+    """What guidance is to do besides its scale, as arguments of `draw`. times: of the sampling. Refuses what
+    this network cannot, and what would have no effect."""
     found = {}
     if args.cfg_channels:
         if args.cfg_channels > vae.config.latent_channels:
@@ -330,18 +334,31 @@ def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> di
     start, stop = given.get("steps", (0.01, 0.2))
     if not start < stop:
         raise ValueError(f"--skip-steps {start:g} {stop:g}: two shares between 0 and 1, the lower one first")
+    if args.cfg == 0:
+        raise ValueError(f"{layers} with --cfg 0: steers the conditional output, which scale 0 does not use")
+    if interval_of_steps(times, start, stop) == (0.0, 0.0):
+        raise ValueError(f"{layers}: none of {len(times) - 1} steps begins between the shares {start:g} and "
+                         f"{stop:g}; give more --steps, or others by --skip-steps")
     found["skip"] = Skip(tuple(args.skip_layers), given.get("scale", 2.8), start, stop)
     return found
 
 
-def distilled_guidance(args: argparse.Namespace, checkpoint: dict) -> float | None:
-    """The guidance scale that is an input of a distilled network: that of --cfg, which then means nothing
-    else. None for any other network."""
-    default = sampling_of(checkpoint).get("distilled")
-    if default is None:
-        return None
-    scale, args.cfg = args.cfg, None
-    return default if scale is None else scale
+def guidance_of(args: argparse.Namespace, condition: conditioning.Conditioning,
+                checkpoint: dict) -> tuple[float, float | None]:
+    """The scale of classifier-free guidance; and the scale that is an input of a distilled network, which has
+    no other guidance, or None."""
+    defaults = sampling_of(checkpoint)
+    if defaults.get("distilled") is None:
+        return conditioning.guidance_scale(condition, args, defaults["scale"]), None
+    given = {"--interval": tuple(args.interval) != (0, 1), "--rescale": args.rescale, "--guide": args.guide,
+             "--cfg-channels": args.cfg_channels, "--negative-prompt": args.negative_prompt is not None}
+    for flag, is_given in given.items():
+        if is_given:
+            raise ValueError(f"{flag}: acts on guidance between two outputs, where this network was "
+                             "distilled: its scale (--cfg) is an input; leave it out")
+    if args.cfg is not None and args.cfg < 0:
+        raise ValueError(f"--cfg {args.cfg:g}: the guidance that is an input of this network is at least 0")
+    return 1.0, defaults["distilled"] if args.cfg is None else args.cfg
 
 
 def network_of(args: argparse.Namespace, checkpoint: dict, what: str,
@@ -631,6 +648,21 @@ def write(args: argparse.Namespace, batches: Callable[..., Iterator[np.ndarray]]
         sys.exit(128 + signal.SIGINT)
 
 
+def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, asked: Asked,
+                distilled: float | None) -> dict:
+    """What decides the pictures besides the sampling: only with the same settings may they be continued."""
+    flags = ("n", "seed", "batch_size", "precision", "compile", "negative_prompt", "shift")
+    found = {flag: getattr(args, flag) for flag in flags}
+    found |= {"weights": fingerprint_tensors(model.state_dict()),
+              "VAE": fingerprint_tensors(vae.state_dict()),
+              "conditions": digest(asked.names, asked.turn.numpy(),
+                                   *(part.cpu().numpy() for part in asked.every.values()))}
+    if asked.encode is not None:                           # too many prompts to encode all of them here
+        first = asked.batch(0, 1)
+        found["encoder"] = digest(*(part.cpu().numpy() for cond in first for part in cond.values()))
+    return found | {"distilled": distilled, "tile": args.tile}
+
+
 def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
     """What sample.py does with the run of a VAE: every --init-image, and its reconstruction beside it."""
     taken = ("run", "raw", "init_image", "size", "out", "device")
@@ -693,17 +725,16 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
     fill_defaults(args, checkpoint)
-    distilled = distilled_guidance(args, checkpoint)
-    scale = conditioning.guidance_scale(condition, args, sampling_of(checkpoint)["scale"])
+    scale, distilled = guidance_of(args, condition, checkpoint)
     sampler, options = choose_sampler(args, checkpoint)
     steps = args.steps
     vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
     size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae))
     condition.size = size
     path = build_path(sampling_path(args, checkpoint, tokens))
-    TIMES[args.times](path, steps)                         # refuses more steps than the path has
+    times = TIMES[args.times](path, steps)                 # refuses more steps than the path has
     weaker = read_guide(args, checkpoint, vae)
-    guidance = guidance_options(args, checkpoint, vae)
+    guidance = guidance_options(args, checkpoint, vae, times)
     check_size(args, size, vae.config.image_channels, steps)
     check_decoding(args, size, vae, device)
     check_encoders(args, condition, device)
@@ -736,7 +767,8 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         written.append(first)
         seeds = range(args.seed, args.seed + args.n)
         autocast = args.precision == "bf16" and not args.published       # whose weights are in bf16
-        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {distilled or scale:g}") as bar,
+        shown = scale if distilled is None else distilled
+        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {shown:g}") as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=autocast)):
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
                                        progress=lambda done: bar.update(done - bar.n),
@@ -746,15 +778,10 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
                 written.append(written[-1] + len(images))
 
     def settings() -> dict:
-        """All that decides the pictures: only with the same settings may they be continued."""
-        flags = ("n", "seed", "batch_size", "precision", "compile", "negative_prompt", "shift")
-        parts = {"weights": fingerprint_tensors(model.state_dict()),
-                 "VAE": fingerprint_tensors(vae.state_dict()), "objective": checkpoint["objective"],
-                 "conditions": digest(asked.names, asked.turn.numpy(),
-                                      *(part.cpu().numpy() for part in asked.every.values())),
-                 "guide": fingerprint_tensors(weaker["ema"]) if weaker else None, "size": list(size),
-                 "pictures": digest(*(part.numpy() for part in (image, mask) if part is not None))}
-        return {flag: getattr(args, flag) for flag in flags} | how | parts | {"device": device.type}
+        decides = {"objective": checkpoint["objective"], "size": list(size), "device": device.type,
+                   "guide": fingerprint_tensors(weaker["ema"]) if weaker else None,
+                   "pictures": digest(*(part.numpy() for part in (image, mask) if part is not None))}
+        return settings_of(args, model, vae, asked, distilled) | how | decides
 
     # ---- draw, and write on rank 0
     if not ranks.first:

@@ -578,7 +578,7 @@ def test_from_a_picture_and_within_a_mask(model, drawn, name, tmp_path):
     assert np.abs(inside[0][mask > 0] - picture[mask > 0].astype(int)).mean() > 5
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", [*TWO, "flux-dev"])
 def test_other_outputs(model, drawn, name, tmp_path, monkeypatch, capsys):
     """Pictures i have prompt i, in turn, and the seed 7 + i; a folder or .npz goes on where it was."""
     folder, flags = model(name).folder, ["--steps", "3", "--seed", "7", "--batch-size", "2"]
@@ -608,6 +608,11 @@ def test_other_outputs(model, drawn, name, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             sample.main([*command, "--n", "5", "--out", str(tmp_path / "part.npz")])
     assert "after 2 of 5 pictures" in capsys.readouterr().err
+    # with the same settings alone, of which the guidance that is an input and the tiles are two
+    others = [["--tile", "64"]] + ([["--cfg", "9"]] if name.startswith("flux") else [])
+    for other in others:
+        with pytest.raises(ValueError, match="part.npz"):
+            sample.main([*command, "--n", "5", *other, "--out", str(tmp_path / "part.npz")])
     sample.main([*command, "--n", "5", "--out", str(tmp_path / "part.npz")])
     assert np.array_equal(np.load(tmp_path / "part.npz")["arr_0"], wanted)
 
@@ -687,26 +692,35 @@ REFUSED = [
     ("sd1.5", "sd2.1", A, "holds the network of sd2.1-base or sd2.1, not of sd1.5; give --published sd2.1"),
     ("sd3-medium", "sd3.5-medium", A, "holds the network of sd3.5-medium, not of sd3-medium"),
     ("flux-schnell", "flux-dev", A, "holds the network of flux-dev, not of flux-schnell"),
-    ("sdxl", "flux-dev", A, "was trained in latents of 4 channels"),
-    ("sd1.5", "sdxl", A, "was trained in latents of 4 channels at 1/8, scaled by 0.18215"),
+    ("sdxl", "flux-dev", A, "holds the network of flux-dev, not of sdxl; give --published flux-dev"),
+    ("sd1.5", "sdxl", A, "holds the network of sdxl, not of sd1.5; give --published sdxl"),
+    ("sd2.1-base", "sd2.1", A, "predicts v .*, where sd2.1-base predicts eps; give --published sd2.1"),
+    ("sd2.1", "sd2.1-base", A, "predicts eps .*, where sd2.1 predicts v; give --published sd2.1-base"),
     ("sd1.5", None, [*A, "--size", "72", "64"], "--size 72 64: height must be a multiple of 16 and width"),
     ("flux-dev", None, [*A, "--size", "64", "88"], "--size 64 88: height must be a multiple of 16 and width"),
     ("sd3-medium", None, [*A, "--size", "64", "208"], "--size 64 208: .* positions for sides of at most 192"),
     ("sd3-medium", None, [], "sd3-medium: this run is conditioned on text; give some by --prompt"),
     ("sd3-medium", None, [*A, "--label", "3"], "--label 3: this run is conditioned on text; use --prompt"),
     ("sd3-medium", None, [*A, "--embedding", "a.npz"], "--embedding a.npz: this run is conditioned on text"),
-    ("flux-dev", None, [*A, "--negative-prompt", "b"], "--negative-prompt with guidance 1: there is none"),
+    ("flux-dev", None, [*A, "--negative-prompt", "b"],
+     "--negative-prompt: acts on guidance between two outputs"),
+    ("flux-dev", None, [*A, "--rescale", "0.7"],
+     "--rescale: acts on guidance .* its scale .--cfg. is an inp"),
+    ("flux-dev", None, [*A, "--cfg", "-3"], "--cfg -3: .* is at least 0"),
     ("flux-schnell", None, [*A, "--cfg", "3"], "--cfg 3: this run .* no unconditional branch; use --cfg 1"),
     ("flux-dev", None, [*A, "--no-t5"], "--no-t5: this run is conditioned on text; leave it out"),
     ("sdxl", None, [*A, "--no-t5"], "--no-t5: this run is conditioned on text; leave it out"),
     ("sdxl", None, [*A, "--text-encoder", "nowhere"], "nowhere: no such file; download it first"),
     ("sdxl", None, [*A, "--tokenizer", "nowhere"], "no tokenizer in nowhere.*, which needs tokenizer"),
-    ("sdxl", None, [*A, "--vae", "nowhere"], "nowhere: no checkpoint there"),
+    ("sdxl", None, [*A, "--vae", "nowhere"], "--vae nowhere: no such file or folder; download it first"),
     ("sd2.1", None, [*A, "--shift", "2"], "--shift 2: of the times of rf"),
     ("sd2.1", None, [*A, "--times", "sd3"], "--times sd3: a spacing of the rf path; .* on the path of ddpm"),
     ("sd2.1", None, [*A, "--steps", "1000"], "steps 1000: .* at most 999"),
     ("sd2.1", None, [*A, "--skip-layers", "0"], "--skip-layers 0: only mmdit has blocks to skip"),
     ("sd3.5-medium", None, [*A, "--skip-layers", "2"], "--skip-layers 2: this network has joint blocks 0 to"),
+    ("sd3.5-medium", None, [*A, "--skip-layers", "0", "--cfg", "0"], "--skip-layers 0 with --cfg 0: steers"),
+    ("sd3.5-medium", None, [*A, "--skip-layers", "0", "--steps", "4"],
+     "none of 4 steps begins between the sh"),
 ]
 
 
