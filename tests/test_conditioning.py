@@ -476,7 +476,8 @@ def test_prompts_that_are_asked_for(capsys):
     assert ask(2).names == ["one", "two"] and ask(1, prompt=["a"]).columns is None
     negative = ask(1, prompt=["a"], negative_prompt="blue").every["pooled"][1:]
     torch.testing.assert_close(negative, model.text(["blue"])["pooled"])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == (
+        "--prompt: the first 2 of 3 prompts are drawn; --n 3 draws each of them\n")
     ask(1, prompt=["one two three four"], negative_prompt="five six seven eight nine")
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and "loses 'four'" in err[0] and "loses 'eight nine'" in err[1]
