@@ -85,6 +85,8 @@ class Conditioning:
     use = ""                              # the flag that selects what to draw
     selecting: tuple[str, ...] = ()       # all flags that do
     guiding: tuple[str, ...] = ()         # flags that act on guidance alone
+    who = "this run"                      # in messages
+    refusals: dict[str, str] = {}         # why a flag is not taken, where that is not plain
     required = ""                         # the flag without which there is nothing to draw
     fingerprint: str | None = None        # identifies encoder outputs, which must not change on resume
     rows_stored: int | None = None        # of every prompt's context, where its padding is not masked
@@ -534,6 +536,11 @@ class PublishedWords(Words):
     """Text, through the encoders of a published model as its own pipeline uses them."""
     required = "--prompt"
 
+    def __init__(self, checkpoint: dict, device: torch.device):
+        super().__init__(checkpoint, device)
+        self.who = self.text["published"]
+        self.refusals = {"--no-t5": f"{self.who} was not trained to do without T5, as Stable Diffusion 3 was"}
+
     @classmethod
     def fits(cls, checkpoint: dict) -> bool:
         return "published" in (checkpoint["text"] or {})
@@ -554,17 +561,27 @@ class PublishedWords(Words):
         return {part.folder: stored_bytes(f"{path}/{part.folder}") for part in RECIPES[self.kind].parts
                 if os.path.isdir(f"{path}/{part.folder}") and not (part.optional and args.no_t5)}
 
-    def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:
-        path = self.encoder_path(args)
+    def load(self, path: str, width: int, args: argparse.Namespace) -> FrozenTextEncoder:
+        """The encoders of a folder or a whole file. width: of the zeros in place of T5."""
         dtype = torch.float32 if args.precision == "fp32" else None        # None: as in the files
-        options = dict(dtype=dtype, no_t5=args.no_t5, width=model.config.context_width)
+        options = dict(dtype=dtype, no_t5=args.no_t5, width=width)
         device = torch.device("cpu") if args.offload else self.device
         if os.path.isdir(path):
-            encoder = from_folder(self.kind, path, device, tokenizers=args.tokenizer, **options)
-        else:
-            states = {part.folder: read_text_encoder(part.kind.lower(), path)
-                      for part in RECIPES[self.kind].parts if not (part.optional and args.no_t5)}
-            encoder = from_states(self.kind, states, args.tokenizer or [], device, **options)
+            return from_folder(self.kind, path, device, tokenizers=args.tokenizer, **options)
+        states = {part.folder: read_text_encoder(part.kind.lower(), path)
+                  for part in RECIPES[self.kind].parts if not (part.optional and args.no_t5)}
+        return from_states(self.kind, states, args.tokenizer or [], device, **options)
+
+    def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:
+        path = self.encoder_path(args)
+        try:
+            encoder = self.load(path, model.config.context_width, args)
+        except ValueError as error:                        # by the flag that names the place
+            message = str(error)
+            for start in (f"{self.kind}:{path}: ", f"{self.kind}: ", f"{path}: "):
+                message = message.removeprefix(start)
+            flag = "--text-encoder" if args.text_encoder else "--weights"
+            raise ValueError(f"{flag} {path}: {message}") from None
         for part in encoder.encoders:                      # each has the device to itself
             if args.offload == "parts" and part.model is not None:
                 part.stage = Resident(part.model, self.device)
@@ -700,10 +717,12 @@ def check_flags(condition: Conditioning, args: argparse.Namespace) -> None:
             remedy = f"use {condition.use}"
         first = value[0] if isinstance(value, list) else str(value)
         words = flag if value is True else f"{flag} {shortened(first)}"
-        raise ValueError(f"{words}: this run {condition.described}; {remedy}")
+        if flag in condition.refusals:
+            raise ValueError(f"{words}: {condition.refusals[flag]}; {remedy}")
+        raise ValueError(f"{words}: {condition.who} {condition.described}; {remedy}")
     if condition.required and value_of(condition.required, args) is None and args.prompts is None:
-        raise ValueError(f"{args.run or args.published}: this run {condition.described}; give some by "
-                         f"{condition.required}")
+        where = f"{args.run}: {condition.who}" if args.run else condition.who
+        raise ValueError(f"{where} {condition.described}; give some by {condition.required}")
     if args.prompts is not None:
         if args.prompt is not None:
             raise ValueError(f"--prompts {args.prompts} with --prompt: give one of them")
@@ -727,7 +746,7 @@ def guidance_scale(condition: Conditioning, args: argparse.Namespace, default: f
         why = condition.described
         if condition.use:
             why += " with label dropout 0, so it has no unconditional branch"
-        raise ValueError(f"--cfg {scale:g}: this run {why}; use --cfg 1")
+        raise ValueError(f"--cfg {scale:g}: {condition.who} {why}; use --cfg 1")
     for flag in condition.selecting:
         if scale == 0 and flag != condition.required and value_of(flag, args) is not None:
             raise ValueError(f"{flag} with --cfg 0: scale 0 is unconditional and ignores it; "

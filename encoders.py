@@ -325,9 +325,11 @@ def build(name: str, what: str, load: Callable[[Part], nn.Module], tokenizers: d
     """load: makes the model of a part. tokenizers: the folders to look in for each. no_t5: zeros of this
     width take T5's place. t5_tokens: in place of the recipe's. what: begins messages."""
     try:
-        __import__("transformers")
+        import transformers
     except ImportError:
         raise ValueError(f"{what}: needs the package transformers (pip install transformers)") from None
+    transformers.utils.logging.set_verbosity_error()     # what it reports is checked below
+    transformers.utils.logging.disable_progress_bar()
     recipe = RECIPES[name]
     encoders = []
     for part in recipe.parts:
@@ -342,7 +344,8 @@ def build(name: str, what: str, load: Callable[[Part], nn.Module], tokenizers: d
             check_tokenizer(part.family, tokenizer, model)
         except Exception as error:       # transformers raises a dozen types; all mean the same to the user
             why = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{what}: {its}cannot be loaded as a {part.kind} encoder with its tokenizer "
+            kind = f"an {part.kind}" if part.kind.startswith("O") else f"a {part.kind}"
+            raise ValueError(f"{what}: {its}cannot be loaded as {kind} encoder with its tokenizer "
                              f"({why})") from None
         if part.family == "clip" or recipe.masked:
             tokens = min(tokens, tokenizer.model_max_length)

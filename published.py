@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -303,8 +305,8 @@ def vae_from_weights(state: dict[str, Tensor], scale: float | Sequence[float],
 WHOLE_FILES = (("conditioner.", XL), ("model.diffusion_model.label_emb.", XL), ("cond_stage_model.", SD),
                ("model.diffusion_model.input_blocks.", SD), ("model.diffusion_model.joint_blocks.", SD3),
                ("text_encoders.clip_g.", SD3), ("model.diffusion_model.double_blocks.", FLUX))
-VAE_FILES = {"ae": FLUX, "sdxl_vae": XL, "vae-ft-mse-840000-ema-pruned": SD,
-             "vae-ft-ema-560000-ema-pruned": SD}
+VAE_FILES = {"ae": FLUX, "sdxl_vae": XL, "vae_ft_mse_840000_ema_pruned": SD,
+             "vae_ft_ema_560000_ema_pruned": SD}
 
 
 def latents_of(file: Path, state: dict[str, Tensor], name: str | None) -> Latents:
@@ -313,10 +315,14 @@ def latents_of(file: Path, state: dict[str, Tensor], name: str | None) -> Latent
     for prefix, latents in WHOLE_FILES:
         if any(key.startswith(prefix) for key in state):
             return latents
-    if file.stem in VAE_FILES:
-        return VAE_FILES[file.stem]
+    stem = re.sub("[-. ]", "_", file.stem.lower())
+    if stem in VAE_FILES:
+        return VAE_FILES[stem]
     if name is not None:
-        return MODELS[name].latents
+        latents = MODELS[name].latents
+        print(f"{file}: a VAE alone does not show its scale; taken as that of {latents.owner}, "
+              f"{latents.scale:g}", file=sys.stderr)
+        return latents
     known = ", ".join(f"{latents.scale:g} in {latents.owner}" for latents in (SD, XL, SD3, FLUX))
     raise ValueError(f"{file}: a VAE alone, without the scale of its latents, which differs between models "
                      f"({known}); give a folder with its config.json (scaling_factor), or name its model by "

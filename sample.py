@@ -501,6 +501,13 @@ def multiple_of(checkpoint: dict, vae: VAE) -> tuple[int, int]:
     return vae.factor * p, vae.factor * q
 
 
+def of_many_shapes(checkpoint: dict, size: tuple[int, int]) -> bool:
+    """Whether a published model was trained on pictures like this: those of 1024 x 1024 pixels were, in many
+    aspect ratios."""
+    side = checkpoint["data"]["size"][0]
+    return "sampling" in checkpoint and side == 1024 and 0.8 < math.prod(size) / side**2 < 1.25
+
+
 def chosen_size(args: argparse.Namespace, checkpoint: dict,
                 multiple: tuple[int, int]) -> tuple[tuple[int, int], float]:
     """--size, or the size of the training, and its tokens, of a `multiple` each. Raises ValueError for sides
@@ -522,7 +529,7 @@ def chosen_size(args: argparse.Namespace, checkpoint: dict,
         if math.prod(size) > pixels or any(not a <= side <= b for side, a, b in zip(size, low, high)):
             trained = "heights of {} to {}, widths of {} to {} and at most {:,} pixels".format(
                 low[0], high[0], low[1], high[1], pixels)
-    elif size != tuple(data["size"]):
+    elif size != tuple(data["size"]) and not of_many_shapes(checkpoint, size):
         trained = "{}x{} only".format(*data["size"])
     if trained:
         print(f"--size {size[0]} {size[1]}: the run was trained on {trained}; other sizes work, but may look "

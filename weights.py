@@ -210,6 +210,8 @@ def map_weights(path: str | Path) -> dict[str, Tensor]:
                 state = state[part]
         state = {name: weight for name, weight in state.items()
                  if isinstance(name, str) and isinstance(weight, Tensor)}
+    except PermissionError:
+        raise ValueError(f"{file}: cannot be read (permission denied); make it readable") from None
     except Exception as error:         # a dozen types for damaged files; all mean the same to the user
         reason = str(error) if type(error) is ValueError else type(error).__name__
         remedy = "download it again"
