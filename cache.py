@@ -82,7 +82,7 @@ def filled(path: Path, shape: tuple[int, ...], groups: list[np.ndarray], put: Ca
 @torch.no_grad()
 def _fill(path: Path, groups: list[np.ndarray], put: Callable, stamp: dict, done: int, pictures: object,
           what: str) -> None:
-    """Fill an array from the example on that is number `done` in the order of the groups."""
+    """Fill an array, beginning with example number `done` in the order of the groups."""
     array = np.load(path, mmap_mode="r+")
     starts = np.cumsum([0, *map(len, groups)])
     todo = [group[max(0, done - start):] for start, group in zip(starts, groups)

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from cache import TextCache, TextWidths, check_embeddings, read_embeddings
 from data import Dataset, send
-from encoders import (BLOCKS, RECIPES, SIZE_FEATURES, WITHOUT_T5, FrozenTextEncoder, from_folder, from_states,
-                      with_sizes)
+from encoders import (BLOCKS, SIZE_FEATURES, WITHOUT_T5, FrozenTextEncoder, from_folder, from_states,
+                      parts_of, with_sizes)
 from files import UNPRINTABLE, amount, digest, fingerprint_files, shortened
 from folder import Folder, clean_text
 from published import DISTILLED, read_text_encoder
@@ -558,8 +558,8 @@ class PublishedWords(Words):
     def encoder_bytes(self, args: argparse.Namespace) -> dict[str, int]:
         """What the text encoders of a folder take, by their names. Those of a file are mapped."""
         path = self.encoder_path(args)
-        return {part.folder: stored_bytes(f"{path}/{part.folder}") for part in RECIPES[self.kind].parts
-                if os.path.isdir(f"{path}/{part.folder}") and not (part.optional and args.no_t5)}
+        return {part.folder: stored_bytes(f"{path}/{part.folder}") for part in parts_of(self.kind, args.no_t5)
+                if os.path.isdir(f"{path}/{part.folder}")}
 
     def load(self, path: str, width: int, args: argparse.Namespace) -> FrozenTextEncoder:
         """The encoders of a folder or a whole file. width: of the zeros in place of T5."""
@@ -569,7 +569,7 @@ class PublishedWords(Words):
         if os.path.isdir(path):
             return from_folder(self.kind, path, device, tokenizers=args.tokenizer, **options)
         states = {part.folder: read_text_encoder(part.kind.lower(), path)
-                  for part in RECIPES[self.kind].parts if not (part.optional and args.no_t5)}
+                  for part in parts_of(self.kind, args.no_t5)}
         return from_states(self.kind, states, args.tokenizer or [], device, **options)
 
     def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:

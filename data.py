@@ -224,7 +224,8 @@ DRAWN = {
 @functools.lru_cache(maxsize=4)     # as a VAE and the network on top of it load the same pictures
 def load_drawn(name: str, split: str, size: Size, data_dir: Path | None = None, count: int = 20_000,
                multiple: Size | None = None) -> Dataset:
-    """count: pictures for training; validation has 480. multiple: see load_data."""
+    """The pictures of DRAWN[name]. count: of those for training; validation has 480. multiple: see
+    load_data."""
     row = DRAWN[name]
     first, count = _range_of(split, count)
     labels = captions = None

@@ -16,7 +16,6 @@ import copy
 import math
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +102,8 @@ class MixedAutoencoding(Autoencoding):
             pairs += pictures[start:start + 16] + again[start:start + 16]
         return grid(framed(pairs), columns=min(16, len(pictures)))
 
-    def finish(self, networks: list[VAE], average: Callable[[], VAE]) -> None:
-        cache = encode_mixed(self.args, average(), self.data, self.cache_dir, self.plan)
-        mean, var = cache.statistics()
-        for network in networks:
-            network.set_latent_statistics(mean, var)
+    def encoded(self, vae: VAE) -> MixedLatentCache:
+        return encode_mixed(self.args, vae, self.data, self.cache_dir, self.plan)
 
     def sizes(self) -> dict:
         return sizes_of(self.data.images, self.args, self.plan)
@@ -252,8 +248,9 @@ def encode_mixed(args: argparse.Namespace, vae: VAE, data: Dataset, cache_dir: P
     # Pictures of another multiple are other pictures, so both may lie side by side.
     path = cache_dir / "latents-{}x{}.npy".format(*plan.multiple)
     stamp = {"vae": encoder_fingerprint(vae), "data": data.fingerprint}
-    return MixedLatentCache(path, data.images, encode, vae.config.latent_channels, vae.factor, stamp,
-                            args.flip)
+    with plan.ranks.in_turn():
+        return MixedLatentCache(path, data.images, encode, vae.config.latent_channels, vae.factor, stamp,
+                                args.flip)
 
 
 def demo() -> None:

@@ -29,8 +29,8 @@ import names
 import unet
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, VAEConfig
-from weights import (assign_weights, check_finite, check_weights, load_weights, map_weights, read_header,
-                     read_weights)
+from weights import (assign_weights, check_finite, check_weights, in_dtype, load_weights, map_weights,
+                     read_header, read_weights)
 
 
 # ---- the models
@@ -239,14 +239,10 @@ def read_network(name: str, path: str | Path) -> dict[str, Tensor]:
     return found
 
 
-def load_network(name: str, path: str | Path, dtype: torch.dtype | None = None,
-                 device: torch.device | str = "cpu") -> torch.nn.Module:
+def load_network(name: str, path: str | Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """The network of MODELS[name] with the weights of a file or folder, for inference: in the file's dtype
     unless another is given, and never twice in memory. Raises ValueError as `read_network` does."""
-    state = read_network(name, path)
-    for key, weight in state.items():
-        kept = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype      # no arithmetic in 8 bits
-        state[key] = weight.to(device, dtype or kept)
+    state = in_dtype(read_network(name, path), dtype)
     return assign_weights(build_network(name), state, str(path)).eval().requires_grad_(False)
 
 
@@ -459,18 +455,22 @@ def demo() -> None:
     """Print the published models and their parameters; and of text models, how much memory their weights
     take."""
     print("name            network   path   picture   latent   patches   parameters")
+    sizes: dict[str, float] = {}       # a network of several rows is built once
     for name, row in MODELS.items():
-        network = build_network(name)
-        millions = sum(p.numel() for p in network.parameters()) / 1e6
+        network = str({key: value for key, value in row.config.items() if not key.startswith("time_")})
+        if network not in sizes:
+            sizes[network] = sum(p.numel() for p in build_network(name).parameters()) / 1e6
+        millions = sizes[network]
         latent = row.side // 8
-        patches = f"{(latent // network.config.patch[0]) ** 2:9d}" if row.arch != "unet" else 9 * " "
+        patch = row.config.get("patch", (2, 2))[0]
+        patches = f"{(latent // patch) ** 2:9d}" if row.arch != "unet" else 9 * " "
         print(f"{name:15s} {row.arch:9s} {row.objective['name']:4s} {row.side:9d} {latent:8d} {patches} "
               f"{millions:10.1f} M")
     print("\nGiB of weights (bf16; the VAE in fp32)   network    CLIP      T5     VAE     all")
     for name in (name for name, row in MODELS.items() if row.text):
         parts = weights_in_bytes(name)
-        sizes = [parts.get(key, 0) / 2**30 for key in ("network", "CLIP", "T5", "VAE")]
-        shown = (f"{size:7.2f}" if size else "      -" for size in (*sizes, sum(sizes)))
+        gib = [parts.get(key, 0) / 2**30 for key in ("network", "CLIP", "T5", "VAE")]
+        shown = (f"{size:7.2f}" if size else "      -" for size in (*gib, sum(gib)))
         print(f"{name:39s} {' '.join(shown)}")
 
 

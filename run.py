@@ -570,9 +570,7 @@ def load_published(name: str, weights: str | Path, vae: str | Path | None = None
     published.check_prediction(name, weights)
     place, flag = (weights, "--weights") if vae is None else (vae, "--vae")
     try:
-        # A folder without a checkpoint is no run of ours.
-        is_run = (Path(place) / "checkpoint.pt").is_file() or Path(place).is_file()
-        autoencoder = load_vae(place, name) if is_run else published.load_vae(place, name)
+        autoencoder = load_vae(place, name)
     except ValueError as error:
         if vae is not None:
             raise ValueError(f"--vae {error}") from None
@@ -780,7 +778,9 @@ def load_vae(path: str | Path, name: str | None = None) -> VAE:
     checkpoint, or a published one (see published.load_vae, also for the name). Raises ValueError with a line
     for the user."""
     path = Path(path)
-    if published.has_vae(path) and not (path / "checkpoint.pt").is_file():
+    # A folder without a checkpoint is no run of ours; with a model's name, it is one of that model's.
+    is_published = published.has_vae(path) or (name is not None and path.is_dir())
+    if is_published and not (path / "checkpoint.pt").is_file():
         return published.load_vae(path, name)
     try:
         checkpoint = load_checkpoint(path)

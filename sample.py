@@ -46,7 +46,7 @@ from settings import (ARCHITECTURES, OBJECTIVES, SIZE, check_compiler, check_roo
                       published_model)
 from times import ONLY, TIMES, interval_of_steps, shift_of_tokens
 from vae import VAE
-from weights import Resident, assign_weights, load_weights, visit_blocks
+from weights import Resident, assign_weights, in_dtype, load_weights, visit_blocks
 
 # Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
 CHURNED = ("heun",)
@@ -138,7 +138,7 @@ FLAGS = {
         Flag("--precision", "precision of the network: fp32 (default of runs), tf32, bf16; a published "
                             "network by default runs in the precision of its file. The VAE runs in fp32, or "
                             "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16"))),
-        Flag("--offload", "keep text encoders, network and VAE on the CPU but while they work (parts), or "
+        Flag("--offload", "keep text encoders, network and VAE on the CPU except while they work (parts), or "
                           "even each of their blocks (blocks)", one_of(("parts", "blocks"))),
         Flag("--tile", "have the VAE take large pictures in tiles of so many pixels, with blended seams",
              integer(64, 2**15), metavar="PIXELS"),
@@ -265,7 +265,9 @@ def fill_defaults(args: argparse.Namespace, checkpoint: dict) -> None:
     args.times = args.times or defaults["times"]
     args.steps = args.steps or defaults["steps"]
     if args.n is None:
-        args.n = len(args.prompt or [1]) if args.published else 64
+        args.n = 64
+        if args.published:
+            args.n = len(args.prompt) if args.prompt else 1
     if not args.published:                                 # else None: as the file has it
         args.precision = args.precision or "fp32"
 
@@ -370,9 +372,7 @@ def network_of(args: argparse.Namespace, checkpoint: dict, what: str,
         model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
         return load_weights(model, state, what).to(device).eval()
     dtype = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, None: None}[args.precision]
-    for name, weight in state.items():
-        kept = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype      # no arithmetic in 8 bits
-        state[name] = weight.to(dtype or kept)
+    state = in_dtype(state, dtype)
     if args.offload != "blocks":
         need = {"the network": sum(weight.numel() * weight.itemsize for weight in state.values())}
         check_room(f"--published {args.published}", need, memory(device), f"memory ({device.type})",

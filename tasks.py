@@ -79,7 +79,7 @@ class Batches:
 
     order: Order | ShardOrder       # called with a step, it returns their indices
 
-    def order_of(self, data: Dataset, count: int) -> Order | ShardOrder:
+    def order_for(self, data: Dataset, count: int) -> Order | ShardOrder:
         args = self.args
         return order_of(data, count, args.batch_size, args.seed, args.limit, args.shuffle_shards)
 
@@ -101,7 +101,7 @@ class Autoencoding(Batches):
         self.cache_dir = cache_dir
         self.device = plan.device
         self.ranks = plan.ranks
-        self.order = self.order_of(data, len(data))
+        self.order = self.order_for(data, len(data))
         self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
 
     def expect(self, batches: Iterable[np.ndarray]) -> None:
@@ -152,9 +152,13 @@ class Autoencoding(Batches):
     def finish(self, networks: list[VAE], average: Callable[[], VAE]) -> None:
         """Measure the scale of the latents, once. networks: the trained one and its averages. average: makes
         the first of these, which later runs use, with all of its weights in this process."""
-        mean, var = encode_latents(self.args, self.ranks, average(), self.data, self.cache_dir).statistics()
+        mean, var = self.encoded(average()).statistics()
         for network in networks:
             network.set_latent_statistics(mean, var)
+
+    def encoded(self, vae: VAE) -> LatentCache:
+        """The latents of all pictures."""
+        return encode_latents(self.args, self.ranks, vae, self.data, self.cache_dir)
 
 
 class Denoising(Batches):
@@ -172,10 +176,10 @@ class Denoising(Batches):
         if args.reflow:
             self.pairs = draw_pairs(args, plan, data, cache_dir)
             count = len(self.pairs) - VALIDATED
-            self.order = self.order_of(data, count)
+            self.order = self.order_for(data, count)
             self.conditioning.take_turns(count)
         else:
-            self.order = self.order_of(data, len(data))
+            self.order = self.order_for(data, len(data))
             self.cache = data.latents or encode_latents(args, self.ranks, self.vae, data, cache_dir)
         # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
         # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.

@@ -61,6 +61,15 @@ def assign_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str) 
     return model
 
 
+def in_dtype(state: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Convert a state to a dtype, in place, and return it. None: weights stay as they are, but those of 8
+    bits, in which nothing can be computed, become bfloat16."""
+    for name, weight in state.items():
+        kept = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype
+        state[name] = weight.to(dtype or kept)         # the same tensor where nothing changes
+    return state
+
+
 def check_finite(state: dict[str, Tensor], what: str) -> None:
     """Raise ValueError, one line that begins with `what`, for weights with NaN or infinity: they draw nothing
     and no training recovers them."""
