@@ -206,6 +206,12 @@ class Watch(threading.Thread):
             if ended is not None and time.monotonic() - ended > min(GRACE, 5 * self.patience):
                 os._exit(2)
 
+    def end(self) -> None:
+        """Write no more. A process must not end while this thread is in the store: Python stops its threads
+        where they are, and C++ would abort the process."""
+        self.over.set()
+        self.join(5.0)                                 # rank 0 may have stopped, with the store
+
     def who_is_late(self) -> str:
         """Which rank the others have waited for in vain, and what it does."""
         entries = asked(self.compare, 10 * self.pause)
@@ -320,7 +326,7 @@ def launched() -> Iterator[Ranks]:
         sys.stderr = errors              # a fault of ours, or a lack of memory
         raise
     finally:
-        ranks.watch.over.set()
+        ranks.watch.end()
 
 
 def join() -> Ranks:
@@ -342,6 +348,7 @@ def join() -> Ranks:
         torch.cuda.set_device(local % torch.cuda.device_count())
         # NCCL ends a process that has waited too long. What waits on the CPU can say why, so it is first.
         waits = 2 * waits
+    watch = None
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=waits))
         watch = Watch(store, rank, size, patience)
@@ -350,8 +357,10 @@ def join() -> Ranks:
         ranks = Ranks(rank, size, local, store, watch)
         if backend != "gloo":
             ranks.meetings = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
-    except RuntimeError as error:
-        if not (is_late(error) or is_lost(error)):
+    except BaseException as error:
+        if watch is not None:
+            watch.end()
+        if not (isinstance(error, RuntimeError) and (is_late(error) or is_lost(error))):
             raise
         raise ValueError(f"not all of the {os.environ['WORLD_SIZE']} processes have met at "
                          f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "

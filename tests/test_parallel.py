@@ -369,6 +369,26 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_any_number_goes_on(tm
     assert_close(one["model"], wanted["model"])
 
 
+BUSY = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import cli, ranks
+
+def main():
+    start = ranks.Watch.start
+    ranks.Watch.start = lambda watch: (setattr(watch, "pause", 1e-4), start(watch))
+    with ranks.launched():
+        return 3
+
+sys.exit(cli.program("busy", main))
+"""
+
+
+def test_a_process_does_not_end_while_its_watch_is_in_the_store(tmp_path):
+    """Half of the processes aborted here, where the thread that writes all the time was not waited for."""
+    for _ in range(4):
+        assert launch(tmp_path, 2, command=[sys.executable, "-c", BUSY]).end() == ([3, 3], ["", ""])
+
+
 @pytest.mark.long
 def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
     flags = [*TRAINING, "--steps", "300", "--save-every", "2"]
