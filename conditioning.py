@@ -21,7 +21,8 @@ import re
 import shlex
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -34,14 +35,14 @@ from torch import Tensor
 from cache import TextCache, TextWidths, check_embeddings, read_embeddings
 from data import Dataset, send
 from encoders import (BLOCKS, SIZE_FEATURES, WITHOUT_T5, FrozenTextEncoder, from_folder, from_states,
-                      parts_of, with_sizes)
+                      no_tokenizer, parts_of, with_sizes)
 from files import UNPRINTABLE, amount, digest, fingerprint_files, shortened
 from folder import Folder, clean_text
-from published import DISTILLED, read_text_encoder
+from published import DISTILLED, find_text_encoders, read_text_encoders
 from shards import ShardCaptions
 from text import TextConfig, TextEncoder
 from unet import UNetConfig
-from weights import Resident, stored_bytes, visit_blocks
+from weights import Resident, check_readable, stored_bytes, visit_blocks
 
 Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask and perhaps pooled
 VALIDATED = 256        # validation pictures that are used
@@ -258,7 +259,9 @@ class Labels(Conditioning):
         known = ", ".join(map(shortened, self.classes[:12]))
         if len(self.classes) > 12:
             known += ", ..."
-        if numbers and len(numbers) == len(self.classes):
+        if self.classes == [str(i) for i in range(len(self.classes))]:
+            known = f"its classes are the numbers 0 to {len(self.classes) - 1}"
+        elif numbers and len(numbers) == len(self.classes):
             known = f"its classes are named like numbers, so give a name: {known}"
         elif numbers:
             known = f"as {shortened(numbers[0])} is the name of one, give a name: {known}"
@@ -283,8 +286,9 @@ class Words(Conditioning):
         "--prompts": dict(help="the same from a text file in UTF-8: one prompt per line", metavar="FILE"),
         "--negative-prompt": dict(help="what guidance steers away from (default: empty)", metavar="TEXT"),
         "--text-encoder": dict(help="where the frozen encoder is: of a run, KIND:PATH (default: where it was "
-                                    "when training); of a published model, a folder or file (default: "
-                                    "--weights)", metavar="PATH"),
+                                    "when training); of a published model, a folder or file, or a file for "
+                                    "each, like clip_l.safetensors (default: --weights)", nargs="+",
+                               metavar="PATH"),
         "--tokenizer": dict(help="of a published model: folders with the tokenizers of its text encoders, "
                                  "which a single file does not hold", nargs="+", metavar="FOLDER"),
         "--no-t5": dict(help="Stable Diffusion 3 without T5, its largest encoder", type=None),
@@ -522,10 +526,11 @@ class Words(Conditioning):
             return model.text
         if self.precomputed:
             return read_embeddings
-        kind, _, path = (args.text_encoder or f"{self.kind}:{self.text['path']}").partition(":")
-        if kind != self.kind:
-            raise ValueError(f"--text-encoder {args.text_encoder}: this run was trained with "
-                             f"{self.kind}:PATH")
+        given = args.text_encoder or [f"{self.kind}:{self.text['path']}"]
+        kind, _, path = given[0].partition(":")
+        if kind != self.kind or len(given) > 1:
+            raise ValueError(f"--text-encoder {' '.join(given)}: this run was trained with {self.kind}:PATH; "
+                             "give that, with the folder where it is now")
         return self.frozen_encoder(path)
 
     def hint(self) -> str:
@@ -552,36 +557,80 @@ class PublishedWords(Words):
     def wanted(self, args: argparse.Namespace) -> tuple[list[str], str | None]:
         return args.prompt, args.negative_prompt           # word for word, as tokenizers differ in spaces
 
-    def encoder_path(self, args: argparse.Namespace) -> str:
-        return (args.text_encoder or self.text["path"]).removeprefix(f"{self.kind}:")
+    def encoder_paths(self, args: argparse.Namespace) -> list[str]:
+        return [path.removeprefix(f"{self.kind}:") for path in args.text_encoder or [self.text["path"]]]
+
+    def in_files(self, args: argparse.Namespace) -> dict[str, dict[str, Tensor]] | None:
+        """The weights of the text encoders, mapped; None where they are a folder's, which is read whole."""
+        paths = self.encoder_paths(args)
+        parts = parts_of(self.kind, args.no_t5)
+        # the folder of one encoder, where there are others besides
+        is_one_of_several = len(parts) > 1 and os.path.isfile(f"{paths[0]}/config.json")
+        if len(paths) == 1 and os.path.isdir(paths[0]) and not is_one_of_several:
+            return None
+        otherwise = self.text["path"] if args.text_encoder else None
+        return find_text_encoders(parts, paths, otherwise)
 
     def encoder_bytes(self, args: argparse.Namespace) -> dict[str, int]:
-        """What the text encoders of a folder take, by their names. Those of a file are mapped."""
-        path = self.encoder_path(args)
-        return {part.folder: stored_bytes(f"{path}/{part.folder}") for part in parts_of(self.kind, args.no_t5)
-                if os.path.isdir(f"{path}/{part.folder}")}
+        """What the weights of the text encoders take as they are used, by their names. Raises ValueError
+        where one is missing in files."""
+        with self.named(args):
+            states = self.in_files(args)
+            if states is not None and not self.tokenizers(args):
+                raise no_tokenizer(self.kind, parts_of(self.kind, args.no_t5))
+        if states is None:
+            path = self.encoder_paths(args)[0]
+            return {part.folder: stored_bytes(f"{path}/{part.folder}")
+                    for part in parts_of(self.kind, args.no_t5) if os.path.isdir(f"{path}/{part.folder}")}
+        least = 4 if args.precision == "fp32" else 2       # 8 bits are for storage only
+        return {name: sum(weight.numel() * max(least, weight.itemsize) for weight in state.values())
+                for name, state in states.items()}
 
-    def load(self, path: str, width: int, args: argparse.Namespace) -> FrozenTextEncoder:
-        """The encoders of a folder or a whole file. width: of the zeros in place of T5."""
+    def tokenizers(self, args: argparse.Namespace) -> list[str]:
+        """The folders to look in beside files: those of --tokenizer, else all that are given."""
+        given = [*self.encoder_paths(args), self.text["path"]]
+        return args.tokenizer or [path for path in given if os.path.isdir(path)]
+
+    def load(self, width: int, args: argparse.Namespace) -> FrozenTextEncoder:
+        """The encoders of a folder or of files. width: of the zeros in place of T5."""
         dtype = torch.float32 if args.precision == "fp32" else None        # None: as in the files
         options = dict(dtype=dtype, no_t5=args.no_t5, width=width)
         device = torch.device("cpu") if args.offload else self.device
-        if os.path.isdir(path):
-            return from_folder(self.kind, path, device, tokenizers=args.tokenizer, **options)
-        states = {part.folder: read_text_encoder(part.kind.lower(), path)
-                  for part in parts_of(self.kind, args.no_t5)}
-        return from_states(self.kind, states, args.tokenizer or [], device, **options)
+        paths = self.encoder_paths(args)
+        for path in paths:                                 # transformers finds nothing in a closed folder
+            check_readable(path)
+        states = self.in_files(args)
+        if states is None:
+            return from_folder(self.kind, paths[0], device, tokenizers=args.tokenizer, **options)
+        states = read_text_encoders(parts_of(self.kind, args.no_t5), states, " ".join(paths))
+        return from_states(self.kind, states, self.tokenizers(args), device, **options)
 
-    def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:
-        path = self.encoder_path(args)
+    @contextmanager
+    def named(self, args: argparse.Namespace) -> Iterator[None]:
+        """Within it, errors begin with the flag that names the place."""
+        paths = self.encoder_paths(args)
         try:
-            encoder = self.load(path, model.config.context_width, args)
-        except ValueError as error:                        # by the flag that names the place
+            yield
+        except ValueError as error:
             message = str(error)
-            for start in (f"{self.kind}:{path}: ", f"{self.kind}: ", f"{path}: "):
+            for start in (f"{self.kind}:{paths[0]}: ", f"{self.kind}: ", f"{' '.join(paths)}: "):
                 message = message.removeprefix(start)
             flag = "--text-encoder" if args.text_encoder else "--weights"
-            raise ValueError(f"{flag} {path}: {message}") from None
+            # of several paths, the message begins with the one that is meant
+            is_of_one = any(message.startswith(f"{path}: ") for path in paths)
+            start = f"{flag} " if is_of_one else f"{flag} {' '.join(paths)}: "
+            raise ValueError(f"{start}{message}") from None
+
+    def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:
+        for folder in args.tokenizer or []:
+            try:
+                check_readable(folder)
+            except ValueError as error:
+                raise ValueError(f"--tokenizer {error}") from None
+            if not os.path.isdir(folder):
+                raise ValueError(f"--tokenizer {folder}: no such folder; download it first")
+        with self.named(args):
+            encoder = self.load(model.config.context_width, args)
         for part in encoder.encoders:                      # each has the device to itself
             if args.offload == "parts" and part.model is not None:
                 part.stage = Resident(part.model, self.device)

@@ -303,12 +303,40 @@ def from_states(name: str, states: dict[str, dict[str, Tensor]], tokenizers: lis
             raise ValueError(f"{name}: these weights have no {part.folder} (its {part.kind}); give a file or "
                              f"a folder that has it{remedy}")
     if not tokenizers:
-        raise ValueError(f"{name}: a file of weights has no tokenizer; give its folder by --tokenizer FOLDER")
+        raise no_tokenizer(name, chosen)
 
     def load(part: Part) -> nn.Module:
         return encoder_of(part, states[part.folder], dtype)
 
     return build(name, name, load, {part.folder: tokenizers for part in chosen}, device, **options)
+
+
+def no_tokenizer(name: str, chosen: list[Part]) -> ValueError:
+    """The error for weights of these parts without a tokenizer."""
+    families = dict.fromkeys(part.family.upper() for part in chosen)
+    folders = "FOLDER"
+    if len(families) > 1:
+        folders = " ".join(f"{family}-FOLDER" for family in families)
+    return ValueError(f"{name}: a file of weights has no tokenizer; give its folder by --tokenizer {folders}")
+
+
+def belongs(part: Part, state: dict[str, Tensor]) -> bool:
+    """Whether these are the weights of a part's encoder: a T5 or a CLIP, by the names of transformers or of
+    OpenCLIP, of the part's width. Three CLIPs differ in nothing else that a name would show."""
+    tables = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight",
+              "token_embedding.weight")
+    width = "hidden_size"
+    if part.family == "t5":
+        tables = ("shared.weight", "encoder.embed_tokens.weight")
+        width = "d_model"
+    found = [state[name].shape[-1] for name in tables if name in state]
+    return found[:1] == [CONFIGS[part.kind][width]]
+
+
+def kinds_in(state: dict[str, Tensor]) -> list[str]:
+    """The keys of CONFIGS whose weights these may be."""
+    parts = {part.kind: part for recipe in RECIPES.values() for part in recipe.parts if part.kind in CONFIGS}
+    return [kind for kind, part in parts.items() if belongs(part, state)]
 
 
 def parts_of(name: str, no_t5: bool) -> list[Part]:

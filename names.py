@@ -372,7 +372,7 @@ def count_levels(state: dict[str, Tensor]) -> int:
 
 # ---- text encoders in whole files
 
-# Where each stands: in Stable Diffusion 1 and 2, XL, and 3 and 3.5.
+# Where each stands: in Stable Diffusion 1 and 2, XL, and 3 and 3.5; the newest last.
 TEXT_PREFIXES = {
     "clip-l": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.",
                "text_encoders.clip_l.transformer."),
@@ -392,6 +392,32 @@ OPENCLIP_NAMES = (
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
+
+
+def text_part(state: dict[str, Tensor], encoder: str) -> dict[str, Tensor]:
+    """What belongs to one of the text encoders of TEXT_PREFIXES in a whole file, by its names there; empty if
+    the file does not hold it."""
+    for prefix in TEXT_PREFIXES[encoder]:
+        found = {name: weight for name, weight in state.items() if name.startswith(prefix)}
+        if found:
+            return found
+    return {}
+
+
+def text_alone(state: dict[str, Tensor], encoder: str) -> dict[str, Tensor]:
+    """The names of a whole file for a text encoder that has a file to itself, by those of transformers or of
+    OpenCLIP; without the image half of a whole CLIP."""
+    prefix = TEXT_PREFIXES[encoder][-1]
+    inner = ""
+    if "embeddings.token_embedding.weight" in state:       # CLIP as transformers 5 writes it
+        inner = "text_model."
+    found = {}
+    for name, weight in state.items():
+        if name.startswith(("vision_model.", "visual_projection.", "visual.")):
+            continue
+        is_inner = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+        found[prefix + inner * is_inner + name] = weight
+    return found
 
 
 def text_weights(state: dict[str, Tensor], encoder: str) -> dict[str, Tensor]:

@@ -27,10 +27,13 @@ import dit
 import mmdit
 import names
 import unet
+from encoders import RECIPES, Part, belongs, count_parameters, kinds_in
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, VAEConfig
-from weights import (assign_weights, check_finite, check_weights, in_dtype, load_weights, map_weights,
-                     read_header, read_weights)
+from weights import (assign_weights, check_finite, check_readable, check_weights, in_dtype, load_weights,
+                     map_weights, read_header, read_weights)
+
+AGAIN = "download it again"            # what to do with a damaged file of someone else
 
 
 # ---- the models
@@ -221,10 +224,20 @@ def recognise(shapes: dict[str, Sequence[int]]) -> tuple[str, ...]:
     return tuple(name for name, row in MODELS.items() if row.arch == arch and fits(name))
 
 
+def models_in(path: str | Path) -> tuple[str, ...]:
+    """The models whose network a file or folder holds, as `recognise` says; empty where it cannot be read."""
+    try:
+        state = map_weights(inside(path, "transformer", "unet"))
+    except (ValueError, OSError):
+        return ()
+    return recognise({key: weight.shape for key, weight in state.items()})
+
+
 def read_network(name: str, path: str | Path) -> dict[str, Tensor]:
     """The state of the network of MODELS[name] from its file or folder: mapped where the file has it as we
     do, in the file's dtypes. Raises ValueError, which names the model that the file holds if it is another
     one of MODELS."""
+    check_readable(path)
     file = inside(path, "transformer", "unet")
     state = names.network_part(map_weights(file))
     try:
@@ -235,7 +248,7 @@ def read_network(name: str, path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{file}: holds the network of {' or '.join(others)}, not of {name}; give "
                              f"--published {others[0]}") from None
         raise ValueError(f"{file}: {error}") from None
-    check_finite(found, str(file))
+    check_finite(found, str(file), AGAIN)
     return found
 
 
@@ -246,15 +259,64 @@ def load_network(name: str, path: str | Path, dtype: torch.dtype | None = None) 
     return assign_weights(build_network(name), state, str(path)).eval().requires_grad_(False)
 
 
-def read_text_encoder(encoder: str, path: str | Path) -> dict[str, Tensor]:
-    """The state of one of names.TEXT_PREFIXES from a whole file, by the names of transformers. Raises
-    ValueError if the file does not hold it."""
-    state = names.text_weights(map_weights(path), encoder)
-    if not state:
-        raise ValueError(f"{path}: the text encoder {encoder} is not in this file; give a folder or a file "
-                         "that has it")
-    check_finite(state, str(path))
-    return state
+def find_text_encoders(parts: Sequence[Part], paths: Sequence[str],
+                       otherwise: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """The weights of these parts of a recipe, mapped, by Part.folder, as names.text_weights takes them. paths:
+    whole files, files or folders of one encoder each, or a pipeline's folder, in any order. otherwise: where
+    to look for parts that none of these has. Raises ValueError for a path without any of them, for two paths
+    that have the same one, and for a part that is nowhere."""
+    found: dict[str, dict[str, Tensor]] = {}
+    whose: dict[str, str] = {}
+    for path in paths:
+        theirs, others = text_encoders_in(parts, path)
+        if not theirs and (otherwise is not None or len(paths) > 1):
+            wanted = ", ".join(part.kind for part in parts)
+            raise ValueError(f"{path}: holds {' or '.join(others) or 'no text encoder'}; this model takes "
+                             f"{wanted}; leave it out")
+        for part in parts:
+            if part.folder in theirs and part.folder in found:
+                raise ValueError(f"{path}: holds {part.kind}, as {whose[part.folder]} does; give one of them")
+        found |= theirs
+        whose |= dict.fromkeys(theirs, path)
+    missing = [part for part in parts if part.folder not in found]
+    if missing and otherwise is not None:
+        found |= text_encoders_in(missing, otherwise)[0]
+    for part in missing:
+        if part.folder not in found:
+            where = "this file" if len(paths) == 1 else "these files"
+            remedy = ", or leave T5 out by --no-t5" if part.optional else ""
+            raise ValueError(f"{' '.join(paths)}: the text encoder {part.kind} is not in {where}; give a "
+                             f"folder or a file that has it by --text-encoder, which takes several{remedy}")
+    return found
+
+
+def text_encoders_in(parts: Sequence[Part], path: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Those of these parts that a file or folder has; and the kinds of encoders.CONFIGS that it may hold."""
+    check_readable(path)
+    found: dict[str, dict[str, Tensor]] = {}
+    kinds: list[str] = []
+    inner = [f"{path}/{part.folder}" for part in parts if (Path(path) / part.folder).is_dir()]
+    for place in inner or [path]:
+        state = map_weights(place)
+        kinds += kinds_in(state)
+        for part in parts:
+            own = names.text_part(state, part.kind.lower())
+            if not own and belongs(part, state):
+                own = names.text_alone(state, part.kind.lower())
+            if own:
+                found[part.folder] = own
+    return found, kinds
+
+
+def read_text_encoders(parts: Sequence[Part], found: dict[str, dict[str, Tensor]],
+                       what: str) -> dict[str, dict[str, Tensor]]:
+    """What `find_text_encoders` has found by the names of transformers, after a look at every value. Raises
+    ValueError, which begins with `what`, for NaN and infinity."""
+    states = {}
+    for part in parts:
+        states[part.folder] = names.text_weights(found[part.folder], part.kind.lower())
+        check_finite(states[part.folder], what, AGAIN)
+    return states
 
 
 # ---- VAEs
@@ -302,7 +364,7 @@ WHOLE_FILES = (("conditioner.", XL), ("model.diffusion_model.label_emb.", XL), (
                ("model.diffusion_model.input_blocks.", SD), ("model.diffusion_model.joint_blocks.", SD3),
                ("text_encoders.clip_g.", SD3), ("model.diffusion_model.double_blocks.", FLUX))
 VAE_FILES = {"ae": FLUX, "sdxl_vae": XL, "vae_ft_mse_840000_ema_pruned": SD,
-             "vae_ft_ema_560000_ema_pruned": SD}
+             "vae_ft_ema_560000_ema_pruned": SD, "sd_vae_ft_mse": SD, "sd_vae_ft_ema": SD}
 
 
 def latents_of(file: Path, state: dict[str, Tensor], name: str | None) -> Latents:
@@ -316,8 +378,9 @@ def latents_of(file: Path, state: dict[str, Tensor], name: str | None) -> Latent
         return VAE_FILES[stem]
     if name is not None:
         latents = MODELS[name].latents
-        print(f"{file}: a VAE alone does not show its scale; taken as that of {latents.owner}, "
-              f"{latents.scale:g}", file=sys.stderr)
+        print(f"{file}: a VAE alone does not show its scale; taken as {latents.scale:g}, that of "
+              f"{latents.owner}; if it is another model's, colours are wrong: give a folder with its "
+              "config.json", file=sys.stderr)
         return latents
     known = ", ".join(f"{latents.scale:g} in {latents.owner}" for latents in (SD, XL, SD3, FLUX))
     raise ValueError(f"{file}: a VAE alone, without the scale of its latents, which differs between models "
@@ -336,6 +399,7 @@ def load_vae(path: str | Path, name: str | None = None) -> VAE:
     file of Stable Diffusion or of FLUX; or a file of the VAE alone, whose scale is then that of MODELS[name].
     Raises ValueError if it is none of these, or without the scale of its latents."""
     path = Path(path)
+    check_readable(path)
     if read_metadata(path) is not None:                    # of export.py: it holds its scale
         return load_exported_vae(path)
     place = inside(path, "vae")
@@ -356,7 +420,7 @@ def load_vae(path: str | Path, name: str | None = None) -> VAE:
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(place)) else f"{place}: {message}") from None
-    check_finite(autoencoder.state_dict(), str(place))
+    check_finite(autoencoder.state_dict(), str(place), AGAIN)
     return autoencoder
 
 
@@ -375,7 +439,7 @@ def described_latents(file: Path) -> tuple[float | list[float] | None, float | l
             return float(scale), shift, groups
         return [float(scale) / float(value) for value in std], [float(value) for value in mean], groups
     except (TypeError, ValueError, ZeroDivisionError):
-        raise ValueError(f"{file}: damaged; download it again") from None
+        raise ValueError(f"{file}: damaged; {AGAIN}") from None
 
 
 def load_exported_vae(file: Path) -> VAE:
@@ -395,7 +459,7 @@ def read_config(file: Path) -> dict:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{file}: damaged; download it again")
+        raise ValueError(f"{file}: damaged; {AGAIN}")
     return config
 
 
@@ -438,8 +502,6 @@ def check_vae(name: str, autoencoder: VAE, what: str) -> None:
 def weights_in_bytes(name: str) -> dict[str, int]:
     """What the parts of a text model take as they are used: network and text encoders in bf16, and the VAE in
     fp32."""
-    from encoders import RECIPES, count_parameters
-
     row = MODELS[name]
     with torch.device("meta"):         # shapes without memory
         autoencoder = VAE(VAEConfig(**VAE_PRESETS["sd"] | {"latent_channels": row.latents.channels,

@@ -47,7 +47,7 @@ from parallel import Sharding
 from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
 from text import TextConfig, TextEncoder
 from vae import VAE
-from weights import check_finite, check_weights, load_weights
+from weights import check_finite, check_readable, check_weights, load_weights
 
 
 # ---- the folder
@@ -564,7 +564,13 @@ def load_published(name: str, weights: str | Path, vae: str | Path | None = None
     sample.py. Raises ValueError with a line for the user."""
     row = published.MODELS[name]
     for flag, path in (("--weights", weights), ("--vae", vae)):
-        if path is not None and not Path(path).exists():
+        if path is None:
+            continue
+        try:
+            check_readable(path)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+        if not Path(path).exists():
             raise ValueError(f"{flag} {path}: no such file or folder; download it first")
     state = published.read_network(name, weights)
     published.check_prediction(name, weights)

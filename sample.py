@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import conditioning
+import published
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
 from draw import Guide, Skip, Stage, draw_batches, in_own_dtype, picture_bar
@@ -60,8 +61,8 @@ FLAGS = {
     # Either a run, or a published model: see `check_flags`.
     "what to draw with": [
         Flag("run", "run folder, or a checkpoint file", nonempty, nargs="?"),
-        Flag("--published", "instead of a run: a published model, like dit-xl-2-256 or sit-xl-2-256",
-             published_model, metavar="NAME"),
+        Flag("--published", "instead of a run: a published model, like sdxl, flux-dev or dit-xl-2-256 "
+                            "(python published.py lists them)", published_model, metavar="NAME"),
         Flag("--weights", "the published model's weights: .pt, .ckpt or .safetensors, or a diffusers folder",
              nonempty, metavar="PATH"),
         Flag("--vae", "the published model's VAE: a file, or a diffusers folder (default: with the weights)",
@@ -90,19 +91,22 @@ FLAGS = {
                       "same command continues an .npz or a folder", nonempty, "samples.png"),
     ],
     "how": [
-        Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided (default: 2 where the "
-                      "run was trained for guidance, else 1; 1 for meanflow, which has learned its guidance)",
+        Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided; of flux-dev, an input "
+                      "of the network (default: 2 where the run was trained for guidance, else 1; 1 for "
+                      "meanflow, which has learned its guidance; a published model's own)",
              number(-1e6, 1e6)),
-        Flag("--guide", "autoguidance: instead of the unconditional branch, guide by this checkpoint, like "
-                        "an earlier one of the run (checkpoint-STEP.pt of train.py --keep)", nonempty,
+        Flag("--guide", "autoguidance: instead of the unconditional branch, guide by this checkpoint of a "
+                        "run, like an earlier one (checkpoint-STEP.pt of train.py --keep)", nonempty,
              metavar="CHECKPOINT"),
-        Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm, jump for meanflow)",
-             one_of(SAMPLERS)),
-        Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow)", integer(1, 10**5)),
-        Flag("--times", "spacing of the steps: even (default of runs), log-snr, karras, beta; ddpm also "
-                        "leading, linspace, beta-sigma, sd, sdxl; rf also sd3 (see times.py)", one_of(TIMES)),
-        Flag("--shift", "rf: shift of the sampling times (default: that of the training)",
-             number(0, 1e9, above=True)),
+        Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm, jump for meanflow; a "
+                          "published model's own)", one_of(SAMPLERS)),
+        Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow; a published model's own)",
+             integer(1, 10**5)),
+        Flag("--times", "spacing of the steps: even, log-snr, karras, beta; ddpm also leading, linspace, "
+                        "beta-sigma, sd, sdxl; rf also sd3: see times.py (default: even; a published "
+                        "model's own)", one_of(TIMES)),
+        Flag("--shift", "rf: shift of the sampling times (default: that of the training, or of a published "
+                        "model)", number(0, 1e9, above=True)),
         Flag("--interval", "times between which guidance acts (default: 0 1)", number(0, 1), (0.0, 1.0),
              nargs=2, metavar=("LOW", "HIGH")),
         Flag("--cfg-channels", "guide only so many channels of the latent, the first ones, as DiT's authors "
@@ -160,8 +164,7 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     kind = out.suffix.lower()                              # "" for a folder
     if kind not in (*PICTURES, ".npz", ".gif", ""):
         raise ValueError(f"--out {out}: must end in {', '.join(PICTURES)}, .npz or .gif, or name a folder")
-    if kind and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    check_folders(out, bool(kind))
     check_writable(out)
     if kind == ".gif" and ranks.size > 1:
         raise ValueError(f"--out {out}: a .gif is drawn by one process; start it with python")
@@ -200,6 +203,24 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
             raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with")
 
 
+def check_folders(out: Path, is_file: bool) -> None:
+    """Refuse an output for which its folder is missing, or can never be made. is_file: whether the folder
+    must be there; else the output is itself a folder, which is made with those above it."""
+    try:
+        above = [*reversed(out.parents)] if is_file else [*reversed(out.parents), out]
+        for folder in above:
+            if folder.is_symlink() and not folder.exists():
+                raise ValueError(f"--out {out}: {folder} is a link to a folder that does not exist; make "
+                                 "that, or choose another place")
+            if folder.exists() and not folder.is_dir() and folder != out:
+                raise ValueError(f"--out {out}: {folder} is a file, not a folder; choose another place")
+        if is_file and not out.parent.is_dir():
+            raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    except PermissionError as error:
+        raise ValueError(f"--out {out}: {error.filename} cannot be entered (permission denied); choose "
+                         "another place") from None
+
+
 def check_size(args: argparse.Namespace, size: tuple[int, int], channels: int, frames: int,
                columns: int | None = None, zoom: int = 1) -> None:
     """Refuse an output that its format, the memory or the disk cannot hold, before anything is drawn. frames:
@@ -232,11 +253,23 @@ def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, de
                "give a smaller one")
 
 
+def who(args: argparse.Namespace) -> str:
+    """What is drawn with, in messages."""
+    return args.published or "this run"
+
+
 def read_network(args: argparse.Namespace) -> dict:
     """The checkpoint to draw with."""
     if args.published:
         return load_published(args.published, args.weights, args.vae)
-    return load_checkpoint(args.run)
+    try:
+        return load_checkpoint(args.run)
+    except ValueError as error:
+        models = published.models_in(args.run)             # of which the flags were forgotten, perhaps
+        if not models:
+            raise
+        raise ValueError(f"{args.run}: is no run, but holds the network of {' or '.join(models[:4])}; give "
+                         f"--published {models[0]} --weights {args.run}") from error
 
 
 def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
@@ -293,7 +326,7 @@ def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dic
     # The straight path has no thousand steps from which a spacing could choose, the other one no shift.
     path = "ddpm" if objective["name"] == "ddpm" else "rf"
     if ONLY.get(args.times, path) != path:
-        raise ValueError(f"--times {args.times}: a spacing of the {ONLY[args.times]} path; this run is on "
+        raise ValueError(f"--times {args.times}: a spacing of the {ONLY[args.times]} path; {who(args)} is on "
                          f"the path of {path}")
     if sampler == "jump" and not OBJECTIVES[objective["name"]].second_time:
         raise ValueError(f"--sampler jump: needs a run of --objective meanflow; this one is of "
@@ -317,7 +350,7 @@ def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE, times
     found = {}
     if args.cfg_channels:
         if args.cfg_channels > vae.config.latent_channels:
-            raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of this run has "
+            raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of {who(args)} has "
                              f"{vae.config.latent_channels}")
         found["channels"] = args.cfg_channels
     given = {"scale": args.skip_scale, "steps": args.skip_steps}
@@ -330,7 +363,8 @@ def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE, times
     layers = "--skip-layers " + " ".join(map(str, args.skip_layers))
     depth = checkpoint["config"].get("depth", 0)
     if checkpoint["arch"] != "mmdit":
-        raise ValueError(f"{layers}: only mmdit has blocks to skip; this run is a {checkpoint['arch']}")
+        raise ValueError(f"{layers}: only mmdit has blocks to skip; {who(args)} is a "
+                         f"{checkpoint['arch']}")
     if max(args.skip_layers) >= depth:
         raise ValueError(f"{layers}: this network has joint blocks 0 to {depth - 1}")
     start, stop = given.get("steps", (0.01, 0.2))
@@ -386,8 +420,10 @@ def check_encoders(args: argparse.Namespace, condition: conditioning.Conditionin
                    device: torch.device) -> None:
     """Refuse text encoders of a published model that the device cannot hold."""
     need = {}
-    if isinstance(condition, conditioning.PublishedWords) and args.offload != "blocks":
-        need = condition.encoder_bytes(args)
+    if isinstance(condition, conditioning.PublishedWords):
+        need = condition.encoder_bytes(args)               # which also refuses what is not in the files
+    if args.offload == "blocks":
+        need = {}
     if args.offload == "parts" and need:                   # one at a time
         largest = max(need, key=need.get)
         need = {largest: need[largest]}
@@ -438,11 +474,16 @@ def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | N
     try:
         guide = load_checkpoint(args.guide)
     except ValueError as error:
-        raise ValueError(f"--guide {error}") from None
+        what = "; a guide is a run of train.py" if args.published else ""
+        raise ValueError(f"--guide {error}{what}") from None
+
+    whose = args.published or "the run"
+    remedy = "give an earlier checkpoint of the run, or a smaller network trained like it"
+    if args.published:
+        remedy = "give a run that was trained like it, as one that began with it (train.py --published)"
 
     def refuse(what: str, theirs: object, ours: object) -> None:
-        raise ValueError(f"--guide {args.guide}: {what} {theirs}, where the run has {ours}; give an earlier "
-                         "checkpoint of the run, or a smaller network trained like it")
+        raise ValueError(f"--guide {args.guide}: {what} {theirs}, where {whose} has {ours}; {remedy}")
 
     if guide["arch"] == "vae":
         refuse("is a VAE", "alone", f"a {checkpoint['arch']}")
@@ -532,8 +573,8 @@ def chosen_size(args: argparse.Namespace, checkpoint: dict,
     elif size != tuple(data["size"]) and not of_many_shapes(checkpoint, size):
         trained = "{}x{} only".format(*data["size"])
     if trained:
-        print(f"--size {size[0]} {size[1]}: the run was trained on {trained}; other sizes work, but may look "
-              "worse", file=sys.stderr)
+        print(f"--size {size[0]} {size[1]}: {args.published or 'the run'} was trained on {trained}; other "
+              "sizes work, but may look worse", file=sys.stderr)
     return size, math.prod(size) / math.prod(multiple)
 
 
@@ -552,7 +593,7 @@ def sampling_path(args: argparse.Namespace, checkpoint: dict, tokens: float = 1)
     if args.shift is None:
         return objective
     if objective["name"] != "rf":
-        raise ValueError(f"--shift {args.shift:g}: of the times of rf; this run is on the path of "
+        raise ValueError(f"--shift {args.shift:g}: of the times of rf; {who(args)} is on the path of "
                          f"{objective['name']}; leave it out")
     return objective | {"shift": args.shift}
 
@@ -610,11 +651,16 @@ def write_folder(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked:
     out.mkdir(parents=True, exist_ok=True)
     # Prompts become file names: letters, digits and dashes only, and of bounded length.
     endings = [re.sub(r"[^\w-]+", "-", f"-{name}")[:80] for name in asked.names] or [""]
+    unfinished = Unfinished(out / "unfinished.json", settings)
+    # Programs would take a name that begins with a dash for a flag. A folder begun before that was thought of
+    # goes on as it began.
+    begun_with_dash = unfinished.done > 0 and (out / f"{first_seed:06d}{endings[asked.turn[0]]}.png").is_file()
 
     def file(i: int) -> Path:
-        return out / f"{first_seed + i:06d}{endings[asked.turn[i]]}.png"
+        seed = first_seed + i
+        number = f"minus-{-seed:06d}" if seed < 0 and not begun_with_dash else f"{seed:06d}"
+        return out / f"{number}{endings[asked.turn[i]]}.png"
 
-    unfinished = Unfinished(out / "unfinished.json", settings)
     there = 0
     while there < unfinished.done and file(there).is_file():
         there += 1

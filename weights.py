@@ -16,6 +16,8 @@ import itertools
 import json
 import math
 import mmap
+import os
+import stat
 import tempfile
 import warnings
 from pathlib import Path
@@ -30,6 +32,9 @@ LONGEST_HEADER = 2**27       # bytes; the official package has a limit as well, 
 # What diffusers and transformers call the weights in a folder. Of the variants, the first one that is there.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 VARIANTS = ("", "fp32.", "bf16.", "fp16.")
+# In a pipeline's folder, how the names of the subfolders that are read begin, and the endings of such files.
+SUBFOLDERS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+ENDINGS = (".json", ".txt", ".model", ".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
 
 
 # ---- states and models
@@ -70,9 +75,10 @@ def in_dtype(state: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict
     return state
 
 
-def check_finite(state: dict[str, Tensor], what: str) -> None:
-    """Raise ValueError, one line that begins with `what`, for weights with NaN or infinity: they draw nothing
-    and no training recovers them."""
+def check_finite(state: dict[str, Tensor], what: str, remedy: str = "use an earlier copy of the file, or train "
+                 "again under another --name") -> None:
+    """Raise ValueError, one line that begins with `what` and ends with the remedy, for weights with NaN or
+    infinity: they draw nothing and no training recovers them."""
     for name, weight in state.items():
         if not weight.is_floating_point() or not weight.numel():
             continue
@@ -80,8 +86,8 @@ def check_finite(state: dict[str, Tensor], what: str) -> None:
             weight = weight.half()         # comparisons are not defined in 8 bits
         # NaN is the smallest and the largest of numbers that include it; a hundred times as fast as isfinite
         if not all(torch.isfinite(extreme) for extreme in weight.aminmax()):
-            raise ValueError(f"{what}: damaged: {name} has values that are not finite (NaN or infinity); use "
-                             "an earlier copy of the file, or train again under another --name")
+            raise ValueError(f"{what}: damaged: {name} has values that are not finite (NaN or infinity); "
+                             f"{remedy}")
 
 
 # ---- .safetensors
@@ -166,6 +172,26 @@ def map_pickle(file: Path) -> dict:
 
 
 # ---- any file, or several
+
+def check_readable(path: str | Path) -> None:
+    """Raise ValueError, which names it, for a file or folder that this user may not read, or for what a
+    pipeline's folder holds of that kind. Otherwise some calls would raise an error and others find nothing,
+    as if it were not there. What does not exist is not refused here."""
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode       # needs the right to enter the folder around it
+        names = os.listdir(path) if stat.S_ISDIR(mode) else []
+        if stat.S_ISREG(mode):             # not a pipe, which would be waited for
+            open(path, "rb").close()
+    except PermissionError as error:
+        raise ValueError(f"{error.filename or path}: cannot be read (permission denied); make it "
+                         "readable") from None
+    except OSError:                        # not there, a broken link: refused where it is read
+        return
+    for name in names:
+        if name.startswith(SUBFOLDERS) or name.endswith(ENDINGS):
+            check_readable(path / name)
+
 
 def weights_file(folder: Path) -> Path:
     """The file, or the index of several, with the weights in a folder of diffusers or transformers; or the

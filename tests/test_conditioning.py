@@ -240,10 +240,10 @@ FLAGS = {flag.lstrip("-").replace("-", "_"): False if "type" in fields else None
      "--prompt a dog: this run is conditioned on class labels; use --label"),
     ({"classes": ["red"]}, {"embedding": ["x.npz"]}, "--embedding x.npz: .* class labels; use --label"),
     ({"classes": ["red"]}, {"negative_prompt": "x"}, "--negative-prompt x: .* class labels; leave it out"),
-    ({"classes": ["red"]}, {"text_encoder": "clip:x"}, "--text-encoder clip:x: .* class labels; leave it"),
+    ({"classes": ["red"]}, {"text_encoder": ["clip:x"]}, "--text-encoder clip:x: .* class labels; leave it"),
     ({"text": SMALL}, {"label": "red"}, "--label red: this run is conditioned on text; use --prompt"),
     ({"text": SMALL}, {"embedding": ["x.npz"]}, "--embedding x.npz: .* on text; use --prompt"),
-    ({"text": SMALL}, {"text_encoder": "clip:x"}, "--text-encoder clip:x: .* on text; leave it out"),
+    ({"text": SMALL}, {"text_encoder": ["clip:x"]}, "--text-encoder clip:x: .* on text; leave it out"),
     ({"text": {"encoder": "none"}}, {"prompt": ["a"]},
      "--prompt a: this run is conditioned on precomputed text vectors; use --embedding"),
     ({"text": {"encoder": "none"}}, {"negative_prompt": ""}, "--negative-prompt : .* vectors; leave it out"),
@@ -257,7 +257,7 @@ def test_flags_that_a_run_does_not_take(stored, given, message):
 @pytest.mark.parametrize("stored, given", [
     ({}, {}), ({"classes": ["red"]}, {}), ({"classes": ["red"]}, {"label": "red"}), ({"text": SMALL}, {}),
     ({"text": SMALL}, {"prompt": ["a"], "negative_prompt": "b"}),
-    ({"text": {"encoder": "t5", "path": "x"}}, {"prompt": ["a"], "text_encoder": "t5:y"}),
+    ({"text": {"encoder": "t5", "path": "x"}}, {"prompt": ["a"], "text_encoder": ["t5:y"]}),
     ({"text": {"encoder": "none"}}, {"embedding": ["x.npz"]}),
 ])
 def test_flags_that_a_run_takes(stored, given):

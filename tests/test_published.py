@@ -369,16 +369,20 @@ def test_a_folder_of_a_whole_pipeline(tmp_path):
 
 
 def test_text_encoders_of_a_whole_file(tmp_path):
+    clip, t5 = encoders.RECIPES["flux-dev"].parts
     prefix = "cond_stage_model.transformer.text_model."
     state = {f"{prefix}final_layer_norm.weight": torch.ones(4)}
-    torch.save(state, tmp_path / "x.ckpt")
-    found = published.read_text_encoder("clip-l", tmp_path / "x.ckpt")
-    assert set(found) == {"text_model.final_layer_norm.weight"}
-    with pytest.raises(ValueError, match="x.ckpt: the text encoder t5-xxl is not in this file"):
-        published.read_text_encoder("t5-xxl", tmp_path / "x.ckpt")
-    torch.save({name: weight * torch.nan for name, weight in state.items()}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="final_layer_norm.weight has values that are not finite"):
-        published.read_text_encoder("clip-l", tmp_path / "x.ckpt")
+    file = str(tmp_path / "x.ckpt")
+    torch.save(state, file)
+    found = published.find_text_encoders([clip], [file])
+    assert set(published.read_text_encoders([clip], found, "x")["text_encoder"]) == {
+        "text_model.final_layer_norm.weight"}
+    with pytest.raises(ValueError, match="x.ckpt: the text encoder T5-XXL is not in this file; give a folder"):
+        published.find_text_encoders([clip, t5], [file])
+    torch.save({name: weight * torch.nan for name, weight in state.items()}, file)
+    found = published.find_text_encoders([clip], [file])
+    with pytest.raises(ValueError, match="^x: .*_norm.weight has values that are not finite .*; download it"):
+        published.read_text_encoders([clip], found, "x")
 
 
 # ---- the rows
