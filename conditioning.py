@@ -617,7 +617,7 @@ class PublishedWords(Words):
                 message = message.removeprefix(start)
             flag = "--text-encoder" if args.text_encoder else "--weights"
             # of several paths, the message begins with the one that is meant
-            is_of_one = any(message.startswith(f"{path}: ") for path in paths)
+            is_of_one = any(message.startswith((f"{path}: ", f"{path.rstrip('/')}/")) for path in paths)
             start = f"{flag} " if is_of_one else f"{flag} {' '.join(paths)}: "
             raise ValueError(f"{start}{message}") from None
 

@@ -100,8 +100,8 @@ FLAGS = {
              metavar="CHECKPOINT"),
         Flag("--sampler", f"{', '.join(SAMPLERS)} (default: heun for rf, ddim for ddpm, jump for meanflow; a "
                           "published model's own)", one_of(SAMPLERS)),
-        Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow; a published model's own)",
-             integer(1, 10**5)),
+        Flag("--steps", "intervals (default: 10 for rf, 50 for ddpm, 1 for meanflow; a published model's "
+                        "own)", integer(1, 10**5)),
         Flag("--times", "spacing of the steps: even, log-snr, karras, beta; ddpm also leading, linspace, "
                         "beta-sigma, sd, sdxl; rf also sd3: see times.py (default: even; a published "
                         "model's own)", one_of(TIMES)),
@@ -654,7 +654,8 @@ def write_folder(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked:
     unfinished = Unfinished(out / "unfinished.json", settings)
     # Programs would take a name that begins with a dash for a flag. A folder begun before that was thought of
     # goes on as it began.
-    begun_with_dash = unfinished.done > 0 and (out / f"{first_seed:06d}{endings[asked.turn[0]]}.png").is_file()
+    formerly = out / f"{first_seed:06d}{endings[asked.turn[0]]}.png"
+    begun_with_dash = unfinished.done > 0 and formerly.is_file()
 
     def file(i: int) -> Path:
         seed = first_seed + i

@@ -99,7 +99,9 @@ def beta_quantile(u: Tensor, a: float = 0.6) -> Tensor:
 
 def sd_times(path, steps: int) -> Tensor:
     """Stable Diffusion 1 and 2 by PLMS or DDIM: "leading" times one step of 1/1000 higher, which end at
-    1/1000 and not at 0 (in their configurations, steps_offset 1 and set_alpha_to_one false)."""
+    1/1000 and not at 0 (in their configurations, steps_offset 1 and set_alpha_to_one false). As there, the
+    stride is 1000 / steps rounded down, so that many steps leave out the noisy end: 50 begin at 0.982, 400
+    at 0.8 and 501 at 0.502."""
     noisy = one_higher(path, steps)
     return torch.cat([noisy, noisy.new_tensor([1.0])]) / 1000
 

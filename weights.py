@@ -75,8 +75,10 @@ def in_dtype(state: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict
     return state
 
 
-def check_finite(state: dict[str, Tensor], what: str, remedy: str = "use an earlier copy of the file, or train "
-                 "again under another --name") -> None:
+TRAINED = "use an earlier copy of the file, or train again under another --name"
+
+
+def check_finite(state: dict[str, Tensor], what: str, remedy: str = TRAINED) -> None:
     """Raise ValueError, one line that begins with `what` and ends with the remedy, for weights with NaN or
     infinity: they draw nothing and no training recovers them."""
     for name, weight in state.items():

@@ -1,7 +1,9 @@
 """What the test modules share: one thread, tiny trained runs, and files of every kind that a test needs."""
 
+import builtins
 import functools
 import gzip
+import io
 import json
 import os
 import shutil
@@ -256,6 +258,24 @@ def damage(path, how):
 
 
 # ---- files of weights
+
+def closed_to_us(monkeypatch, place):
+    """Have the system refuse to read a file, or to list or enter a folder, as it would for another user: the
+    tests may run as one to whom nothing is closed."""
+    place = os.path.abspath(place)
+
+    def guarded(call, only_within=False):
+        def guard(path, *inputs, **options):
+            name = os.path.abspath(path) if isinstance(path, (str, os.PathLike)) else ""
+            if name.startswith(f"{place}{os.sep}") or (name == place and not only_within):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *inputs, **options)
+        return guard
+
+    for module, name in ((builtins, "open"), (io, "open"), (os, "listdir"), (os, "scandir")):
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    monkeypatch.setattr(os, "stat", guarded(os.stat, only_within=True))
+
 
 def write_safetensors(file, state):
     """By hand, without the package."""

@@ -505,7 +505,19 @@ def assert_same_times(times, scheduler, within=1e-6):
     assert (times[:-1] * 1000 - 1 - scheduler.timesteps).abs().max() < within
 
 
-@pytest.mark.parametrize("steps", [1, 7, 20, 30, 50, 999])
+@pytest.mark.parametrize("steps", [2, 30, 50, 200, 400, 501, 900, 999])
+def test_times_of_stable_diffusion_1_and_2(scheduler, steps):
+    """Also where a stride that is rounded down leaves out the noisy end: 400 steps begin at 0.8."""
+    times, more = sd_times(PATH, steps), dict(steps_offset=1, set_alpha_to_one=False)
+    plms = scheduler("PNDMScheduler", steps, skip_prk_steps=True, **more, **SD)
+    ddim = scheduler("DDIMScheduler", steps, clip_sample=False, **more, **SD)
+    visited = (times[:-1] * 1000 - 1).round().long()
+    assert torch.equal(visited, ddim.timesteps)
+    assert visited[0] == plms.timesteps[0] and torch.equal(visited[1:], plms.timesteps[2:])
+    assert times[0] == (1000 // steps * (steps - 1) + 2) / 1000 and times[-1] == 1 / 1000
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 30, 50, 200, 400, 900, 999])
 def test_times_of_stable_diffusion_xl(scheduler, steps):
     theirs = scheduler("EulerDiscreteScheduler", steps, timestep_spacing="leading", steps_offset=1, **SD)
     assert_same_times(sdxl_times(PATH, steps), theirs)

@@ -5,6 +5,7 @@ import copy
 import itertools
 import shutil
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from conftest import few_samples
+from conftest import closed_to_us, few_samples
 from test_encoders import LONG
 from test_names import compvis_unet, flux_names, original_sd3
 
@@ -434,6 +435,118 @@ def test_a_single_file_draws_what_its_folder_draws(model, drawn, name, tmp_path,
         drawn(name, tmp_path / "network.safetensors", *flags, "--vae", str(folder))
 
 
+# ---- text encoders in files of their own
+
+FILES = {"sdxl": {"clip_l": "conditioner.embedders.0.transformer.",
+                  "clip_g": "conditioner.embedders.1.model."},
+         "sd3-medium": {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")},
+         "flux-dev": {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "t5xxl")}}
+
+
+@pytest.fixture
+def files(model, tmp_path, monkeypatch):
+    """A function: the files with one text encoder each of a model, by their usual names, its folder, in which
+    all of these are the same, and a file of the rest."""
+    from safetensors.torch import load_file, save_file
+
+    def build(name):
+        giant = tiny_encoders(monkeypatch)
+        if name == "sdxl":
+            giant["num_hidden_layers"] = 2
+        folder = shutil.copytree(model(name).folder, tmp_path / "folder")
+        if name.startswith("sd3"):         # its authors do not project CLIP-L
+            inner = folder / "text_encoder/model.safetensors"
+            save_file(load_file(inner) | {"text_projection.weight": torch.eye(16)}, inner, {"format": "pt"})
+        whole, found = original_text(name, folder), {}
+        for part, prefix in FILES[name].items():
+            state = {key.removeprefix(prefix): weight.clone().contiguous() for key, weight in whole.items()
+                     if key.startswith(prefix)}
+            found[part] = str(tmp_path / f"{part}.safetensors")
+            save_file(state, found[part])
+        rest = original_network(name, folder)
+        rest |= {f"first_stage_model.{key}": weight for key, weight in original_vae(folder).items()}
+        save_file({key: weight.contiguous() for key, weight in rest.items()}, tmp_path / "rest.safetensors")
+        return found, folder, tmp_path / "rest.safetensors"
+    return build
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_text_encoders_in_files_of_their_own(drawn, name, files):
+    """In any order, by the names of transformers or of OpenCLIP; the rest from --weights; bit for bit what
+    the folder draws."""
+    parts, folder, rest = files(name)
+    flags = ["--prompt", *PROMPTS]
+    wanted = drawn(name, folder, *flags)
+    tokenizer = ["--tokenizer", str(folder)]
+    ours = drawn(name, rest, *flags, *tokenizer, "--text-encoder", *[*parts.values()][::-1])
+    assert torch.equal(ours[0], wanted[0]) and np.array_equal(ours[1], wanted[1])
+    # one of them beside a pipeline's folder, which also has the tokenizers; a folder of one encoder as a file
+    for given in (parts["clip_l"], str(folder / "text_encoder_2")):
+        assert torch.equal(drawn(name, folder, *flags, "--text-encoder", given)[0], wanted[0])
+    # CLIP-L as Hugging Face has it, with the other half of the model, and without the first word of the names
+    from safetensors.torch import load_file, save_file
+    clip = load_file(parts["clip_l"])
+    for inner in ("text_model.", ""):
+        renamed = {key.replace("text_model.", inner): weight for key, weight in clip.items()}
+        save_file(renamed | {"vision_model.x": torch.ones(1)}, parts["clip_l"])
+        ours = drawn(name, folder, *flags, "--text-encoder", parts["clip_l"])
+        assert torch.equal(ours[0], wanted[0])
+    # another encoder is another picture
+    save_file({key: weight * 1.5 for key, weight in clip.items()}, parts["clip_l"])
+    assert not torch.equal(drawn(name, folder, *flags, "--text-encoder", parts["clip_l"])[0], wanted[0])
+
+
+def test_stable_diffusion_3_without_t5_from_files(drawn, files):
+    parts, folder, rest = files("sd3-medium")
+    ours = drawn("sd3-medium", rest, "--prompt", *PROMPTS, "--no-t5", "--tokenizer", str(folder),
+                 "--text-encoder", parts["clip_g"], parts["clip_l"])
+    assert torch.equal(ours[0], drawn("sd3-medium", folder, "--prompt", *PROMPTS, "--no-t5")[0])
+
+
+def test_text_encoder_files_that_do_not_fit(drawn, files, tmp_path):
+    """A missing, a superfluous, a wrong one: one line."""
+    from safetensors.torch import load_file, save_file
+
+    parts, folder, rest = files("sd3-medium")
+    clip_l, clip_g, t5 = parts.values()
+
+    def refuse(message, *given, more=("--tokenizer", str(folder)), weights=rest):
+        flags = [*A, *more, "--text-encoder", *map(str, given)]
+        refused(drawn, tmp_path, "sd3-medium", weights, flags, message)
+
+    refuse("--text-encoder .*t5xxl.safetensors: the text encoder OpenCLIP-G is not in these files; give a "
+           "folder or a file that has it by --text-encoder, which takes several$", clip_l, t5)
+    refuse("T5-XXL is not in these files; .* takes several, or leave T5 out by --no-t5$", clip_l, clip_g)
+    refuse("^--text-encoder [^ ]*t5xxl.safetensors: holds T5-XXL; this model takes CLIP-L, OpenCLIP-G; leave",
+           clip_l, clip_g, t5, more=("--tokenizer", str(folder), "--no-t5"))
+    refuse("^--text-encoder [^ ]*rest.safetensors: holds no text encoder; this model takes CLIP-L, .*; leave",
+           clip_l, clip_g, t5, rest)
+    refuse("^--text-encoder [^ ]*nowhere: no such file; download it first", clip_l, tmp_path / "nowhere")
+    shutil.copy(clip_l, tmp_path / "again.safetensors")
+    refuse("^--text-encoder [^ ]*again.safetensors: holds CLIP-L, as .*/clip_l.safetensors does; give one of",
+           clip_l, clip_g, t5, tmp_path / "again.safetensors")
+    refuse("a file of weights has no tokenizer; give its folder by --tokenizer CLIP-FOLDER T5-FOLDER", clip_l,
+           clip_g, t5, more=())
+    with monkeypatched_width(40):
+        refuse("^--text-encoder [^ ]*clip_g.safetensors: holds no text encoder; this model takes CLI", clip_g)
+    state = load_file(t5)
+    del state["encoder.final_layer_norm.weight"]
+    save_file(state, t5)
+    refuse("its text_encoder_3 cannot be loaded .* missing, like encoder.final_layer_norm.weight", clip_l,
+           clip_g, t5)
+    state["encoder.final_layer_norm.weight"] = torch.full((40,), torch.nan)
+    save_file(state, t5)
+    refuse("damaged: encoder.final_layer_norm.weight has values that are not finite .*; download it again$",
+           clip_l, clip_g, t5)
+
+
+@contextmanager
+def monkeypatched_width(width):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(encoders.CONFIGS, "OpenCLIP-G", encoders.CONFIGS["OpenCLIP-G"] | {"hidden_size": width})
+        yield
+
+
 # ---- memory and precision
 
 class Poisoned(weights.Resident):
@@ -715,7 +828,7 @@ REFUSED = [
     ("sdxl", None, [*A, "--no-t5"],
      "--no-t5: .* was not trained to do without T5, as Stable Diffusion 3 was; le"),
     ("sdxl", None, [*A, "--text-encoder", "nowhere"], "nowhere: no such file; download it first"),
-    ("sdxl", None, [*A, "--tokenizer", "nowhere"], "no tokenizer in nowhere.*, which needs tokenizer"),
+    ("sdxl", None, [*A, "--tokenizer", "nowhere"], "--tokenizer nowhere: no such folder; download it f"),
     ("sdxl", None, [*A, "--vae", "nowhere"], "--vae nowhere: no such file or folder; download it first"),
     ("sd2.1", None, [*A, "--shift", "2"], "--shift 2: of the times of rf"),
     ("sd2.1", None, [*A, "--times", "sd3"], "--times sd3: a spacing of the rf path; .* on the path of ddpm"),
@@ -754,6 +867,106 @@ def test_too_little_memory_is_said_before(model, drawn, tmp_path, monkeypatch):
     for size, flags in ((network, []), (0, ["--offload", "blocks"])):
         monkeypatch.setattr(sample, "memory", lambda device: size)
         drawn("flux-dev", folder, *A, *flags)
+
+
+def test_too_little_memory_for_text_encoders_in_files(files, drawn, tmp_path, monkeypatch):
+    """As for those of a folder, in the precision in which they compute."""
+    parts, folder, rest = files("sd3-medium")
+    sizes = {}
+    for name, file in parts.items():
+        with open(file, "rb") as content:                  # without the header
+            sizes[name] = Path(file).stat().st_size - 8 - int.from_bytes(content.read(8), "little")
+    given = ["--tokenizer", str(folder), "--text-encoder", *parts.values()]
+    monkeypatch.setattr(sample, "check_decoding", lambda *inputs: None)
+
+    def with_memory(size, message, *flags):
+        monkeypatch.setattr(sample, "memory", lambda device: size)
+        refused(drawn, tmp_path, "sd3-medium", rest, [*A, *given, *flags], message)
+
+    with_memory(sum(sizes.values()) - 1, "--published sd3-medium needs at least .*text_encoder .*, "
+                "text_encoder_2 .*, text_encoder_3 .*; give --offload parts, or blocks")
+    with_memory(max(sizes.values()) - 1, "memory .cpu. .text_encoder_[23] [^,]*, where .*; give --offload b",
+                "--offload", "parts")
+    monkeypatch.setattr(sample, "memory", lambda device: sum(sizes.values()))
+    with pytest.raises(ValueError, match="the network .*; give --offload blocks"):     # which is the next
+        drawn("sd3-medium", rest, *A, *given)
+    monkeypatch.setattr(sample, "memory", lambda device: 0)
+    drawn("sd3-medium", rest, *A, *given, "--offload", "blocks")
+    # in half precision half of that, unless fp32 is asked for; 8 bits are computed in 16
+    from safetensors.torch import load_file, save_file
+    state = {key: weight.to(torch.float8_e4m3fn) for key, weight in load_file(parts["t5xxl"]).items()}
+    save_file(state, parts["t5xxl"])
+    half = sizes | {"t5xxl": sizes["t5xxl"] // 2}
+    for precision, total in (([], half), (["--precision", "fp32"], sizes)):
+        with_memory(sum(total.values()) - 1, "text_encoder_3 .*; give --offload parts, or blocks", *precision)
+        monkeypatch.setattr(sample, "memory", lambda device: sum(total.values()))
+        with pytest.raises(ValueError, match="the network .*; give --offload blocks"):
+            drawn("sd3-medium", rest, *A, *given, *precision)
+
+
+@pytest.mark.parametrize("closed, flag", [
+    ("", "--weights"), ("transformer", "--weights"), ("transformer/diffusion_pytorch_model.safetensors",
+                                                      "--weights"),
+    ("vae/config.json", "--weights"), ("text_encoder_2", "--weights"),
+    ("text_encoder_3/config.json", "--weights"), ("tokenizer/tokenizer_config.json", "--weights"), ("vae", "--vae"), ("tokenizer_3", "--tokenizer"),
+    ("text_encoder", "--text-encoder")])
+def test_what_may_not_be_read(model, drawn, tmp_path, monkeypatch, closed, flag):
+    """Named with its flag, before anything is drawn, whether it is the whole or a part."""
+    folder = model("sd3-medium").folder
+    place = shutil.copytree(folder, tmp_path / "closed")
+    flags = {"--weights": [], "--vae": ["--vae", str(place)], "--tokenizer": ["--tokenizer", str(place)],
+             "--text-encoder": ["--text-encoder", str(place)]}[flag]
+    closed_to_us(monkeypatch, place / closed)
+    named = f"closed/{closed}".removesuffix("/")
+    line = f"^{flag} [^ ]*{named}: cannot be read .permission denied.; make it readable$"
+    with pytest.raises(ValueError, match=line):
+        drawn("sd3-medium", place if flag == "--weights" else folder, *A, *flags)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_published_file_without_its_flags(model):
+    """Given where a run belongs, it is recognised, and the flags are named."""
+    for name, first in (("sdxl", "sdxl"), ("flux-schnell", "flux-schnell"), ("sd2.1", "sd2.1-base")):
+        folder = model(name).folder
+        file = folder / ("unet" if published.MODELS[name].arch == "unet" else "transformer")
+        for path in (folder, file / "diffusion_pytorch_model.safetensors"):
+            with pytest.raises(ValueError, match=f"{path}: is no run, but holds the network of .*; give "
+                                                 f"--published {first} --weights {path}$"):
+                sample.main([str(path), *A])
+    with pytest.raises(ValueError, match="vae: no checkpoint there"):
+        sample.main([str(folder / "vae"), *A])
+
+
+@pytest.mark.long
+def test_a_guide_beside_a_published_model(model, drawn, pictures, tmp_path, monkeypatch):
+    """A run that began with it; what is no run, or of another model, is named."""
+    few_samples(monkeypatch, steps=2)
+    for name in ("sd1.5", "sd2.1-base"):
+        train.main(tune(name, model(name).folder, pictures, tmp_path / "runs"))
+    folder, runs = model("sd1.5").folder, tmp_path / "runs"
+    plain = drawn("sd1.5", folder, *A)[0]
+    guided = drawn("sd1.5", folder, *A, "--guide", str(runs / "sd1.5"), "--cfg", "3")[0]
+    assert guided.isfinite().all() and not torch.equal(guided, plain)
+    for guide, message in [
+            (folder, "no checkpoint there .*; a guide is a run of train.py$"),
+            (folder / "unet/diffusion_pytorch_model.safetensors", "; a guide is a run of train.py$"),
+            (runs / "sd2.1-base", "its text encoder is sd2, where sd1.5 has sd1; give a run that was trained "
+                                  "like it, as one that began with it .train.py --published")]:
+        with pytest.raises(ValueError, match=f"--guide {guide}: .*{message}"):
+            drawn("sd1.5", folder, *A, "--guide", str(guide))
+
+
+def test_damaged_weights_of_others_are_not_to_be_trained_again(model, drawn, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for part in ("unet", "vae"):
+        folder = shutil.copytree(model("sd1.5").folder, tmp_path / part)
+        file = folder / part / "diffusion_pytorch_model.safetensors"
+        state = load_file(file)
+        next(iter(state.values())).fill_(torch.nan)
+        save_file(state, file)
+        with pytest.raises(ValueError, match=f"/{part}: damaged: .* not finite .*; download it again"):
+            drawn("sd1.5", folder, *A)
 
 
 def test_a_class_model_takes_no_prompt(model, drawn, tmp_path, monkeypatch):

@@ -377,7 +377,7 @@ def test_text_encoders_of_a_whole_file(tmp_path):
     found = published.find_text_encoders([clip], [file])
     assert set(published.read_text_encoders([clip], found, "x")["text_encoder"]) == {
         "text_model.final_layer_norm.weight"}
-    with pytest.raises(ValueError, match="x.ckpt: the text encoder T5-XXL is not in this file; give a folder"):
+    with pytest.raises(ValueError, match="x.ckpt: the text encoder T5-XXL is not in this file; give a"):
         published.find_text_encoders([clip, t5], [file])
     torch.save({name: weight * torch.nan for name, weight in state.items()}, file)
     found = published.find_text_encoders([clip], [file])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ON_VAE, altered, contents, draw_two
+from conftest import ON_VAE, altered, closed_to_us, contents, draw_two
 from PIL import Image
 from tqdm import tqdm
 
@@ -344,6 +344,43 @@ def test_an_interrupted_output_is_continued(cwd, monkeypatch, out, capsys):
     assert len(drawn) == 4
 
 
+def test_an_output_in_a_folder_that_may_not_be_entered(cwd, monkeypatch):
+    (cwd / "closed/inner").mkdir(parents=True)
+    closed_to_us(monkeypatch, cwd / "closed")
+    for out in ("closed/inner/x.png", "closed/inner/x"):
+        with pytest.raises(ValueError, match=f"--out {out}: closed/inner cannot be entered .permission"):
+            sample.main(["runs/done", "--n", "1", "--out", out])
+
+
+def test_names_of_negative_seeds(cwd, monkeypatch):
+    """No program takes them for flags, and those of other seeds are as ever. A folder begun when they began
+    with a dash goes on so."""
+    command = ["runs/done", "--steps", "1", "--n", "4", "--seed", "-2", "--label", "3", "--batch-size", "2"]
+    sample.main([*command, "--out", "signed"])
+    whole = {file.name: file.read_bytes() for file in Path("signed").iterdir()}
+    assert [re.match(r"(minus-)?\d{6}", name)[0] for name in sorted(whole)] == [
+        "000000", "000001", "minus-000001", "minus-000002"]
+    draw_batch = draw_file.draw
+
+    def once(*inputs, **options):
+        if list(inputs[4])[0] == 0:
+            raise Killed
+        return draw_batch(*inputs, **options)
+
+    for old in (False, True):
+        out = Path(f"signed-{old}")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(draw_file, "draw", once)
+            sample.main([*command, "--out", str(out)])
+        for file in list(out.glob("minus-*")):
+            if old:
+                file.rename(out / file.name.replace("minus-", "-").replace("-0", "-", 1))
+        assert len(list(out.glob("*.png"))) == 2
+        sample.main([*command, "--out", str(out)])
+        found = sorted(file.read_bytes() for file in out.iterdir())
+        assert found == sorted(whole.values()) and not list(out.glob("minus-*")) == old
+
+
 @pytest.mark.parametrize("out, line", [
     ("cut.npz", "sample.py: interrupted after 6 of 10 pictures; the same command continues"),
     ("cut", "sample.py: interrupted after 6 of 10 pictures; the same command continues"),
@@ -479,7 +516,13 @@ def test_choice_of_the_sampler(flags, objective, expected):
     (["runs/done", "--out", "x.bmp"], "must end in"),
     (["runs/done", "--out", "no/such/x.png"], "does not exist"),
     (["runs/done", "--out", ""], "--out is empty"),
-    (["runs/done", "--out", "file/within"], "file/within: cannot be written"),
+    (["runs/done", "--out", "file/within"], "--out file/within: file is a file, not a folder; choose"),
+    (["runs/done", "--out", "file/x.png"], "--out file/x.png: file is a file, not a folder; choose another"),
+    (["runs/done", "--out", "file/a/b/x.png"], "--out file/a/b/x.png: file is a file, not a folder"),
+    (["runs/done", "--out", "broken/x.png"], "broken is a link to a folder that does not exist; make that"),
+    (["runs/done", "--out", "broken/a/x.npz"], "broken is a link to a folder that does not exist; make that"),
+    (["runs/done", "--out", "broken/a"], "--out broken/a: broken is a link to a folder that does not exist"),
+    (["runs/done", "--out", "broken"], "--out broken: broken is a link to a folder that does not exist"),
     (["runs/done", "--out", "/proc/x.png"], "/proc/x.png: cannot be written"),
     (["runs/done", "--out", "/proc/x"], "/proc/x: cannot be written"),
     (["runs/done", "--out", "x" * 300 + ".png"], "a name of 304 bytes"),
@@ -499,6 +542,8 @@ def test_choice_of_the_sampler(flags, objective, expected):
 def test_sample_refuses(cwd, flags, message):
     (cwd / "folder.png").mkdir(exist_ok=True)
     (cwd / "file").write_bytes(b"")
+    if not (cwd / "broken").is_symlink():
+        (cwd / "broken").symlink_to("no-such-folder")
     Image.new("RGB", (32, 32), (1, 1, 1)).save("black.png")
     before = contents(cwd)
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_safetensors
+from conftest import ROOT, closed_to_us, write_safetensors
 
 import weights
 
@@ -217,6 +217,30 @@ def test_damaged_values(tmp_path, dtype):
         weights.read_weights(tmp_path / "a.pt")
     torch.save({"w": torch.ones(2).to(dtype), "i": torch.ones(2, dtype=torch.int64)}, tmp_path / "a.pt")
     assert len(weights.read_weights(tmp_path / "a.pt")) == 2
+
+
+# ---- what may not be read
+
+@pytest.mark.parametrize("closed, named", [
+    ("file.bin", "file.bin"), ("pipeline", "pipeline"), ("pipeline/vae", "pipeline/vae"),
+    ("pipeline/vae/config.json", "pipeline/vae/config.json"), ("folder", "folder")])
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, closed, named):
+    """A file, a folder, and what a pipeline's folder holds; other things in it do not matter."""
+    (tmp_path / "file.bin").write_bytes(b"x")
+    for name in ("pipeline/vae/config.json", "pipeline/notes.md", "folder/inner/model.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "pipeline/vae/link.bin").symlink_to("nowhere")
+    checked = tmp_path / closed.split("/")[0]
+    for path in (checked, tmp_path / "nowhere", tmp_path / "folder/inner/model.bin/x"):
+        weights.check_readable(path)                       # nothing is closed, or there, yet
+    with monkeypatch.context() as patch:
+        closed_to_us(patch, tmp_path / "pipeline/notes.md")
+        weights.check_readable(checked)
+    closed_to_us(monkeypatch, tmp_path / closed)
+    with pytest.raises(ValueError) as refusal:
+        weights.check_readable(checked)
+    assert str(refusal.value) == f"{tmp_path / named}: cannot be read (permission denied); make it readable"
 
 
 # ---- several files, and folders
