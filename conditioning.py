@@ -38,11 +38,12 @@ from encoders import (BLOCKS, SIZE_FEATURES, WITHOUT_T5, FrozenTextEncoder, from
                       no_tokenizer, parts_of, with_sizes)
 from files import UNPRINTABLE, amount, digest, fingerprint_files, shortened
 from folder import Folder, clean_text
+from offload import Resident, visit_blocks
 from published import DISTILLED, find_text_encoders, read_text_encoders
 from shards import ShardCaptions
 from text import TextConfig, TextEncoder
 from unet import UNetConfig
-from weights import Resident, check_readable, stored_bytes, visit_blocks
+from weights import check_readable, stored_bytes
 
 Encoder = Callable[[list[str]], dict[str, Tensor]]   # prompts -> context, mask and perhaps pooled
 VALIDATED = 256        # validation pictures that are used

@@ -4,16 +4,14 @@
 
 `draw` builds a denoiser, follows a sampler along the path's times and decodes the latent. Picture i has a
 random generator of its own, so it does not depend on the batch size or on how many are drawn. What is too
-large for the device is there only while it works (weights.Resident), block by block if need be.
+large for the device is there only while it works (offload.py), block by block if need be.
 
 Shapes: B batch, C channels of the latent, h w its size, H W that of the picture.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from conditioning import Asked
+from offload import Stage
 from pictures import to_uint8
 from ranks import ALONE, Ranks
 from samplers import SAMPLERS, guided, inpainting, noise_like, soft_border
 from times import TIMES, interval_of_steps
 from vae import VAE
-from weights import Resident
 
 
-# ---- where a batch is drawn
+# ---- drawing
 
 def in_own_dtype(network: Callable, dtype: torch.dtype) -> Callable:
     """A network with weights of this dtype, for latents and conditions in float32. Times and guidance scales
@@ -44,76 +42,6 @@ def in_own_dtype(network: Callable, dtype: torch.dtype) -> Callable:
 
     return network if dtype == torch.float32 else call
 
-
-class Stage(NamedTuple):
-    """Where a batch is drawn, and what comes there only to work."""
-    device: torch.device
-    network: Resident | nullcontext = nullcontext()
-    vae: Resident | nullcontext = nullcontext()
-    tile: int | None = None             # of pictures that the VAE takes in tiles: their side in pixels
-
-    def encode(self, vae: VAE, image: Tensor) -> Tensor:
-        """Normalised mean (1, C, h, w) of a picture (1, C, H, W)."""
-        # As in VAE.decode: pixels need more than 8 bits.
-        with self.vae, torch.autocast(self.device.type, enabled=False):
-            def mean(part: Tensor) -> Tensor:
-                return vae.encode(part).mean
-
-            image = image.to(self.device)
-            if self.tile is None:
-                return vae.normalize(mean(image))
-            return vae.normalize(in_tiles(mean, image, self.tile // vae.factor, vae.factor, 1))
-
-    def decode(self, vae: VAE, x0: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), nominally in [-1, 1], of normalised latents."""
-        with self.vae:
-            z = vae.denormalize(x0)
-            if self.tile is None:
-                return vae.decode(z)
-            return in_tiles(vae.decode, z, self.tile // vae.factor, 1, vae.factor)
-
-
-def in_tiles(call: Callable[[Tensor], Tensor], x: Tensor, side: int, fold_in: int, fold_out: int) -> Tensor:
-    """call(x), one picture and one tile at a time. A tile has `side` positions, each of which is fold_in
-    numbers of x and fold_out of the output. Tiles overlap by at least a quarter, where they are blended
-    linearly. The norms of each tile are its own, so the result is not exactly that of the whole."""
-    def starts(length: int) -> list[int]:
-        room = length - side
-        count = 1 + math.ceil(max(0, room) / (side - side // 4))
-        return [round(i * max(0, room) / max(1, count - 1)) for i in range(count)]
-
-    height, width = x.shape[2] // fold_in, x.shape[3] // fold_in
-    sizes = min(side, height), min(side, width)
-    ramps = []
-    for size in sizes:                                     # rises over a quarter at each end, never to 0
-        distance = torch.arange(size * fold_out, device=x.device) + 0.5
-        edge = torch.minimum(distance, distance.flip(0))
-        ramps.append((edge / (size * fold_out / 4)).clamp(max=1))
-    weight = ramps[0][:, None] * ramps[1]                  # (tile's H, W)
-
-    pictures = []
-    for picture in x.split(1):
-        if max(height, width) <= side:                     # as it would be without tiles, to the bit
-            pictures.append(call(picture))
-            continue
-        total, weights = None, None
-        for top in starts(height):
-            for left in starts(width):
-                rows, columns = [slice(start * fold_in, (start + size) * fold_in)
-                                 for start, size in zip((top, left), sizes)]
-                part = call(picture[..., rows, columns])
-                if total is None:
-                    total = part.new_zeros(1, part.shape[1], height * fold_out, width * fold_out)
-                    weights = torch.zeros_like(total[0, 0])
-                rows, columns = [slice(start * fold_out, (start + size) * fold_out)
-                                 for start, size in zip((top, left), sizes)]
-                total[..., rows, columns] += part * weight
-                weights[rows, columns] += weight
-        pictures.append(total / weights)
-    return torch.cat(pictures)
-
-
-# ---- drawing
 
 class Guide(NamedTuple):
     """The weaker network of autoguidance, and what was asked for as its conditions."""

@@ -264,8 +264,8 @@ def find_text_encoders(parts: Sequence[Part], paths: Sequence[str],
     """The weights of these parts of a recipe, mapped, by Part.folder, as names.text_weights takes them.
 
     paths: whole files, files or folders of one encoder each, or a pipeline's folder, in any order. otherwise:
-    where to look for parts that none of these has. Raises ValueError for a path without any of them, for two paths
-    that have the same one, and for a part that is nowhere."""
+    where to look for parts that none of these has. Raises ValueError for a path without any of them, for two
+    paths that have the same one, and for a part that is nowhere."""
     found: dict[str, dict[str, Tensor]] = {}
     whose: dict[str, str] = {}
     for path in paths:

@@ -34,10 +34,11 @@ import conditioning
 import published
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
-from draw import Guide, Skip, Stage, draw_batches, in_own_dtype, picture_bar
+from draw import Guide, Skip, draw_batches, in_own_dtype, picture_bar
 from ema import WIDEST
 from files import (Unfinished, check_space, check_writable, digest, fingerprint_tensors, unfinished_file,
                    write_atomically, write_npz)
+from offload import Resident, Stage, visit_blocks
 from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
 from ranks import ALONE, Ranks, launched
 from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
@@ -47,7 +48,7 @@ from settings import (ARCHITECTURES, OBJECTIVES, SIZE, check_compiler, check_roo
                       published_model)
 from times import ONLY, TIMES, interval_of_steps, shift_of_tokens
 from vae import VAE
-from weights import Resident, assign_weights, in_dtype, load_weights, visit_blocks
+from weights import assign_weights, in_dtype, load_weights
 
 # Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
 CHURNED = ("heun",)

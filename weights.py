@@ -1,5 +1,4 @@
-"""Weights in files: one file or several with an index, .safetensors or of torch, mapped into memory; and on a
-device only while they work.
+"""Weights in files: one file or several with an index, .safetensors or of torch, mapped into memory.
 
     python weights.py                    # writes a .safetensors file, maps it, and refuses damaged ones
 
@@ -285,39 +284,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     state = map_weights(path)
     check_finite(state, str(path))
     return state
-
-
-# ---- on a device only while they work
-
-class Resident:
-    """A context manager within which a module is on a device. Outside it, its weights are where they were,
-    and nothing is copied back."""
-
-    def __init__(self, module: torch.nn.Module, device: torch.device):
-        self.tensors = [*module.parameters(), *module.buffers()]
-        self.home = [tensor.data for tensor in self.tensors]
-        self.device = device
-
-    def __enter__(self) -> None:
-        for tensor, weight in zip(self.tensors, self.home):
-            tensor.data = weight.to(self.device)
-
-    def __exit__(self, *error) -> None:
-        for tensor, weight in zip(self.tensors, self.home):
-            tensor.data = weight
-
-
-def visit_blocks(network: torch.nn.Module, kinds: tuple[type, ...], device: torch.device) -> None:
-    """Have each block of these kinds on the device only while it computes; everything else stays there."""
-    blocks = [module for module in network.modules() if isinstance(module, kinds)]
-    homes = [Resident(block, device) for block in blocks]
-    inside = {id(tensor) for home in homes for tensor in home.tensors}
-    for tensor in [*network.parameters(), *network.buffers()]:
-        if id(tensor) not in inside:
-            tensor.data = tensor.data.to(device)
-    for block, home in zip(blocks, homes):
-        block.register_forward_pre_hook(lambda module, inputs, home=home: home.__enter__())
-        block.register_forward_hook(lambda module, inputs, output, home=home: home.__exit__())
 
 
 def demo() -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import encoders
 import published
 from cli import Flag, integer, make_parser, one_of, program
-from draw import in_tiles
+from offload import in_tiles
 from settings import ARCHITECTURES
 from vae import PRESETS, VAE, VAEConfig
 

@@ -19,10 +19,10 @@ from test_encoders import LONG
 from test_names import compvis_unet, flux_names, original_sd3
 
 import conditioning
-import draw
 import encoders
 import mmdit
 import names
+import offload
 import plan
 import published
 import run
@@ -32,7 +32,6 @@ import tasks
 import train
 import unet
 import vae
-import weights
 from benchmarks import memory
 
 pytest.importorskip("diffusers", reason="pip install diffusers, for the comparison with its pipelines")
@@ -549,7 +548,7 @@ def monkeypatched_width(width):
 
 # ---- memory and precision
 
-class Poisoned(weights.Resident):
+class Poisoned(offload.Resident):
     """Outside, its weights are NaN: what computes with them shows it. Inside, they are copies, as on a device
     of its own."""
 
@@ -574,10 +573,10 @@ def test_offload_draws_the_same(model, drawn, name, monkeypatch):
     """Network, VAE and text encoders are there only while they work: whole, or block by block."""
     folder = model(name).folder
     wanted = drawn(name, folder, "--prompt", *PROMPTS)
-    for module in (weights, sample, conditioning):
+    for module in (offload, sample, conditioning):
         monkeypatch.setattr(module, "Resident", Poisoned)
-    for offload in ("parts", "blocks"):
-        ours = drawn(name, folder, "--prompt", *PROMPTS, "--offload", offload)
+    for how in ("parts", "blocks"):
+        ours = drawn(name, folder, "--prompt", *PROMPTS, "--offload", how)
         assert torch.equal(ours[0], wanted[0]) and np.array_equal(ours[1], wanted[1])
     monkeypatch.setattr(Poisoned, "__enter__", lambda self: None)
     assert not drawn(name, folder, "--prompt", *PROMPTS, "--offload", "blocks")[0].isfinite().any()
@@ -607,22 +606,22 @@ def test_seams_of_tiles():
     zeros at the border of a tile are seen over as many pixels as it is wide, the blended seam is small."""
     x = torch.rand(2, 3, 40, 56, dtype=torch.float64)
     for side in (8, 12, 31, 40, 64):
-        constant = draw.in_tiles(lambda part: torch.ones_like(part), x, side, 1, 1)
+        constant = offload.in_tiles(lambda part: torch.ones_like(part), x, side, 1, 1)
         torch.testing.assert_close(constant, torch.ones_like(x), atol=1e-12, rtol=0)
-        larger = draw.in_tiles(lambda part: F.interpolate(part, scale_factor=8), x, side, 1, 8)
+        larger = offload.in_tiles(lambda part: F.interpolate(part, scale_factor=8), x, side, 1, 8)
         torch.testing.assert_close(larger, F.interpolate(x, scale_factor=8), atol=1e-12, rtol=0)
-        smaller = draw.in_tiles(lambda part: F.avg_pool2d(part, 4), x, max(1, side // 4), 4, 1)
+        smaller = offload.in_tiles(lambda part: F.avg_pool2d(part, 4), x, max(1, side // 4), 4, 1)
         torch.testing.assert_close(smaller, F.avg_pool2d(x, 4), atol=1e-12, rtol=0)
     y, x = torch.meshgrid(torch.linspace(0, 3, 96), torch.linspace(0, 3, 128), indexing="ij")
     smooth = 2 + (y.sin() + x.cos())[None, None]
 
     def blurred(part):
         return F.conv2d(part, torch.full((1, 1, 5, 5), 1 / 25), padding=2)
-    error = (draw.in_tiles(blurred, smooth, 64, 1, 1) - blurred(smooth)).abs()
+    error = (offload.in_tiles(blurred, smooth, 64, 1, 1) - blurred(smooth)).abs()
     assert 0 < error.max() < 0.25 and error.mean() < 0.01
     # tiles of 0, 1 and 2 pass into each other without a step, over the 16 positions that they share
     counter = itertools.count()
-    steps = draw.in_tiles(lambda part: torch.full_like(part, next(counter)), smooth[..., :64, :1].expand(
+    steps = offload.in_tiles(lambda part: torch.full_like(part, next(counter)), smooth[..., :64, :1].expand(
         1, 1, 64, 160), 64, 1, 1)[0, 0].diff(dim=1)
     assert 0 <= steps.min() and steps.max() < 0.1 and steps.sum(1).allclose(torch.tensor(2.0))
 
@@ -908,8 +907,8 @@ def test_too_little_memory_for_text_encoders_in_files(files, drawn, tmp_path, mo
     ("", "--weights"), ("transformer", "--weights"), ("transformer/diffusion_pytorch_model.safetensors",
                                                       "--weights"),
     ("vae/config.json", "--weights"), ("text_encoder_2", "--weights"),
-    ("text_encoder_3/config.json", "--weights"), ("tokenizer/tokenizer_config.json", "--weights"), ("vae", "--vae"), ("tokenizer_3", "--tokenizer"),
-    ("text_encoder", "--text-encoder")])
+    ("text_encoder_3/config.json", "--weights"), ("tokenizer/tokenizer_config.json", "--weights"),
+    ("vae", "--vae"), ("tokenizer_3", "--tokenizer"), ("text_encoder", "--text-encoder")])
 def test_what_may_not_be_read(model, drawn, tmp_path, monkeypatch, closed, flag):
     """Named with its flag, before anything is drawn, whether it is the whole or a part."""
     folder = model("sd3-medium").folder
@@ -1113,8 +1112,8 @@ def test_fine_tuning_refuses_what_does_not_fit(model, pictures, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("offload", [[], ["--offload", "parts"], ["--offload", "blocks"]])
-def test_text_encoders_are_gone_before_the_network_comes(model, drawn, monkeypatch, offload):
+@pytest.mark.parametrize("flags", [[], ["--offload", "parts"], ["--offload", "blocks"]])
+def test_text_encoders_are_gone_before_the_network_comes(model, drawn, monkeypatch, flags):
     plain, stage = encoders.build, sample.set_stage
     held = []
 
@@ -1129,7 +1128,7 @@ def test_text_encoders_are_gone_before_the_network_comes(model, drawn, monkeypat
 
     monkeypatch.setattr(encoders, "build", building)
     monkeypatch.setattr(sample, "set_stage", staging)
-    drawn("sd3-medium", model("sd3-medium").folder, "--prompt", "a", *offload)
+    drawn("sd3-medium", model("sd3-medium").folder, "--prompt", "a", *flags)
 
 
 def test_memory_is_counted_from_shapes():
