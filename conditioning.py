@@ -283,7 +283,7 @@ class Words(Conditioning):
 
     flags = {
         "--prompt": dict(help="what to draw; several prompts are drawn in turn (default: captions of the "
-                              "validation data)", nargs="+", metavar="TEXT"),
+                              "validation data; a published model needs one)", nargs="+", metavar="TEXT"),
         "--prompts": dict(help="the same from a text file in UTF-8: one prompt per line", metavar="FILE"),
         "--negative-prompt": dict(help="what guidance steers away from (default: empty)", metavar="TEXT"),
         "--text-encoder": dict(help="where the frozen encoder is: of a run, KIND:PATH (default: where it was "

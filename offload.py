@@ -137,8 +137,8 @@ def demo() -> None:
     whole = vae.decode(z)
     tiled = in_tiles(vae.decode, z, 16, 1, vae.factor)
     apart = (tiled - whole).abs().mean() / whole.std()
-    print(f"pictures of {tuple(whole.shape[2:])} in tiles of {16 * vae.factor}: {apart:.3f} of their deviation "
-          "apart, on average")
+    print(f"pictures of {tuple(whole.shape[2:])} in tiles of {16 * vae.factor}: {apart:.3f} of their "
+          "deviation apart, on average")
     sizes = [sum(weight.nbytes for weight in block.parameters()) for block in vae.decoder.modules()
              if isinstance(block, ResnetBlock)]
     visit_blocks(vae.decoder, (ResnetBlock,), torch.device("cpu"))

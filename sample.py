@@ -21,7 +21,9 @@ import math
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,8 @@ from settings import (ARCHITECTURES, OBJECTIVES, SIZE, check_compiler, check_roo
 from times import ONLY, TIMES, interval_of_steps, shift_of_tokens
 from vae import VAE
 from weights import assign_weights, in_dtype, load_weights
+
+SILENCE = 3.0              # seconds after which it is said what takes so long
 
 # Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
 CHURNED = ("heun",)
@@ -122,7 +126,8 @@ FLAGS = {
              number(0, 1), 0.0),
         Flag("--eta", "ddim, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, dpm2_ancestral: 0 deterministic to 1 "
                       "ancestral (default: 0 for ddim, 1 for the others)", number(0, 1)),
-        Flag("--variance", "ddpm: variance of each step, small (default), large or learned",
+        Flag("--variance", "ddpm: variance of each step: small (default), large, or learned (default of a "
+                           "published DiT)",
              one_of(("small", "large", "learned"))),
         Flag("--noise", "reverse_sde: how much noise is added (default: 1; 0 is the ODE)", number(0, 100)),
         Flag("--churn", "heun: fresh noise in the whole sampling, which is spread over the steps (S_churn of "
@@ -153,6 +158,19 @@ FLAGS = {
 
 # ---- what the flags mean, and refusals of what cannot work
 
+@contextmanager
+def announced(args: argparse.Namespace, what: str) -> Iterator[None]:
+    """Say what is being done where that takes long, as reading gigabytes of a published model does."""
+    timer = threading.Timer(SILENCE, lambda: print(f"{what} ...", file=sys.stderr))
+    timer.daemon = True                                    # it must not keep a process that ends by an error
+    if args.published:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("Draw pictures with a run of train.py, or with a published model.", FLAGS)
     return parser.parse_args(argv)
@@ -173,7 +191,8 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         found = "folder" if kind else "file"
         raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
 
-    # Either a run, whose checkpoint holds everything, or a published model.
+    # Either a run, whose checkpoint holds everything, or a published model, whose parts may lie anywhere. A
+    # forgotten quotation mark makes a run of a prompt's second word, which deserves a hint.
     given = [part is not None for part in (args.published, args.weights)]
     mixed = args.run is not None and (any(given) or args.vae is not None)
     incomplete = args.run is None and not all(given)
@@ -192,6 +211,7 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     if args.raw and args.ema:
         raise ValueError(f"--raw with --ema {args.ema}: the weights themselves, or an average; give one")
 
+    # What cannot go together whatever the network is refused here, before a file is opened.
     sampler_options(args)
     low, high = args.interval                              # each in [0, 1], by its type
     if not low < high:
@@ -261,13 +281,13 @@ def who(args: argparse.Namespace) -> str:
 
 def read_network(args: argparse.Namespace) -> dict:
     """The checkpoint to draw with."""
-    if args.published:
+    if args.published:                                     # in the form of a run's checkpoint
         return load_published(args.published, args.weights, args.vae)
     try:
         return load_checkpoint(args.run)
     except ValueError as error:
         models = published.models_in(args.run)             # of which the flags were forgotten, perhaps
-        if not models:
+        if not models:                                     # nor anything else that is known
             raise
         raise ValueError(f"{args.run}: is no run, but holds the network of {' or '.join(models[:4])}; give "
                          f"--published {models[0]} --weights {args.run}") from error
@@ -277,6 +297,7 @@ def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
     """The sampler asked for, or the one whose option was given, or None; and its options."""
     sampler = args.sampler
     options = {}
+    # Every option that was given, whether or not its sampler was.
     for name, owners in SAMPLER_OPTIONS.items():
         value = getattr(args, name)
         if value is None or value is False:
@@ -287,6 +308,7 @@ def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
             flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             raise ValueError(f"{flag}: belongs to --sampler {' or '.join(owners)}, not {sampler}")
         options[name] = value
+    # The other three of churn only say where and how it acts.
     for name, value in options.items():
         if name.startswith("churn_") and "churn" not in options:
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: says how --churn acts; give that too")
@@ -300,7 +322,7 @@ def fill_defaults(args: argparse.Namespace, checkpoint: dict) -> None:
     args.steps = args.steps or defaults["steps"]
     if args.n is None:
         args.n = 64
-        if args.published:
+        if args.published:                                 # each picture may take minutes
             args.n = len(args.prompt) if args.prompt else 1
     if not args.published:                                 # else None: as the file has it
         args.precision = args.precision or "fp32"
@@ -309,6 +331,7 @@ def fill_defaults(args: argparse.Namespace, checkpoint: dict) -> None:
 def sampling_of(checkpoint: dict) -> dict:
     """Its defaults of sampler, steps, scale and times: those of the objective, or of a published model."""
     row = OBJECTIVES[checkpoint["objective"]["name"]]
+    # Of a published model, all of these are replaced at the end.
     defaults = {"sampler": row.sampler, "steps": row.steps, "scale": row.scale, "times": "even"}
     if checkpoint["config"].get("guidance"):               # of a run that began with FLUX.1-dev
         defaults["distilled"] = conditioning.DISTILLED
@@ -321,6 +344,7 @@ def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dic
     objective = checkpoint["objective"]
     sampler, options = sampler_options(args)
     if sampler is None:
+        # Only the default comes with this option: who asks for ddpm may mean the plain one.
         sampler = sampling_of(checkpoint)["sampler"]
         if sampler == "ddpm" and objective.get("learned_variance"):        # as DiT's authors draw
             options["variance"] = "learned"
@@ -329,6 +353,7 @@ def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dic
     if ONLY.get(args.times, path) != path:
         raise ValueError(f"--times {args.times}: a spacing of the {ONLY[args.times]} path; {who(args)} is on "
                          f"the path of {path}")
+    # jump reads the mean velocity between two times, which only MeanFlow's networks are given.
     if sampler == "jump" and not OBJECTIVES[objective["name"]].second_time:
         raise ValueError(f"--sampler jump: needs a run of --objective meanflow; this one is of "
                          f"{objective['name']}")
@@ -340,7 +365,7 @@ def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dic
 
 def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
     """The raw weights, their average, or one of another width."""
-    if args.ema:
+    if args.ema:                                           # made of several that the run has kept
         return average_of_width(args.run, checkpoint, args.ema)
     return checkpoint["model" if args.raw else "ema"]
 
@@ -349,11 +374,13 @@ def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE, times
     """What guidance is to do besides its scale, as arguments of `draw`. times: of the sampling. Refuses what
     this network cannot, and what would have no effect."""
     found = {}
+    # ---- guidance of a part of the channels
     if args.cfg_channels:
         if args.cfg_channels > vae.config.latent_channels:
             raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of {who(args)} has "
                              f"{vae.config.latent_channels}")
         found["channels"] = args.cfg_channels
+    # ---- skip-layer guidance; its two other flags mean nothing without it
     given = {"scale": args.skip_scale, "steps": args.skip_steps}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
@@ -366,13 +393,14 @@ def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE, times
     if checkpoint["arch"] != "mmdit":
         raise ValueError(f"{layers}: only mmdit has blocks to skip; {who(args)} is a "
                          f"{checkpoint['arch']}")
-    if max(args.skip_layers) >= depth:
+    if max(args.skip_layers) >= depth:                     # single blocks are not counted
         raise ValueError(f"{layers}: this network has joint blocks 0 to {depth - 1}")
     start, stop = given.get("steps", (0.01, 0.2))
     if not start < stop:
         raise ValueError(f"--skip-steps {start:g} {stop:g}: two shares between 0 and 1, the lower one first")
     if args.cfg == 0:
         raise ValueError(f"{layers} with --cfg 0: steers the conditional output, which scale 0 does not use")
+    # With few steps, none may begin between the shares, and nothing would be skipped.
     if interval_of_steps(times, start, stop) == (0.0, 0.0):
         raise ValueError(f"{layers}: none of {len(times) - 1} steps begins between the shares {start:g} and "
                          f"{stop:g}; give more --steps, or others by --skip-steps")
@@ -387,6 +415,7 @@ def guidance_of(args: argparse.Namespace, condition: conditioning.Conditioning,
     defaults = sampling_of(checkpoint)
     if defaults.get("distilled") is None:
         return conditioning.guidance_scale(condition, args, defaults["scale"]), None
+    # One evaluation a step, and no second output: what acts on the difference of two has nothing to act on.
     given = {"--interval": tuple(args.interval) != (0, 1), "--rescale": args.rescale, "--guide": args.guide,
              "--cfg-channels": args.cfg_channels, "--negative-prompt": args.negative_prompt is not None}
     for flag, is_given in given.items():
@@ -395,6 +424,7 @@ def guidance_of(args: argparse.Namespace, condition: conditioning.Conditioning,
                              "distilled: its scale (--cfg) is an input; leave it out")
     if args.cfg is not None and args.cfg < 0:
         raise ValueError(f"--cfg {args.cfg:g}: the guidance that is an input of this network is at least 0")
+    # The sampler sees scale 1, a network that is not guided; the input has its effect inside.
     return 1.0, defaults["distilled"] if args.cfg is None else args.cfg
 
 
@@ -406,6 +436,7 @@ def network_of(args: argparse.Namespace, checkpoint: dict, what: str,
     if not args.published:
         model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
         return load_weights(model, state, what).to(device).eval()
+    # A published one may be as large as the memory: never twice there, and refused where it does not fit.
     dtype = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, None: None}[args.precision]
     state = in_dtype(state, dtype)
     if args.offload != "blocks":
@@ -425,7 +456,7 @@ def check_encoders(args: argparse.Namespace, condition: conditioning.Conditionin
         need = condition.encoder_bytes(args)               # which also refuses what is not in the files
     if args.offload == "blocks":
         need = {}
-    if args.offload == "parts" and need:                   # one at a time
+    if args.offload == "parts" and need:                   # one at a time, so the largest decides
         largest = max(need, key=need.get)
         need = {largest: need[largest]}
     remedy = "give --offload blocks"
@@ -437,20 +468,21 @@ def check_encoders(args: argparse.Namespace, condition: conditioning.Conditionin
 def set_stage(args: argparse.Namespace, checkpoint: dict, model: torch.nn.Module, vae: VAE,
               device: torch.device) -> Stage:
     """Network and VAE on the device, or with --offload only while they work."""
-    tile = args.tile and args.tile // vae.factor * vae.factor
+    tile = args.tile and args.tile // vae.factor * vae.factor          # of whole positions of the latent
     if device.type == "cuda":                              # faster, at the precision asked for
         torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if args.offload is None:
         for part in (model, vae):
             part.to(device)
+            # The layout that convolutions prefer there; networks without any are not changed by it.
             if device.type == "cuda":
                 part.to(memory_format=torch.channels_last)
         return Stage(device, tile=tile)
-    if args.offload == "blocks":
+    if args.offload == "blocks":                           # the VAE is small: only its pictures are large
         visit_blocks(model, ARCHITECTURES[checkpoint["arch"]].blocks, device)
         return Stage(device, vae=Resident(vae, device), tile=tile)
-    model.to("cpu")
+    model.to("cpu")                                        # a run's network is on the device until here
     return Stage(device, Resident(model, device), Resident(vae, device), tile)
 
 
@@ -462,6 +494,7 @@ def callable_network(args: argparse.Namespace, model: torch.nn.Module, distilled
     if distilled is None:
         return network
 
+    # In place of the scale among the conditions, which is the one that training uses.
     def call(xt: Tensor, t: Tensor, **cond) -> Tensor:
         return network(xt, t, **cond | {"guidance": torch.full_like(t, distilled)})
     return call
@@ -480,14 +513,16 @@ def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | N
 
     whose = args.published or "the run"
     remedy = "give an earlier checkpoint of the run, or a smaller network trained like it"
-    if args.published:
+    if args.published:                                     # which has no earlier checkpoints
         remedy = "give a run that was trained like it, as one that began with it (train.py --published)"
 
     def refuse(what: str, theirs: object, ours: object) -> None:
         raise ValueError(f"--guide {args.guide}: {what} {theirs}, where {whose} has {ours}; {remedy}")
 
+    # ---- the path and what is predicted along it, as x0 and eps of both are subtracted at one xt and t
     if guide["arch"] == "vae":
         refuse("is a VAE", "alone", f"a {checkpoint['arch']}")
+    # Names may differ where the functions are the same, so the paths are compared by what they compute.
     paths = [build_path(part["objective"]) for part in (guide, checkpoint)]
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)    # every time at which the path of ddpm is defined
     schedules = [torch.stack(path.alpha_sigma(t)) for path in paths]
@@ -497,7 +532,7 @@ def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | N
     if not torch.equal(*schedules):
         refuse("was trained on", "a path with another noise schedule", "its own")
     for name in ("prediction", "learned_variance"):
-        theirs, ours = (getattr(path, name, False) for path in paths)
+        theirs, ours = (getattr(path, name, False) for path in paths)        # rf has no variance to learn
         if theirs != ours:
             refuse(f"its {name.replace('_', ' ')} is", theirs, ours)
     sizes = ["{}x{}".format(*part["data"]["size"]) for part in (guide, checkpoint)]
@@ -513,9 +548,11 @@ def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | N
     if kinds[1] not in ("bytes", "none at all"):           # encoder outputs, which both networks are given
         widths = [[part["config"].get(name) for name in ("context_width", "pooled_width")]
                   for part in (guide, checkpoint)]
+        # the fingerprint of the encoder's files; unknown for exported and published networks
         encoders = [(part.get("training") or {}).get("encoder") for part in (guide, checkpoint)]
         if widths[0] != widths[1] or (None not in encoders and encoders[0] != encoders[1]):
             refuse("takes text vectors of", "another encoder", "those of its own")
+    # ---- the latents: a sum of two latents means something in one space only
     if latent_space(unpack_vae(guide["vae"])) != latent_space(vae):
         refuse("was trained on the latents of", "another VAE", "its own")
     return guide
@@ -526,6 +563,8 @@ def build_guide(args: argparse.Namespace, checkpoint: dict | None, condition: co
     """The network of --guide, with averaged weights, and its conditions. checkpoint: of `read_guide`."""
     if checkpoint is None:
         return None
+    # It need not have the run's architecture. What is weaker about it is its training or size, so it is drawn
+    # with averaged weights too, which --raw and --ema do not change.
     model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
     load_weights(model, checkpoint["ema"], args.guide).to(device).eval()
     if device.type == "cuda":
@@ -547,6 +586,7 @@ def of_many_shapes(checkpoint: dict, size: tuple[int, int]) -> bool:
     """Whether a published model was trained on pictures like this: those of 1024 x 1024 pixels were, in many
     aspect ratios."""
     side = checkpoint["data"]["size"][0]
+    # a quarter more or fewer pixels, as the sizes of their training differ
     return "sampling" in checkpoint and side == 1024 and 0.8 < math.prod(size) / side**2 < 1.25
 
 
@@ -564,6 +604,7 @@ def chosen_size(args: argparse.Namespace, checkpoint: dict,
         if any(side > most for side, most in zip(size, largest)):
             raise ValueError("--size {} {}: the network has positions for sides of at most {}".format(
                 *size, min(largest)))
+    # ---- other sizes than those of the training work, and the user is told that they are others
     trained = None
     if "aspect" in data:
         low, high = data["aspect"]["smallest"], data["aspect"]["largest"]
@@ -585,6 +626,7 @@ def sampling_path(args: argparse.Namespace, checkpoint: dict, tokens: float = 1)
     Raises ValueError on a path that has no shift."""
     objective = checkpoint["objective"]
     points = sampling_of(checkpoint).get("shift_points")
+    # Larger pictures need more noise to hide as much, so the shift may grow with their tokens.
     if points is not None:
         objective = objective | {"shift": shift_of_tokens(tokens, *points)}
     base = objective.get("shift_tokens")
@@ -611,6 +653,7 @@ def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
                         channels: int) -> tuple[Tensor | None, Tensor | None]:
     """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool; None where not given."""
     image, mask = None, None
+    # Both are scaled and cropped alike, so what lies on each other in the files does so here.
     if args.init_image:
         image = read_image(args.init_image[0], size, channels)
     if args.mask:
@@ -688,6 +731,8 @@ def write(args: argparse.Namespace, batches: Callable[..., Iterator[np.ndarray]]
             write_npz(out, batches, (args.n, *shape), settings())
         elif kind == ".gif":
             write_gif(out, batches, asked)
+        elif kind in PICTURES and args.published and args.n == 1:          # no grid around one large picture
+            write_picture(out, Image.fromarray(next(iter(batches()))[0]))
         elif kind in PICTURES:                             # one grid
             write_picture(out, grid(np.concatenate(list(batches())), asked.columns, captions=asked.captions))
         else:
@@ -769,7 +814,8 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
 
     # ---- the checkpoint, and what the flags mean for it; nothing is built until they are checked
     what = args.run or args.weights
-    checkpoint = read_network(args)
+    with announced(args, f"reading {what}"):
+        checkpoint = read_network(args)
     if checkpoint["arch"] == "vae":
         if ranks.first:
             reconstruct(args, checkpoint, device)
@@ -801,9 +847,10 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     strength = args.strength
     if strength is None:
         strength = 1.0 if args.mask else 0.8               # within a mask, start from noise alone
-    with torch.no_grad():
-        asked = condition.ask(args, model)                 # before the rest is on the device
-    stage = set_stage(args, checkpoint, model, vae, device)
+    with torch.no_grad(), announced(args, "loading text encoders"):
+        asked = condition.ask(args, model)                 # encoders are gone before the rest needs room
+    with announced(args, f"loading the network to {device}"):
+        stage = set_stage(args, checkpoint, model, vae, device)
     zoom = enlargement(size[1]) if asked.captions else 1
     check_size(args, size, vae.config.image_channels, steps, asked.columns, zoom)
     network = callable_network(args, model, distilled)
