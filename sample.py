@@ -237,9 +237,10 @@ def check_folders(out: Path, is_file: bool) -> None:
                 raise ValueError(f"--out {out}: {folder} is a file, not a folder; choose another place")
         if is_file and not out.parent.is_dir():
             raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+        out.exists()                                       # which needs the right to enter its folder
     except PermissionError as error:
-        raise ValueError(f"--out {out}: {error.filename} cannot be entered (permission denied); choose "
-                         "another place") from None
+        raise ValueError(f"--out {out}: {error.filename} cannot be reached (permission denied); choose another "
+                         "place") from None
 
 
 def check_size(args: argparse.Namespace, size: tuple[int, int], channels: int, frames: int,
@@ -732,7 +733,7 @@ def write(args: argparse.Namespace, batches: Callable[..., Iterator[np.ndarray]]
         elif kind == ".gif":
             write_gif(out, batches, asked)
         elif kind in PICTURES and args.published and args.n == 1:          # no grid around one large picture
-            write_picture(out, Image.fromarray(next(iter(batches()))[0]))
+            write_picture(out, Image.fromarray(np.concatenate(list(batches()))[0]))
         elif kind in PICTURES:                             # one grid
             write_picture(out, grid(np.concatenate(list(batches())), asked.columns, captions=asked.captions))
         else:

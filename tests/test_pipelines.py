@@ -710,7 +710,8 @@ def test_other_outputs(model, drawn, name, tmp_path, monkeypatch, capsys):
     animation, still = (Image.open(tmp_path / f"drawn.{kind}") for kind in ("gif", "png"))
     assert animation.n_frames == 3 and still.width > 2 * SIDE       # with captions
     sample.main([*command[:-1], "--seed", "7", "--out", str(tmp_path / "one.png")])
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "one.png")), wanted[0])           # without a border
+    one = np.asarray(Image.open(tmp_path / "one.png"))      # without a border
+    assert one.shape == wanted[0].shape and np.abs(one - wanted[0]).max() <= 1
 
     # interrupted after two of five pictures
     whole = sample.draw_batches

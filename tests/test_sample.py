@@ -347,8 +347,9 @@ def test_an_interrupted_output_is_continued(cwd, monkeypatch, out, capsys):
 def test_an_output_in_a_folder_that_may_not_be_entered(cwd, monkeypatch):
     (cwd / "closed/inner").mkdir(parents=True)
     closed_to_us(monkeypatch, cwd / "closed")
-    for out in ("closed/inner/x.png", "closed/inner/x"):
-        with pytest.raises(ValueError, match=f"--out {out}: closed/inner cannot be entered .permission"):
+    for out, place in (("closed/x.png", "closed/x.png"), ("closed/inner/x.png", "closed/inner"),
+                       ("closed/inner/x", "closed/inner")):
+        with pytest.raises(ValueError, match=f"--out {out}: {place} cannot be reached .permission denied.; ch"):
             sample.main(["runs/done", "--n", "1", "--out", out])
 
 
