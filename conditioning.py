@@ -348,6 +348,7 @@ class Words(Conditioning):
 
     def frozen_encoder(self, path: str) -> FrozenTextEncoder:
         """In runs of our own, the empty prompt is the null condition, whatever the encoder."""
+        check_readable(path)
         return from_folder(self.kind, path, self.device, no_t5=self.without_t5, empty_is_null=True)
 
     @property

@@ -784,6 +784,7 @@ def load_vae(path: str | Path, name: str | None = None) -> VAE:
     checkpoint, or a published one (see published.load_vae, also for the name). Raises ValueError with a line
     for the user."""
     path = Path(path)
+    check_readable(path)
     # A folder without a checkpoint is no run of ours; with a model's name, it is one of that model's.
     is_published = published.has_vae(path) or (name is not None and path.is_dir())
     if is_published and not (path / "checkpoint.pt").is_file():

@@ -239,8 +239,8 @@ def check_folders(out: Path, is_file: bool) -> None:
             raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
         out.exists()                                       # which needs the right to enter its folder
     except PermissionError as error:
-        raise ValueError(f"--out {out}: {error.filename} cannot be reached (permission denied); choose another "
-                         "place") from None
+        raise ValueError(f"--out {out}: {error.filename} cannot be reached (permission denied); choose "
+                         "another place") from None
 
 
 def check_size(args: argparse.Namespace, size: tuple[int, int], channels: int, frames: int,

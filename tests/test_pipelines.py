@@ -926,6 +926,16 @@ def test_what_may_not_be_read(model, drawn, tmp_path, monkeypatch, closed, flag)
     assert not list(tmp_path.glob("*.npz"))
 
 
+@pytest.mark.parametrize("closed", ["", "transformer", "vae/config.json", "text_encoder"])
+def test_what_may_not_be_read_in_training(model, pictures, tmp_path, monkeypatch, closed):
+    place = shutil.copytree(model("sd3-medium").folder, tmp_path / "closed")
+    closed_to_us(monkeypatch, place / closed)
+    named = f"closed/{closed}".removesuffix("/")
+    with pytest.raises(ValueError, match=f"{named}: cannot be read .permission denied.; make it readable$"):
+        plan.prepare(settings.parse(tune("sd3-medium", place, pictures, tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_published_file_without_its_flags(model):
     """Given where a run belongs, it is recognised, and the flags are named."""
     for name, first in (("sdxl", "sdxl"), ("flux-schnell", "flux-schnell"), ("sd2.1", "sd2.1-base")):
