@@ -449,7 +449,7 @@ def test_states_that_do_not_fit_are_refused(pipelines, tiny, tmp_path, published
             encoders.from_states(name, states, list(tokenizers))
         assert "\n" not in str(error.value)
 
-    refused("sd3: a file of weights has no tokenizer; give its folder by --tokenizer FOLDER", tokenizers=())
+    refused("sd3: a file of weights has no tokenizer; .* by --tokenizer CLIP-FOLDER T5-FOLDER", tokenizers=())
     two = {name: state for name, state in states.items() if name != "text_encoder_3"}
     refused(r"sd3: these weights have no text_encoder_3 \(its T5-XXL\); .* or leave T5 out by --no-t5", two)
     refused(r"these weights have no text_encoder_2 \(its OpenCLIP-G\); give a file or a folder that has it$",

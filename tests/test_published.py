@@ -307,7 +307,7 @@ def test_a_whole_file_shows_the_scale_of_its_vae(tmp_path, eight_groups, others,
 @pytest.mark.parametrize("name, channels, latents", [
     ("ae.safetensors", 16, published.FLUX), ("sdxl_vae.safetensors", 4, published.XL),
     ("vae-ft-mse-840000-ema-pruned.ckpt", 4, published.SD)])
-def test_a_vae_alone_is_known_by_its_published_name(tmp_path, eight_groups, name, channels, latents):
+def test_a_vae_alone_is_known_by_its_published_name(tmp_path, eight_groups, name, channels, latents, capsys):
     config = vae.VAEConfig(widths=(8, 8, 8, 8), groups=8, latent_channels=channels, quant_conv=channels == 4)
     state = vae_state(config)
     for file in (tmp_path / name, tmp_path / f"my-{name}"):
@@ -321,7 +321,11 @@ def test_a_vae_alone_is_known_by_its_published_name(tmp_path, eight_groups, name
             1 / latents.scale)
     with pytest.raises(ValueError, match="a VAE alone, without the scale of its latents"):
         published.load_vae(tmp_path / f"my-{name}")
+    assert capsys.readouterr().err == ""
     found = published.load_vae(tmp_path / f"my-{name}", "flux-dev")
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/my-{name}: a VAE alone does not show its scale; taken as 0.3611, that of FLUX; if it is "
+        "another model's, colours are wrong: give a folder with its config.json\n")
     assert found.latent_mean[0].item() == pytest.approx(0.1159)
 
 
