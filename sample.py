@@ -241,6 +241,8 @@ def check_folders(out: Path, is_file: bool) -> None:
     except PermissionError as error:
         raise ValueError(f"--out {out}: {error.filename} cannot be reached (permission denied); choose "
                          "another place") from None
+    except OSError:                                        # a name that is too long, refused by check_writable
+        return
 
 
 def check_size(args: argparse.Namespace, size: tuple[int, int], channels: int, frames: int,
