@@ -241,7 +241,7 @@ def check_folders(out: Path, is_file: bool) -> None:
     except PermissionError as error:
         raise ValueError(f"--out {out}: {error.filename} cannot be reached (permission denied); choose "
                          "another place") from None
-    except OSError:                                        # a name that is too long, refused by check_writable
+    except OSError:                                        # too long a name, as check_writable says
         return
 
 
