@@ -118,9 +118,10 @@ class LatentCache:
     z ~ q(z|x). With `flip`, flips is 2: a mirrored picture has its own latent, which is not the mirror image
     of the latent.
 
-    images: array-like (N, H, W, channels) uint8, indexed by arrays of ints. encode(images, mirrored), called
-    without gradients, returns mean and standard deviation, each (B, *latent_shape); it mirrors the pictures
-    itself. stamp: the fingerprints {"vae": ..., "data": ...}. former: see `filled`."""
+    images: array-like (N, H, W, channels) uint8, or sounds (N, T) int16, indexed by arrays of ints.
+    encode(images, mirrored), called without gradients, returns mean and standard deviation, each
+    (B, *latent_shape); it mirrors the pictures itself. stamp: the fingerprints {"vae": ..., "data": ...}.
+    former: see `filled`."""
 
     def __init__(self, path: Path, images: np.ndarray,
                  encode: Callable[[np.ndarray, bool], tuple[Tensor, Tensor]],
@@ -235,10 +236,10 @@ def _replaced(images: object) -> dict:
 
 
 def pieces(shape: tuple[int, ...]) -> list[range]:
-    """Ranges that split pictures of shape (N, H, W, C) into pieces of about equal memory: 256 pictures of
-    32 x 32, or as many as have the same number of pixels."""
-    n, height, width, _ = shape
-    size = max(1, PIECE // (height * width))
+    """Ranges that split pictures of shape (N, H, W, C), or sounds (N, T), into pieces of about equal memory:
+    256 pictures of 32 x 32, or as many as have the same number of pixels or samples."""
+    n = shape[0]
+    size = max(1, PIECE // math.prod(shape[1:3]))
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 

@@ -65,6 +65,9 @@ class Asked(NamedTuple):
     # Where there are too many conditions for `every`, which is then empty: names -> their conditions, the
     # null condition last.
     encode: Callable[[list[str]], dict[str, Tensor]] | None = None
+    # What each of them has besides, (n, ...): guidance leaves it as it is.
+    each: dict[str, Tensor] = {}
+    seconds: np.ndarray | None = None     # (n,): how long each sound is
 
     def batch(self, start: int, size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(cond, uncond) for `size` pictures from `start` on."""
@@ -72,9 +75,10 @@ class Asked(NamedTuple):
         if self.encode is not None:
             chosen, turn = turn.unique(return_inverse=True)
             every = self.encode([self.names[i] for i in chosen])
+        each = {name: part[start:start + size] for name, part in self.each.items()}
         cond = {name: part[turn] for name, part in every.items()}
         uncond = {name: part[[-1] * size] for name, part in every.items()}
-        return cond, uncond
+        return cond | each, uncond | each
 
 
 class Conditioning:
@@ -100,6 +104,8 @@ class Conditioning:
         self.prompts: list[str] = checkpoint["data"].get("prompts", [])     # examples for sample.py
         self.text: dict | None = checkpoint["text"]                         # the text encoder
         self.dropout: float = checkpoint["label_dropout"]
+        self.longest: float | None = checkpoint["data"].get("longest")      # of sounds, in seconds
+        self.examples: list[float] = checkpoint["data"].get("seconds", [])  # lengths of some of them
         self.device = device
         self.preview_prompts: list[str] = []               # of --preview-prompts
 
@@ -120,6 +126,51 @@ class Conditioning:
 
     def attach(self, train: Dataset, val: Dataset, cache_dir: Path, resumed: bool) -> None:
         """Take the labels or captions from the data. resumed: whether the run continues an earlier one."""
+
+    # ---- the lengths of sounds, which every kind has beside its own conditions
+
+    def attach_lengths(self, train: Dataset, val: Dataset) -> None:
+        if self.longest is not None:
+            self.train_seconds, self.val_seconds = map(torch.from_numpy, (train.seconds, val.seconds))
+            self.examples = val.seconds[:64].tolist()
+            if self.classes:                               # of each class in turn, as the classes are drawn
+                found = [val.seconds[val.labels == label] for label in range(len(self.classes))]
+                found = [lengths if len(lengths) else train.seconds[train.labels == label]
+                         for label, lengths in enumerate(found)]
+                self.examples = np.stack([np.resize(lengths, 8) for lengths in found], 1).reshape(-1).tolist()
+
+    def lengths(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """seconds (B,) of training sounds; nothing of pictures."""
+        return {} if self.longest is None else {"seconds": send(self.train_seconds[indices], self.device)}
+
+    def validation_lengths(self, part: slice) -> dict[str, Tensor]:
+        return {} if self.longest is None else {"seconds": send(self.val_seconds[part], self.device)}
+
+    def with_lengths(self, asked: Asked, seconds: float | None = None) -> Asked:
+        """The same with a length for each sound: this one, or those of some validation sounds in turn, which
+        are of the class that is asked for."""
+        if self.longest is None:
+            return asked
+        examples = self.examples if seconds is None else [min(seconds, self.longest)]
+        which = torch.arange(len(asked.turn))
+        if self.classes and seconds is None:
+            # A sound is the nth of its class: it takes the nth length of that class.
+            order = asked.turn.argsort(stable=True)
+            counts = asked.turn.bincount(minlength=len(self.classes))
+            nth = torch.empty_like(which)
+            nth[order] = which - (counts.cumsum(0) - counts)[asked.turn[order]]
+            which = nth * len(self.classes) + asked.turn
+        lengths = torch.tensor(examples)[which % len(examples)]
+        written = lengths.numpy()
+        if seconds is not None:                            # perhaps longer than any of the training
+            written = np.full(len(lengths), seconds)
+        return asked._replace(each={"seconds": send(lengths, self.device)}, seconds=written)
+
+    def stored_lengths(self) -> dict:
+        """Entries of the checkpoint's "data"."""
+        return {} if self.longest is None else {"longest": self.longest, "seconds": self.examples}
+
+    # ----
 
     def take_turns(self, pairs: int) -> None:
         """Take the conditions of reflow's pairs in place of those of the pictures: of `pairs` to train on and
@@ -642,6 +693,50 @@ class PublishedWords(Words):
         return encoder
 
 
+class PublishedSounds(PublishedWords):
+    """Text, and the seconds that a sound lasts, as Stable Audio has them."""
+
+    def __init__(self, checkpoint: dict, device: torch.device):
+        super().__init__(checkpoint, device)
+        data = checkpoint["data"]
+        self.longest: float = data["size"][1] / data["rate"]         # seconds
+
+    @classmethod
+    def fits(cls, checkpoint: dict) -> bool:
+        return super().fits(checkpoint) and "rate" in checkpoint["data"]
+
+    def sampling_encoder(self, model: nn.Module, args: argparse.Namespace) -> Encoder:
+        seconds = self.longest if args.seconds is None else args.seconds
+        if not 0 < seconds <= self.longest:
+            raise ValueError(f"--seconds {seconds:g}: {self.who} draws more than 0 and at most "
+                             f"{int(100 * self.longest) / 100:g}")
+        return WithSeconds(super().sampling_encoder(model, args), model, seconds)
+
+    def with_lengths(self, asked: Asked, seconds: float | None = None) -> Asked:
+        # The network reads them in its context.
+        return asked._replace(seconds=np.full(len(asked.turn), seconds or self.longest))
+
+
+class WithSeconds:
+    """An encoder of text whose context ends in the tokens of a sound's seconds, beside which `pooled` holds
+    them again. The null condition has zeros in place of all tokens, but the seconds in `pooled`."""
+
+    @torch.no_grad()
+    def __init__(self, encoder: FrozenTextEncoder, model: nn.Module, seconds: float):
+        self.encoder = encoder
+        self.truncated = encoder.truncated
+        tokens, pooled = model.embed_seconds(torch.zeros(1), torch.full((1,), seconds))
+        self.tokens = tokens.float()                                         # (1, 2, D)
+        self.pooled = pooled.float()                                         # (1, P)
+
+    def __call__(self, prompts: list[str | None]) -> dict[str, Tensor]:
+        context = self.encoder(prompts)["context"].float()
+        tokens = self.tokens.to(context.device).repeat(len(prompts), 1, 1)
+        tokens[[i for i, prompt in enumerate(prompts) if prompt is None]] = 0
+        return {"context": torch.cat([context, tokens], dim=1),
+                "pooled": self.pooled.to(context.device).expand(len(prompts), -1)}
+
+
 def encode_alone(encoder: FrozenTextEncoder, prompts: list[str]) -> dict[str, Tensor]:
     """The outputs of a frozen encoder as TextCache would keep them, whatever the training's number format."""
     with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
@@ -738,7 +833,8 @@ def network_inputs(model: nn.Module, encode: Encoder, prompts: list[str], device
 
 
 # The value of --cond -> the kind.
-KINDS = {"published": PublishedWords, "text": Words, "class": Labels, "none": Nothing}
+KINDS = {"published-sound": PublishedSounds, "published": PublishedWords, "text": Words, "class": Labels,
+         "none": Nothing}
 FLAGS = {name: fields for kind in KINDS.values() for name, fields in kind.flags.items()}     # of sample.py
 
 

@@ -1,4 +1,4 @@
-"""Pictures, labels and captions: from any source to a `Dataset`, and from a Dataset to batches.
+"""Pictures or sounds, labels and captions: from any source to a `Dataset`, and from a Dataset to batches.
 
     python data.py                        # lists the sources; turns a folder of pictures into batch.png
 
@@ -6,7 +6,8 @@ Every built-in source is a row of SOURCES, below its loaders; any other name is 
 source is a loader and one row. Files are looked for in --data-dir and on the system, else downloaded.
 
 Conventions: pictures are uint8 (N, H, W, C) in a Dataset and float32 (B, C, H, W) in [-1, 1] for a model;
-sizes are (H, W); splits are "train" and "val". Bad input raises ValueError with one line for the user.
+sounds int16 (N, T) and float32 (B, 1, T); sizes are (H, W), and (1, T); splits are "train" and "val". Bad
+input raises ValueError with one line for the user.
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from decoded import open_pictures
+from decoded import Decoded, open_pictures
+from drawings import open_drawings
 from files import amount, digest, replacing, warn_once
 from folder import RANDOM_CROPS, Folder, Rows, clean_text, list_folder, split_rows
 from pictures import Size, grid, to_tensor, to_uint8
 from ragged import Ragged, fitted, ragged
 from shards import (GROUP, Chosen, NoPictures, ShardCaptions, ShardLabels, ShardLatents, ShardOrder,
                     ShardPictures, Shards, TrainingRows, find_shards, open_index, validation_samples)
+from sounds import list_sounds, open_sounds
+from speech import KINDS, open_speech
+from speech import RATE as SPEECH_RATE
+from tones import (LENGTH, RATE, TONE_CLASSES, describe_events, draw_events, draw_tone, seconds_of_events,
+                   seconds_of_tone)
+from tones import omit_details as omit_tone_details
 from toys import (SHAPE_CLASSES, any_size, describe_corners, describe_scene, draw_corners, draw_scene,
                   draw_shape, find_emoji_font, omit_details, render_emoji, vary_caption)
 
@@ -55,9 +63,18 @@ class Dataset:
     former_fingerprints: tuple[str, ...] = ()       # under which an earlier version knew the same data
     shard_counts: np.ndarray | None = None          # of shards: how many examples each of them has
     latents: ShardLatents | None = None             # where the latents are there already, and no pictures
+    rate: int | None = None                         # of sounds, int16 (N, T): samples a second
+    seconds: np.ndarray | None = None               # (N,) float32, their lengths; silence follows up to T
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the pictures; 1 and T of sounds."""
+        if self.rate is None:
+            return tuple(self.images.shape[1:3])
+        return 1, self.images.shape[1]
 
     @property
     def identity(self) -> str:
@@ -252,6 +269,49 @@ def _range_of(split: str, count: int) -> tuple[int, int]:
     return 10**9, 480
 
 
+# ---- sounds that are drawn here, any number of them
+
+@functools.lru_cache(maxsize=2)     # training and validation; 20,000 sounds take 313 MiB
+def load_tones(split: str, size: Size, data_dir: Path | None = None, count: int = 8_000,
+               multiple: Size | None = None) -> Dataset:
+    """Tones with classes. size: (1, T), T samples. count: of those for training; validation has 480. Raises
+    ValueError where T samples do not hold them, and for `multiple`, which is for pictures."""
+    first, count = _range_of(split, count)
+    first -= first % len(TONE_CLASSES)          # so that the first label is 0
+    labels = np.arange(count) % len(TONE_CLASSES)
+    sounds = _draw_sounds(draw_tone, first, count, size, multiple)
+    seconds = [seconds_of_tone(i, sounds.shape[1]) for i in range(first, first + count)]
+    return Dataset(sounds, labels, TONE_CLASSES, digest("tones", split, sounds, labels), rate=RATE,
+                   seconds=np.array(seconds, np.float32))
+
+
+@functools.lru_cache(maxsize=2)
+def load_events(split: str, size: Size, data_dir: Path | None = None, count: int = 8_000,
+                multiple: Size | None = None) -> Dataset:
+    """One or two tones with a caption; the arguments are those of load_tones."""
+    first, count = _range_of(split, count)
+    events = [describe_events(i) for i in range(first, first + count)]
+    sounds = _draw_sounds(lambda i, length: draw_events(events[i - first], i, length), first, count, size,
+                          multiple)
+    seconds = [seconds_of_events(what, first + i, sounds.shape[1]) for i, what in enumerate(events)]
+    return Dataset(sounds, None, [], digest("events", split, sounds), [what.caption for what in events],
+                   vary=omit_tone_details, rate=RATE, seconds=np.array(seconds, np.float32))
+
+
+def _draw_sounds(draw: Callable[[int, int], np.ndarray], first: int, count: int, size: Size,
+                 multiple: Size | None) -> np.ndarray:
+    """(count, T) int16, from number `first` on."""
+    if size[0] != 1:
+        raise ValueError(f"--data tones at a size of {size[0]} x {size[1]}: the size of sounds is 1 x "
+                         "samples")
+    if multiple is not None:
+        raise ValueError("--data tones with --aspect: sounds have no aspect ratio; leave it out")
+    sounds = np.empty((count, size[1]), np.int16)       # filled in place: a stack would need twice as much
+    for i in range(count):
+        sounds[i] = draw(first + i, size[1])
+    return sounds
+
+
 # ---- emoji, drawn from a font of the system
 
 def load_emoji(split: str, size: Size, data_dir: Path) -> Dataset:
@@ -261,6 +321,35 @@ def load_emoji(split: str, size: Size, data_dir: Path) -> Dataset:
     chosen = np.flatnonzero(is_val == (split != "train"))
     images, names = images[chosen], [names[i] for i in chosen]
     return Dataset(images, None, [], digest("emoji", split, images), names, vary=vary_caption)
+
+
+# ---- collections that Debian packages: clip art, stamps
+
+def load_drawings(name: str, split: str, size: Size, data_dir: Path, cache_dir: Path) -> Dataset:
+    """Captioned drawings and photographs, decoded once into cache_dir."""
+    images, captions, fingerprint = open_drawings(name, size, data_dir, cache_dir).part(split)
+    return Dataset(images, None, [], fingerprint, captions, vary=vary_caption)
+
+
+# ---- words that are spoken
+
+def load_speech(kind: str, split: str, size: Size, data_dir: Path) -> Dataset:
+    """kind: "words", with classes, or "phrases", with captions. size: (1, T). Raises ValueError as
+    open_speech, and for another size."""
+    _check_sound_size("speech", size)
+    found = open_speech(kind, split, size[1], data_dir)
+    texts = list(KINDS[kind].texts)
+    labels, captions = found.texts, None
+    if kind == "phrases":
+        labels, captions, texts = None, [texts[i] for i in found.texts], []
+    return Dataset(found.sounds, labels, texts, found.fingerprint, captions, rate=SPEECH_RATE,
+                   seconds=found.seconds)
+
+
+def _check_sound_size(source: str, size: Size) -> None:
+    if size[0] != 1 or size[1] < 1:
+        raise ValueError(f"--data {source} at a size of {size[0]} x {size[1]}: the size of sounds is 1 x "
+                         "samples")
 
 
 # ---- published data sets: MNIST, Fashion-MNIST, CIFAR-10
@@ -405,18 +494,18 @@ def _resize(images: np.ndarray, size: Size) -> np.ndarray:
     return np.stack([np.asarray(image).reshape(*size, -1) for image in resized])
 
 
-# ---- a folder of any pictures
+# ---- a folder of any pictures, or sounds
 
-def find_folder(source: str, words: str | None) -> Folder | Shards | None:
+def find_folder(source: str, words: str | None, rate: int | None = None) -> Folder | Shards | None:
     """The listing of the folder or the shards that --data names, or None for a built-in source. words: as in
-    list_folder.
+    list_folder. rate: of sounds; None: of pictures.
     Raises ValueError with one line if --data names neither, or the folder has no such words."""
     if source in SOURCES:
         if words == "embeddings":
             raise ValueError(f"--text-encoder none with --data {source}: it has no .npz files of vectors; "
                              "give a folder that has")
         return None
-    shards = find_shards(source, words)
+    shards = find_shards(source, words) if rate is None else None
     if shards is not None:
         if words == "embeddings":
             raise ValueError(f"--text-encoder none with --data {source}: shards have no .npz files of "
@@ -425,7 +514,7 @@ def find_folder(source: str, words: str | None) -> Folder | Shards | None:
     if not os.path.isdir(source):
         raise ValueError(f"--data {source}: neither a built-in source ({', '.join(SOURCES)}), nor a "
                          "folder, nor .tar shards")
-    return list_folder(Path(source), words)
+    return list_folder(Path(source), words) if rate is None else list_sounds(Path(source), words)
 
 
 def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: str = "centre",
@@ -435,7 +524,27 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
     crops = RANDOM_CROPS if crop == "random" else 1
     if multiple is not None:
         crops = 1
-    images, keep, fingerprint, former = open_pictures(folder, size, cache_dir, crops, multiple)
+    decoded = open_pictures(folder, size, cache_dir, crops, multiple)
+    return _part_of(folder, decoded, split, crops, mixed=multiple is not None)
+
+
+def load_sound_folder(folder: Folder, split: str, size: Size, rate: int, cache_dir: Path,
+                      crop: str = "centre") -> Dataset:
+    """The sounds of a folder of sounds.list_sounds, at `rate`, decoded once into cache_dir/sounds.npy and
+    memory-mapped from then on. size: (1, T). What is longer is cut: its start is kept and, with crop
+    "random", the training part holds other parts of each sound as well."""
+    _check_sound_size(str(folder.path), size)
+    crops = RANDOM_CROPS if crop == "random" else 1
+    decoded = open_sounds(folder, size, rate, cache_dir, crops)
+    seconds = decoded.sizes[:, 1].astype(np.float32) / rate
+    return _part_of(folder, decoded, split, crops, rate=rate, seconds=seconds)
+
+
+def _part_of(folder: Folder, decoded: Decoded, split: str, crops: int, mixed: bool = False,
+             rate: int | None = None, seconds: np.ndarray | None = None) -> Dataset:
+    """Training or validation of what a folder holds. crops: rows of each file. mixed: pictures of different
+    sizes. seconds: of each file that is kept."""
+    images, keep, fingerprint, former, _ = decoded
     classes, labels = folder.classes, None
     if folder.labels is not None:
         present, labels = np.unique(folder.labels[keep], return_inverse=True)
@@ -449,7 +558,7 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
         chosen = train.repeat(crops)
         rows = crops * chosen + np.tile(np.arange(crops), len(train))
         # images[rows] of an array would copy the whole file into memory
-        images = Rows(images, rows) if multiple is None else images[rows]
+        images = images[rows] if mixed else Rows(images, rows)
     else:
         chosen = val
         images = images[crops * chosen]     # the first crop is that in the centre
@@ -460,8 +569,10 @@ def load_folder(folder: Folder, split: str, size: Size, cache_dir: Path, crop: s
             captions = list(captions)       # few, and a checkpoint takes some of them
     if labels is not None:
         labels = labels[chosen].astype(np.int64)
+    if seconds is not None:
+        seconds = seconds[chosen]
     return Dataset(images, labels, classes, digest(fingerprint, split), captions, root=folder.root,
-                   former_fingerprints=formers)
+                   former_fingerprints=formers, rate=rate, seconds=seconds)
 
 
 # ---- tar shards
@@ -520,13 +631,21 @@ class Source(NamedTuple):
     load_captioned: Callable[..., Dataset] | None = None    # set where captions belong to other pictures
     captions_only: bool = False                             # it has captions and no classes
     endless: bool = False       # pictures are drawn on demand: the loaders also take count and multiple
+    cached: bool = False        # pictures are decoded once: the loader also takes cache_dir
+    fewest: int = 20_000        # pictures or sounds that it has for sure
+    rate: int | None = None     # of sounds: samples a second
 
 
 SOURCES = {
     "shapes": Source(functools.partial(load_drawn, "shapes"), endless=True,
                      load_captioned=functools.partial(load_drawn, "scenes")),
     "corners": Source(functools.partial(load_drawn, "corners"), captions_only=True, endless=True),
-    "emoji": Source(load_emoji, captions_only=True),
+    "tones": Source(load_tones, endless=True, load_captioned=load_events, rate=RATE, fewest=8_000),
+    "speech": Source(functools.partial(load_speech, "words"), rate=SPEECH_RATE, fewest=1,
+                     load_captioned=functools.partial(load_speech, "phrases")),
+    "emoji": Source(load_emoji, captions_only=True, fewest=1_300),
+    "clipart": Source(functools.partial(load_drawings, "clipart"), captions_only=True, cached=True, fewest=1),
+    "stamps": Source(functools.partial(load_drawings, "stamps"), captions_only=True, cached=True, fewest=1),
     "fashion-mnist": Source(functools.partial(load_mnist, "fashion-mnist")),
     "mnist": Source(functools.partial(load_mnist, "mnist")),
     "cifar10": Source(load_cifar10),
@@ -534,21 +653,24 @@ SOURCES = {
 
 
 def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_dir: Path,
-              words: str | None = None, folder: Folder | Shards | None = None, count: int = 20_000,
-              crop: str = "centre", multiple: Size | None = None) -> Dataset:
-    """The part `split` of a source at `size`, by default 32 x 32.
+              words: str | None = None, folder: Folder | Shards | None = None, count: int | None = None,
+              crop: str = "centre", multiple: Size | None = None, rate: int | None = None) -> Dataset:
+    """The part `split` of a source at `size`, by default 32 x 32; of sounds, 1 x T.
 
     words: None; "captions", which are class names where a source has no others; or "embeddings", where the
     captions are the names of the .npz files beside a folder's pictures. folder: what `find_folder` returned,
-    if it was called before. count: how many pictures an endless source draws for training. crop: "centre" or,
-    for a folder, "random". multiple: pictures keep their aspect ratio, with sides that are multiples of this
-    and at most as many pixels as `size` has."""
-    size = tuple(size or (32, 32))
+    if it was called before. count: how many pictures an endless source draws for training, instead of its
+    own number. crop: "centre" or, for a folder, "random". multiple: pictures keep their aspect ratio, with
+    sides that are multiples of this and at most as many pixels as `size` has. rate: of a folder of sounds."""
+    is_sound = rate is not None or (source in SOURCES and SOURCES[source].rate is not None)
+    size = tuple(size or ((1, LENGTH) if is_sound else (32, 32)))
     if folder is None:
-        folder = find_folder(source, words)
+        folder = find_folder(source, words, rate)
     if isinstance(folder, Shards):
         return load_shards(folder, split, size, cache_dir, crop)
-    if folder is not None:
+    if folder is not None and rate is not None:
+        data = load_sound_folder(folder, split, size, rate, cache_dir, crop)
+    elif folder is not None:
         data = load_folder(folder, split, size, cache_dir, crop, multiple)
     else:
         row = SOURCES[source]
@@ -556,7 +678,11 @@ def load_data(source: str, split: str, size: Size | None, data_dir: Path, cache_
         if words and row.load_captioned:
             load = row.load_captioned
         if row.endless:
-            load = functools.partial(load, count=count, multiple=multiple)
+            load = functools.partial(load, multiple=multiple)
+            if count is not None:
+                load = functools.partial(load, count=count)
+        if row.cached:
+            load = functools.partial(load, cache_dir=cache_dir)
         data = load(split, size, data_dir)
     if words == "captions" and data.captions is None:
         names = [clean_text(name.replace("-", " ")) for name in data.classes]

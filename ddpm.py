@@ -8,7 +8,8 @@
 Ho et al. 2020 (arXiv:2006.11239), the source of equations cited without a name and of the indexing: t is
 n / 1000, where n = 0 is data and n = 1..1000 are the noisy steps. v: Salimans & Ho 2022 (arXiv:2202.00512).
 Min-SNR: Hang et al. 2023 (arXiv:2303.09556). Zero terminal SNR: Lin et al. 2023 (arXiv:2305.08891).
-Only this class depends on what the network predicts: samplers use just the pair (x0, eps).
+`Circle` is the path in continuous time, without steps. Only these classes depend on what the network
+predicts: samplers use just the pair (x0, eps).
 """
 
 from __future__ import annotations
@@ -271,6 +272,43 @@ class DDPM:
         alpha, sigma = self.alpha_sigma(torch.tensor(1.0, dtype=torch.float64))
         prior = 0.5 * ((alpha * x0) ** 2 + sigma**2 - 1 - (sigma**2).log())
         return torch.stack([*terms, prior.flatten(1).mean(1) / math.log(2)], 1)
+
+
+class Circle(DDPM):
+    """The diffusion path in continuous time, along a quarter of a circle (Salimans & Ho, section 4; Stable
+    Audio: Evans et al. 2024, arXiv:2407.14358):
+
+        xt = cos(pi t / 2) * x0 + sin(pi t / 2) * eps,   dxt/dt = pi / 2 * v
+
+    prediction: "v" or "x0"; eps does not determine x0 at t = 1, where nothing of it is left.
+    loss_space, min_snr: as in DDPM. Raises ValueError for an option out of range."""
+
+    def __init__(self, prediction: str = "v", min_snr: float | None = None, loss_space: str | None = None):
+        check_options(prediction, min_snr, zero_terminal_snr=True, loss_space=loss_space)
+        self.prediction = prediction
+        self.loss_space = loss_space or prediction
+        self.min_snr = min_snr
+        self.learned_variance = False
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t in [0, 1], each of t's shape. Both are sines: the cosine of a rounded pi / 2
+        is not 0, and negative in float32."""
+        return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
+
+    def sample_t(self, n: int, device: torch.device | str = "cpu",
+                 generator: torch.Generator | None = None) -> Tensor:
+        """(n,) float32 training times, uniform over (0, 1]. `generator` is a CPU generator."""
+        return (1 - torch.rand(n, generator=generator)).to(device)
+
+    def times(self, steps: int) -> Tensor:
+        """(steps + 1,) float64 sampling times, evenly from 1 to 0. Raises ValueError for steps < 1."""
+        if steps < 1:
+            raise ValueError(f"steps {steps}: at least 1")
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def t_at(self, lam: Tensor) -> Tensor:
+        """The time at which log(alpha / sigma) = lam: the inverse of `alpha_sigma`."""
+        return torch.atan((-lam).exp()) * 2 / math.pi
 
 
 def betas(schedule: str) -> Tensor:

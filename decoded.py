@@ -1,4 +1,5 @@
 """The pictures of a folder, decoded once: kept at one size or at their own aspect ratios, and known again.
+Sounds likewise: see sounds.py.
 
     python decoded.py                     # decodes a folder of two classes, and opens it again from its cache
 
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -26,16 +27,32 @@ from tqdm import tqdm
 from files import (Head, counted, digest, locked, new_array, open_array, read_stamp, shortened,
                    write_atomically, write_stamp)
 from folder import Files, Folder, crop_places, endings, list_folder, split_rows
-from pictures import Size, cover, open_header, read_image, srgb_transform
+from pictures import Size, check_pixels, contain, cover, open_header, read_image, srgb_transform
 from ragged import Ragged, fitted, open_ragged, places, write_ragged
 
 
 class Decoded(NamedTuple):
-    """The pictures of a folder that could be decoded."""
+    """The pictures, or the sounds, of a folder that could be decoded."""
     images: np.ndarray | Ragged # memory-mapped; one row each, or as many as there are crops
     keep: np.ndarray            # the index of each in folder.pictures
     fingerprint: str
     former: str | None          # the fingerprint of these rows when it was computed from file times
+    sizes: np.ndarray           # (n, 2), of each that is kept
+
+
+class Form(Protocol):
+    """In which form the files of a folder are kept once they are decoded: see Cropped."""
+    file: str
+
+    def fingerprint(self, contents: Iterator[tuple]) -> str: ...
+
+    def read(self, path: Path, useless: Head) -> list[np.ndarray]: ...
+
+    def size_of(self, array: np.ndarray) -> tuple[int, int]: ...
+
+    def write(self, path: Path, count: int, arrays: Iterator[np.ndarray]) -> None: ...
+
+    def open(self, path: Path, count: int, sizes: np.ndarray) -> np.ndarray | Ragged | None: ...
 
 
 class Cropped(NamedTuple):
@@ -51,31 +68,53 @@ class Cropped(NamedTuple):
         found = digest("folder", "content", self.size, contents)
         return digest(found, self.crops) if self.crops > 1 else found
 
-    def arrays(self, image: Image.Image, name: str) -> list[np.ndarray]:
-        return [cover(image, self.size, place) for place in crop_places(name, self.crops)]
+    def read(self, path: Path, useless: Head) -> list[np.ndarray]:
+        """The rows of a file. useless: as in read_image."""
+        image = read_image(path, "white", useless)
+        return [cover(image, self.size, place) for place in crop_places(path.name, self.crops)]
+
+    def size_of(self, array: np.ndarray) -> tuple[int, int]:
+        return array.shape[:2]
 
     def shape(self, count: int) -> tuple[int, ...]:
         return self.crops * count, *self.size, 3
 
     def write(self, path: Path, count: int, arrays: Iterator[np.ndarray]) -> None:
         """An array of `count` pictures that replaces `path` when it is complete."""
-        store = new_array(path, np.uint8, self.shape(count))
-        partial = Path(store.filename)
-        try:
-            for i, array in enumerate(arrays):
-                store[i] = array
-            store.flush()
-        except BaseException:               # also Ctrl-C: leave no half-built file behind
-            store = None                    # Windows does not delete a file that is still mapped
-            partial.unlink(missing_ok=True)
-            raise
-        store = None
-        partial.replace(path)
+        write_rows(path, np.uint8, self.shape(count), arrays)
 
     def open(self, path: Path, count: int, sizes: np.ndarray) -> np.ndarray | None:
         """sizes: (n, 2), of those of the `count` pictures that are there."""
         images = open_array(path, np.uint8, self.shape(count))
         return None if images is None else images[:self.crops * len(sizes)]
+
+
+def write_rows(path: Path, dtype, shape: tuple[int, ...], rows: Iterator[np.ndarray]) -> None:
+    """An array that replaces `path` when it is complete. What rows leave out is zero: those that are too few,
+    and the end of those that are too short."""
+    store = new_array(path, dtype, shape)
+    partial = Path(store.filename)
+    try:
+        for i, row in enumerate(rows):
+            store[i, :len(row)] = row
+        store.flush()
+    except BaseException:                   # also Ctrl-C: leave no half-built file behind
+        store = None                        # Windows does not delete a file that is still mapped
+        partial.unlink(missing_ok=True)
+        raise
+    store = None
+    partial.replace(path)
+
+
+class Whole(Cropped):
+    """Pictures cropped to what differs from white, and put on a white one of this size as a whole."""
+
+    def fingerprint(self, contents: Iterator[tuple]) -> str:
+        return digest("whole", self.size, contents)
+
+    def read(self, path: Path, useless: Head) -> list[np.ndarray]:
+        check_pixels(path)
+        return [contain(read_image(path, "white", useless), self.size)]
 
 
 class Fitted(NamedTuple):
@@ -90,8 +129,12 @@ class Fitted(NamedTuple):
     def fingerprint(self, contents: Iterator[tuple]) -> str:
         return digest("folder", "mixed", self.pixels, self.multiple, contents)
 
-    def arrays(self, image: Image.Image, name: str) -> list[np.ndarray]:
+    def read(self, path: Path, useless: Head) -> list[np.ndarray]:
+        image = read_image(path, "white", useless)
         return [cover(image, fitted(image.size[::-1], self.pixels, self.multiple))]
+
+    def size_of(self, array: np.ndarray) -> tuple[int, int]:
+        return array.shape[:2]
 
     def write(self, path: Path, count: int, arrays: Iterator[np.ndarray]) -> None:
         write_ragged(path, arrays)
@@ -109,16 +152,21 @@ ABOUT = np.dtype([("key", "<u8"),           # of its name
 
 def open_pictures(folder: Folder, size: Size, cache_dir: Path, crops: int = 1,
                   multiple: Size | None = None) -> Decoded:
-    """The pictures of a folder from its cache, which is rebuilt where it is damaged or of other pictures.
-    crops: rows per picture, see crop_places. multiple: instead, each keeps its aspect ratio, with sides that
-    are multiples of this and at most as many pixels as `size` has. Raises ValueError where none can be
-    decoded, and then creates nothing where there was no cache."""
-    form = Fitted(math.prod(size), multiple) if multiple else Cropped(size, crops)
+    """The pictures of a folder. crops: rows per picture, see crop_places. multiple: instead, each keeps its
+    aspect ratio, with sides that are multiples of this and at most as many pixels as `size` has. Raises as
+    open_decoded."""
+    return open_decoded(folder, Fitted(math.prod(size), multiple) if multiple else Cropped(size, crops),
+                        cache_dir)
+
+
+def open_decoded(folder: Folder, form: Form, cache_dir: Path) -> Decoded:
+    """The files of a folder from its cache, which is rebuilt where it is damaged or of other files. Raises
+    ValueError where none can be decoded, and then creates nothing where there was no cache."""
     array_path = cache_dir / form.file
     stamp_path, about_path = array_path.with_suffix(".json"), array_path.with_suffix(".about.npy")
     count = len(folder.pictures)
     if not stamp_path.exists():
-        _check_one_decodes(folder)
+        _check_one_decodes(folder, form)
     with locked(array_path.with_suffix(".lock"), wait=True, clean=(stamp_path, array_path, about_path)):
         stamp = read_stamp(stamp_path)
         known = _known(stamp, about_path, form, count)
@@ -144,7 +192,7 @@ def open_pictures(folder: Folder, size: Size, cache_dir: Path, crops: int = 1,
             # Only file times differ where there is a stamp still, so it fits both versions.
             write_atomically(about_path, lambda file: np.save(file, about))
             write_stamp(stamp_path, found)
-    return Decoded(images, np.flatnonzero(about["height"]), fingerprint, former)
+    return Decoded(images, np.flatnonzero(about["height"]), fingerprint, former, _sizes(about))
 
 
 def _sizes(about: np.ndarray) -> np.ndarray:
@@ -153,7 +201,7 @@ def _sizes(about: np.ndarray) -> np.ndarray:
     return np.stack([about["height"][keep], about["width"][keep]], axis=1)
 
 
-def _known(stamp: dict, path: Path, form: Cropped | Fitted, count: int) -> np.ndarray:
+def _known(stamp: dict, path: Path, form: Form, count: int) -> np.ndarray:
     """What an earlier process knew of every picture, or nothing where that is damaged."""
     if "keep" in stamp:
         return _known_formerly(stamp, form, count)
@@ -163,7 +211,7 @@ def _known(stamp: dict, path: Path, form: Cropped | Fitted, count: int) -> np.nd
     return np.array(about)                  # no memory map, as the file is replaced
 
 
-def _known_formerly(stamp: dict, form: Cropped | Fitted, count: int) -> np.ndarray:
+def _known_formerly(stamp: dict, form: Form, count: int) -> np.ndarray:
     """The same of an earlier version, whose stamp held all of it, and at first no files."""
     files = stamp.get("files")
     files = files if isinstance(files, dict) else {}
@@ -204,7 +252,8 @@ def _contents(folder: Folder, known: np.ndarray) -> np.ndarray:
     found = np.zeros(len(folder.pictures), ABOUT)
     found["key"] = folder.pictures.keys()
     place = places(found["key"], known["key"])
-    for i, picture in enumerate(tqdm(folder.pictures, desc="compare pictures", unit="img", delay=2)):
+    desc = f"compare {folder.wanted.thing}s"
+    for i, picture in enumerate(tqdm(folder.pictures, desc=desc, unit="file", delay=2)):
         try:
             about = picture.stat()
         except OSError:                     # removed, or its folder closed, since the folder was listed
@@ -246,10 +295,10 @@ def _hash_content(path: Path) -> str:
     return sha256.hexdigest()[:16]
 
 
-def _former_fingerprint(folder: Folder, form: Cropped | Fitted) -> str | None:
+def _former_fingerprint(folder: Folder, form: Form) -> str | None:
     """What an earlier version computed from names, sizes and times, or None where it would have found other
     pictures, in another order, or with other colours."""
-    if isinstance(form, Fitted) or form.crops > 1:
+    if type(form) is not Cropped or form.crops > 1:
         return None
     if folder.classes != sorted(folder.classes, key=os.path.normcase):      # it did not sort numbers
         return None
@@ -287,19 +336,19 @@ def _changes_colours(path: Path) -> bool:
         return False
 
 
-def _decode(folder: Folder, form: Cropped | Fitted, about: np.ndarray,
-            stamp_path: Path) -> Iterator[np.ndarray]:
+def _decode(folder: Folder, form: Form, about: np.ndarray, stamp_path: Path) -> Iterator[np.ndarray]:
     """The arrays of every picture that can be decoded, one at a time; `about` takes their sizes."""
     useless, broken = Head(), Head()        # of colour profiles, and of pictures
-    for i, picture in enumerate(tqdm(folder.pictures, desc="decode pictures", unit="img")):
+    thing = folder.wanted.thing
+    for i, picture in enumerate(tqdm(folder.pictures, desc=f"decode {thing}s", unit="file")):
         try:
-            arrays = form.arrays(read_image(picture, "white", useless), picture.name)
+            arrays = form.read(picture, useless)
         except Exception as error:          # Pillow raises a dozen types; each means: skip this file
             line = _skipped(picture, error)
             if broken.append(line):
                 tqdm.write(line, file=sys.stderr)
             continue
-        about["height"][i], about["width"][i], _ = arrays[0].shape
+        about["height"][i], about["width"][i] = form.size_of(arrays[0])
         yield from arrays
     _tell_of_others(folder, broken)
     keep = about["height"] > 0
@@ -310,16 +359,16 @@ def _decode(folder: Folder, form: Cropped | Fitted, about: np.ndarray,
         empty = Head()
         for label in np.flatnonzero(np.bincount(folder.labels[keep], minlength=len(folder.classes)) == 0):
             empty.append(folder.classes[label])
-        empty.tell(f"--data {folder.path}: classes left out, because none of their pictures can be decoded")
+        empty.tell(f"--data {folder.path}: classes left out, because none of their {thing}s can be decoded")
     stamp_path.unlink(missing_ok=True)      # never an old stamp beside a new array
 
 
-def _check_one_decodes(folder: Folder) -> None:
+def _check_one_decodes(folder: Folder, form: Form) -> None:
     """Raises ValueError, and names the first pictures, where none can be decoded."""
     broken = Head()
     for picture in folder.pictures:
         try:
-            read_image(picture, "white", [])
+            form.read(picture, Head())
             return
         except Exception as error:
             broken.append(_skipped(picture, error))
@@ -330,7 +379,8 @@ def _check_one_decodes(folder: Folder) -> None:
 
 
 def _none_decodes(folder: Folder) -> ValueError:
-    return ValueError(f"--data {folder.path}: none of its {counted(len(folder.pictures))} can be decoded")
+    count = counted(len(folder.pictures), folder.wanted.thing)
+    return ValueError(f"--data {folder.path}: none of its {count} can be decoded")
 
 
 def _skipped(picture: Path, error: Exception) -> str:
@@ -342,8 +392,8 @@ def _skipped(picture: Path, error: Exception) -> str:
 
 def _tell_of_others(folder: Folder, broken: Head) -> None:
     if broken.others:
-        print(f"skipped {broken.others:,} more of {counted(len(folder.pictures))}, which cannot be decoded "
-              "either", file=sys.stderr)
+        count = counted(len(folder.pictures), folder.wanted.thing)
+        print(f"skipped {broken.others:,} more of {count}, which cannot be decoded either", file=sys.stderr)
 
 
 def demo() -> None:

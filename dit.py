@@ -45,6 +45,7 @@ class DiTConfig:
     time_scale: float = 1000.0        # the embedding sees time_scale * t + time_offset: published DiT counts
     time_offset: float = 0.0          # 0..999 (1000, -1); SiT's time runs from noise to data (-1, 1)
     second_time: bool = False         # also embed s <= t: the network predicts the mean velocity from t to s
+    longest: float = 0.0              # of sounds, in seconds: their lengths are an input; 0: no such input
     experts: int = 0                  # in the blocks of `moe_blocks`, the MLP is a mixture of so many: moe.py
     top_k: int = 2                    # experts per token, beside
     shared_experts: int = 1           # those that all tokens use
@@ -176,13 +177,13 @@ class Norm(nn.Module):
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention. proj=False leaves out the output projection, for a stream of mmdit.py that
-    needs only q, k and v."""
+    needs only q, k and v. bias: of the linear layers."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, proj: bool = True):
+    def __init__(self, width: int, heads: int, qk_norm: bool, proj: bool = True, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width) if proj else None
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias) if proj else None
         self.q_norm = None
         self.k_norm = None
         if qk_norm:                                        # keeps logits bounded, so that bf16 trains stably
@@ -306,6 +307,14 @@ class TimestepEmbedder(nn.Module):
         # sinusoids in float32, as bf16 cannot tell neighbouring values of 1000 t apart; rounded afterwards
         embedding = timestep_embedding(t, 256, self.scale, self.offset, blur)
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+
+
+class LengthEmbedder(TimestepEmbedder):
+    """Lengths of sounds in seconds (B,) -> (B, D), as times are embedded, with 1 for the longest: how much of
+    the sound there is before the silence (Evans et al. 2024, arXiv:2402.04825, section 3.2)."""
+
+    def __init__(self, width: int, longest: float):
+        super().__init__(width, 1000.0 / longest, 0.0)
 
 
 class LabelEmbedder(nn.Module):
@@ -439,6 +448,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
         self.gap_embedder = TimestepEmbedder(c.width, GAP_SCALE, 0.0) if c.second_time else None
         self.y_embedder = LabelEmbedder(c.num_classes, c.width) if c.num_classes else None
+        self.length_embedder = LengthEmbedder(c.width, c.longest) if c.longest else None
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.depth))
         self.final_layer = FinalLayer(c.norm, c.width, c.patch, self.out_channels)
         self._positions: dict[tuple, tuple[Tensor, Rope | None]] = {}
@@ -475,10 +485,12 @@ class DiT(nn.Module):
         # finely, so t is blurred by a tenth of the interval, and not at all at s = t.
         return self.t_embedder(t, BLUR * gap) + self.gap_embedder(gap)
 
-    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, s: Tensor | None = None) -> Tensor:
-        """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes, s (B,) in [0, t] or None, which is t
-        -> raw (B, out_channels, H, W). xt may also be a list of B latents (C, H, W) of different sizes: raw
-        is then a list as well. Raises ValueError where the patch does not divide a latent."""
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, s: Tensor | None = None,
+                seconds: Tensor | None = None) -> Tensor:
+        """xt (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes, s (B,) in [0, t] or None, which is t,
+        seconds (B,) the length of a sound -> raw (B, out_channels, H, W). xt may also be a list of B latents
+        (C, H, W) of different sizes: raw is then a list as well. Raises ValueError where the patch does not
+        divide a latent."""
         mixed, packing, grid = None, None, None
         if isinstance(xt, Tensor):
             grid = self.x_embedder.grid(xt)
@@ -492,6 +504,8 @@ class DiT(nn.Module):
         condition = self.time_condition(t, s)                                # (B, D)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(y)
+        if self.length_embedder is not None:
+            condition = condition + self.length_embedder(seconds)
         for block in self.blocks:
             x = block(x, condition, rope, grid, packing)                     # (B, N, D)
         x = self.final_layer(x, condition, packing)                          # (B, N, p * q * C)

@@ -1,4 +1,4 @@
-"""From noise to pictures: one batch, and as many batches as were asked for.
+"""From noise to pictures or sounds: one batch, and as many batches as were asked for.
 
     python draw.py                       # draws pictures one by one and all at once, and in tiles
 
@@ -16,15 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from conditioning import Asked
+from media import medium_of
 from offload import Stage
-from pictures import to_uint8
 from ranks import ALONE, Ranks
-from samplers import SAMPLERS, guided, inpainting, noise_like, soft_border
+from samplers import SAMPLERS, guided, inpainting, noise_like
 from times import TIMES, interval_of_steps
 from vae import VAE
 
@@ -36,7 +35,7 @@ def in_own_dtype(network: Callable, dtype: torch.dtype) -> Callable:
     stay in float32, in which they are embedded."""
     def call(xt: Tensor, t: Tensor, **cond) -> Tensor:
         for name, part in cond.items():
-            if name not in ("s", "guidance") and part.is_floating_point():
+            if name not in ("s", "guidance", "seconds") and part.is_floating_point():
                 cond[name] = part.to(dtype)
         return network(xt.to(dtype), t, **cond).float()
 
@@ -65,18 +64,21 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
          channels: int | None = None, skip: Skip | None = None, skipped: Callable | None = None,
          stage: Stage | None = None, on_step: Callable | None = None,
          progress: Callable[[float], None] | None = None, **options) -> np.ndarray:
-    """One batch of pictures, uint8 (B, H, W, C). shape: that of a latent, (C, h, w). seeds: one per picture.
+    """One batch of pictures, uint8 (B, H, W, C), or of sounds, int16 (B, T). shape: that of a latent,
+    (C, h, w). seeds: one per picture.
     cond, uncond, weak, channels: see `guided`. skipped: the network without the blocks of `skip`. stage:
     where to draw (None: where the VAE is). options: passed to the sampler.
 
     image (1, C, H, W) in [-1, 1]: begin with it at time `strength`, mixed with noise (SDEdit: Meng et al.
     2022, arXiv:2108.01073), and skip the steps before. mask (1, 1, H, W), bool: draw only where it is True;
-    every other pixel keeps its value, and the drawn side of the border is blended. on_step(i, uint8 pictures)
-    is called after each step with the decoded xt; progress(share) with how much of the batch is done: from 0
-    to 1, where decoding counts as one more step."""
+    every other pixel keeps its value, and the drawn side of the border is blended. Of sounds, image is
+    (1, 1, T) and mask as well. on_step(i, pictures) is called after each step with the decoded xt;
+    progress(share) with how much of the batch is done: from 0 to 1, where decoding counts as one more
+    step."""
     # ---- noise, from generators on the CPU, so that it is the same on every device
     stage = stage or Stage(next(vae.parameters()).device)
     device = stage.device
+    medium = medium_of(vae.config)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
 
@@ -101,16 +103,18 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
             x = alpha * x0 + sigma * x                     # xt of this picture at that time
     if mask is not None:
         # One latent position stands for factor x factor pixels: it is drawn if any of them is.
-        repaint = F.max_pool2d(mask.float(), vae.factor).bool().to(device)
+        repaint = medium.of_latent(mask, vae.factor).to(device)
         denoise = inpainting(denoise, path, x0, repaint)
-        blend = soft_border(mask, vae.factor // 2).to(device)
+        blend = medium.border(mask, vae.factor).to(device)
 
     def decode(x0: Tensor) -> np.ndarray:
         pictures = stage.decode(vae, x0)                   # (B, C, H, W), nominally in [-1, 1]
         if mask is not None:                               # the VAE's reconstruction is close, but not exact
             known = image.to(device)
+            # A sound that is too loud is made quieter as a whole, also where it is known.
+            pictures = pictures.clamp(-1, 1 - 2**-15)
             pictures = torch.where(mask.to(device), torch.lerp(known, pictures, blend), known)
-        return to_uint8(pictures)
+        return medium.to_array(pictures)
 
     # Samplers report latents; whoever watches wants pictures, of xt and not of the guess x0.
     def report(i: int, xt: Tensor, x0: Tensor) -> None:
@@ -150,9 +154,9 @@ def draw_batches(model: Callable, vae: VAE, path, shape: tuple[int, int, int], a
         progress(end)
 
 
-def picture_bar(total: int, first: int = 0, **options) -> tqdm:
+def picture_bar(total: int, first: int = 0, unit: str = "img", **options) -> tqdm:
     """A bar that counts pictures, whole ones although it also moves within a batch."""
-    return tqdm(total=total, initial=first, unit="img", **options,
+    return tqdm(total=total, initial=first, unit=unit, **options,
                 bar_format="{l_bar}{bar}| {n:,.0f}/{total:,} [{elapsed}<{remaining}, {rate_fmt}]")
 
 

@@ -36,6 +36,7 @@ from ahead import default_workers, in_processes
 from cache import pieces
 from cli import Flag, integer, make_parser, nonempty, one_of, program
 from files import locked, shortened, write_atomically, write_stamp
+from media import medium_of
 from pictures import Size, cover, read_image, to_tensor
 from run import encoder_fingerprint, load_vae
 from shards import (MANIFEST, VAE_FILE, Named, Place, find_shards, members_of, npy_bytes, open_index,
@@ -198,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(set(names)) < len(names):
         raise ValueError(f"{args.source}: two shards have the same name; give each of these folders alone")
     vae = load_vae(args.vae).to(settings.pick_device(args.device))
+    if medium_of(vae.config).rate is not None:
+        raise ValueError(f"--vae {args.vae}: is for sounds, and shards hold pictures; give another")
     if vae.config.image_channels not in (1, 3):
         raise ValueError(f"--vae {args.vae}: for pictures with {vae.config.image_channels} channels, where "
                          "those of shards have 3")

@@ -48,6 +48,8 @@ CONFIGS: dict[str, dict] = {
                               num_attention_heads=20, projection_dim=1280, hidden_act="gelu"),
     "T5-XXL": dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
                    feed_forward_proj="gated-gelu", decoder_start_token_id=0, tie_word_embeddings=False),
+    "T5-base": dict(vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12,
+                    feed_forward_proj="relu", decoder_start_token_id=0),
 }
 
 
@@ -88,7 +90,8 @@ class Recipe(NamedTuple):
     """What a published model takes of its encoders. Pooled vectors are concatenated in the order of parts."""
     parts: tuple[Part, ...]
     join: Callable[[list[Tensor]], Tensor]
-    masked: bool = False       # whether padding is hidden from encoder and network, or read by both
+    masked: bool = False       # whether padding is hidden from encoder and network, or read by both,
+    zeroed: bool = False       # or hidden from the encoder, while the network reads zeros in its place
     null_zeros: bool = False   # the null condition: zeros, or the outputs for the empty prompt
 
 
@@ -110,6 +113,8 @@ RECIPES: dict[str, Recipe] = {
                    Part("T5-XXL", "text_encoder_3", "tokenizer_3", 256, LAST, optional=True)), clip_then_t5),
     "flux-dev": flux(512),
     "flux-schnell": flux(256),
+    "stable-audio": Recipe((Part("T5-base", "text_encoder", "tokenizer", 128, LAST),), alone, zeroed=True,
+                           null_zeros=True),
 }
 WITHOUT_T5 = tuple(name for name, row in RECIPES.items() if any(part.optional for part in row.parts))
 SIZE_FEATURES = 256            # sinusoids of each of XL's six numbers
@@ -129,7 +134,8 @@ def count_parameters(part: Part) -> int:
     c = CONFIGS[part.kind]
     if part.family == "t5":              # RMS norms, no biases, and one table of relative positions
         inner = c["num_heads"] * c["d_kv"]
-        layer = 4 * c["d_model"] * inner + 3 * c["d_model"] * c["d_ff"] + 2 * c["d_model"]
+        matrices = 3 if c["feed_forward_proj"].startswith("gated") else 2
+        layer = 4 * c["d_model"] * inner + matrices * c["d_model"] * c["d_ff"] + 2 * c["d_model"]
         return (c["vocab_size"] + 1) * c["d_model"] + c["num_layers"] * layer + 32 * c["num_heads"]
     width, hidden = c["hidden_size"], c["intermediate_size"]
     layer = 4 * (width + 1) * width + (width + 1) * hidden + (hidden + 1) * width + 4 * width
@@ -168,19 +174,20 @@ class Encoder:
         ids = torch.tensor([[*row, *[self.pad] * (longest - len(row))] for row in rows])
         return ids, torch.arange(longest) < lengths[:, None]
 
-    def __call__(self, prompts: list[str], masked: bool) -> dict[str, Tensor]:
-        """-> those of context, mask and pooled that the part gives."""
+    def __call__(self, prompts: list[str], masked: bool, zeroed: bool = False) -> dict[str, Tensor]:
+        """-> those of context, mask and pooled that the part gives. masked, zeroed: as in a recipe."""
         if self.model is None:
             return {"context": torch.zeros(len(prompts), self.tokens, self.width)}
         with self.stage:
             ids, mask = (part.to(self.model.device) for part in self.tokenize(prompts, masked))
-            out = self.model(input_ids=ids, attention_mask=mask.long() if masked else None,
+            out = self.model(input_ids=ids, attention_mask=mask.long() if masked or zeroed else None,
                              output_hidden_states=self.part.layer == BEFORE)
         found = {}
         if self.part.layer is not None:
             found["context"] = out.hidden_states[-2] if self.part.layer == BEFORE else out.last_hidden_state
-        if masked:
+        if masked or zeroed:
             found["context"] = found["context"] * mask[..., None]
+        if masked:
             found["mask"] = mask
         if self.part.pooled is not None:
             is_projected = self.part.pooled != PLAIN and "text_embeds" in out
@@ -232,7 +239,7 @@ class FrozenTextEncoder:
         """-> context (B, L, D), and mask (B, L) and pooled (B, P) where the recipe has them, on the encoders'
         device and in their precision."""
         texts = [prompt or "" for prompt in prompts]
-        outputs = [encoder(texts, self.recipe.masked) for encoder in self.encoders]
+        outputs = [encoder(texts, self.recipe.masked, self.recipe.zeroed) for encoder in self.encoders]
         contexts = [out["context"].to(self.device) for out in outputs if "context" in out]
         # The zeros of an encoder that is not there take the precision of those that are.
         cond = {"context": self.recipe.join([context.to(contexts[0].dtype) for context in contexts])}
@@ -375,7 +382,7 @@ def build(name: str, what: str, load: Callable[[Part], nn.Module], tokenizers: d
             kind = f"an {part.kind}" if part.kind.startswith("O") else f"a {part.kind}"
             raise ValueError(f"{what}: {its}cannot be loaded as {kind} encoder with its tokenizer "
                              f"({why})") from None
-        if part.family == "clip" or recipe.masked:
+        if part.family == "clip" or recipe.masked or recipe.zeroed:
             tokens = min(tokens, tokenizer.model_max_length)
         # With one vocabulary, CLIP pads with the end mark and OpenCLIP with token 0. A pipeline's tokenizers
         # are set up so; any other one may have been another model's.

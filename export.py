@@ -40,6 +40,7 @@ from cli import Flag, make_parser, nonempty, program
 from ddpm import DDPM
 from dit import DiTConfig
 from files import check_writable, write_atomically
+from media import medium_of
 from mmdit import MMDiTConfig
 from names import DIT_NAMES, MMDIT_NAMES, UNET_NAMES, mmdit_layers_without_gate, rename, separate
 from run import build_model, build_path, load_checkpoint, unpack_vae
@@ -453,7 +454,8 @@ def metadata_of(checkpoint: dict, config, autoencoder: VAE | None) -> dict[str, 
     """What it takes to rebuild the run's model, as JSON by name; see published.read_metadata."""
     data = checkpoint["data"]
     found = {name: checkpoint[name] for name in ("arch", "objective", "step", "text", "label_dropout")}
-    found |= {"config": asdict(config), "data": {"size": list(data["size"]), "classes": data["classes"]},
+    kept = ("size", "classes", "longest", "seconds")       # the last two: of sounds
+    found |= {"config": asdict(config), "data": {name: data[name] for name in kept if name in data},
               "vae": asdict(autoencoder.config) if autoencoder else None}
     return {"format": "pt"} | {name: json.dumps(value) for name, value in found.items()}
 
@@ -497,6 +499,9 @@ def export(run: str, out: str, raw: bool = False, with_correction: bool = False)
         # The scale of its latents is measured at the end.
         raise ValueError(f"{run}: this VAE is not finished (step {checkpoint['step']:,}); run its command "
                          "again")
+    if checkpoint["config"].get("sound_channels"):
+        raise ValueError(f"{run}: draws pairs of a picture and a sound, with two VAEs, which an export does "
+                         "not hold; use the run as it is, with pairs.py")
     if with_correction and (kind or arch != "dit"):
         raise ValueError(f"--with-correction: only a folder of a DiT needs it, not {out} of a {arch}; leave "
                          "it out")
@@ -521,6 +526,8 @@ def export(run: str, out: str, raw: bool = False, with_correction: bool = False)
         return
 
     try:
+        if medium_of(model.config if arch == "vae" else autoencoder.config).rate is not None:
+            raise ValueError("it draws sounds, and diffusers has no network like it")
         if arch == "vae":
             whole = unpack_vae({"config": checkpoint["config"], "state": state}, str(run))
             parts = [vae_part(whole, tuple(checkpoint["data"]["size"]), folder="")]

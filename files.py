@@ -419,24 +419,26 @@ def unfinished_file(out: Path) -> Path:
 
 
 @contextmanager
-def npz_writer(file: IO[bytes], shape: tuple[int, ...]) -> Iterator[Callable[[bytes], object]]:
-    """Write an .npz in the layout of the ADM evaluation suite, with one uint8 array `arr_0` of this shape,
-    piece by piece, so that 50,000 pictures need not fit into memory."""
+def npz_writer(file: IO[bytes], shape: tuple[int, ...],
+               dtype: type = np.uint8) -> Iterator[Callable[[bytes], object]]:
+    """Write an .npz in the layout of the ADM evaluation suite, with one array `arr_0` of this shape, piece by
+    piece, so that 50,000 pictures need not fit into memory."""
     # force_zip64: the size is not known in advance, and may exceed 4 GiB. A ZipInfo has no time of day, so
     # that equal arrays make equal files.
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open(
             zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out:
-        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(out, header)
         yield out.write
 
 
 def write_npz(out: Path, batches: Callable[..., Iterator[np.ndarray]], shape: tuple[int, ...],
-              settings: dict) -> None:
+              settings: dict, dtype: type = np.uint8) -> None:
     """Write batches(first), from picture `first` on, to an .npz as npz_writer does. They are collected in an
     unfinished file, where a later process finds how far this one came. settings: see Unfinished."""
     raw = unfinished_file(out)
     unfinished = Unfinished(out.with_name(f"{raw.name}.json"), settings)
-    size = math.prod(shape[1:])                            # bytes of a picture
+    size = math.prod(shape[1:]) * np.dtype(dtype).itemsize             # bytes of a picture
     there = raw.stat().st_size if raw.is_file() else 0
     if unfinished.done > shape[0] or there < unfinished.done * size:
         unfinished.done = 0
@@ -447,7 +449,7 @@ def write_npz(out: Path, batches: Callable[..., Iterator[np.ndarray]], shape: tu
             os.fsync(file.fileno())
             unfinished.advance(unfinished.done + len(images))
         file.seek(0)
-        with replacing(out) as target, npz_writer(target, shape) as write:
+        with replacing(out) as target, npz_writer(target, shape, dtype) as write:
             while piece := file.read(2**20):
                 write(piece)
     unfinished.finish()

@@ -1,4 +1,4 @@
-"""A folder of pictures as people have it: its pictures, their classes and their captions, in order.
+"""A folder of pictures or sounds as people have it: its files, their classes and their captions, in order.
 
     python folder.py                      # lists a folder of two classes with captions
     python folder.py FOLDER               # lists this one
@@ -21,7 +21,7 @@ import stat
 import sys
 import tempfile
 from array import array as packed
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -72,25 +72,48 @@ class Files(Sequence):
         return np.fromiter(map(self.key, self.names), np.uint64, len(self))
 
 
+class Wanted(NamedTuple):
+    """What a folder is listed for."""
+    thing: str                                  # one of them, in messages
+    formats: Callable[[], dict[str, str]]       # the format of every file ending, in lower case
+    refusal: Callable[[str], str | None]        # why a format is not opened; None for those that are
+    looked_for: str                             # said where there is none
+
+
+@functools.cache
+def endings() -> dict[str, str]:
+    """The format of every file ending that Pillow knows."""
+    return {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _not_opened(kind: str) -> str | None:
+    return None if kind in FORMATS else f"{kind} is not among the formats that are opened"
+
+
+PICTURES = Wanted("picture", endings, _not_opened,
+                  "files that Pillow opens, such as .png, .jpg; never PostScript or PDF")
+
+
 class Folder(NamedTuple):
     """A folder's pictures, class by class: listed, and their captions read, but not yet decoded."""
     path: Path
-    pictures: Files
+    pictures: Files                 # the files, pictures or sounds
     labels: np.ndarray | None       # (N,) int32 indices into classes; None for a flat folder
     classes: list[str]
     words: Strings | None = None    # one per picture: captions, or names of .npz files; None if not asked for
     metadata: tuple[Path, ...] = () # files that hold captions of many pictures
     root: str = ""                  # the folder again where words are names of files
+    wanted: Wanted = PICTURES
 
 
-def list_folder(path: Path, words: str | None = None) -> Folder:
+def list_folder(path: Path, words: str | None = None, wanted: Wanted = PICTURES) -> Folder:
     """words: None, "captions" (`Folder.words` stays None where class names must serve as captions) or
     "embeddings". Raises ValueError where there are no pictures, or pictures without the words asked for."""
-    folder = _list_pictures(path)
+    folder = _list_pictures(path, wanted)
     if words == "captions":
         captions = _read_captions(folder)
         if captions is None and folder.labels is None:
-            raise ValueError(f"--data {path}: pictures without words; put NAME.txt beside each, or "
+            raise ValueError(f"--data {path}: {wanted.thing}s without words; put NAME.txt beside each, or "
                              "metadata.jsonl or metadata.csv with file_name and text")
         return folder._replace(words=captions)
     if words == "embeddings":
@@ -102,14 +125,14 @@ def _vectors(folder: Folder) -> Iterator[str]:
     for picture in folder.pictures:
         file = picture.with_suffix(".npz")
         if not os.path.isfile(file):
-            raise ValueError(f"--data {folder.path}: no {file} beside its picture, as --text-encoder none "
-                             "needs")
+            raise ValueError(f"--data {folder.path}: no {file} beside its {folder.wanted.thing}, as "
+                             "--text-encoder none needs")
         yield str(file)
 
 
-def _list_pictures(path: Path) -> Folder:
+def _list_pictures(path: Path, wanted: Wanted) -> Folder:
     """A flat folder, or a folder of class folders. What is left out is named on stderr."""
-    inside, metadata = _walk(path)
+    inside, metadata = _walk(path, wanted)
     top = _split(inside[""])
     folders = {name for name in top if name in inside}
     counts: dict[str, int] = {}                     # pictures by class, of those that have any
@@ -121,15 +144,14 @@ def _list_pictures(path: Path) -> Folder:
 
     names, flat = Strings.of(in_classes()), Strings.of(name for name in top if name not in folders)
     if not flat and not names:
-        raise ValueError(f"--data {path}: no pictures in this folder (looked for files that Pillow opens, "
-                         "such as .png, .jpg; never PostScript or PDF)")
+        raise ValueError(f"--data {path}: no {wanted.thing}s in this folder (looked for {wanted.looked_for})")
     if not flat:
         labels = np.repeat(np.arange(len(counts), dtype=np.int32), list(counts.values()))
-        return Folder(path, Files(path, names), labels, list(counts), metadata=metadata)
+        return Folder(path, Files(path, names), labels, list(counts), metadata=metadata, wanted=wanted)
     if names:
         raise ValueError(f"--data {path}: {flat[0]} lies beside class folders; "
                          "use a flat folder or class folders, not both")
-    return Folder(path, Files(path, flat), labels=None, classes=[], metadata=metadata)
+    return Folder(path, Files(path, flat), labels=None, classes=[], metadata=metadata, wanted=wanted)
 
 
 def _below(inside: dict[str, str], folder: str) -> Iterator[str]:
@@ -157,15 +179,9 @@ def natural(name: str) -> tuple[list, str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-@functools.cache
-def endings() -> dict[str, str]:
-    """The format of every file ending that Pillow knows."""
-    return {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def _walk(path: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
+def _walk(path: Path, wanted: Wanted) -> tuple[dict[str, str], tuple[Path, ...]]:
     """The folders that are read, by their names relative to `path`, each with the names in it, sorted and
-    joined by NUL, of folders that are read and of files that are pictures by their ending; and the files of
+    joined by NUL, of folders that are read and of wanted files by their ending; and the files of
     metadata. Links are followed, each folder is entered once. What is left out is named on stderr; raises
     ValueError where that is the folder itself."""
     root = path.resolve()
@@ -175,6 +191,7 @@ def _walk(path: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
     metadata: list[Path] = []
     ignored = Head()                                # hidden or litter
     skipped = Head()                                # anything else, with the reason
+    formats = wanted.formats()
     while waiting:
         relative = waiting.pop()
         folder = path / relative
@@ -193,7 +210,7 @@ def _walk(path: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
             # Not folder / name: a Path keeps its parts in Python's table of names, which would then grow by
             # those of the whole folder, as long as the list has them.
             child = Path(os.path.join(folder, name))
-            kind = endings().get(child.suffix.lower())
+            kind = formats.get(child.suffix.lower())
             hidden = name.startswith(".") or name.lower() in LITTER
             try:
                 mode = child.stat().st_mode         # follows a link; opening a pipe would wait for ever
@@ -218,12 +235,14 @@ def _walk(path: Path) -> tuple[dict[str, str], tuple[Path, ...]]:
                     found.append(name)
             elif not stat.S_ISREG(mode):
                 skipped.append(f"{child}: a pipe, socket or device, not a file")
-            elif kind in FORMATS:
-                found.append(name)
+            elif kind:
+                refusal = wanted.refusal(kind)
+                if refusal is None:
+                    found.append(name)
+                else:
+                    skipped.append(f"{child}: {refusal}")
             elif name in METADATA:
                 metadata.append(child)
-            elif kind:
-                skipped.append(f"{child}: {kind} is not among the formats that are opened")
         inside[relative] = "\0".join(found)
     ignored.tell(f"--data {path}: ignored as hidden or left by a system")
     skipped.tell(f"--data {path}: skipped")
@@ -275,13 +294,15 @@ def _missing_captions(folder: Folder, first: Path, count: int, keys: np.ndarray)
     metadata = METADATA[-1]
     if folder.metadata:
         metadata = folder.metadata[0].relative_to(folder.path)
-    message = (f"--data {folder.path}: {count} of {counted(len(folder.pictures))} have no caption, such as "
-               f"{first}; write one into {first.with_suffix('.txt').name} beside it, or into {metadata}")
+    thing = folder.wanted.thing
+    beside = first.with_suffix(".txt").name
+    message = (f"--data {folder.path}: {count} of {counted(len(folder.pictures), thing)} have no caption, "
+               f"such as {first}; write one into {beside} beside it, or into {metadata}")
     unknown = places(keys, folder.pictures.keys()) < 0
     if unknown.any():
         other = min(path for i, (path, _) in enumerate(_metadata_rows(folder.metadata)) if unknown[i])
         number = len(np.unique(keys[unknown]))
-        message += f", which names {counted(number)} not there, such as {other.name}"
+        message += f", which names {counted(number, thing)} not there, such as {other.name}"
     return ValueError(message)
 
 

@@ -30,6 +30,7 @@ from conditioning import VALIDATED
 from data import (Dataset, Order, grouped_indices, load_drawn, packed_indices, send, shares,
                   some_pictures)
 from draw import draw_batches, picture_bar
+from media import medium_at
 from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare
 from ragged import Ragged, groups_of_equal
@@ -51,6 +52,7 @@ class MixedAutoencoding(Autoencoding):
         self.cache_dir = cache_dir
         self.device = plan.device
         self.ranks = plan.ranks
+        self.medium = medium_at(None)
         self.val = val.images[:VALIDATED]
         chosen = some_pictures(len(data), args.limit)
         shapes = data.images.shapes[chosen, :2]
@@ -122,6 +124,7 @@ class MixedDenoising(Denoising):
         self.conditioning.packed = True
         self.objective = settings.objective_config(args)
         self.path = build_path(self.objective)
+        self.medium = medium_at(None)
         self.pairs = None
         self.images = data.images
         self.cache = encode_mixed(args, self.vae, data, cache_dir, plan)

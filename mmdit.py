@@ -8,7 +8,7 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 Contract: model(xt, t, context, mask, pooled) -> raw, with xt (B, C, H, W), t (B,) in [0, 1], 0 = data, and
 the output of a text encoder: context (B, L, context_width), mask (B, L), True at valid positions, and pooled
 (B, pooled_width). Shapes: L text tokens, then N = h * w image tokens, D the width. Pictures of different
-sizes with texts of different lengths: see `Joint`.
+sizes with texts of different lengths: see `Joint`. A third kind of tokens, of a sound: see `Sound`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention import Packing, Rope, attention, pack, rms_norm
-from dit import (MLP, QKV, FinalLayer, Modulation, Norm, PatchEmbed, SelfAttention, TimestepEmbedder,
-                 TokenConv, feed_forward, grid_coordinates, initialize_transformer, mix, modulate, per_token,
-                 position_angles, sincos_positions, unpatchify)
+from dit import (MLP, QKV, FinalLayer, LengthEmbedder, Modulation, Norm, PatchEmbed, SelfAttention,
+                 TimestepEmbedder, TokenConv, feed_forward, grid_coordinates, initialize_transformer, mix,
+                 modulate, per_token, position_angles, sincos_positions, unpatchify)
 
 
 @dataclass
@@ -50,6 +50,9 @@ class MMDiTConfig:
     sincos: tuple[int, int] | None = None    # SD 3: added positions; the `crop` of sincos_positions
     position_table: bool = False             # keep them as a buffer: the files of SD 3 hold their own
     guidance: bool = False                   # FLUX.1-dev: distilled, so the guidance scale is an input
+    longest: float = 0.0                     # of sounds, in seconds: as in DiTConfig
+    sound_channels: int | None = None        # a third stream, of a sound's latent; None: there is none
+    sound_patch: tuple[int, int] = (1, 2)    # its patches: one row high, so many latent frames long
     time_scale: float = 1000.0
     time_offset: float = 0.0
     experts: int = 0                         # in the image stream of joint blocks; these six as in DiTConfig
@@ -76,13 +79,21 @@ PRESETS = {
 
 
 def rope_3d(length: int, h: int, w: int, axes: tuple[int, int, int], theta: float,
-            device: torch.device | str = "cpu") -> Rope:
-    """cos and sin, each (length + h * w, sum(axes) / 2), for `length` text tokens at (0, 0, 0) and h x w
-    patches at (0, y, x). axes: the channels that rotate with each coordinate (FLUX)."""
+            device: torch.device | str = "cpu", frames: int = 0) -> Rope:
+    """cos and sin, each (length + h * w + frames, sum(axes) / 2), for `length` text tokens at (0, 0, 0), h x
+    w patches at (0, y, x) and the tokens of a sound at (1, 0, 0), (2, 0, 0), ... axes: the channels that
+    rotate with each coordinate (FLUX)."""
     y, x = grid_coordinates(h, w)
     patches = torch.stack([torch.zeros_like(y), y, x], dim=1)                            # (N, 3)
     # All text tokens are at the origin: the text encoder's output already encodes their order.
     positions = torch.cat([torch.zeros(length, 3, dtype=torch.float64), patches])        # (L + N, 3)
+    if frames:
+        # Attention depends on differences of positions. Time has the axis on which text and picture stay at
+        # 0, and begins at 1, so no frame lies where a word or a patch does, nor as far from a patch as
+        # another patch.
+        time = torch.zeros(frames, 3, dtype=torch.float64)
+        time[:, 0] = torch.arange(1, frames + 1)
+        positions = torch.cat([positions, time])                                         # (L + N + M, 3)
     angles = torch.cat([position_angles(coordinate, channels // 2, theta)
                         for coordinate, channels in zip(positions.T, axes)], dim=1)
     return angles.cos().float().to(device), angles.sin().float().to(device)
@@ -121,6 +132,15 @@ def join(image: Packing, text: Packing) -> Joint:
     return Joint(image, text, both, order, rows[:len(text.owner)], rows[len(text.owner):])
 
 
+class Sound(NamedTuple):
+    """The third stream: a sound that is drawn together with the picture, or is given with it. Each has a time
+    of its own, so that either may be clean while the other is noise (Bao et al. 2023, arXiv:2303.06555). Each
+    is conditioned on its own time, and the text on both."""
+    x: Tensor                # (B, M, D): its tokens
+    condition: Tensor        # (B, D)
+    text_condition: Tensor   # (B, D): that of the text
+
+
 class StreamModulation(NamedTuple):
     """How the condition acts on one stream, each (B, 1, D), or (1, n, D) where it is packed. The context
     stream of the last block has only the first two: its tokens enter the attention but are not updated any
@@ -133,7 +153,7 @@ class StreamModulation(NamedTuple):
 
 
 class Stream(nn.Module):
-    """The weights of a joint block that belong to one kind of token, text or image.
+    """The weights of a joint block that belong to one kind of token: text, image or sound.
 
     last: the text of the last joint block. No layer reads its tokens afterwards, so they give queries, keys
     and values but are not updated, and the weights that would update them do not exist. dual: a second
@@ -190,28 +210,33 @@ class Stream(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Text and image, each with its own weights, in one attention (Esser et al. 2024, figure 2b). index: of
-    the block, counted from 0."""
+    """Text and image, and a sound where there is one, each with its own weights, in one attention (Esser et
+    al. 2024, figure 2b). index: of the block, counted from 0."""
 
     def __init__(self, c: MMDiTConfig, last: bool, dual: bool, index: int = 0):
         super().__init__()
         self.last = last
         self.context_block = Stream(c, last=last)
         self.x_block = Stream(c, dual=dual, index=index)
+        self.sound_block = Stream(c) if c.sound_channels else None
 
     def forward(self, x: Tensor, context: Tensor, condition: Tensor, rope: Rope | None, mask: Tensor | None,
-                grid: tuple[int, int] | None, joint: Joint | None = None) -> tuple[Tensor, Tensor]:
+                grid: tuple[int, int] | None, joint: Joint | None = None,
+                sound: Sound | None = None) -> tuple[Tensor, ...]:
         """x (B, N, D), context (B, L, D), the condition (B, D) and mask (B, L + N), bool, True where a token
-        may be attended to -> x and context. joint: of B pictures in x (1, N, D) and context (1, L, D)."""
+        may be attended to -> x and context; with a sound, mask is (B, L + N + M), and a third output is that
+        of its stream. joint: of B pictures in x (1, N, D) and context (1, L, D)."""
         packed = joint is not None
-        text_modulation = self.context_block.modulation(condition, joint.text if packed else None)
-        text = self.context_block.qkv(context, text_modulation)
+        text_condition = condition if sound is None else sound.text_condition
+        text_modulation = self.context_block.modulation(text_condition, joint.text if packed else None)
+        streams = [self.context_block.qkv(context, text_modulation)]
         image_modulation = self.x_block.modulation(condition, joint.image if packed else None)
-        image = self.x_block.qkv(x, image_modulation)
+        streams.append(self.x_block.qkv(x, image_modulation))
+        if sound is not None:
+            sound_modulation = self.sound_block.modulation(sound.condition)
+            streams.append(self.sound_block.qkv(sound.x, sound_modulation))
 
-        q = torch.cat([text.q, image.q], dim=2)                              # (B, heads, L + N, head_dim)
-        k = torch.cat([text.k, image.k], dim=2)
-        v = torch.cat([text.v, image.v], dim=2)
+        q, k, v = (torch.cat(part, dim=2) for part in zip(*streams))         # (B, heads, L + N + M, head_dim)
         if packed:                           # each text before its picture
             q, k, v = (part.index_select(2, joint.order) for part in (q, k, v))
         attended = attention(q, k, v, rope=rope, mask=mask, packing=joint.both if packed else None)
@@ -220,13 +245,15 @@ class JointBlock(nn.Module):
             text_attended = attended.index_select(1, joint.text_rows)
             image_attended = attended.index_select(1, joint.image_rows)
         else:
-            length = context.shape[1]
-            text_attended, image_attended = attended[:, :length], attended[:, length:]
+            lengths = [stream.q.shape[2] for stream in streams]
+            text_attended, image_attended, *rest = attended.split(lengths, dim=1)
 
         x = self.x_block.update(x, image_modulation, image_attended, grid, joint.image if packed else None)
         if not self.last:
             context = self.context_block.update(context, text_modulation, text_attended)
-        return x, context
+        if sound is None:
+            return x, context
+        return x, context, self.sound_block.update(sound.x, sound_modulation, *rest)
 
 
 class SingleBlock(nn.Module):
@@ -281,6 +308,9 @@ class MMDiT(nn.Module):
         if not fits:
             raise ValueError(f"width {c.width} with {c.heads} heads and rope {c.rope}: rope must be three "
                              "even numbers that add up to width / heads")
+        if c.sound_channels and (c.single_depth or not c.rope):
+            raise ValueError(f"sound_channels {c.sound_channels} with single_depth {c.single_depth} and rope "
+                             f"{c.rope}: a sound has a stream in joint blocks only, and rotary positions")
         self.out_channels = c.out_channels or c.channels
         self.x_embedder = PatchEmbed(c.channels, c.width, c.patch)
         if c.position_table:                 # along one axis, (largest, D / 2)
@@ -293,14 +323,23 @@ class MMDiT(nn.Module):
         self.guidance_embedder = None
         if c.guidance:                       # embedded exactly as the time is, as in FLUX
             self.guidance_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
+        self.length_embedder = LengthEmbedder(c.width, c.longest) if c.longest else None
         # Single blocks, if any, use the text tokens of the last joint block, which must then update them.
         last = c.depth - 1 if c.single_depth == 0 else None
         self.joint_blocks = nn.ModuleList(
             JointBlock(c, last=i == last, dual=i < c.dual_attention, index=i) for i in range(c.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.single_depth))
         self.final_layer = FinalLayer(c.norm, c.width, c.patch, self.out_channels)
+        if c.sound_channels:
+            self.sound_embedder = PatchEmbed(c.sound_channels, c.width, c.sound_patch)
+            self.sound_t_embedder = TimestepEmbedder(c.width, c.time_scale, c.time_offset)
+            self.sound_final_layer = FinalLayer(c.norm, c.width, c.sound_patch, c.sound_channels)
         self._positions: dict[tuple, tuple[Tensor | None, Rope | None]] = {}
         initialize_transformer(self)
+        if c.sound_channels:                 # as the picture's: see there
+            nn.init.xavier_uniform_(self.sound_embedder.proj.weight.flatten(1))
+            nn.init.zeros_(self.sound_embedder.proj.bias)
+            nn.init.zeros_(self.sound_final_layer.linear.weight)
 
     def without(self, layers: tuple[int, ...]) -> MMDiT:
         """This network, weights shared, without these of its joint blocks, counted from 0: what skip-layer
@@ -315,19 +354,19 @@ class MMDiT(nn.Module):
                                            if i not in layers)
         return other
 
-    def positions(self, length: int, h: int, w: int,
-                  device: torch.device) -> tuple[Tensor | None, Rope | None]:
-        """The added and the rotary positions of `length` text tokens and h x w patches, computed once for
-        each length and grid."""
+    def positions(self, length: int, h: int, w: int, device: torch.device,
+                  frames: int = 0) -> tuple[Tensor | None, Rope | None]:
+        """The added and the rotary positions of `length` text tokens, h x w patches and the frames of a
+        sound, computed once for each length and grid."""
         c = self.config
-        key = (length, h, w, device)
+        key = (length, h, w, device, frames)
         if key not in self._positions:
             sincos = None
             if c.position_table:
                 sincos = self.centre_of_table(h, w).to(device)
             elif c.sincos:
                 sincos = sincos_positions(h, w, c.width, device, c.sincos)
-            rope = rope_3d(length, h, w, c.rope, c.rope_theta, device) if c.rope else None
+            rope = rope_3d(length, h, w, c.rope, c.rope_theta, device, frames) if c.rope else None
             self._positions[key] = sincos, rope
         return self._positions[key]
 
@@ -344,17 +383,35 @@ class MMDiT(nn.Module):
         return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
     def forward(self, xt: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None,
-                pooled: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+                pooled: Tensor | None = None, guidance: Tensor | None = None,
+                seconds: Tensor | None = None, sound: Tensor | None = None,
+                sound_t: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """xt (B, C, H, W), t (B,) in [0, 1], context (B, L, context_width), mask (B, L), True at valid
-        positions (None: all are), pooled (B, pooled_width), guidance (B,) -> raw (B, out_channels, H, W).
+        positions (None: all are), pooled (B, pooled_width), guidance (B,), seconds (B,), the length of a
+        sound -> raw (B, out_channels, H, W).
         xt may also be a list of B latents (C, H, W) of different sizes; raw is then a list as well, and
         context may be a list of (L, context_width) without padding.
-        Raises ValueError where the patch does not divide a latent."""
-        condition = self.t_embedder(t)                                       # (B, D)
-        if self.guidance_embedder is not None:
-            condition = condition + self.guidance_embedder(guidance)
-        if self.y_embedder is not None:
-            condition = condition + self.y_embedder(pooled)
+        With a third stream, xt and t are those of the pictures, sound (B, sound_channels, 1, T) and sound_t
+        (B,) those of the sounds; the result is a pair, raw of either.
+        Raises ValueError where the patch does not divide a latent, and for a sound without a stream or a
+        stream without a sound."""
+        def condition_of(time: Tensor) -> Tensor:
+            condition = time                                                 # (B, D)
+            if self.guidance_embedder is not None:
+                condition = condition + self.guidance_embedder(guidance)
+            if self.y_embedder is not None:
+                condition = condition + self.y_embedder(pooled)
+            if self.length_embedder is not None:
+                condition = condition + self.length_embedder(seconds)
+            return condition
+
+        time = self.t_embedder(t)
+        condition = condition_of(time)
+        if sound is not None or self.config.sound_channels:
+            self.check_pair(xt, sound)
+            sound_time = self.sound_t_embedder(sound_t)
+            stream = Sound(sound, condition_of(sound_time), condition_of(time + sound_time))
+            return self.forward_pair(xt, stream, condition, context, mask)
         if not isinstance(xt, Tensor):
             return self.forward_mixed(xt, condition, context, mask)
         length = context.shape[1]
@@ -377,6 +434,39 @@ class MMDiT(nn.Module):
             x = x[:, length:]                                                # (B, N, D)
         x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
         return unpatchify(x, (h, w), self.config.patch)                      # (B, C, H, W)
+
+    def check_pair(self, xt: Tensor | list[Tensor], sound: Tensor | None) -> None:
+        if not self.config.sound_channels:
+            raise ValueError("a sound for a network without a stream for sounds; leave it out")
+        if sound is None:
+            raise ValueError("a network of pairs, which takes a sound with every picture; draw with pairs.py")
+        if not isinstance(xt, Tensor):
+            raise ValueError("pictures of different sizes with sounds; give latents of one size")
+
+    def forward_pair(self, xt: Tensor, sound: Sound, condition: Tensor, context: Tensor,
+                     mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`forward` for pictures with sounds. sound: its latents (B, sound_channels, 1, T) in the place of
+        tokens; condition: the picture's, (B, D)."""
+        h, w = self.x_embedder.grid(xt)
+        rows, columns = self.sound_embedder.grid(sound.x)
+        frames = rows * columns
+        sincos, rope = self.positions(context.shape[1], h, w, xt.device, frames)
+
+        x = self.x_embedder(xt)                                              # (B, N, D)
+        if sincos is not None:
+            x = x + sincos.to(self.x_embedder.proj.weight.dtype)
+        text = self.context_embedder(context)                                # (B, L, D)
+        sound = sound._replace(x=self.sound_embedder(sound.x))               # (B, M, D)
+        if mask is not None:                                                 # (B, L + N + M)
+            mask = torch.cat([mask, mask.new_ones(len(x), h * w + frames)], dim=1)
+
+        for block in self.joint_blocks:
+            x, text, tokens = block(x, text, condition, rope, mask, (h, w), sound=sound)
+            sound = sound._replace(x=tokens)
+        x = self.final_layer(x, condition)                                   # (B, N, p * q * C)
+        tokens = self.sound_final_layer(sound.x, sound.condition)
+        return (unpatchify(x, (h, w), self.config.patch),
+                unpatchify(tokens, (rows, columns), self.config.sound_patch))
 
     def forward_mixed(self, xt: list[Tensor], condition: Tensor, context: Tensor | list[Tensor],
                       mask: Tensor | None) -> list[Tensor]:

@@ -22,14 +22,18 @@ from torch import Tensor
 
 from dit import DiTConfig
 from mmdit import MMDiTConfig
+from stable_audio import StableAudioConfig
 from unet import UNetConfig
 
 
 # ---- parts of a file, names, layouts
 
 NETWORK = "model.diffusion_model."
+SOUND_NETWORK = "model.model."                             # Stable Audio's; what embeds its seconds is apart
+CONDITIONERS = "conditioner.conditioners."
 Table = tuple[tuple[str, str], ...]
 AUTOENCODERS = ("first_stage_model.", "vae.")
+SOUND_AUTOENCODER = "pretransform.model."
 
 
 def part(state: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
@@ -46,7 +50,8 @@ def network_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     is. CompVis names the average of a.b.c as model_ema.abc."""
     found = part(state, NETWORK)
     if not found:
-        return state
+        found = part(state, SOUND_NETWORK)
+        return found | part(state, CONDITIONERS) if found else state
     return {name: state.get(f"model_ema.diffusion_model{name.replace('.', '')}", weight)
             for name, weight in found.items()}
 
@@ -258,6 +263,79 @@ def mmdit_weights(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Te
     return renamed
 
 
+# ---- Stable Audio
+
+# diffusers' StableAudioDiTModel and StableAudioProjectionModel, which embeds the seconds.
+STABLE_AUDIO_NAMES = (
+    ("^time_proj.weight", "t_embedder.frequencies"),
+    ("^timestep_proj.", "t_embedder.mlp."),
+    ("^global_proj.", "y_embedder."),
+    ("^cross_attention_proj.", "context_embedder."),
+    ("^transformer_blocks.", "blocks."),
+    (".attn1.to_out.0.", ".attn.proj."),
+    (".attn1.to_@.", ".attn.@."),                                              # joined below
+    (".attn2.to_out.0.", ".cross.proj."),
+    (".attn2.to_@.", ".cross.@."),                                             # k and v joined below
+    (".ff.net.0.proj.", ".mlp.fc1."),
+    (".ff.net.2.", ".mlp.fc2."),
+    ("^start_number_conditioner.", "seconds_start."),
+    ("^end_number_conditioner.", "seconds_total."),
+    (".time_positional_embedding.0.weights", ".frequencies"),
+    (".time_positional_embedding.1.", ".proj."),
+)
+# The original, stable-audio-tools.
+STABLE_AUDIO_ORIGINAL = (
+    ("^timestep_features.weight", "t_embedder.frequencies"),
+    ("^to_timestep_embed.", "t_embedder.mlp."),
+    ("^to_global_embed.", "y_embedder."),
+    ("^to_cond_embed.", "context_embedder."),
+    ("^transformer.project_", "proj_"),
+    ("^transformer.layers.", "blocks."),
+    (".pre_norm.", ".norm1."),
+    (".cross_attend_norm.", ".norm2."),
+    (".ff_norm.", ".norm3."),
+    (".gamma", ".weight"),
+    (".beta", ".bias"),
+    (".self_attn.to_out.", ".attn.proj."),
+    (".self_attn.to_", ".attn."),
+    (".cross_attn.to_out.", ".cross.proj."),
+    (".cross_attn.to_", ".cross."),
+    (".ff.ff.0.proj.", ".mlp.fc1."),
+    (".ff.ff.2.", ".mlp.fc2."),
+    (".embedder.embedding.0.weights", ".frequencies"),
+    (".embedder.embedding.1.", ".proj."),
+)
+
+
+def stable_audio_weights(state: dict[str, Tensor], config: StableAudioConfig) -> dict[str, Tensor]:
+    """The state of a StableAudio of this config from that of the original or of diffusers. Both rotate the
+    first half of a head's channels, of which the first half makes pairs with the second; ours are neighbours.
+    Both have the values of the MLP before their gates."""
+    is_diffusers = any(name.startswith("transformer_blocks.") for name in state)
+    renamed = {rename(name, STABLE_AUDIO_NAMES if is_diffusers else STABLE_AUDIO_ORIGINAL): weight
+               for name, weight in state.items() if name != "transformer.rotary_pos_emb.inv_freq"}
+    for name in list(renamed):
+        if ".attn.q." in name:
+            join(renamed, name, ("q", "k", "v"), "qkv")
+        elif ".cross.q." in name and is_diffusers:
+            join(renamed, name, ("k", "v"), "kv")
+    frequencies = renamed.get("t_embedder.frequencies")
+    if frequencies is not None and frequencies.ndim == 2:  # a matrix with one column
+        renamed["t_embedder.frequencies"] = frequencies[:, 0]
+
+    # Weights of another shape stay as they are: check_weights names them.
+    for name, weight in renamed.items():
+        if name.endswith(".attn.qkv.weight") and weight.shape[0] == 3 * config.width:
+            heads = weight.unflatten(0, (3, config.heads, -1))                 # (3, heads, head_dim, D)
+            half = heads.shape[2] // 2
+            pairs = heads[:2, :, :half].unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3)
+            rotated = torch.cat([pairs, heads[:2, :, half:]], dim=2)           # of q and k
+            renamed[name] = torch.cat([rotated, heads[2:]]).flatten(0, 2)
+        elif ".mlp.fc1." in name:
+            renamed[name] = torch.cat(weight.chunk(2)[::-1])
+    return renamed
+
+
 # ---- U-Net
 
 # UNet2DConditionModel. Our names are those of diffusers, except for the embedding of the pooled text vector,
@@ -362,6 +440,37 @@ def vae_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def audio_vae_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an AudioVAE, without the statistics of its latents, in float32 at least, from that of
+    diffusers' AutoencoderOobleck, whose names are ours, or of stable-audio-tools, also from a whole file of
+    Stable Audio. The latter numbers the layers of each part, and those of each block."""
+    state = part(state, SOUND_AUTOENCODER) or part(state, "vae.") or state
+    numbers = [int(name.split(".")[2]) for name in state if re.match(r"encoder\.layers\.\d+\.", name)]
+    last = max(numbers, default=0)
+
+    def place(side: str, number: int, inner: list[str]) -> str:
+        if number in (0, last - 1, last):
+            return ".".join([{0: "conv1", last - 1: "snake1", last: "conv2"}[number], *inner])
+        order = ["res_unit1", "res_unit2", "res_unit3", "snake1", "conv1"]
+        if side == "decoder":
+            order = ["snake1", "conv_t1", "res_unit1", "res_unit2", "res_unit3"]
+        names = [f"block.{number - 1}", order[int(inner[1])]]              # inner: layers, number, ...
+        if names[1].startswith("res_unit"):
+            names.append(["snake1", "conv1", "snake2", "conv2"][int(inner[3])])
+        return ".".join([*names, inner[-1]])
+
+    renamed: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if numbers and re.match(r"(en|de)coder\.layers\.", name):
+            side, _, number, *inner = name.split(".")
+            name = f"{side}.{place(side, int(number), inner)}"
+            if name.endswith((".alpha", ".beta")) and weight.ndim == 1:
+                weight = weight[None, :, None]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        renamed[name] = weight.to(dtype, copy=True)        # out of the mapped file
+    return renamed
+
+
 def count_levels(state: dict[str, Tensor]) -> int:
     """The number of resolutions of a VAE's encoder."""
     levels = 0
@@ -379,6 +488,7 @@ TEXT_PREFIXES = {
     "openclip-h": ("cond_stage_model.model.",),
     "openclip-g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     "t5-xxl": ("text_encoders.t5xxl.transformer.",),
+    "t5-base": (),                         # Stable Audio's file is without it
 }
 OPENCLIP_NAMES = (
     ("^positional_embedding", "text_model.embeddings.position_embedding.weight"),
@@ -474,8 +584,10 @@ def scaled_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # arch -> the function that gives a published state our names; and how its files are known: one name that
 # the original or diffusers have, and no other network.
-WEIGHTS = {"dit": dit_weights, "mmdit": mmdit_weights, "unet": unet_weights}
-MARKS = {
+WEIGHTS = {"dit": dit_weights, "mmdit": mmdit_weights, "unet": unet_weights,
+           "stable-audio": stable_audio_weights}
+MARKS = {                                  # the first of these, as it has names of the second too
+    "stable-audio": ("preprocess_conv.weight",),
     "dit": ("blocks.0.attn.qkv.weight", "transformer_blocks.0.attn1.to_q.weight"),
     "mmdit": ("joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight",
               "transformer_blocks.0.attn.add_q_proj.weight"),
@@ -503,6 +615,8 @@ def demo() -> None:
         ("FLUX in diffusers", "transformer_blocks.7.ff_context.net.0.proj.weight",
          lambda name: rename(name, MMDIT_NAMES)),
         ("FLUX's VAE", "decoder.mid.attn_1.proj_out.bias", lambda name: rename(name, VAE_NAMES)),
+        ("Stable Audio", "transformer.layers.7.cross_attn.to_kv.weight",
+         lambda name: rename(name, STABLE_AUDIO_ORIGINAL)),
         ("OpenCLIP", "transformer.resblocks.0.mlp.c_fc.bias", lambda name: rename(name, OPENCLIP_NAMES)),
     )
     for where, name, ours in rows:

@@ -15,12 +15,13 @@ import os
 import sys
 import textwrap
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from files import shortened, warn_once, write_atomically
@@ -42,6 +43,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 # ---- reading a file
 
+PIXELS = 40_000_000         # of one picture of a collection: check_pixels
+
 # Raster formats that Pillow decodes itself; a file's content decides, not its ending. Never EPS, PS or PDF:
 # for them Pillow starts another program, which would run what the file contains. TGA has no mark: it is last.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "ICNS",
@@ -57,6 +60,29 @@ def cover(image: Image.Image, size: Size, place: float = 0.5) -> np.ndarray:
     """uint8 (H, W, 3): the picture scaled to cover `size` and cropped; `place` from 0 to 1 says where on the
     side that is too long."""
     return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS, centering=(place, place)))
+
+
+def contain(image: Image.Image, size: Size) -> np.ndarray:
+    """uint8 (H, W, 3): an RGB picture, cropped to what differs from white, as a whole in the middle of a
+    white one of this size, as large as fits."""
+    large = min(image.width // size[1], image.height // size[0]) // 3
+    if large > 1:                                   # averages come cheaper than the filter that follows
+        image = image.reduce(large)
+    ink = ImageChops.difference(image, Image.new("RGB", image.size, "white"))
+    box = ink.convert("L").point(lambda level: 255 * (level > 8)).getbbox()
+    if box:
+        image = image.crop(box)
+    return np.asarray(ImageOps.pad(image, size[::-1], Image.Resampling.LANCZOS, color="white"))
+
+
+def check_pixels(path: Path) -> None:
+    """Raise ValueError for a picture of more than PIXELS, which takes gigabytes to decode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with open_header(path) as image:
+            pixels = math.prod(image.size)
+    if pixels > PIXELS:
+        raise ValueError(f"{pixels / 1e6:,.0f} megapixels, of at most {PIXELS / 1e6:,.0f}")
 
 
 def read_image(path: Path | IO[bytes], behind: str = "white",

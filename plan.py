@@ -35,16 +35,17 @@ from cache import PIECE
 from cli import program
 from conditioning import Conditioning
 from cuts import check_tensor_parallel
-from data import find_folder
+from data import SOURCES, find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
 from ragged import fitted
 from ranks import ALONE, Ranks
-from run import (Run, build_model, build_path, checkpoint_blocks, encoder_fingerprint, latent_space,
-                 load_checkpoint, load_vae, make_config, unpack_vae)
+from media import medium_of
+from run import (Run, build_model, build_path, checkpoint_blocks, config_of_vae, encoder_fingerprint,
+                 latent_space, load_checkpoint, load_vae, make_config, unpack_vae)
 from settings import ARCHITECTURES
 from shards import VAE_FILE, Shards
-from vae import VAE, VAEConfig
+from vae import VAE
 from weights import check_weights
 
 
@@ -102,6 +103,8 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
         words = "embeddings" if args.text_encoder == "none" else "captions"
     cond = "none" if args.arch == "vae" else args.cond
     condition = conditioning.of_settings(cond, settings.text_config(args), args.label_dropout, device)
+    if args.rate and args.arch != "vae":
+        condition.longest = args.image_size[1] / args.rate
     if args.preview_prompts:
         condition.preview_prompts = conditioning.read_prompts("--preview-prompts", args.preview_prompts)
     plan = Plan(run, device, bf16, condition, words, run.folder, folder=folder, ranks=ranks)
@@ -115,14 +118,14 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
                                  "another")
         plan.finished = True                               # said without the data or a VAE
         if args.arch == "vae" and args.aspect:             # of a VAE, the data are compared all the same
-            config = VAEConfig(**settings.vae_config(args, image_channels=3))
+            config = config_of_vae(settings.vae_config(args, image_channels=3))
             plan_sizes(args, plan, [2 ** (len(config.widths) - 1)] * 2)
         return plan
     folders = {"--runs-dir": run.folder}
     if args.cache_dir:
         folders["--cache-dir"] = Path(args.cache_dir)
     check_folders(folders)
-    plan.folder = check_shards(args, folder or find_folder(args.data, words))
+    plan.folder = check_shards(args, folder or find_folder(args.data, words, args.rate))
 
     vae_args = args
     initial = None
@@ -139,7 +142,15 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
     if args.cache_dir:
         plan.cache_dir = Path(args.cache_dir)
     check_folders({"--cache-dir": plan.cache_dir})
-    vae_config = plan.vae.config if plan.vae else VAEConfig(**settings.vae_config(vae_args, image_channels=3))
+    vae_config = config_of_vae(settings.vae_config(vae_args, image_channels=3))
+    if plan.vae:
+        vae_config = plan.vae.config
+    if medium_of(vae_config).rate != args.rate:
+        what = f"--vae {args.vae}" if args.vae else f"the VAE in {plan.run.checkpoint}"
+        theirs, ours = [f"sounds of {rate} Hz" if rate else "pictures"
+                        for rate in (medium_of(vae_config).rate, args.rate)]
+        raise ValueError(f"{what}: is for {theirs}, and --data {args.data} has {ours}; give another --vae, "
+                         "or leave it out")
     if initial and "arch" in initial:                      # a run; a published file is what --published says
         check_initial(args, initial, plan)
     check_shapes(args, vae_config, condition, plan)
@@ -444,24 +455,28 @@ def fit_weights(model: torch.nn.Module, state: dict[str, Tensor], what: str, the
     return state
 
 
-def check_shapes(args: argparse.Namespace, vae_config: VAEConfig, condition: Conditioning,
-                 plan: Plan) -> None:
+def check_shapes(args: argparse.Namespace, vae_config, condition: Conditioning, plan: Plan) -> None:
     """Build the networks on the meta device, which takes no memory, and check that the downsampling and the
     patches divide both sides of the pictures, so that errors appear before minutes are spent on the VAE."""
-    factors = {"VAE": (2 ** (len(vae_config.widths) - 1),) * 2}
     with torch.device("meta"):
         autoencoder = network = build_model("vae", asdict(vae_config))
+        factors = {"VAE": autoencoder.factors}
         if args.arch != "vae":
             config = settings.network_config(args, vae_config.latent_channels, condition)
             network = build_model(args.arch, config, condition.text)
             if plan.initial is not None:
                 fit_weights(network, plan.initial, args.init_from)
-            factors[args.arch] = (network.factor,) * 2 if args.arch == "unet" else network.config.patch
+            factors[args.arch] = network.factors if args.arch == "unet" else network.config.patch
     need = [math.prod(pair[axis] for pair in factors.values()) for axis in (0, 1)]
     plan.size = tuple(args.image_size)
     if args.aspect:
         plan_sizes(args, plan, need)
     elif any(side % multiple for side, multiple in zip(args.image_size, need)):
+        if args.rate:
+            raise ValueError(f"--seconds {args.seconds:g}: {args.image_size[1]:,} samples at {args.rate} Hz "
+                             f"are not a multiple of {need[1]}; give --seconds "
+                             f"{-(-args.image_size[1] // need[1]) * need[1] / args.rate:g}, or a shorter "
+                             "--patch")
         why = ", ".join(f"{name} {h}x{w}" for name, (h, w) in factors.items())
         raise ValueError("--image-size {} {}: height must be a multiple of {} and width of {} ({})".format(
             *args.image_size, *need, why))
@@ -589,6 +604,9 @@ def bytes_per_picture(args: argparse.Namespace, model: torch.nn.Module, size: tu
     """What training keeps of each picture, in fp32. model: on the meta device; latent: (C, h, w)."""
     def forward(count: int) -> object:
         if args.arch == "vae":                 # not `loss`: autocast does not know the meta device
+            if args.rate:
+                return (model.encoder(torch.empty(count, model.config.channels, size[1])),
+                        model.decoder(torch.empty(count, latent[0], latent[2])))
             return (model.encoder(torch.empty(count, model.config.image_channels, *size)),
                     model.decoder(torch.empty(count, *latent)))
         cond = {}
@@ -600,6 +618,8 @@ def bytes_per_picture(args: argparse.Namespace, model: torch.nn.Module, size: tu
                 cond["guidance"] = torch.empty(count)
         elif model.config.num_classes:
             cond["y"] = torch.zeros(count, dtype=torch.long)
+        if model.config.longest:
+            cond["seconds"] = torch.empty(count)
         return model(torch.empty(count, *latent), torch.empty(count), **cond)
 
     if args.grad_checkpoint:
@@ -614,15 +634,17 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     """Refuse what the machine cannot hold. The estimates are lower bounds: what is refused could not work."""
     height, width = plan.size
     pixels = height * width
-    latent = (autoencoder.config.latent_channels, height // autoencoder.factor, width // autoencoder.factor)
+    latent = autoencoder.latent_shape(plan.size)
     shards = isinstance(plan.folder, Shards)
-    count = 1_300 if args.data == "emoji" else 20_000      # no built-in source has fewer
+    count = SOURCES[args.data].fewest if args.data in SOURCES else 20_000
     if plan.folder:
         # Shards are not read yet: each has a picture at least.
         count = len(plan.folder.files if shards else plan.folder.pictures) * (RANDOM_CROPS
                                                                               if args.crop == "random" else 1)
     parameters = sum(p.numel() for p in network.parameters())
     pictures = {f"{count:,} pictures of {height} x {width}": count * pixels}
+    if args.rate:
+        pictures = {f"{count:,} sounds of {args.seconds:g} s": 2 * count * width}
     have = settings.memory(plan.device)
 
     # ---- memory of the device: 4 bytes a weight for value, gradient, AdamW's two moments, and each average
@@ -655,8 +677,9 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
 
     # ---- the disk: a checkpoint is replaced by a second one, and caches are kept
     need = {"two checkpoints": 2 * 4 * (3 + len(ema.widths_kept(args.ema))) * parameters}
-    if plan.folder and not shards and not (plan.cache_dir / "images.npy").is_file():
-        need[f"{count:,} decoded pictures"] = 3 * count * pixels
+    decoded, each = ("images.npy", 3 * pixels) if args.rate is None else ("sounds.npy", 2 * width)
+    if plan.folder and not shards and not (plan.cache_dir / decoded).is_file():
+        need[f"{count:,} decoded {medium_of(autoencoder.config).name}"] = each * count
     encoded = shards and plan.folder.manifest
     # mean and deviation in fp16, mirrored or not
     if not encoded and not (plan.cache_dir / "latents.npy").is_file():

@@ -5,9 +5,10 @@
 
 DiT: Peebles & Xie 2022 (arXiv:2212.09748); SiT: Ma et al. 2024 (arXiv:2401.08740); Stable Diffusion 1 and 2:
 Rombach et al. 2022 (arXiv:2112.10752); XL: Podell et al. 2023 (arXiv:2307.01952); 3 and 3.5: Esser et al.
-2024 (arXiv:2403.03206); FLUX: github.com/black-forest-labs/flux. Files come from the authors or in the layout
-of diffusers; names.py has their names, weights.py reads them. Nothing is downloaded here. A state is a dict
-of tensors by name; every error is one line for the user (ValueError).
+2024 (arXiv:2403.03206); FLUX: github.com/black-forest-labs/flux; Stable Audio Open: Evans et al. 2024
+(arXiv:2407.14358). Files come from the authors or in the layout of diffusers; names.py has their names,
+weights.py reads them. Nothing is downloaded here. A state is a dict of tensors by name; every error is one
+line for the user (ValueError).
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from torch import Tensor
 import dit
 import mmdit
 import names
+import stable_audio
 import unet
+from audio_vae import PRESETS as AUDIO_VAE_PRESETS
+from audio_vae import AudioVAE, AudioVAEConfig
 from encoders import RECIPES, Part, belongs, count_parameters, kinds_in
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, VAEConfig
@@ -39,25 +43,28 @@ AGAIN = "download it again"            # what to do with a damaged file of someo
 # ---- the models
 
 class Latents(NamedTuple):
-    """The latents that a model was trained in: x0 = (z - shift) * scale, of a VAE with `factor` 8."""
+    """The latents that a model was trained in: x0 = (z - shift) * scale."""
     owner: str         # whose VAE it is
     channels: int
     scale: float
     shift: float = 0.0
+    factor: int = 8    # pixels on a side, or samples, of one position
 
 
 SD = Latents("Stable Diffusion 1 and 2", 4, 0.18215)
 XL = Latents("Stable Diffusion XL", 4, 0.13025)
 SD3 = Latents("Stable Diffusion 3", 16, 1.5305, 0.0609)
 FLUX = Latents("FLUX", 16, 0.3611, 0.1159)
+STABLE_AUDIO_RATE = 44_100                # samples a second
+STABLE_AUDIO = Latents("Stable Audio Open", 64, 1.0, factor=2048)
 
 
 class Published(NamedTuple):
     """A model as it was published, with the settings that its authors or its model card recommend."""
-    arch: str                          # "dit", "mmdit" or "unet"
+    arch: str                          # "dit", "mmdit", "unet" or "stable-audio"
     config: dict                       # of that network
     objective: dict                    # the path it was trained on, with its settings
-    side: int                          # of its pictures, in pixels
+    side: int                          # of its pictures, in pixels; the samples of its sounds
     latents: Latents
     steps: int
     guidance: float                    # scale of classifier-free guidance; 1: none
@@ -68,6 +75,12 @@ class Published(NamedTuple):
     # points, (tokens, logarithm); and the guidance scale that is an input of the network
     shift_points: tuple[tuple[int, float], tuple[int, float]] | None = None
     distilled_guidance: float | None = None
+    rate: int | None = None            # samples a second; None: it draws pictures
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture; a sound is one row of samples."""
+        return (self.side, self.side) if self.rate is None else (1, self.side)
 
 
 DIT_TIME = {"time_scale": 1000.0, "time_offset": -1.0}     # numbers its steps 0..999, where ours are 1..1000
@@ -122,6 +135,11 @@ MODELS |= {
                           "flux-dev", shift_points=((256, 0.5), (4096, 1.15)), distilled_guidance=DISTILLED),
     "flux-schnell": Published("mmdit", FLUX_CONFIG | dict(guidance=False), {"name": "rf"}, 1024, FLUX, 4, 1.0,
                               "euler", "even", "flux-schnell"),
+    # 1024 frames, 47.55 s; diffusers' scheduler, which the model card names, and its authors' steps and scale
+    "stable-audio-open-1.0": Published("stable-audio", stable_audio.PRESETS["open-1.0"],
+                                       {"name": "circle", "prediction": "v"}, 1024 * 2048, STABLE_AUDIO, 100,
+                                       7.0, "dpmpp_2m_sde", "stable-audio", "stable-audio",
+                                       rate=STABLE_AUDIO_RATE),
 }
 
 
@@ -129,7 +147,8 @@ def build_network(name: str) -> torch.nn.Module:
     """The network of MODELS[name] on the meta device: names and shapes without memory."""
     row = MODELS[name]
     network, config = {"dit": (dit.DiT, dit.DiTConfig), "mmdit": (mmdit.MMDiT, mmdit.MMDiTConfig),
-                       "unet": (unet.UNet, unet.UNetConfig)}[row.arch]
+                       "unet": (unet.UNet, unet.UNetConfig),
+                       "stable-audio": (stable_audio.StableAudio, stable_audio.StableAudioConfig)}[row.arch]
     with torch.device("meta"):
         return network(config(**row.config))
 
@@ -199,6 +218,9 @@ def our_weights(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"its table of positions, {tuple(table.shape)}, is not for the {tokens} patches "
                              f"of {name}; give the name that belongs to the file")
     state = names.WEIGHTS[row.arch](state, network.config)
+    if row.arch == "stable-audio" and not any(key.startswith("seconds_") for key in state):
+        raise ValueError("has no embedding of seconds; give the whole folder of the model, with transformer/ "
+                         "and projection_model/, or its authors' model.safetensors")
     check_weights(network, state, name)
     return state
 
@@ -240,6 +262,8 @@ def read_network(name: str, path: str | Path) -> dict[str, Tensor]:
     check_readable(path)
     file = inside(path, "transformer", "unet")
     state = names.network_part(map_weights(file))
+    if (Path(path) / "projection_model").is_dir():         # Stable Audio's embedding of seconds
+        state |= map_weights(Path(path) / "projection_model")
     try:
         found = our_weights(name, state)
     except ValueError as error:
@@ -359,6 +383,34 @@ def vae_from_weights(state: dict[str, Tensor], scale: float | Sequence[float],
     return model.eval().requires_grad_(False)
 
 
+def is_audio_vae(state: dict[str, Tensor]) -> bool:
+    """Whether these are the weights of an AudioVAE, by a name that names.audio_vae_weights knows."""
+    return any(name.removeprefix(names.SOUND_AUTOENCODER) in ("encoder.conv1.weight_v",
+                                                              "encoder.layers.0.weight_v") for name in state)
+
+
+def audio_vae_from_weights(state: dict[str, Tensor], rate: int) -> AudioVAE:
+    """An AudioVAE, in evaluation mode, from a published state as names.audio_vae_weights takes it. Widths and
+    strides are read from the shapes of the weights: the filters of a stride are twice as long. The latents
+    are used as they are. Raises ValueError for weights that do not fit together."""
+    state = names.audio_vae_weights(state)
+    widths, strides = [state["encoder.conv1.weight_v"].shape[0]], []
+    while f"encoder.block.{len(strides)}.conv1.weight_v" in state:
+        filters = state[f"encoder.block.{len(strides)}.conv1.weight_v"]
+        widths.append(filters.shape[0])
+        strides.append(filters.shape[2] // 2)
+    if not strides or "decoder.conv1.weight_v" not in state:
+        raise ValueError("not the weights of an AutoencoderOobleck: its blocks or its decoder are missing")
+    channels = state["decoder.conv1.weight_v"].shape[1]
+    config = AudioVAEConfig(rate=rate, channels=state["encoder.conv1.weight_v"].shape[1],
+                            latent_channels=channels, widths=tuple(widths), strides=tuple(strides))
+    state |= {"latent_mean": torch.zeros(channels), "latent_std": torch.ones(channels)}
+    with torch.device("meta"):
+        model = AudioVAE(config)
+    assign_weights(model, state, f"AutoencoderOobleck of widths {config.widths}")
+    return model.eval().requires_grad_(False)
+
+
 # A file without config.json does not hold its scale. A whole file shows by the names of its other parts whose
 # it is, in this order; a VAE alone, only by the name under which it was published.
 WHOLE_FILES = (("conditioner.", XL), ("model.diffusion_model.label_emb.", XL), ("cond_stage_model.", SD),
@@ -395,10 +447,11 @@ def has_vae(path: Path) -> bool:
     return (folder / "config.json").is_file() or path.suffix in (".ckpt", ".sft")
 
 
-def load_vae(path: str | Path, name: str | None = None) -> VAE:
-    """A published VAE: a diffusers folder (config.json beside the weights), also a whole pipeline's; a whole
-    file of Stable Diffusion or of FLUX; or a file of the VAE alone, whose scale is then that of MODELS[name].
-    Raises ValueError if it is none of these, or without the scale of its latents."""
+def load_vae(path: str | Path, name: str | None = None) -> VAE | AudioVAE:
+    """A published VAE, of sounds where the weights are an AutoencoderOobleck's: a diffusers folder (with
+    config.json beside the weights), also a whole pipeline's; a whole file of Stable Diffusion, FLUX or Stable
+    Audio; or a file of the VAE alone, whose scale is then that of MODELS[name]. Raises ValueError if it is
+    none of these, or without the scale of its latents."""
     path = Path(path)
     check_readable(path)
     if read_metadata(path) is not None:                    # of export.py: it holds its scale
@@ -410,6 +463,8 @@ def load_vae(path: str | Path, name: str | None = None) -> VAE:
         description = place.with_name("config.json")
     scale, shift, groups = None, 0.0, 32
     try:
+        if is_audio_vae(state):
+            return audio_vae_from_weights(state, described_rate(description, name))
         if description.is_file():
             scale, shift, groups = described_latents(description)
         if scale is None:
@@ -423,6 +478,16 @@ def load_vae(path: str | Path, name: str | None = None) -> VAE:
         raise ValueError(message if message.startswith(str(place)) else f"{place}: {message}") from None
     check_finite(autoencoder.state_dict(), str(place), AGAIN)
     return autoencoder
+
+
+def described_rate(file: Path, name: str | None) -> int:
+    """Samples a second in the config.json of an AudioVAE, or where there is none, of MODELS[name]."""
+    if file.is_file():
+        rate = read_config(file).get("sampling_rate")
+        if type(rate) is int and rate > 0:
+            return rate
+        raise ValueError(f"{file}: damaged (sampling_rate {rate!r}); download it again")
+    return (MODELS[name].rate if name else None) or STABLE_AUDIO_RATE
 
 
 def described_latents(file: Path) -> tuple[float | list[float] | None, float | list[float], int]:
@@ -448,7 +513,10 @@ def load_exported_vae(file: Path) -> VAE:
     exported = read_export(file)
     packed = exported["vae"] or {"config": exported["config"], "state": exported["ema"]}
     try:
-        autoencoder = VAE(VAEConfig(**packed["config"]))
+        if "rate" in packed["config"]:                     # of sounds
+            autoencoder = AudioVAE(AudioVAEConfig(**packed["config"]))
+        else:
+            autoencoder = VAE(VAEConfig(**packed["config"]))
     except TypeError as error:
         raise ValueError(f"{file}: {error}; this file is from another version") from None
     return load_weights(autoencoder, packed["state"], str(file)).eval().requires_grad_(False)
@@ -483,30 +551,39 @@ def check_prediction(name: str, path: str | Path) -> None:
                      f"{ours}{remedy}")
 
 
-def check_vae(name: str, autoencoder: VAE, what: str) -> None:
+def check_vae(name: str, autoencoder: VAE | AudioVAE, what: str) -> None:
     """Raise ValueError where the latents of a VAE, read from `what`, are not those that MODELS[name] was
     trained in, as it would then draw noise or wrong colours."""
     latents = MODELS[name].latents
     channels = autoencoder.config.latent_channels
     scale, mean = 1 / autoencoder.latent_std, autoencoder.latent_mean          # (C,)
-    same_shape = channels == latents.channels and autoencoder.factor == 8
+    same_shape = channels == latents.channels and autoencoder.factor == latents.factor
     same_scale = ((scale - latents.scale).abs() < 1e-4).all() and ((mean - latents.shift).abs() < 1e-4).all()
     if not (same_shape and same_scale):
         shifts = ["", ""]
         if latents.shift or mean.any():
             shifts = [f" after a shift of {value:.4f}" for value in (latents.shift, mean.mean())]
         raise ValueError(f"{what}: {name} was trained in latents of {latents.channels} channels at "
-                         f"1/8, scaled by {latents.scale}{shifts[0]} ({latents.owner}); this one has "
-                         f"{channels} at 1/{autoencoder.factor}, scaled by {scale.mean():.5f}{shifts[1]}")
+                         f"1/{latents.factor}, scaled by {latents.scale}{shifts[0]} ({latents.owner}); this "
+                         f"one has {channels} at 1/{autoencoder.factor}, scaled by {scale.mean():.5f}"
+                         f"{shifts[1]}")
+
+
+def build_vae(name: str) -> VAE | AudioVAE:
+    """The VAE of MODELS[name] on the meta device."""
+    row = MODELS[name]
+    with torch.device("meta"):         # shapes without memory
+        if row.rate is not None:
+            return AudioVAE(AudioVAEConfig(**AUDIO_VAE_PRESETS["stable-audio-open"]))
+        return VAE(VAEConfig(**VAE_PRESETS["sd"] | {"latent_channels": row.latents.channels,
+                                                    "quant_conv": row.latents.channels == 4}))
 
 
 def weights_in_bytes(name: str) -> dict[str, int]:
     """What the parts of a text model take as they are used: network and text encoders in bf16, and the VAE in
     fp32."""
     row = MODELS[name]
-    with torch.device("meta"):         # shapes without memory
-        autoencoder = VAE(VAEConfig(**VAE_PRESETS["sd"] | {"latent_channels": row.latents.channels,
-                                                           "quant_conv": row.latents.channels == 4}))
+    autoencoder = build_vae(name)
     found = {"network": 2 * sum(p.numel() for p in build_network(name).parameters())}
     for part in RECIPES[row.text].parts:
         kind = "T5" if part.family == "t5" else "CLIP"
@@ -517,17 +594,17 @@ def weights_in_bytes(name: str) -> dict[str, int]:
 def demo() -> None:
     """Print the published models and their parameters; and of text models, how much memory their weights
     take."""
-    print("name            network   path   picture   latent   patches   parameters")
+    print("name                  network      path     picture   latent   patches   parameters")
     sizes: dict[str, float] = {}       # a network of several rows is built once
     for name, row in MODELS.items():
         network = str({key: value for key, value in row.config.items() if not key.startswith("time_")})
         if network not in sizes:
             sizes[network] = sum(p.numel() for p in build_network(name).parameters()) / 1e6
         millions = sizes[network]
-        latent = row.side // 8
+        latent = row.side // row.latents.factor
         patch = row.config.get("patch", (2, 2))[0]
-        patches = f"{(latent // patch) ** 2:9d}" if row.arch != "unet" else 9 * " "
-        print(f"{name:15s} {row.arch:9s} {row.objective['name']:4s} {row.side:9d} {latent:8d} {patches} "
+        patches = f"{(latent // patch) ** 2:9d}" if row.arch in ("dit", "mmdit") else 9 * " "
+        print(f"{name:21s} {row.arch:12s} {row.objective['name']:6s} {row.side:9d} {latent:8d} {patches} "
               f"{millions:10.1f} M")
     print("\nGiB of weights (bf16; the VAE in fp32)   network    CLIP      T5     VAE     all")
     for name in (name for name, row in MODELS.items() if row.text):

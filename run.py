@@ -39,14 +39,15 @@ import moments
 import parallel
 import published
 import settings
+from audio_vae import AudioVAE, AudioVAEConfig
 from cli import Flag, make_parser, nonempty, program
 from cuts import cuts_of
 from encoders import RECIPES
 from files import fingerprint_tensors, fresh_file, locked, warn_once, write_atomically
 from parallel import Sharding
-from settings import ARCHITECTURES, BLOCKS, OBJECTIVES, RESUMABLE
+from settings import ALL_ARCHITECTURES, ALL_OBJECTIVES, ARCHITECTURES, BLOCKS, RESUMABLE
 from text import TextConfig, TextEncoder
-from vae import VAE
+from vae import VAE, VAEConfig
 from weights import check_finite, check_readable, check_weights, load_weights
 
 
@@ -309,9 +310,10 @@ def loss_curve(records: list[dict]) -> Image.Image | None:
 def describe(record: dict) -> str:
     """A validation record as a line for the terminal."""
     line = f"step {record['step']:,}: validation loss {record['val_loss']:.4f}"
-    if "psnr" in record:
-        stds = " ".join(f"{std:.2f}" for std in record["latent_std"])
-        line += f", PSNR {record['psnr']:.1f} dB, KL {record['kl']:.0f} nats, latent std {stds}"
+    for name in ("psnr", "snr"):
+        if name in record:
+            stds = " ".join(f"{std:.2f}" for std in record["latent_std"])
+            line += f", {name.upper()} {record[name]:.1f} dB, KL {record['kl']:.0f} nats, latent std {stds}"
     if "val_by_time" in record:
         line += ", by time " + "  ".join(f"{name} {loss:.3f}" for name, loss in record["val_by_time"].items())
     if "expert_load" in record:
@@ -582,7 +584,9 @@ def load_published(name: str, weights: str | Path, vae: str | Path | None = None
             raise ValueError(f"--vae {error}") from None
         raise ValueError(f"--weights {weights}: no VAE there ({error}); give it by --vae PATH") from None
     published.check_vae(name, autoencoder, f"{flag} {place}")
-    data = {"source": name, "size": [row.side, row.side], "prompts": [], "classes": []}
+    data = {"source": name, "size": list(row.size), "prompts": [], "classes": []}
+    if row.rate is not None:                           # of sounds, one row of samples
+        data["rate"] = row.rate
     text = {"encoder": row.text, "path": str(weights), "published": name}
     if row.text is None:
         text, data["classes"] = None, [str(i) for i in range(1000)]        # of ImageNet
@@ -740,11 +744,19 @@ class State:
 def build_model(arch: str, config: dict, text: dict | None = None) -> torch.nn.Module:
     """text: the checkpoint's text encoder. The built-in one becomes a part of the model, `model.text`,
     because it is trained, averaged and saved with it."""
-    row = ARCHITECTURES[arch]
+    if arch == "vae":
+        config = config_of_vae(config)
+        return (AudioVAE if isinstance(config, AudioVAEConfig) else VAE)(config)
+    row = ALL_ARCHITECTURES[arch]
     model = row.model(make_config(arch, row.config, config))
     if text is not None and text["encoder"] == "bytes":
         model.text = TextEncoder(make_config("text encoder", TextConfig, text["config"]))
     return model
+
+
+def config_of_vae(values: dict) -> VAEConfig | AudioVAEConfig:
+    """Of the autoencoder of pictures or, where it has a rate, of sounds."""
+    return make_config("vae", AudioVAEConfig if "rate" in values else VAEConfig, values)
 
 
 def make_config(name: str, kind: type, values: dict):
@@ -759,22 +771,22 @@ def make_config(name: str, kind: type, values: dict):
 
 
 def build_path(objective: dict):
-    """The path of an objective as the checkpoint stores it: its name in OBJECTIVES and its options."""
+    """The path of an objective as the checkpoint stores it: its name in ALL_OBJECTIVES and its options."""
     options = dict(objective)
     name = options.pop("name", None)
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective {name}: not in this version, which has {', '.join(OBJECTIVES)}")
+    if name not in ALL_OBJECTIVES:
+        raise ValueError(f"objective {name}: not in this version, which has {', '.join(ALL_OBJECTIVES)}")
     try:
-        return OBJECTIVES[name].path(**options)
+        return ALL_OBJECTIVES[name].path(**options)
     except TypeError as error:                         # an option that its path does not have
         raise ValueError(f"objective {name}: {error}; this checkpoint is from another version") from None
 
 
-def pack_vae(vae: VAE) -> dict:
+def pack_vae(vae: VAE | AudioVAE) -> dict:
     return {"config": asdict(vae.config), "state": vae.state_dict()}
 
 
-def unpack_vae(packed: dict, what: str = "VAE") -> VAE:
+def unpack_vae(packed: dict, what: str = "VAE") -> VAE | AudioVAE:
     vae = load_weights(build_model("vae", packed["config"]), packed["state"], what)
     return vae.eval().requires_grad_(False)
 

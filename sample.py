@@ -1,13 +1,14 @@
-"""Draw pictures with a run or a published model: a grid, single files, an .npz for evaluation, or a GIF of
-the steps.
+"""Draw pictures or sounds with a run or a published model: a grid, single files, an .npz for evaluation, or
+a GIF of the steps.
 
     python sample.py runs/shapes-dit-rf --label red-circle --n 64 --steps 10 --cfg 2 --seed 0 --out grid.png
     python sample.py runs/shapes-dit-rf --n 50000 --batch-size 500 --out samples.npz
+    python sample.py runs/tones-dit-rf --label low-square --n 8 --out low-square.wav
     python sample.py --published dit-xl-2-256 --weights DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/ --n 1
     python sample.py --published sdxl --weights sd_xl_base_1.0.safetensors --tokenizer sdxl/ --prompt "a fox"
 
 `main` loads a checkpoint, asks its conditioning for the conditions of all pictures, has draw.py draw them
-batch by batch, and writes them.
+batch by batch, and output.py write them. A sound is a picture one row high until its latent is decoded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ cli.quiet_imports(__name__)             # before those that take seconds
 import argparse
 import math
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,16 +37,18 @@ from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
 from draw import Guide, Skip, draw_batches, in_own_dtype, picture_bar
 from ema import WIDEST
-from files import (Unfinished, check_space, check_writable, digest, fingerprint_tensors, unfinished_file,
-                   write_atomically, write_npz)
+from files import check_writable, digest, fingerprint_tensors
+from media import Medium, Sounds, medium_of
 from offload import Resident, Stage, visit_blocks
-from pictures import PICTURES, check_grid, enlargement, grid, open_image, to_tensor, to_uint8, write_picture
+from output import check_folders, check_size, write
+from pictures import PICTURES, check_grid, enlargement, open_image, to_tensor, write_picture
 from ranks import ALONE, Ranks, launched
-from run import (average_of_width, build_model, build_path, graphed, latent_space, load_checkpoint,
-                 load_published, unpack_vae)
+from run import (average_of_width, build_model, build_path, config_of_vae, graphed, latent_space,
+                 load_checkpoint, load_published, unpack_vae)
 from samplers import SAMPLERS
-from settings import (ARCHITECTURES, OBJECTIVES, SIZE, check_compiler, check_room, memory, pick_device,
-                      published_model)
+from settings import (ALL_ARCHITECTURES, ALL_OBJECTIVES, SIZE, check_compiler, check_room, memory,
+                      pick_device, published_model)
+from sound import read_sound, write_wav
 from times import ONLY, TIMES, interval_of_steps, shift_of_tokens
 from vae import VAE
 from weights import assign_weights, in_dtype, load_weights
@@ -85,15 +86,22 @@ FLAGS = {
                        "square)", integer(1, SIZE), nargs=2, metavar=("H", "W")),
         Flag("--init-image", "begin with this picture instead of noise; the run of a VAE reconstructs all "
                              "pictures given here", nonempty, nargs="+", metavar="FILE"),
+        Flag("--init-sound", "of sounds: begin with this one (.wav, ...) instead of noise; the run of a VAE "
+                             "reconstructs all sounds given here", nonempty, nargs="+", metavar="FILE"),
+        Flag("--seconds", "of sounds: how long each is (default: as some of the training's are)",
+             number(0.01, 3600), metavar="S"),
         Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone. At 0.6 a fifth of "
                            "the pictures may not yet show what was asked for; at 0.9 little of the picture "
                            "is left (default: 0.8; 1 where there is a --mask)", number(0, 1)),
-        Flag("--mask", "draw only where this picture is white (needs --init-image)", nonempty,
+        Flag("--mask", "draw only where this picture is white (needs --init-image); of sounds, only between "
+                       "two times in seconds, like 0.5-1.2 (needs --init-sound)", nonempty,
              metavar="FILE"),
         Flag("--seed", "picture i is drawn with seed + i (default: 0)", integer(-10**18, 10**18), 0),
         Flag("--out", "NAME.png, .jpg or .webp: one grid; NAME.gif: the steps from noise; NAME.npz: arr_0, "
-                      "uint8 NHWC; a folder: single PNGs (default: samples.png). After an interruption, the "
-                      "same command continues an .npz or a folder", nonempty, "samples.png"),
+                      "uint8 NHWC; a folder: single PNGs (default: samples.png). Sounds: NAME.wav: one after "
+                      "another (default: samples.wav); .png, .jpg, .webp, .gif: their spectrograms; .npz: "
+                      "int16 NT; a folder: single WAVs. After an interruption, the same command continues an "
+                      ".npz or a folder", nonempty),
     ],
     "how": [
         Flag("--cfg", "guidance scale: 1 conditional, 0 unconditional, above 1 guided; of flux-dev, an input "
@@ -179,10 +187,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     """Refuse flags that contradict each other, whatever the run."""
     # Where the output goes is checked first, so that nothing is drawn that cannot be written.
-    out = Path(args.out)
+    out = Path(args.out or "samples.png")
     kind = out.suffix.lower()                              # "" for a folder
-    if kind not in (*PICTURES, ".npz", ".gif", ""):
-        raise ValueError(f"--out {out}: must end in {', '.join(PICTURES)}, .npz or .gif, or name a folder")
+    if kind not in (*PICTURES, ".npz", ".gif", ".wav", ""):
+        raise ValueError(f"--out {out}: must end in {', '.join(PICTURES)}, .npz, .gif or, of sounds, .wav, "
+                         "or name a folder")
     check_folders(out, bool(kind))
     check_writable(out)
     if kind == ".gif" and ranks.size > 1:
@@ -220,49 +229,37 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         raise ValueError(f"--compile with --offload {args.offload}: what is compiled stays on the device; "
                          "give one of them")
     for flag, value in (("--strength", args.strength), ("--mask", args.mask)):
-        if value is not None and not args.init_image:
-            raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with")
+        if value is not None and not (args.init_image or args.init_sound):
+            raise ValueError(f"{flag} {value}: needs --init-image FILE, the picture to begin with, or "
+                             "--init-sound FILE")
 
 
-def check_folders(out: Path, is_file: bool) -> None:
-    """Refuse an output for which its folder is missing, or can never be made. is_file: whether the folder
-    must be there; else the output is itself a folder, which is made with those above it."""
-    try:
-        above = [*reversed(out.parents)] if is_file else [*reversed(out.parents), out]
-        for folder in above:
-            if folder.is_symlink() and not folder.exists():
-                raise ValueError(f"--out {out}: {folder} is a link to a folder that does not exist; make "
-                                 "that, or choose another place")
-            if folder.exists() and not folder.is_dir() and folder != out:
-                raise ValueError(f"--out {out}: {folder} is a file, not a folder; choose another place")
-        if is_file and not out.parent.is_dir():
-            raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
-        out.exists()                                       # which needs the right to enter its folder
-    except PermissionError as error:
-        raise ValueError(f"--out {out}: {error.filename} cannot be reached (permission denied); choose "
-                         "another place") from None
-    except OSError:                                        # too long a name, as check_writable says
-        return
+def check_medium(args: argparse.Namespace, medium: Medium) -> None:
+    """Refuse flags of the other medium, and set --out where it was not given."""
+    sounds = medium.rate is not None
+    wrong, instead = ("init_sound", "seconds"), ("--init-image", "--size")
+    if sounds:
+        wrong, instead = ("init_image", "size", "tile"), ("--init-sound", "--seconds", None)
+    for name, better in zip(wrong, instead):
+        value = getattr(args, name)
+        if value is not None:
+            words = " ".join(map(str, value if isinstance(value, list) else [value]))
+            remedy = f"give {better}" if better else "leave it out"
+            raise ValueError(f"--{name.replace('_', '-')} {words}: this run draws {medium.name}; {remedy}")
+    if args.out is None:
+        args.out = "samples.wav" if sounds else "samples.png"
+        check_writable(Path(args.out))
+    if Path(args.out).suffix.lower() == ".wav" and not sounds:
+        raise ValueError(f"--out {args.out}: this run draws pictures; give {', '.join(PICTURES)}, .npz, .gif "
+                         "or a folder")
 
 
-def check_size(args: argparse.Namespace, size: tuple[int, int], channels: int, frames: int,
-               columns: int | None = None, zoom: int = 1) -> None:
-    """Refuse an output that its format, the memory or the disk cannot hold, before anything is drawn. frames:
-    how many grids a GIF has. columns, zoom: of the grid, where they are known."""
-    out = Path(args.out)
-    kind = out.suffix.lower()
-    try:
-        if kind == ".npz":
-            check_space(out, 2 * args.n * math.prod(size) * channels, unfinished_file(out))
-        elif kind == "":
-            check_space(out, 4096 * args.n)                # a file takes at least a block of the disk
-        else:
-            check_grid(kind, args.n, size, columns, zoom, frames if kind == ".gif" else 1)
-    except ValueError as error:
-        if kind == ".gif":
-            raise ValueError(f"--n {args.n} --steps {frames} --out {out}: {frames:,} frames, each {error}, "
-                             "or give fewer --steps") from None
-        raise ValueError(f"--n {args.n} --out {out}: {error}") from None
+def check_beginning(args: argparse.Namespace, medium: Medium) -> None:
+    """Refuse several pictures or sounds to begin with, which only the run of a VAE takes."""
+    for flag, begin in (("--init-image", args.init_image), ("--init-sound", args.init_sound)):
+        if begin and len(begin) > 1:
+            raise ValueError(f"{flag} {' '.join(begin)}: a network begins with one of the {medium.name}; "
+                             "give only one")
 
 
 def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, device: torch.device) -> None:
@@ -272,7 +269,7 @@ def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, de
     pixels = at_once * math.prod(size)
     if args.tile:
         pixels = min(pixels, args.tile**2)
-    need = {f"decoding {at_once:,} pictures": pixels * vae.config.widths[0] * 2 * 4}
+    need = {f"decoding {at_once:,} {medium_of(vae.config).name}": pixels * vae.config.widths[0] * 2 * 4}
     check_room(f"--batch-size {args.batch_size}", need, memory(device), f"memory ({device.type})",
                "give a smaller one")
 
@@ -333,7 +330,7 @@ def fill_defaults(args: argparse.Namespace, checkpoint: dict) -> None:
 
 def sampling_of(checkpoint: dict) -> dict:
     """Its defaults of sampler, steps, scale and times: those of the objective, or of a published model."""
-    row = OBJECTIVES[checkpoint["objective"]["name"]]
+    row = ALL_OBJECTIVES[checkpoint["objective"]["name"]]
     # Of a published model, all of these are replaced at the end.
     defaults = {"sampler": row.sampler, "steps": row.steps, "scale": row.scale, "times": "even"}
     if checkpoint["config"].get("guidance"):               # of a run that began with FLUX.1-dev
@@ -351,13 +348,13 @@ def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dic
         sampler = sampling_of(checkpoint)["sampler"]
         if sampler == "ddpm" and objective.get("learned_variance"):        # as DiT's authors draw
             options["variance"] = "learned"
-    # The straight path has no thousand steps from which a spacing could choose, the other one no shift.
-    path = "ddpm" if objective["name"] == "ddpm" else "rf"
+    # The straight path has no thousand steps from which a spacing could choose, the other ones no shift.
+    path = "rf" if objective["name"] == "meanflow" else objective["name"]
     if ONLY.get(args.times, path) != path:
         raise ValueError(f"--times {args.times}: a spacing of the {ONLY[args.times]} path; {who(args)} is on "
                          f"the path of {path}")
     # jump reads the mean velocity between two times, which only MeanFlow's networks are given.
-    if sampler == "jump" and not OBJECTIVES[objective["name"]].second_time:
+    if sampler == "jump" and not ALL_OBJECTIVES[objective["name"]].second_time:
         raise ValueError(f"--sampler jump: needs a run of --objective meanflow; this one is of "
                          f"{objective['name']}")
     if args.variance == "learned" and not objective.get("learned_variance"):
@@ -483,7 +480,7 @@ def set_stage(args: argparse.Namespace, checkpoint: dict, model: torch.nn.Module
                 part.to(memory_format=torch.channels_last)
         return Stage(device, tile=tile)
     if args.offload == "blocks":                           # the VAE is small: only its pictures are large
-        visit_blocks(model, ARCHITECTURES[checkpoint["arch"]].blocks, device)
+        visit_blocks(model, ALL_ARCHITECTURES[checkpoint["arch"]].blocks, device)
         return Stage(device, vae=Resident(vae, device), tile=tile)
     model.to("cpu")                                        # a run's network is on the device until here
     return Stage(device, Resident(model, device), Resident(vae, device), tile)
@@ -580,9 +577,12 @@ def multiple_of(checkpoint: dict, vae: VAE) -> tuple[int, int]:
     if checkpoint["arch"] == "unet":
         with torch.device("meta"):                         # only its number of levels is needed
             unet = build_model("unet", checkpoint["config"], checkpoint["text"])
-        return (vae.factor * unet.factor,) * 2
-    p, q = checkpoint["config"].get("patch", (2, 2))
-    return vae.factor * p, vae.factor * q
+        p, q = unet.factors
+    elif medium_of(vae.config).rate is None:
+        p, q = checkpoint["config"].get("patch", (2, 2))
+    else:
+        p, q = checkpoint["config"].get("patch", (1, 1))
+    return vae.factors[0] * p, vae.factors[1] * q
 
 
 def of_many_shapes(checkpoint: dict, size: tuple[int, int]) -> bool:
@@ -593,10 +593,13 @@ def of_many_shapes(checkpoint: dict, size: tuple[int, int]) -> bool:
     return "sampling" in checkpoint and side == 1024 and 0.8 < math.prod(size) / side**2 < 1.25
 
 
-def chosen_size(args: argparse.Namespace, checkpoint: dict,
-                multiple: tuple[int, int]) -> tuple[tuple[int, int], float]:
-    """--size, or the size of the training, and its tokens, of a `multiple` each. Raises ValueError for sides
-    that the network cannot have, and says where it was trained on others."""
+def chosen_size(args: argparse.Namespace, checkpoint: dict, multiple: tuple[int, int],
+                medium: Medium) -> tuple[tuple[int, int], float]:
+    """--size, or the size of the training, and its tokens, of a `multiple` each; of sounds, see
+    chosen_length. Raises ValueError for sides that the network cannot have, and says where it was trained on
+    others."""
+    if medium.rate is not None:
+        return chosen_length(args, checkpoint, multiple[1], medium.rate)
     data = checkpoint["data"]
     size = tuple(args.size or data["size"])
     if any(side % part for side, part in zip(size, multiple)):
@@ -621,6 +624,19 @@ def chosen_size(args: argparse.Namespace, checkpoint: dict,
         print(f"--size {size[0]} {size[1]}: {args.published or 'the run'} was trained on {trained}; other "
               "sizes work, but may look worse", file=sys.stderr)
     return size, math.prod(size) / math.prod(multiple)
+
+
+def chosen_length(args: argparse.Namespace, checkpoint: dict, multiple: int,
+                  rate: int) -> tuple[tuple[int, int], float]:
+    """The size (1, T) of sounds that are --seconds long, and its tokens. At least that of the training, as
+    silence follows what is shorter; says where a sound is longer than those were."""
+    length = checkpoint["data"]["size"][1]
+    if args.seconds is not None and args.seconds * rate > length:
+        longest = length / rate
+        print(f"--seconds {args.seconds:g}: the run was trained on sounds of at most {longest:g} seconds; "
+              "longer ones work, but may sound worse", file=sys.stderr)
+        length = math.ceil(args.seconds * rate / multiple) * multiple
+    return (1, length), length / multiple
 
 
 def sampling_path(args: argparse.Namespace, checkpoint: dict, tokens: float = 1) -> dict:
@@ -652,6 +668,45 @@ def read_picture(flag: str, file: str, size: tuple[int, int], behind: str = "whi
         raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
 
 
+def read_beginning(args: argparse.Namespace, size: tuple[int, int], vae: VAE,
+                   medium: Medium) -> tuple[Tensor | None, Tensor | None]:
+    """--init-image or --init-sound, and --mask; None where not given."""
+    if medium.rate is None:
+        return read_image_and_mask(args, size, vae.config.image_channels)
+    return read_sound_and_mask(args, size[1], medium)
+
+
+def read_sound_and_mask(args: argparse.Namespace, length: int,
+                        medium: Sounds) -> tuple[Tensor | None, Tensor | None]:
+    """--init-sound (1, c, T) in [-1, 1), followed by silence up to T, and --mask (1, 1, T), bool; None where
+    not given."""
+    if not args.init_sound:
+        return None, None
+    rate = medium.rate
+    found = read_init_sound(args.init_sound[0], length, medium)
+    if args.mask is None:
+        return found, None
+    times = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", args.mask)
+    start, end = map(float, times.groups()) if times else (0, 0)
+    if not start < end <= length / rate:
+        raise ValueError(f"--mask {args.mask}: of sounds, two times in seconds, FROM-TO, like 0.5-1.2, at "
+                         f"most {length / rate:g}; for more, give --seconds")
+    mask = torch.zeros(1, 1, length, dtype=torch.bool)
+    mask[..., round(start * rate):round(end * rate)] = True
+    return found, mask
+
+
+def read_init_sound(file: str, length: int, medium: Sounds) -> Tensor:
+    """One --init-sound, (1, c, T) in [-1, 1): mono, in every channel."""
+    try:
+        samples = read_sound(Path(file), medium.rate, length / medium.rate)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--init-sound {file}: cannot be read as a sound ({reason})") from None
+    x = medium.to_tensor(np.pad(samples, (0, length - len(samples)))[None])
+    return x.expand(-1, medium.channels, -1)
+
+
 def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
                         channels: int) -> tuple[Tensor | None, Tensor | None]:
     """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool; None where not given."""
@@ -675,82 +730,6 @@ def read_image(file: str, size: tuple[int, int], channels: int) -> Tensor:
     return image.mean(1, keepdim=True) if channels == 1 else image       # every file is read as RGB
 
 
-# ---- writing
-
-def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: Asked) -> None:
-    """One frame per step: the grid of all pictures after that step. The last frame is shown longest."""
-    frames: dict[int, list[np.ndarray]] = {}               # step -> its pictures, batch by batch
-
-    def keep(i: int, images: np.ndarray) -> None:
-        frames.setdefault(i, []).append(images)
-
-    last = list(batches(on_step=keep))
-    pictures = [grid(np.concatenate(frame), asked.columns, captions=asked.captions)
-                for frame in frames.values() or [last]]    # at --strength 0, which takes no step
-    write_atomically(out, lambda file: pictures[0].save(
-        file, "GIF", save_all=True, append_images=pictures[1:], loop=0,
-        duration=[120] * (len(pictures) - 1) + [1500]))    # milliseconds
-
-
-def write_folder(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: Asked, first_seed: int,
-                 batch_size: int, settings: dict) -> None:
-    """Write each picture to SEED-NAME.png, or to SEED.png where its condition has no name."""
-    out.mkdir(parents=True, exist_ok=True)
-    # Prompts become file names: letters, digits and dashes only, and of bounded length.
-    endings = [re.sub(r"[^\w-]+", "-", f"-{name}")[:80] for name in asked.names] or [""]
-    unfinished = Unfinished(out / "unfinished.json", settings)
-    # Programs would take a name that begins with a dash for a flag. A folder begun before that was thought of
-    # goes on as it began.
-    formerly = out / f"{first_seed:06d}{endings[asked.turn[0]]}.png"
-    begun_with_dash = unfinished.done > 0 and formerly.is_file()
-
-    def file(i: int) -> Path:
-        seed = first_seed + i
-        number = f"minus-{-seed:06d}" if seed < 0 and not begun_with_dash else f"{seed:06d}"
-        return out / f"{number}{endings[asked.turn[i]]}.png"
-
-    there = 0
-    while there < unfinished.done and file(there).is_file():
-        there += 1
-    if there < unfinished.done:                            # one has been removed since: go back to its batch
-        unfinished.done = there // batch_size * batch_size
-    for images in batches(unfinished.done):                # each is written as soon as it is drawn
-        for i, image in enumerate(images, unfinished.done):
-            if image.shape[-1] == 1:                       # Pillow expects a grey picture as (H, W)
-                image = image.squeeze(-1)
-            write_picture(file(i), Image.fromarray(image), sync=False)       # of thousands, each would wait
-        unfinished.advance(unfinished.done + len(images))
-    unfinished.finish()
-
-
-def write(args: argparse.Namespace, batches: Callable[..., Iterator[np.ndarray]], asked: Asked,
-          shape: tuple[int, int, int], settings: Callable[[], dict], written: list[int]) -> None:
-    """Draw and write; the file at --out is always the complete old one or the complete new one. shape: of a
-    picture, (H, W, C). written: ends with how many are written, for the line after an interruption."""
-    out = Path(args.out)
-    kind = out.suffix.lower()
-    try:
-        if kind == ".npz":
-            write_npz(out, batches, (args.n, *shape), settings())
-        elif kind == ".gif":
-            write_gif(out, batches, asked)
-        elif kind in PICTURES and args.published and args.n == 1:          # no grid around one large picture
-            write_picture(out, Image.fromarray(np.concatenate(list(batches()))[0]))
-        elif kind in PICTURES:                             # one grid
-            write_picture(out, grid(np.concatenate(list(batches())), asked.columns, captions=asked.captions))
-        else:
-            write_folder(out, batches, asked, args.seed, args.batch_size, settings())
-    except KeyboardInterrupt:
-        # Said here and not in `program`, whose line holds for every program and says less.
-        how_far = ": nothing was written"
-        if kind in (".npz", ""):
-            if not written:                                # before it was known how many are there
-                raise
-            how_far = f" after {written[-1]:,} of {args.n:,} pictures; the same command continues"
-        print(f"sample.py: interrupted{how_far}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-
-
 def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, asked: Asked,
                 distilled: float | None) -> dict:
     """What decides the pictures besides the sampling: only with the same settings may they be continued."""
@@ -759,7 +738,8 @@ def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, aske
     found |= {"weights": fingerprint_tensors(model.state_dict()),
               "VAE": fingerprint_tensors(vae.state_dict()),
               "conditions": digest(asked.names, asked.turn.numpy(),
-                                   *(part.cpu().numpy() for part in asked.every.values()))}
+                                   *(part.cpu().numpy() for part in (*asked.every.values(),
+                                                                     *asked.each.values())))}
     if asked.encode is not None:                           # too many prompts to encode all of them here
         first = asked.batch(0, 1)
         found["encoder"] = digest(*(part.cpu().numpy() for cond in first for part in cond.values()))
@@ -768,35 +748,52 @@ def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, aske
 
 def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
     """What sample.py does with the run of a VAE: every --init-image, and its reconstruction beside it."""
-    taken = ("run", "raw", "init_image", "size", "out", "device")
+    config = config_of_vae(checkpoint["config"])
+    medium = medium_of(config)
+    check_medium(args, medium)
+    begins = "--init-image" if medium.rate is None else "--init-sound"
+    given = args.init_image or args.init_sound
+    taken = ("run", "raw", "init_image", "init_sound", "size", "out", "device")
     for flag in (flag for group in FLAGS.values() for flag in group):
         if flag.key not in taken and getattr(args, flag.key) not in (flag.default, False):
             raise ValueError(f"{flag.name}: this run is a VAE, which reconstructs but does not draw; leave "
                              "it out")
-    if not args.init_image:
+    if not given:
         raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; give it "
-                         "pictures by --init-image FILE, or give a run that draws")
+                         f"{medium.name} by {begins} FILE, or give a run that draws")
     kind = Path(args.out).suffix.lower()
-    if kind not in PICTURES:
-        raise ValueError(f"--out {args.out}: a VAE's reconstruction is a .png, .jpg or .webp")
-    factor = 2 ** (len(checkpoint["config"]["widths"]) - 1)
-    size, _ = chosen_size(args, checkpoint, (factor, factor))
-    zoom = enlargement(size[1])
-    count = len(args.init_image)
-    try:
-        check_grid(kind, 2 * count, size, 2, zoom, 1)
-    except ValueError:
-        raise ValueError(f"--out {args.out}: {count:,} pictures and their reconstructions are more than "
-                         f"{kind} or the memory holds; give fewer by --init-image") from None
+    heard = medium.rate is not None and kind == ".wav"
+    if kind not in PICTURES and not heard:
+        endings = ".png, .jpg or .webp" if medium.rate is None else ".wav, .png, .jpg or .webp"
+        raise ValueError(f"--out {args.out}: a VAE's reconstruction is a {endings}")
     vae = unpack_vae({"config": checkpoint["config"], "state": checkpoint["model" if args.raw else "ema"]})
+    size = tuple(checkpoint["data"]["size"])
+    if medium.rate is None:
+        size, _ = chosen_size(args, checkpoint, vae.factors, medium)
+    shape = medium.shape(vae, size)
+    try:
+        if kind in PICTURES:
+            check_grid(kind, 2 * len(given), medium.cell(shape, True), 2, 1, 1)
+    except ValueError:
+        raise ValueError(f"--out {args.out}: {len(given):,} {medium.name} and their reconstructions are more "
+                         f"than {kind} or the memory holds; give fewer by {begins}") from None
     vae = vae.to(device)
-    images = [read_image(file, size, vae.config.image_channels) for file in args.init_image]
+    if medium.rate is None:
+        inputs = [read_image(file, size, vae.config.image_channels) for file in given]
+    else:
+        inputs = [read_init_sound(file, size[1], medium) for file in given]
     pairs = []
     with torch.no_grad():
-        for image in tqdm(images, desc="reconstruct", unit="img", delay=2, leave=False):
-            pairs += [image, vae.decode(vae.encode(image.to(device)).mean).cpu()]
-    pictures = to_uint8(torch.cat(pairs)).repeat(zoom, 1).repeat(zoom, 2)
-    write_picture(Path(args.out), grid(pictures, columns=2))
+        for x in tqdm(inputs, desc="reconstruct", unit=medium.unit, delay=2, leave=False):
+            pairs += [x, vae.decode(vae.encode(x.to(device)).mean).cpu()]
+    arrays = medium.to_array(torch.cat(pairs))
+    if heard:                                              # one after another, each with its reconstruction
+        write_wav(Path(args.out), np.concatenate(arrays), medium.rate)
+    elif medium.rate is None:
+        zoom = enlargement(size[1])
+        write_picture(Path(args.out), medium.show(arrays.repeat(zoom, 1).repeat(zoom, 2), 2))
+    else:
+        write_picture(Path(args.out), medium.show(arrays, 2))
     print(args.out)
 
 
@@ -823,39 +820,39 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         if ranks.first:
             reconstruct(args, checkpoint, device)
         return
-    if args.init_image and len(args.init_image) > 1:
-        raise ValueError(f"--init-image {' '.join(args.init_image)}: a network begins with one picture; give "
-                         "only one")
+    vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
+    medium = medium_of(vae.config)
+    check_medium(args, medium)
+    check_beginning(args, medium)
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
     fill_defaults(args, checkpoint)
     scale, distilled = guidance_of(args, condition, checkpoint)
     sampler, options = choose_sampler(args, checkpoint)
     steps = args.steps
-    vae = unpack_vae(checkpoint["vae"])                  # the one that the network was trained on
-    size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae))
+    size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae), medium)
     condition.size = size
     path = build_path(sampling_path(args, checkpoint, tokens))
     times = TIMES[args.times](path, steps)                 # refuses more steps than the path has
     weaker = read_guide(args, checkpoint, vae)
     guidance = guidance_options(args, checkpoint, vae, times)
-    check_size(args, size, vae.config.image_channels, steps)
+    check_size(args, medium.shape(vae, size), medium, steps)
     check_decoding(args, size, vae, device)
     check_encoders(args, condition, device)
 
     # ---- the network, the VAE and their inputs
     model = network_of(args, checkpoint, what, device)
-    shape = (vae.config.latent_channels, size[0] // vae.factor, size[1] // vae.factor)
-    image, mask = read_image_and_mask(args, size, vae.config.image_channels)
+    shape = vae.latent_shape(size)
+    image, mask = read_beginning(args, size, vae, medium)
     strength = args.strength
     if strength is None:
         strength = 1.0 if args.mask else 0.8               # within a mask, start from noise alone
     with torch.no_grad(), announced(args, "loading text encoders"):
         asked = condition.ask(args, model)                 # encoders are gone before the rest needs room
+    asked = condition.with_lengths(asked, args.seconds)
     with announced(args, f"loading the network to {device}"):
         stage = set_stage(args, checkpoint, model, vae, device)
-    zoom = enlargement(size[1]) if asked.captions else 1
-    check_size(args, size, vae.config.image_channels, steps, asked.columns, zoom)
+    check_size(args, medium.shape(vae, size), medium, steps, asked.columns, bool(asked.captions))
     network = callable_network(args, model, distilled)
     guide = build_guide(args, weaker, condition, asked, device)
     skipped = None
@@ -873,7 +870,8 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         seeds = range(args.seed, args.seed + args.n)
         autocast = args.precision == "bf16" and not args.published       # whose weights are in bf16
         shown = scale if distilled is None else distilled
-        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {shown:g}") as bar,
+        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {shown:g}",
+                          unit=medium.unit) as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=autocast)):
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
                                        progress=lambda done: bar.update(done - bar.n),
@@ -892,7 +890,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     if not ranks.first:
         list(batches())                                    # nothing, but its share has been drawn
         return
-    write(args, batches, asked, (*size, vae.config.image_channels), settings, written)
+    write(args, batches, asked, medium, medium.shape(vae, size), settings, written)
     print(args.out)
 
 

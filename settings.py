@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -24,19 +25,22 @@ from typing import NamedTuple
 
 import torch
 
+import audio_vae
 import dit
 import ema
 import mmdit
 import moe
 import published
+import stable_audio
 import text
 import unet
 import vae
 from cli import (Flag, folder_name, given, integer, make_parser, nonempty, number, one_of, program, shown)
 from data import SOURCES
-from ddpm import DDPM
+from ddpm import DDPM, Circle
 from encoders import RECIPES, WITHOUT_T5
 from rectified_flow import MeanFlow, RectifiedFlow
+from sounds import SOUNDS, wanted_in
 from times import shift_of_tokens
 
 
@@ -75,6 +79,7 @@ class Architecture(NamedTuple):
     conditioning: tuple[str, ...]         # what it can be conditioned on, the default first
     defaults: dict                        # optimisation flags: what two cores can do in ten minutes
     defaults_with_text: dict = {}         # what differs with text: thirty minutes on cores with bf16
+    defaults_with_sound: dict = {}        # and with sounds of a second, of twice as many tokens
 
 
 class Objective(NamedTuple):
@@ -95,17 +100,24 @@ ARCHITECTURES = {
         dict(steps=4000)),
     "dit": Architecture(
         dit.DiT, dit.DiTConfig, dit.PRESETS, (dit.Block,), ("class", "none"),
-        dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.03, weight_decay=0.01)),
+        dict(steps=2400, batch_size=64, lr=4e-3, warmup=100, ema=0.03, weight_decay=0.01),
+        defaults_with_sound=dict(steps=1000)),
     "mmdit": Architecture(
         mmdit.MMDiT, mmdit.MMDiTConfig, mmdit.PRESETS, (mmdit.JointBlock, mmdit.SingleBlock), ("text",),
-        dict(steps=10500, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01)),
+        dict(steps=10500, batch_size=32, lr=1e-3, warmup=100, ema=0.998, weight_decay=0.01),
+        defaults_with_sound=dict(steps=5000)),
     "unet": Architecture(
         unet.UNet, unet.UNetConfig, unet.PRESETS, (unet.ResnetBlock, unet.SpatialTransformer),
         ("class", "text", "none"),
         dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema=0.03, weight_decay=0.01),
-        dict(steps=10000, batch_size=32, lr=1e-3)),
+        dict(steps=10000, batch_size=32, lr=1e-3), dict(steps=1000)),
 }
-BLOCKS = tuple(block for row in ARCHITECTURES.values() for block in row.blocks) + (text.TextBlock,)
+SOUND_VAE = Architecture(                 # in the place of "vae", where the data are sounds
+    audio_vae.AudioVAE, audio_vae.AudioVAEConfig, audio_vae.PRESETS, (audio_vae.ResidualUnit,),
+    ("class", "text", "none"),
+    dict(steps=3000, batch_size=8, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0))
+BLOCKS = tuple(block for row in (*ARCHITECTURES.values(), SOUND_VAE) for block in row.blocks) + (
+    text.TextBlock,)
 NETWORKS = tuple(name for name in ARCHITECTURES if name != "vae")
 CONDITIONS = tuple(dict.fromkeys(name for row in ARCHITECTURES.values() for name in row.conditioning))
 NETWORK = {"arch": NETWORKS}                # for `Flag.needs`
@@ -141,6 +153,13 @@ OBJECTIVES = {
         Flag("--zero-terminal-snr", "rescale the schedule so that it ends in pure noise"),
     ), prediction_with_text="v"),         # text matters most near pure noise, where eps is nearly known
 }
+
+# With those of published models that are drawn with, but not trained here.
+ALL_ARCHITECTURES = ARCHITECTURES | {
+    "stable-audio": Architecture(
+        stable_audio.StableAudio, stable_audio.StableAudioConfig, stable_audio.PRESETS,
+        (stable_audio.StableAudioBlock,), ("text",), {})}
+ALL_OBJECTIVES = OBJECTIVES | {"circle": Objective(Circle, sampler="dpmpp_2m_sde", steps=100, flags=())}
 
 
 def objective_flags() -> list[Flag]:
@@ -190,12 +209,18 @@ FLAGS = {
         Flag("--runs-dir", "folder that holds the runs (default: runs)", nonempty, "runs", resumable=True),
     ],
     "data": [
-        Flag("--data", f"{', '.join(SOURCES)}, a folder of pictures, or tar shards of pictures or latents, "
-                       "like 'shards/{00000..01023}.tar' (default: shapes)", nonempty, "shapes"),
-        Flag("--data-dir", "folder of IDX and CIFAR-10 files, or of an emoji font (default: data)", nonempty,
-             "data", resumable=True),
+        Flag("--data", f"{', '.join(SOURCES)}, a folder of pictures or of sounds, or tar "
+                       "shards of pictures or latents, like 'shards/{00000..01023}.tar' (default: shapes)",
+             nonempty, "shapes"),
+        Flag("--data-dir", "folder of IDX and CIFAR-10 files, of an emoji font, clip art, stamps or recorded "
+                           "words (default: data)", nonempty, "data", resumable=True),
         Flag("--image-size", "side, or height and width (default: 32)", integer(1), nargs="+", metavar="N",
              most=2),
+        Flag("--seconds", "of sounds: how long they are, with silence behind shorter ones; longer ones are "
+                          "cut (default: 1.024); of a folder that also has pictures, its sounds are taken",
+             number(0.01, 3600), metavar="S"),
+        Flag("--rate", "of a folder of sounds: samples a second, to which they are resampled (default: "
+                       "8000)", integer(1000, 192_000), metavar="HZ"),
         Flag("--crop", "where to crop a folder's pictures that have another shape: centre (default), or "
                        "random, at several places of each", one_of(("centre", "random")), "centre"),
         Flag("--aspect", "dit, mmdit: keep each picture's own aspect ratio, at most N x N pixels of "
@@ -209,7 +234,7 @@ FLAGS = {
         Flag("--limit", "train the network on only so many of the pictures, chosen at random (default: all; "
                         "the VAE is always trained on all)", integer(1), needs=NETWORK),
         Flag("--cond", "condition on labels (class), captions (text) or neither (none) (default: text for "
-                       "mmdit, and for unet on emoji; else class)",
+                       "mmdit, and for unet on emoji, clipart and stamps; else class)",
              one_of(CONDITIONS)),
         Flag("--text-encoder", "bytes (default): built in, trained with the network; clip:FOLDER or "
                                "t5:FOLDER: frozen, loaded by transformers; sd1, sd2, sdxl, sd3, flux-dev or "
@@ -224,7 +249,8 @@ FLAGS = {
     "network": [
         Flag("--preset", "a row of PRESETS in the network's file, like S/2 or sd1 (default: small)",
              nonempty, needs=NETWORK, instead="--vae-preset", settled=True),
-        Flag("--patch", "dit, mmdit: side of a patch, or height and width", integer(1, SIZE), nargs="+",
+        Flag("--patch", "dit, mmdit: side of a patch, or height and width (default: 2; of sounds, its "
+                        "length)", integer(1, SIZE), nargs="+",
              metavar="N", most=2, needs=TRANSFORMER, settled=True),
         Flag("--block", "dit: the block, modern (default), or published as in 2022",
              one_of(("modern", "published")), needs={"arch": ("dit",)}, settled=True),
@@ -242,12 +268,14 @@ FLAGS = {
                             "network and objective", published_model, metavar="NAME", needs=NETWORK),
     ],
     "VAE, where one is trained": [
-        Flag("--vae-preset", f"row of PRESETS in vae.py: {', '.join(vae.PRESETS)} (default: small)",
-             one_of(vae.PRESETS)),
+        Flag("--vae-preset", f"row of PRESETS in vae.py: {', '.join(vae.PRESETS)} (default: small); of "
+                             f"sounds, in audio_vae.py: {', '.join(audio_vae.PRESETS)}",
+             one_of(tuple(dict.fromkeys((*vae.PRESETS, *audio_vae.PRESETS))))),
         Flag("--vae-widths", "channels per level; every level but the last halves the image",
              integer(1, SIZE), nargs="+", metavar="N"),
-        Flag("--latent-channels", "channels of the latent (default: 4)", integer(1, SIZE), metavar="C"),
-        Flag("--kl-weight", "weight of the KL term (default: 1e-5)", number(0, 1e9)),
+        Flag("--latent-channels", "channels of the latent (default: 4; of sounds 16)", integer(1, SIZE),
+             metavar="C"),
+        Flag("--kl-weight", "weight of the KL term (default: 1e-5; of sounds 0.1)", number(0, 1e9)),
         Flag("--latent-noise", "noise on the decoder's input in training, relative to the latent's deviation "
                                "(default: 0)", number(0, 10)),
         Flag("--equivariance", "weight of reconstructing the picture at half its size from the latent at "
@@ -322,7 +350,7 @@ RESUMABLE = {flag.key for flag in ROWS.values() if flag.resumable}
 # Settings that may change on resume where the command names them, with effect from the next step on.
 CHANGEABLE = [flag.key for flag in ROWS.values() if flag.changeable]
 # What makes two VAEs different: not the seed, the precision or mirrored pictures.
-SAME_VAE = ("data", "image_size", "aspect", "crop", "vae_preset", "vae_widths", "latent_channels",
+SAME_VAE = ("data", "image_size", "rate", "aspect", "crop", "vae_preset", "vae_widths", "latent_channels",
             "kl_weight", "latent_noise", "equivariance", "steps", "batch_size", "lr", "warmup", "cooldown",
             "weight_decay", "clip", "ema")
 # What `resolve` fills in, so that it is never None.
@@ -330,6 +358,11 @@ ALWAYS = ("arch", "image_size", "cond", "label_dropout", "steps", "batch_size", 
           "weight_decay", "ema")
 VAE_DEFAULTS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5,
                 "latent_noise": 0.0, "equivariance": 0.0}
+SOUND_VAE_DEFAULTS = VAE_DEFAULTS | {"latent_channels": 16, "kl_weight": 0.1}
+RATE = 8000            # of sounds: samples a second
+SECONDS = 1.024        # their length
+# Their number of samples is a multiple of this: of the autoencoder's 128, and 4 for patches or levels.
+SAMPLES = 512
 
 
 def check_needs(flag: Flag, args: argparse.Namespace) -> None:
@@ -352,6 +385,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Check flags against each other and fill in the defaults that depend on other flags."""
+    resolve_sounds(args)
     resolve_conditioning(args)
     for flag in ROWS.values():
         if given(flag, args):
@@ -385,6 +419,43 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.batch_size % args.accumulate and not args.tokens:
         raise ValueError(f"{shown(ROWS['accumulate'], args)}: does not divide the batch of {args.batch_size}")
     return args
+
+
+def resolve_sounds(args: argparse.Namespace) -> None:
+    """Find out whether the data are sounds: then `rate` is set, and image_size is 1 x their samples."""
+    row = SOURCES.get(args.data)
+    built_in = row is not None and row.rate is not None
+    if row is not None and not built_in:
+        for name in ("seconds", "rate"):
+            if given(ROWS[name], args):
+                raise ValueError(f"{shown(ROWS[name], args)}: belongs to sounds, and --data {args.data} has "
+                                 "pictures; leave it out")
+    if row is None and os.path.isdir(args.data) and wanted_in(Path(args.data)) is SOUNDS:
+        args.seconds = args.seconds or SECONDS         # it has no pictures
+    if not built_in and args.seconds is None:
+        if args.rate is not None:
+            raise ValueError(f"--rate {args.rate}: belongs to a folder of sounds; give --seconds S too, how "
+                             "long they are")
+        return
+    if args.data.endswith(".tar"):
+        raise ValueError(f"--seconds {args.seconds:g}: tar shards hold pictures; give a folder of sounds")
+    if built_in and args.rate not in (None, row.rate):
+        raise ValueError(f"--rate {args.rate}: the sounds of --data {args.data} have {row.rate} samples a "
+                         "second; leave it out")
+    for name in ("image_size", "aspect", "flip", "vae_widths", "equivariance", "published", "reflow"):
+        if given(ROWS[name], args):
+            remedy = "give --seconds" if name == "image_size" else "leave it out"
+            raise ValueError(f"{shown(ROWS[name], args)}: is for pictures, and --data {args.data} has "
+                             f"sounds; {remedy}")
+    if args.patch and len(args.patch) > 1 and args.patch[0] != 1:
+        raise ValueError(f"--patch {args.patch[0]} {args.patch[1]}: latents of sounds are one row high; give "
+                         f"--patch {args.patch[1]}")
+    if args.vae_preset and args.vae_preset not in audio_vae.PRESETS:
+        raise ValueError(f"--vae-preset {args.vae_preset}: for sounds, audio_vae.py has "
+                         f"{', '.join(audio_vae.PRESETS)}")
+    args.rate = row.rate if built_in else args.rate or RATE
+    args.seconds = args.seconds or SECONDS
+    args.image_size = [1, math.ceil(args.seconds * args.rate / SAMPLES) * SAMPLES]
 
 
 def resolve_layout(args: argparse.Namespace) -> None:
@@ -504,6 +575,9 @@ def resolve_experts(args: argparse.Namespace) -> None:
 def check_published(args: argparse.Namespace) -> None:
     row = published.MODELS[args.published]
     objective = row.objective["name"]
+    if row.arch not in ARCHITECTURES:
+        raise ValueError(f"--published {args.published}: can be drawn with, by sample.py, but not trained; "
+                         "leave it out")
     # A whole pipeline has its VAE and text encoders too. What is not there is refused where it is read.
     is_folder = args.init_from and not any(map(os.path.isfile, (args.init_from,
                                                                 f"{args.init_from}/checkpoint.pt")))
@@ -533,8 +607,10 @@ def check_published(args: argparse.Namespace) -> None:
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
-    row = ARCHITECTURES[args.arch]
+    row = SOUND_VAE if args.arch == "vae" and args.rate else ARCHITECTURES[args.arch]
     defaults = dict(row.defaults)
+    if args.rate:
+        defaults |= row.defaults_with_sound
     if args.label_dropout is None:
         args.label_dropout = 0.1
     # A VAE needs more only where there are other pictures; captions alone change nothing for it.
@@ -543,7 +619,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.init_from:
         defaults["lr"] = 1e-4             # a larger rate would undo what the weights have learned
     if args.arch == "vae":
-        defaults |= VAE_DEFAULTS
+        defaults |= SOUND_VAE_DEFAULTS if args.rate else VAE_DEFAULTS
     else:
         defaults["preset"] = "small"
         if args.objective == "meanflow":
@@ -583,7 +659,10 @@ def data_name(args: argparse.Namespace) -> str:
         name += "-text"
     if args.aspect:
         name += "-aspect"
-    if args.image_size != [32, 32]:
+    if args.rate:
+        if (args.rate, args.seconds) != (RATE, SECONDS):
+            name += f"-{args.seconds:g}s"
+    elif args.image_size != [32, 32]:
         name += "-{}x{}".format(*args.image_size)
     return name
 
@@ -679,6 +758,9 @@ def vae_settings(args: argparse.Namespace, begun: dict | None,
     for name in ("data", "image_size", "aspect", "crop", "flip", "shuffle_shards", "precision", "seed",
                  *VAE_DEFAULTS):
         setattr(result, name, getattr(args, name))
+    if args.rate:                         # which settle the size
+        result.image_size, result.seconds = None, args.seconds
+        result.rate = None if args.data in SOURCES else args.rate
     result.steps = args.vae_steps
     result.cond = "text" if shows_other_pictures(args) else "class"
     resolve(result)
@@ -731,10 +813,14 @@ def objective_config(args: argparse.Namespace) -> dict:
 
 
 def vae_config(args: argparse.Namespace, image_channels: int) -> dict:
-    chosen = dict(VAE_DEFAULTS)
+    """image_channels: of pictures; sounds are mono."""
+    chosen = dict(SOUND_VAE_DEFAULTS if args.rate else VAE_DEFAULTS)
     for name in VAE_DEFAULTS:
         if getattr(args, name) is not None:
             chosen[name] = getattr(args, name)
+    if args.rate:
+        return audio_vae.PRESETS[chosen["vae_preset"]] | {
+            "rate": args.rate, "channels": 1, "latent_channels": chosen["latent_channels"]}
     config = vae.PRESETS[chosen["vae_preset"]] | {"image_channels": image_channels,
                                                   "latent_channels": chosen["latent_channels"]}
     if chosen["vae_widths"]:
@@ -754,8 +840,14 @@ def network_config(args: argparse.Namespace, latent_channels: int, condition) ->
     config = preset | {"channels": latent_channels} | condition.network_options(args.arch, preset)
     if args.published and args.arch == "mmdit":
         config["guidance"] = preset.get("guidance", False)     # else of no network that is trained here
+    if args.rate:
+        config["longest"] = args.image_size[1] / args.rate
+        if args.arch == "unet":
+            config["strides"] = (1, 2)
+        else:
+            config["patch"] = (1, config.get("patch", (2, 2))[1])
     if args.patch:
-        config["patch"] = (args.patch[0], args.patch[-1])
+        config["patch"] = (1 if args.rate else args.patch[0], args.patch[-1])
     if args.block == "published":
         config |= dit.PUBLISHED_BLOCK
     if args.conv:

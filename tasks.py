@@ -32,7 +32,7 @@ from conditioning import VALIDATED
 from data import Dataset, Order, load_drawn, order_of, send
 from draw import draw_batches, picture_bar
 from files import fingerprint_tensors
-from pictures import grid, to_tensor, to_uint8
+from media import medium_at, medium_of
 from plan import Plan, prepare, reflow_scale
 from ranks import Ranks
 from run import build_model, build_path, encoder_fingerprint
@@ -42,6 +42,9 @@ from shards import ShardLatents, ShardOrder, ShardPictures
 from vae import VAE
 
 PREVIEW_BATCH = 64     # pictures drawn at a time, for samples.png and previews
+# Samples of a sound that its autoencoder sees in a step, from a random place on: parts of four sounds teach
+# more than one sound of four times the length.
+CROP = 2048
 
 
 # ---- what is done outside training steps: in how many pieces, and when it ends
@@ -102,7 +105,9 @@ class Autoencoding(Batches):
         self.device = plan.device
         self.ranks = plan.ranks
         self.order = self.order_for(data, len(data))
-        self.val = to_tensor(val.images[:VALIDATED]).to(self.device)   # kept there for every validation
+        self.medium = medium_at(data.rate)
+        self.val = self.medium.to_tensor(val.images[:VALIDATED]).to(self.device)   # kept for every validation
+        self.val_seconds = val.seconds
 
     def expect(self, batches: Iterable[np.ndarray]) -> None:
         """Read ahead what the coming calls of `loss` need. batches: their indices."""
@@ -116,24 +121,29 @@ class Autoencoding(Batches):
         """(B,) loss, and (B,) zeros in place of times, which a VAE does not have; of this rank's part of the
         batch."""
         part = self.ranks.part(len(indices))
-        x = to_tensor(self.data.images[indices[part]])                 # (B, C, H, W) in [-1, 1]
+        x = self.medium.to_tensor(self.data.images[indices[part]])     # (B, C, H, W) in [-1, 1]
         if self.args.flip:                                             # each picture independently
             mirrored = torch.rand(len(indices), 1, 1, 1) < 0.5
             x = torch.where(mirrored[part], x.flip(-1), x)
+        if self.medium.rate is not None and x.shape[-1] > CROP:
+            starts = (torch.rand(len(indices)) * (x.shape[-1] - CROP + 1)).long()[part]
+            x = torch.stack([row[:, start:start + CROP] for row, start in zip(x, starts.tolist())])
+        more = {}
+        if self.args.equivariance:                                     # of pictures only
+            more["equivariance"] = self.args.equivariance
         loss, _ = model.loss(send(x, self.device), self.args.kl_weight, noise=self.args.latent_noise,
-                             equivariance=self.args.equivariance, rows=(len(indices), part))
+                             rows=(len(indices), part), **more)
         return loss, loss.new_zeros(len(x))
 
     def validate(self, model: VAE, stop: list[int]) -> dict:
         generator = torch.Generator(self.device).manual_seed(0)        # the same noise each time
         size = at_once(self.args, self.ranks, VALIDATED, self.val.shape[2:])
-        losses, latents = [], []
-        totals = {"psnr": 0.0, "kl": 0.0}
+        losses, latents, totals = [], [], {}
         for x in watched(self.val.split(size), stop, "validate"):
             loss, logs = model.loss(x, self.args.kl_weight, generator)
             losses.append(loss)
-            for name in totals:                                        # means, weighted by the piece's size
-                totals[name] += len(x) / len(self.val) * logs[name]
+            for name in (self.medium.quality, "kl"):                   # means, weighted by the piece's size
+                totals[name] = totals.get(name, 0.0) + len(x) / len(self.val) * logs[name]
             # The spread over all pictures does not follow from that of the pieces.
             latents.append(model.encode(x).mean)
         record = {"val_loss": torch.cat(losses).mean()} | totals
@@ -142,12 +152,13 @@ class Autoencoding(Batches):
 
     def preview(self, model: VAE, stop: list[int], rows: int = 0) -> Image.Image:
         """Pictures, each with its reconstruction below."""
-        x = self.val[:32]                                              # 16 pictures per row
+        row = 16 if self.medium.rate is None else 8
+        x = self.val[:2 * row]
         parts = x.split(at_once(self.args, self.ranks, 16, x.shape[2:]))
         again = torch.cat([model.decode(model.encode(part).mean)
                            for part in watched(parts, stop, "reconstruct")])
-        pairs = [torch.cat(pair) for pair in zip(x.split(16), again.split(16))]
-        return grid(to_uint8(torch.cat(pairs)), columns=min(16, len(x)))
+        pairs = [torch.cat(pair) for pair in zip(x.split(row), again.split(row))]
+        return self.medium.show(self.medium.to_array(torch.cat(pairs)), columns=min(row, len(x)))
 
     def finish(self, networks: list[VAE], average: Callable[[], VAE]) -> None:
         """Measure the scale of the latents, once. networks: the trained one and its averages. average: makes
@@ -172,6 +183,7 @@ class Denoising(Batches):
         self.conditioning = plan.conditioning
         self.objective = settings.objective_config(args)
         self.path = build_path(self.objective)
+        self.medium = medium_at(data.rate)
         self.pairs = None
         if args.reflow:
             self.pairs = draw_pairs(args, plan, data, cache_dir)
@@ -186,11 +198,12 @@ class Denoising(Batches):
         if val.latents is not None:
             self.x0 = self.vae.normalize(val.latents.means().to(self.device))
         else:
-            parts = to_tensor(val.images[:VALIDATED])
+            parts = self.medium.to_tensor(val.images[:VALIDATED])
             parts = parts.split(at_once(args, self.ranks, 32, val.images.shape[1:3]))
             with torch.no_grad():
                 self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
-                                     for x in tqdm(parts, desc="encode validation pictures", leave=False)])
+                                     for x in tqdm(parts, desc=f"encode validation {self.medium.name}",
+                                                   leave=False)])
         n = len(self.x0)
         generator = torch.Generator().manual_seed(0)
         self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
@@ -224,24 +237,25 @@ class Denoising(Batches):
             x0 = self.vae.normalize(send(z, self.device))              # (B, C, h, w), mean 0 and std 1
         dropped = torch.rand(n) < self.args.label_dropout              # each example independently
         cond = self.conditioning.batch(model, indices, dropped, part)  # y, or context, mask, pooled
+        length = self.conditioning.lengths(indices[part])              # of sounds, never dropped
         drawn = self.path.sample_times(n)
         times = {name: send(t[part], self.device) for name, t in drawn.items()}
         if self.pairs is None:                                         # else the one that x0 was drawn from
             eps = torch.randn(n, *x0.shape[1:], device=self.device)[part]
-        fixed = self.guiding(model, dropped[part])
+        fixed = self.guiding(model, dropped[part], length)
         if "s" in drawn:                                               # as one for all parts of the batch
             fixed["derive"] = bool((drawn["s"] < drawn["t"]).any())
-        return self.path.loss(model, x0, eps=eps, **times, **fixed, **cond), times["t"]
+        return self.path.loss(model, x0, eps=eps, **times, **fixed, **cond, **length), times["t"]
 
-    def guiding(self, model: torch.nn.Module, dropped: Tensor) -> dict:
+    def guiding(self, model: torch.nn.Module, dropped: Tensor, length: dict[str, Tensor]) -> dict:
         """Further arguments of a loss that learns guided velocities. dropped (B,), bool: where there is no
-        condition to guide toward."""
+        condition to guide toward. length: of the sounds, which guidance leaves as it is."""
         if getattr(self.path, "guidance", 1) == 1 or not self.conditioning.guidable:
             return {}
         any_pictures = np.zeros(len(dropped), dtype=int)               # all of their conditions are dropped
         with torch.no_grad():
             null = self.conditioning.batch(model, any_pictures, torch.ones_like(dropped))
-        return {"uncond": null, "dropped": send(dropped, self.device)}
+        return {"uncond": null | length, "dropped": send(dropped, self.device)}
 
     def validate(self, model: torch.nn.Module, stop: list[int]) -> dict:
         losses = []
@@ -250,7 +264,8 @@ class Denoising(Batches):
             for start in watched(range(0, len(self.x0), size), stop, "validate"):
                 part = slice(start, min(start + size, len(self.x0)))
                 cond = self.conditioning.validation(model, part)
-                cond |= self.guiding(model, torch.zeros(len(self.t[part]), dtype=torch.bool))
+                length = self.conditioning.validation_lengths(part)
+                cond |= length | self.guiding(model, torch.zeros(len(self.t[part]), dtype=torch.bool), length)
                 losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part],
                                              **cond))
         return self.record(torch.cat(losses)) | loads.record()
@@ -266,7 +281,7 @@ class Denoising(Batches):
 
     def preview(self, model: torch.nn.Module, stop: list[int], rows: int = 3) -> Image.Image:
         """Samples, with guidance 2 where the network is trained for it."""
-        asked = self.conditioning.preview(model, rows)
+        asked = self.conditioning.with_lengths(self.conditioning.preview(model, rows))
         defaults = OBJECTIVES[self.objective["name"]]
         # Picture i is drawn with seed i in every preview, so that previews of two steps can be compared.
         seeds = range(len(asked.turn))
@@ -281,7 +296,7 @@ class Denoising(Batches):
             images = list(draw_batches(model, self.vae, self.path, self.x0.shape[1:], asked, seeds, size,
                                        progress=progress, sampler=defaults.sampler, steps=defaults.steps,
                                        scale=defaults.scale if self.conditioning.guidable else 1.0))
-        return grid(np.concatenate(images), asked.columns, captions=asked.captions)
+        return self.medium.show(np.concatenate(images), asked.columns, asked.captions, asked.seconds)
 
     def finish(self, networks: list[torch.nn.Module], average: Callable[[], torch.nn.Module]) -> None:
         pass                                                           # nothing is left to measure
@@ -297,7 +312,7 @@ def posteriors(vae: VAE, most: Callable[[np.ndarray], int]) -> Callable[[np.ndar
 
     def encode(images: np.ndarray, mirrored: bool) -> tuple[Tensor, Tensor]:
         means, stds = [], []
-        for x in to_tensor(images).split(most(images)):
+        for x in medium_of(vae.config).to_tensor(images).split(most(images)):
             # The picture is mirrored, not the latent: an encoder does not commute with mirroring.
             x = x.to(device)
             posterior = vae.encode(x.flip(-1) if mirrored else x)
@@ -310,7 +325,7 @@ def posteriors(vae: VAE, most: Callable[[np.ndarray], int]) -> Callable[[np.ndar
 def encode_latents(args: argparse.Namespace, ranks: Ranks, vae: VAE, data: Dataset,
                    cache_dir: Path) -> LatentCache:
     encode = posteriors(vae, lambda images: at_once(args, ranks, len(images)))
-    shape = latent_shape(vae, data)
+    shape = vae.latent_shape(data.size)
     stamp = {"vae": encoder_fingerprint(vae), "data": data.fingerprint}
     with ranks.in_turn():
         return LatentCache(cache_dir / "latents.npy", data.images, encode, shape, stamp, args.flip,
@@ -321,7 +336,7 @@ def draw_pairs(args: argparse.Namespace, plan: Plan, data: Dataset, cache_dir: P
     """The pairs of --reflow and VALIDATED more, as latents: sample i of sample.py, of seed i and, where there
     are classes, with these in turn. Liu et al. 2022 (arXiv:2209.03003), algorithm 1."""
     count = args.reflow_pairs + VALIDATED
-    shape = latent_shape(plan.vae, data)
+    shape = plan.vae.latent_shape(data.size)
     if plan.pairs_stamp and plan.reflow is None:               # the run goes on; they were complete
         return PairCache(cache_dir / "pairs.npy", count, shape, None, plan.pairs_stamp)
     theirs = plan.reflow
@@ -354,11 +369,6 @@ def draw_pairs(args: argparse.Namespace, plan: Plan, data: Dataset, cache_dir: P
     size = max(1, at_once(args, plan.ranks, 2 * PREVIEW_BATCH) // 2)
     with plan.ranks.in_turn():
         return PairCache(cache_dir / "pairs.npy", count, shape, draw, stamp, at_once=size)
-
-
-def latent_shape(vae: VAE, data: Dataset) -> tuple[int, int, int]:
-    height, width = data.images.shape[1:3]
-    return vae.config.latent_channels, height // vae.factor, width // vae.factor
 
 
 def demo() -> None:

@@ -130,6 +130,13 @@ def sd3_times(path, steps: int) -> Tensor:
     return torch.cat([noisy.clamp(max=path.t_max), noisy.new_zeros(1)])
 
 
+def stable_audio_times(path, steps: int) -> Tensor:
+    """Stable Audio Open: sigma / alpha falls by the same factor in each step, from 500 to 0.3; a last step
+    goes to 0."""
+    start, end = path.t_at(-torch.tensor([500.0, 0.3], dtype=torch.float64).log()).tolist()
+    return log_snr_times(path, steps, end, start)
+
+
 def shift_of_tokens(tokens: float, low: tuple[float, float] = (256, 0.5),
                     high: tuple[float, float] = (4096, 1.15)) -> float:
     """The shift, for RectifiedFlow, with which FLUX.1-dev draws a picture of so many tokens: exp(mu), mu
@@ -150,11 +157,11 @@ TIMES = {"even": lambda path, steps: path.times(steps),
          "leading": lambda path, steps: path.times(steps, "leading"),
          "linspace": lambda path, steps: path.times(steps, "linspace"),
          "log-snr": log_snr_times, "karras": karras_times, "beta": beta_times, "beta-sigma": beta_sigma_times,
-         "sd": sd_times, "sdxl": sdxl_times, "sd3": sd3_times}
+         "sd": sd_times, "sdxl": sdxl_times, "sd3": sd3_times, "stable-audio": stable_audio_times}
 
 # Of these, the spacings that only one path has.
 ONLY = {"leading": "ddpm", "linspace": "ddpm", "beta-sigma": "ddpm", "sd": "ddpm", "sdxl": "ddpm",
-        "sd3": "rf"}
+        "sd3": "rf", "stable-audio": "circle"}
 
 
 # ---- a part of the steps
@@ -172,14 +179,14 @@ def interval_of_steps(times: Tensor, start: float, stop: float) -> tuple[float, 
 
 def demo() -> None:
     """Print the times of every spacing on every path that has it."""
-    from ddpm import DDPM
+    from ddpm import DDPM, Circle
     from rectified_flow import RectifiedFlow
 
-    for name, path in (("ddpm", DDPM()), ("rf", RectifiedFlow(shift=3.0))):
+    for name, path in (("ddpm", DDPM()), ("rf", RectifiedFlow(shift=3.0)), ("circle", Circle())):
         for spacing, function in TIMES.items():
             if ONLY.get(spacing, name) == name:
                 times = ", ".join(f"{t:.3f}" for t in function(path, 8).tolist())
-                print(f"{name:5s} {spacing:11s} {times}")
+                print(f"{name:6s} {spacing:12s} {times}")
     print("FLUX.1-dev at 512 x 512, 1024 x 1024 and 2048 x 2048: shift "
           + ", ".join(f"{shift_of_tokens(side * side / 256):.2f}" for side in (512, 1024, 2048)))
 

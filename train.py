@@ -162,9 +162,10 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
               flush=True)
     with ranks.in_turn():
         data, val = [load_data(args.data, split, tuple(args.image_size), Path(args.data_dir), cache_dir,
-                               plan.words, plan.folder, crop=args.crop, multiple=plan.multiple)
+                               plan.words, plan.folder, crop=args.crop, multiple=plan.multiple,
+                               rate=args.rate)
                      for split in ("train", "val")]
-    if plan.vae and plan.vae.config.image_channels != data.images.shape[-1]:
+    if plan.vae and args.rate is None and plan.vae.config.image_channels != data.images.shape[-1]:
         raise ValueError(f"--vae {args.vae}: for pictures with {plan.vae.config.image_channels} channels; "
                          f"those of --data {args.data} have {data.images.shape[-1]}")
 
@@ -196,6 +197,7 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
             if saved:
                 plan.vae = unpack_vae(saved["vae"])        # the one that the run began with
             plan.conditioning.attach(data, val, cache_dir, resumed=saved is not None)
+            plan.conditioning.attach_lengths(data, val)
             kind = MixedDenoising if args.aspect else Denoising
             task = kind(args, data, val, plan, cache_dir)
         rest = "and then the samples" if args.arch != "vae" else "and then the scale of its latents"
@@ -299,7 +301,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
 def described(args: argparse.Namespace, plan: Plan, task: Task, state: State) -> str:
     """What is trained, on what, and how."""
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-    kind = "pictures" if task.pairs is None else "pairs of noise and sample"
+    kind = task.medium.name if task.pairs is None else "pairs of noise and sample"
     return (f"{plan.run.folder}: {args.arch} with {millions:.1f} M parameters on {len(task.order):,} {kind}; "
             f"{plan.device.type}, {plan.number_format}, at least {plan.memory / 2**20:,.0f} MiB of memory "
             "for weights, optimizer and a batch")
@@ -391,7 +393,8 @@ def checkpoint_of(args: argparse.Namespace, plan: Plan, task: Task, state: State
     if not state.is_finite():          # the last update may have overflowed, after a loss that was finite
         raise diverged("weights that are not finite", f"after step {step}", plan)
     conditions = plan.conditioning.stored()
-    data_entry = {"source": args.data, "size": list(plan.size)} | conditions.pop("data")
+    data_entry = ({"source": args.data, "size": list(plan.size)} | conditions.pop("data")
+                  | plan.conditioning.stored_lengths())
     if args.aspect:
         data_entry["aspect"] = task.sizes()
     # the identities of the data and of a frozen encoder's outputs: neither may change on resume
@@ -478,8 +481,10 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> int:
         defaults = OBJECTIVES[args.objective]
         finished = conditioning.of_checkpoint(load_checkpoint(folder, args.shard), plan.device)
         guidance = f" --cfg {defaults.scale:g}" if finished.guidable and defaults.scale != 1 else ""
-        print(f"more: python sample.py {shlex.quote(str(folder))}{finished.hint()} --n 64 "
-              f"--sampler {defaults.sampler} --steps {defaults.steps}{guidance} --seed 0 --out grid.png")
+        many = "--n 64" if args.rate is None else "--n 8"
+        out = "grid.png" if args.rate is None else "sounds.wav"
+        print(f"more: python sample.py {shlex.quote(str(folder))}{finished.hint()} {many} "
+              f"--sampler {defaults.sampler} --steps {defaults.steps}{guidance} --seed 0 --out {out}")
     return 0
 
 

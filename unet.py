@@ -41,6 +41,8 @@ class UNetConfig:
     num_classes: int = 0                        # 0: no class labels
     time_offset: float = 0.0                    # added to 1000 t before the time embedding (published: -1)
     second_time: bool = False                   # also embed s <= t: predict the mean velocity from t to s
+    strides: tuple[int, int] = (2, 2)           # of a level, in height and width; of sounds (1, 2)
+    longest: float = 0.0                        # of sounds, in seconds: their lengths are an input; 0: not
 
 
 GAP_SCALE = 10.0     # fastest sinusoid of t - s, in radians per unit: its derivative by t enters the loss
@@ -238,16 +240,18 @@ class SpatialTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve both sides by a strided convolution, or double them by repeating pixels before a convolution."""
+    """Divide the sides by the strides, by a convolution, or multiply them, by repeating pixels before a
+    convolution."""
 
-    def __init__(self, width: int, up: bool):
+    def __init__(self, width: int, strides: tuple[int, int], up: bool):
         super().__init__()
         self.up = up
-        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1)
+        self.strides = tuple(map(float, strides))
+        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else tuple(strides), padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = F.interpolate(x, scale_factor=self.strides, mode="nearest")
         return self.conv(x)
 
 
@@ -277,7 +281,7 @@ class DownLevel(nn.Module):
             self.attentions.extend(SpatialTransformer(width, heads, c, depth) for _ in range(c.layers))
         self.downsamplers = nn.ModuleList()
         if level < len(c.widths) - 1:
-            self.downsamplers.append(Resample(width, up=False))
+            self.downsamplers.append(Resample(width, c.strides, up=False))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None,
                 skips: list[Tensor]) -> Tensor:
@@ -313,7 +317,7 @@ class UpLevel(nn.Module):
             self.attentions.extend(SpatialTransformer(width, heads, c, depth) for _ in skip_widths)
         self.upsamplers = nn.ModuleList()
         if level > 0:
-            self.upsamplers.append(Resample(width, up=True))
+            self.upsamplers.append(Resample(width, c.strides, up=True))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None,
                 skips: list[Tensor]) -> Tensor:
@@ -361,7 +365,8 @@ class UNet(nn.Module):
             if width % c.groups or width % number or width % 2:
                 raise ValueError(f"U-Net width {width} must be even and a multiple of groups = {c.groups} "
                                  f"and of heads = {number}")
-        self.factor = 2 ** (len(c.widths) - 1)       # the downsampling of all levels together
+        # the downsampling of all levels together, in height and width
+        self.factors = tuple(stride ** (len(c.widths) - 1) for stride in c.strides)
 
         c_emb = 4 * c.widths[0]
         self.conv_in = nn.Conv2d(c.channels, c.widths[0], 3, padding=1)
@@ -372,6 +377,10 @@ class UNet(nn.Module):
         # the last row is the null class
         self.class_embedding = nn.Embedding(c.num_classes + 1, c_emb) if c.num_classes else None
         self.add_embedding = VectorEmbedding(c.pooled_width, c_emb) if c.pooled_width else None
+        # lengths as times: 1 for the longest (Evans et al. 2024, arXiv:2402.04825, section 3.2)
+        self.length_embedding = None
+        if c.longest:
+            self.length_embedding = TimeEmbedding(c.widths[0], c_emb, 0.0, 1000.0 / c.longest)
 
         # level 0 has the full resolution: first in the down path, last in the up path
         levels = range(len(c.widths))
@@ -412,15 +421,18 @@ class UNet(nn.Module):
         return self.time_embedding(t, BLUR * gap) + self.gap_embedding(gap)
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                mask: Tensor | None = None, pooled: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+                mask: Tensor | None = None, pooled: Tensor | None = None, s: Tensor | None = None,
+                seconds: Tensor | None = None) -> Tensor:
         """xt (B, C, H, W), t (B,) in [0, 1], y (B,), context (B, L, D), mask (B, L), pooled (B, P), s (B,) in
-        [0, t] or None, which is t -> raw (B, out_channels, H, W).
+        [0, t] or None, which is t, seconds (B,), the length of a sound -> raw (B, out_channels, H, W).
 
         Raises ValueError if H or W is not a multiple of the factor by which the levels downsample, or if a
         context is given to a U-Net without cross-attention, or missing from one with it."""
-        if xt.shape[-2] % self.factor or xt.shape[-1] % self.factor:
+        if any(side % factor for side, factor in zip(xt.shape[-2:], self.factors)):
+            down, across = self.factors
+            factors = f"{down}" if down == across else f"{down} and {across}"
             raise ValueError(f"latent {xt.shape[-2]}x{xt.shape[-1]}: both sides must be multiples of "
-                             f"{self.factor}, by which this U-Net downsamples")
+                             f"{factors}, by which this U-Net downsamples")
         if (context is None) != (self.config.context_width is None):
             raise ValueError("context must be given exactly where the U-Net has a context_width")
 
@@ -430,6 +442,8 @@ class UNet(nn.Module):
             emb = emb + self.class_embedding(y)
         if self.add_embedding is not None:
             emb = emb + self.add_embedding(pooled)
+        if self.length_embedding is not None:
+            emb = emb + self.length_embedding(seconds)
 
         x = self.conv_in(xt)                                                   # (B, widths[0], H, W)
         skips = [x]

@@ -279,6 +279,15 @@ class VAE(nn.Module):
             nn.init.zeros_(layer.bias)
         moments.bias.data[c.latent_channels:] = -6.0   # the log-variance: a standard deviation of 0.05
 
+    @property
+    def factors(self) -> tuple[int, int]:
+        """How much smaller the latent is in height and width."""
+        return self.factor, self.factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of this height and width."""
+        return self.config.latent_channels, size[0] // self.factor, size[1] // self.factor
+
     def encode(self, x: Tensor) -> Posterior:
         """x (B, image_channels, H, W) in [-1, 1] -> posterior over (B, C, H/factor, W/factor).
         Raises ValueError unless `factor` divides H and W."""

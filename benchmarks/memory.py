@@ -1,4 +1,4 @@
-"""How much memory each published text model takes to draw one picture of its own size, from shapes alone.
+"""How much memory each published text model takes to draw one picture or sound of its own size, from shapes.
 
     python benchmarks/memory.py                 # all of them, by the modes of sample.py --offload
     python benchmarks/memory.py --models flux-dev sdxl --tile 512
@@ -10,6 +10,7 @@ no weights of N x N. What a device allocates beside tensors (its context, kernel
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -28,8 +29,7 @@ import encoders
 import published
 from cli import Flag, integer, make_parser, one_of, program
 from offload import in_tiles
-from settings import ARCHITECTURES
-from vae import PRESETS, VAE, VAEConfig
+from settings import ALL_ARCHITECTURES
 
 GIB = 2**30
 TEXT_MODELS = [name for name, row in published.MODELS.items() if row.text]
@@ -94,14 +94,14 @@ def size_of(module: nn.Module) -> int:
 
 # ---- a model
 
-def build_vae(row: published.Published) -> VAE:
-    with torch.device("meta"):
-        return VAE(VAEConfig(**PRESETS["sd"] | {"latent_channels": row.latents.channels,
-                                                "quant_conv": row.latents.channels == 4})).eval()
+def latent_size(row: published.Published) -> tuple[int, int]:
+    """Height and width of a latent; that of a sound is one row."""
+    height, width = (math.ceil(side / row.latents.factor) for side in row.size)
+    return height, width
 
 
 def drawing(row: published.Published, network: nn.Module) -> Callable[[], object]:
-    """A call of the network as for one picture: with guidance, two at a time."""
+    """A call of the network as for one picture or sound: with guidance, two at a time."""
     batch = 1 if row.guidance == 1 else 2
     recipe = encoders.RECIPES[row.text]
     kind = dict(device="meta", dtype=torch.bfloat16)
@@ -110,28 +110,34 @@ def drawing(row: published.Published, network: nn.Module) -> Callable[[], object
         config = encoders.CONFIGS[part.kind]
         width = config.get("hidden_size") or config["d_model"]
         if part.layer is not None:
-            contexts.append(torch.empty(batch, part.tokens, width, **kind))
+            tokens = part.tokens if row.rate is None else part.tokens + 2              # of the seconds
+            contexts.append(torch.empty(batch, tokens, width, **kind))
     cond = {"context": recipe.join(contexts)}
     if network.config.pooled_width:
         cond["pooled"] = torch.empty(batch, network.config.pooled_width, **kind)
     if getattr(network.config, "guidance", False):
         cond["guidance"] = torch.empty(batch, device="meta")
-    side = row.side // 8
-    xt = torch.empty(batch, row.latents.channels, side, side, **kind)
+    xt = torch.empty(batch, row.latents.channels, *latent_size(row), **kind)
     t = torch.empty(batch, device="meta")
     return lambda: network(xt, t, **cond)
 
 
 def needs(name: str, tile: int) -> dict[str, int]:
-    """Bytes at most, by mode: all on the device, `parts`, `blocks`, and `blocks` with the VAE in tiles."""
+    """Bytes at most, by mode: all on the device, `parts`, `blocks`, and `blocks` with the VAE in tiles, of
+    which a sound has none."""
     row = published.MODELS[name]
-    network, autoencoder = published.build_network(name).eval().bfloat16(), build_vae(row)
+    network = published.build_network(name).eval().bfloat16()
+    autoencoder = published.build_vae(name).eval()
     step = peak(network, drawing(row, network))
-    z = torch.empty(1, row.latents.channels, row.side // 8, row.side // 8, device="meta")
+    z = torch.empty(1, row.latents.channels, *latent_size(row), device="meta")
+    if row.rate is not None:
+        z = z.squeeze(2)
     decode = peak(autoencoder, lambda: autoencoder.decoder(z))       # not VAE.decode: autocast lacks meta
-    tiled = peak(autoencoder, lambda: in_tiles(autoencoder.decoder, z, tile // 8, 1, 8))
+    tiled = decode
+    if row.rate is None:
+        tiled = peak(autoencoder, lambda: in_tiles(autoencoder.decoder, z, tile // 8, 1, 8))
     blocks = [size_of(module) for module in network.modules()
-              if isinstance(module, ARCHITECTURES[row.arch].blocks)]
+              if isinstance(module, ALL_ARCHITECTURES[row.arch].blocks)]
     outside = size_of(network) - sum(blocks)
     texts = [2 * encoders.count_parameters(part) for part in encoders.RECIPES[row.text].parts]
     drawn = size_of(network) + step
@@ -144,11 +150,12 @@ def needs(name: str, tile: int) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser(__doc__.splitlines()[0], FLAGS).parse_args(argv)
-    print(f"GiB for one picture   all on the device   --offload parts   blocks   and --tile {args.tile}")
+    print(f"GiB for one picture or sound   all on the device   --offload parts   blocks   "
+          f"and --tile {args.tile}")
     for name in args.models or TEXT_MODELS:
         found = {mode: size / GIB for mode, size in needs(name, args.tile).items()}
         side = published.MODELS[name].side
-        print(f"{name:13s} {side:5d} {found['all']:20.1f} {found['parts']:17.1f} {found['blocks']:8.1f} "
+        print(f"{name:21s} {side:8d} {found['all']:18.1f} {found['parts']:17.1f} {found['blocks']:8.1f} "
               f"{found['tiles']:12.1f}", flush=True)
 
 

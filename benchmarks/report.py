@@ -41,7 +41,7 @@ from benchmarks.report_picture import draw_report
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from data import CLASSES, Dataset, load_data, load_mnist
 from files import digest, fingerprint_tensors, open_array, read_stamp, write_atomically
-from pictures import to_tensor, to_uint8
+from media import medium_of
 from run import Run, encoder_fingerprint, load_checkpoint, unpack_vae
 from samplers import SAMPLERS
 from settings import OBJECTIVES
@@ -171,17 +171,19 @@ def score_fashion_mnist(data_dir: Path, vae: VAE) -> Score:
 
 @torch.no_grad()
 def through(vae: VAE, images: np.ndarray, size: int = 100) -> np.ndarray:
-    """Pictures as the VAE reconstructs them."""
-    parts = [vae.decode(vae.encode(to_tensor(images[i:i + size])).mean) for i in range(0, len(images), size)]
-    return np.concatenate([to_uint8(part) for part in parts])
+    """Pictures, or sounds, as the VAE reconstructs them."""
+    medium = medium_of(vae.config)
+    return np.concatenate([medium.to_array(vae.decode(vae.encode(medium.to_tensor(images[i:i + size])).mean))
+                           for i in range(0, len(images), size)])
 
 
 @torch.no_grad()
 def latents_of(vae: VAE, images: np.ndarray, mirrored: bool = False, size: int = 100) -> np.ndarray:
-    """The normalised means of their latents, (N, D) float32."""
+    """The normalised means of their latents, (N, D) float32; of sounds as of pictures."""
+    medium = medium_of(vae.config)
     parts = []
     for i in range(0, len(images), size):
-        x = to_tensor(images[i:i + size])
+        x = medium.to_tensor(images[i:i + size])
         parts.append(vae.normalize(vae.encode(x.flip(-1) if mirrored else x).mean))
     return torch.cat(parts).flatten(1).numpy()
 

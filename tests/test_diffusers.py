@@ -12,22 +12,25 @@ import torch
 pytest.importorskip("diffusers", reason="pip install diffusers, for the comparison with published code")
 from diffusers import (AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel,
                        UNet2DConditionModel, schedulers)
-from diffusers.models import normalization
+from diffusers.models import attention_processor, normalization
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 import dit
 import mmdit
 import names
 import published
+import stable_audio
 import unet
 import vae
-from ddpm import DDPM
+import weights
+from ddpm import DDPM, Circle
 from rectified_flow import RectifiedFlow
 from samplers import (SAMPLERS, ddim, ddpm, dpm2_ancestral, dpm_solver_2, dpm_solver_3, dpmpp_2m,
                       dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, heun, lms,
                       plms)
 from times import (beta_sigma_times, beta_times, karras_times, log_snr_times, sd3_times, sd_times, sdxl_times,
-                   shift_of_tokens, stretched)
+                   shift_of_tokens, stable_audio_times, stretched)
 
 pytestmark = [pytest.mark.optional,
               pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]   # theirs
@@ -322,6 +325,32 @@ def test_dpmpp_sde(scheduler, monkeypatch):
                           if theirs.state_in_first_order else theirs.mid_point_sigma)
     got = ours(dpmpp_sde, PATH, X, times, generator=torch.Generator().manual_seed(2))
     assert error([x / a for x, a in zip(got, alpha[1:])], want) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [4, 12, 100])
+def test_solver_of_stable_audio(scheduler, monkeypatch, steps):
+    """A whole trajectory from the same noises. diffusers' states are x / alpha, begun at sigma / alpha = 500,
+    where alpha is 1 / sqrt(500^2 + 1); its times are rounded to float32."""
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+    module = importlib.import_module("diffusers.schedulers.scheduling_cosine_dpmsolver_multistep")
+    name = "CosineDPMSolverMultistepScheduler"
+    monkeypatch.setattr(schedulers, name, getattr(module, name))
+    theirs, path = scheduler(name, steps), Circle()
+    generator = torch.Generator().manual_seed(2)
+    noises = [torch.randn(X.shape, dtype=X.dtype, generator=generator) for _ in range(steps)]
+    theirs.noise_sampler = lambda level_t, level_s: noises[theirs.step_index]
+    x, states = X * theirs.init_noise_sigma, []
+    for t in theirs.timesteps:
+        inside = theirs.scale_model_input(x, t)
+        alpha, sigma = path.alpha_sigma(t)
+        x0, eps = mixture(path)(inside, t)
+        x = theirs.step(alpha * eps - sigma * x0, t, x).prev_sample
+        states.append(x)
+    times = stable_audio_times(path, steps)
+    assert error([times[:-1]], [theirs.timesteps]) < 1e-6
+    got = ours(dpmpp_2m_sde, path, X, times, generator=torch.Generator().manual_seed(2))
+    alphas = path.alpha_sigma(times[1:])[0]
+    assert error([x / alpha for x, alpha in zip(got, alphas)], states) < 1e-5
 
 
 def test_dpm2_ancestral(scheduler):
@@ -896,3 +925,54 @@ def test_full_size_mmdit_has_the_published_keys(name):
         theirs = FULL_MMDIT[name]()
         state = names.mmdit_weights(theirs.state_dict(), config)
         assert {key: tuple(w.shape) for key, w in state.items()} == shapes(mmdit.MMDiT(config))
+
+
+# ---- sound
+
+STABLE_AUDIO = dict(channels=6, width=48, depth=2, heads=4, context_heads=2, context_width=24,
+                    pooled_width=48)
+
+
+def diffusers_stable_audio(c):
+    """The network, and the embedding of seconds, which is apart."""
+    from diffusers import StableAudioDiTModel, StableAudioProjectionModel
+
+    return (StableAudioDiTModel(
+        in_channels=c.channels, out_channels=c.channels, num_layers=c.depth, time_proj_dim=c.features,
+        attention_head_dim=c.width // c.heads, num_attention_heads=c.heads,
+        num_key_value_attention_heads=c.context_heads, cross_attention_dim=c.context_width,
+        global_states_input_dim=c.pooled_width, cross_attention_input_dim=c.context_width),
+        StableAudioProjectionModel(c.context_width, c.context_width, 0, c.longest))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@both_precisions
+def test_stable_audio(dtype, masked, unrounded, monkeypatch):
+    """Network and seconds, with padding read and hidden."""
+    if dtype == torch.float64:             # it rotates in float32
+        monkeypatch.setattr(attention_processor, "torch", Wide(torch, torch.float64))
+    config = stable_audio.StableAudioConfig(**STABLE_AUDIO)
+    torch.manual_seed(0)
+    network, projection = (shake(part).to(dtype) for part in diffusers_stable_audio(config))
+    with torch.device("meta"):
+        ours = stable_audio.StableAudio(config).eval()
+    state = names.stable_audio_weights(network.state_dict() | projection.state_dict(), config)
+    weights.assign_weights(ours, state, "test")
+    x, t = torch.randn(3, 6, 1, 21, dtype=dtype), torch.tensor([0.02, 0.5, 0.998])
+    start, total = torch.tensor([0.0, 3.0, 30.0]), torch.tensor([1.0, 47.0, 600.0])
+    text = torch.randn(3, 5, 24, dtype=dtype)
+    with torch.no_grad():
+        tokens, pooled = ours.embed_seconds(start, total)
+        wanted = projection(start_seconds=start, end_seconds=total)
+    wanted = [wanted.seconds_start_hidden_states, wanted.seconds_end_hidden_states]
+    torch.testing.assert_close(tokens, torch.cat(wanted, 1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(pooled, torch.cat(wanted, 2)[:, 0], atol=2e-6, rtol=0)
+    mask = torch.arange(7) < torch.tensor([[7], [3], [5]]) if masked else None
+    context = torch.cat([text, tokens], dim=1)
+    table = get_1d_rotary_pos_embed(6, 22, use_real=True, repeat_interleave_real=False,
+                                    freqs_dtype=torch.float64)
+    assert_same(lambda x: ours(x, t, context, pooled, mask),
+                lambda x: network(x[:, :, 0], t, context, pooled[:, None], rotary_embedding=table,
+                                  encoder_attention_mask=mask).sample.unsqueeze(2), x, dtype)
+    with pytest.raises(ValueError, match="latent 2x21: must have one row"):
+        ours(torch.randn(1, 6, 2, 21), t[:1], context[:1], pooled[:1])

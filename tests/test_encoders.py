@@ -400,7 +400,8 @@ def test_states_in_half_precision(pipelines, tiny):
             torch.testing.assert_close(out["context"].float(), want["context"], atol=0.2, rtol=0.1)
 
 
-FULL = {"CLIP-L": 123_060_480, "OpenCLIP-H": 340_387_840, "OpenCLIP-G": 694_659_840, "T5-XXL": 4_762_310_656}
+FULL = {"CLIP-L": 123_060_480, "OpenCLIP-H": 340_387_840, "OpenCLIP-G": 694_659_840, "T5-XXL": 4_762_310_656,
+        "T5-base": 109_628_544}
 
 
 @pytest.mark.optional

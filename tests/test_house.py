@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 import encode
+import pairs
 import sample
 import settings
 
@@ -26,9 +27,11 @@ ROOMS = {
     "times": {"rectified_flow", "samplers"},
     "attention": set(),
     "vae": set(),
+    "audio_vae": set(),
     "ema": set(),
     "moe": set(),
     "toys": set(),
+    "tones": set(),
     "files": set(),
     "weights": set(),
     "offload": {"vae"},
@@ -41,47 +44,65 @@ ROOMS = {
     "moments": {"cuts", "parallel"},
     "pictures": {"files"},
     "charts": {"pictures"},
+    "sound": {"files", "pictures"},
+    "media": {"pictures", "samplers", "sound"},
     "ragged": {"files"},
     "folder": {"files", "pictures", "ragged"},
     "decoded": {"files", "folder", "pictures", "ragged"},
+    "drawings": {"decoded", "files", "folder", "pictures", "ragged"},
+    "sounds": {"decoded", "files", "folder", "sound"},
+    "speech": {"decoded", "files", "sound"},
     "shards": {"ahead", "files", "folder", "pictures"},
     "cache": {"files", "ragged"},
     "dit": {"attention"},
     "mmdit": {"attention", "dit"},
+    "stable_audio": {"attention", "dit"},
     "unet": {"attention"},
     "text": {"attention", "dit"},
     "encoders": {"unet"},
-    "names": {"dit", "mmdit", "unet"},
-    "published": {"dit", "encoders", "mmdit", "names", "unet", "vae", "weights"},
-    "data": {"decoded", "files", "folder", "pictures", "ragged", "shards", "toys"},
+    "names": {"dit", "mmdit", "stable_audio", "unet"},
+    "published": {"audio_vae", "dit", "encoders", "mmdit", "names", "stable_audio", "unet", "vae",
+                  "weights"},
+    "data": {"decoded", "drawings", "files", "folder", "pictures", "ragged", "shards", "sounds", "speech",
+             "tones", "toys"},
     "conditioning": {"cache", "data", "encoders", "files", "folder", "offload", "published", "shards",
                      "text", "unet", "weights"},
-    "draw": {"conditioning", "offload", "pictures", "ranks", "samplers", "times", "vae"},
-    "settings": {"cli", "data", "ddpm", "dit", "ema", "encoders", "mmdit", "moe", "published",
-                 "rectified_flow", "text", "times", "unet", "vae"},
-    "run": {"attention", "charts", "cli", "cuts", "ema", "encoders", "files", "moe", "moments", "parallel",
-            "published", "settings", "text", "vae", "weights"},
-    "export": {"cli", "ddpm", "dit", "files", "mmdit", "names", "published", "run", "unet", "vae", "weights"},
-    "plan": {"ahead", "cache", "cli", "conditioning", "cuts", "data", "ema", "files", "folder", "moe",
-             "published", "ragged", "ranks", "run", "settings", "shards", "vae", "weights"},
-    "sample": {"cli", "conditioning", "draw", "ema", "files", "offload", "pictures", "published", "ranks",
-               "run", "samplers", "settings", "times", "vae", "weights"},
-    "tasks": {"cache", "cli", "conditioning", "data", "draw", "files", "moe", "pictures", "plan", "ranks",
+    "draw": {"conditioning", "media", "offload", "ranks", "samplers", "times", "vae"},
+    "output": {"conditioning", "files", "media", "pictures", "sound"},
+    "settings": {"audio_vae", "cli", "data", "ddpm", "dit", "ema", "encoders", "mmdit", "moe", "published",
+                 "rectified_flow", "sounds", "stable_audio", "text", "times", "unet", "vae"},
+    "run": {"attention", "audio_vae", "charts", "cli", "cuts", "ema", "encoders", "files", "moe", "moments",
+            "parallel", "published", "settings", "text", "vae", "weights"},
+    "export": {"cli", "ddpm", "dit", "files", "media", "mmdit", "names", "published", "run", "unet", "vae",
+               "weights"},
+    "plan": {"ahead", "cache", "cli", "conditioning", "cuts", "data", "ema", "files", "folder", "media",
+             "moe", "published", "ragged", "ranks", "run", "settings", "shards", "vae", "weights"},
+    "sample": {"cli", "conditioning", "draw", "ema", "files", "media", "offload", "output", "pictures",
+               "published", "ranks", "run", "samplers", "settings", "sound", "times", "vae", "weights"},
+    "tasks": {"cache", "cli", "conditioning", "data", "draw", "files", "media", "moe", "plan", "ranks",
               "run", "samplers", "settings", "shards", "vae"},
-    "mixed": {"cache", "cli", "conditioning", "data", "draw", "pictures", "plan", "ragged", "run",
+    "mixed": {"cache", "cli", "conditioning", "data", "draw", "media", "pictures", "plan", "ragged", "run",
               "settings", "tasks", "vae"},
-    "encode": {"ahead", "cache", "cli", "files", "pictures", "run", "settings", "shards", "vae"},
+    "encode": {"ahead", "cache", "cli", "files", "media", "pictures", "run", "settings", "shards", "vae"},
     "train": {"cli", "conditioning", "data", "deferred", "ema", "mixed", "parallel", "plan", "ranks", "run",
               "settings", "tasks", "weights"},
+    "pairs": {"cache", "cli", "data", "ema", "files", "media", "mmdit", "pictures", "rectified_flow", "run",
+              "samplers", "settings", "sound", "tasks", "text", "tones", "toys", "train"},
 }
 PACKAGES = {name: {"torch"} for name in ROOMS} | {
     "toys": {"numpy", "PIL"},
+    "tones": {"numpy"},
     "files": {"torch", "numpy"},
     "pictures": {"torch", "numpy", "PIL"},
     "charts": {"numpy", "PIL"},
+    "sound": {"torch", "numpy", "PIL"},
+    "media": {"torch", "numpy", "PIL"},
     "ragged": {"numpy"},
     "folder": {"numpy", "PIL"},
     "decoded": {"numpy", "PIL", "tqdm"},
+    "drawings": {"numpy", "PIL"},
+    "sounds": {"numpy"},
+    "speech": {"numpy", "tqdm"},
     "cache": {"torch", "numpy", "tqdm"},
     "ahead": {"torch", "numpy"},
     "shards": {"torch", "numpy", "tqdm"},
@@ -90,10 +111,12 @@ PACKAGES = {name: {"torch"} for name in ROOMS} | {
     "conditioning": {"torch", "numpy"},
     "run": {"torch", "PIL"},
     "draw": {"torch", "numpy", "tqdm"},
-    "sample": {"torch", "numpy", "PIL", "tqdm"},
+    "output": {"torch", "numpy", "PIL"},
+    "sample": {"torch", "numpy", "tqdm"},
     "tasks": {"torch", "numpy", "PIL", "tqdm"},
     "mixed": {"torch", "numpy", "PIL"},
     "train": {"torch", "numpy", "tqdm"},
+    "pairs": {"torch", "numpy", "PIL", "tqdm"},
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}      # on a busy machine, threads wait for each other
 
@@ -168,22 +191,27 @@ def demonstrations(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("vae", "PSNR"), ("unet", "859.5 M"), ("dit", "674.8 M"), ("mmdit", "2028.3 M"),
+    ("vae", "PSNR"), ("audio_vae", "spectral distance"), ("unet", "859.5 M"), ("dit", "674.8 M"),
+    ("mmdit", "2028.3 M"), ("stable_audio", "1057.3 M"), ("media", "True"),
     ("attention", "relative error"), ("ddpm", "ddpm.png"), ("rectified_flow", "rectified_flow.png"),
-    ("samplers", "order"), ("times", "rf    sd3"), ("draw", "in tiles of 16 x 16"), ("toys", "2400 of 2400"),
-    ("data", "batch.png written"),
+    ("samplers", "order"), ("times", "circle stable-audio"), ("draw", "in tiles of 16 x 16"),
+    ("toys", "2400 of 2400"), ("tones", "240 of 240 pairs"), ("data", "batch.png written"),
     ("cache", "second: 0 pictures encoded"), ("text", "antidisestablis"), ("published", "2028.3 M"),
     ("encoders", "size and crop: 2816"), ("names", "joint_blocks.7.x_block.attn2.q_norm"),
     ("weights", "refused: .../weights.safetensors"), ("offload", "block by block: 0 apart"),
+    ("output", "minus-000001-low.wav"),
     ("conditioning", "conditioned on text"), ("run", "continues from step 2"),
     ("settings", "--lr                 0.004"), ("plan", "first, the VAE of runs/shapes-vae: 2,000 steps"),
     ("export", "read back, its latents differ by 0"), ("cli", "--steps 0: refused, --steps 0: must be"),
     ("tasks", "validation {'val_loss'"), ("files", "new, ['file']"), ("folder", "22 for training"),
-    ("decoded", "24 decoded"),
-    ("pictures", "of which 0 differ when read back"), ("moe", "0.0% of the tokens without an expert"),
+    ("decoded", "24 decoded"), ("drawings", "35 for training, 4 for validation"),
+    ("pictures", "of which 0 differ when read back"), ("sound", "of 8000 samples 8000 read back"),
+    ("sounds", "3 decoded, of 0.25 and 0.5 and 0.5 seconds"), ("speech", "208 phrases"),
+    ("moe", "0.0% of the tokens without an expert"),
     ("deferred", "on meta: all equal"), ("moments", "__0_0.distcp, __1_0.distcp: read by one process"),
     ("cuts", "a rank holds 464 of 1,368 weights"),
     ("ragged", "6 of 6 read back"), ("mixed", "tokens; validation {'val_loss'"),
+    ("pairs", "sound -> picture: 32 of 32 pairs agree"),
     ("ahead", "[7] -> [49], here"), ("shards", "an epoch has each once: True"),
 ])
 def test_demonstrations(demonstrations, name, expected):
@@ -217,7 +245,8 @@ def readme_commands():
                   + re.findall(r"(?:^    .*\n)+", text, re.M)):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&&"):
-                if match := re.match(r"\s*(?:python|.*torchrun .*) (train|sample|encode)\.py (.*)", part):
+                match = re.match(r"\s*(?:python|.*torchrun .*) (train|sample|encode|pairs)\.py (.*)", part)
+                if match:
                     yield match.group(1), shlex.split(match.group(2))
 
 
@@ -229,6 +258,8 @@ def test_readme_commands_are_accepted():
             settings.parse(flags)
         elif script == "encode":
             encode.parse_args(flags)
+        elif script == "pairs":
+            pairs.parse_args(flags)
         else:
             sample.check_flags(sample.parse_args(flags))
 

@@ -471,10 +471,44 @@ def test_eight_bits_with_scales():
     assert found["a.weight"].tolist() == [[0.25, -0.5], [0.125, 112.0]]
 
 
+# ---- Stable Audio's own file
+
+def stable_audio_names(c):
+    """Names and shapes in the authors' file, model.safetensors: network and embedding of seconds."""
+    width, inner, features = c.width, c.width // c.heads * c.context_heads, c.features
+    found = {"timestep_features.weight": (features // 2, 1), "to_timestep_embed.0.bias": (width,),
+             "to_timestep_embed.0.weight": (width, features), "to_timestep_embed.2.bias": (width,),
+             "to_timestep_embed.2.weight": (width, width), "to_cond_embed.0.weight": (c.context_width,) * 2,
+             "to_cond_embed.2.weight": (c.context_width,) * 2,
+             "to_global_embed.0.weight": (width, c.pooled_width),
+             "to_global_embed.2.weight": (width, width), "transformer.project_in.weight": (width, c.channels),
+             "transformer.project_out.weight": (c.channels, width),
+             "preprocess_conv.weight": (c.channels, c.channels, 1),
+             "postprocess_conv.weight": (c.channels, c.channels, 1),
+             "transformer.rotary_pos_emb.inv_freq": (width // c.heads // 4,)}
+    for i in range(c.depth):
+        layer = {f"{norm}.{part}": (width,) for norm in ("pre_norm", "cross_attend_norm", "ff_norm")
+                 for part in ("gamma", "beta")}
+        layer |= {"self_attn.to_qkv.weight": (3 * width, width), "self_attn.to_out.weight": (width, width),
+                  "cross_attn.to_q.weight": (width, width),
+                  "cross_attn.to_kv.weight": (2 * inner, c.context_width),
+                  "cross_attn.to_out.weight": (width, width), "ff.ff.0.proj.weight": (8 * width, width),
+                  "ff.ff.0.proj.bias": (8 * width,), "ff.ff.2.weight": (width, 4 * width),
+                  "ff.ff.2.bias": (width,)}
+        found |= {f"transformer.layers.{i}.{key}": shape for key, shape in layer.items()}
+    found = {f"model.model.{key}": shape for key, shape in found.items()}
+    for number in ("start", "total"):
+        embedding = f"conditioner.conditioners.seconds_{number}.embedder.embedding."
+        found |= {f"{embedding}0.weights": (features // 2,), f"{embedding}1.bias": (c.context_width,),
+                  f"{embedding}1.weight": (c.context_width, features + 1)}
+    return found
+
+
 # ---- at full size, on the meta device
 
 def diffusers_network(name):
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import (FluxTransformer2DModel, SD3Transformer2DModel, StableAudioDiTModel,
+                           UNet2DConditionModel)
 
     sd3 = dict(sample_size=128, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
                num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
@@ -499,12 +533,21 @@ def diffusers_network(name):
             **sd3 | dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
                          qk_norm="rms_norm")),
         "flux-dev": lambda: FluxTransformer2DModel(guidance_embeds=True),
-        "flux-schnell": lambda: FluxTransformer2DModel(guidance_embeds=False)}[name]()
+        "flux-schnell": lambda: FluxTransformer2DModel(guidance_embeds=False),
+        "stable-audio-open-1.0": lambda: StableAudioDiTModel()}[name]()
+
+
+def projection_of_seconds():
+    from diffusers.pipelines.stable_audio import StableAudioProjectionModel
+
+    return StableAudioProjectionModel(text_encoder_dim=768, conditioning_dim=768, min_value=0, max_value=512)
 
 
 def original_shapes(name):
     """Names and shapes in the authors' file, behind its prefix where it is a whole one."""
     row, network = published.MODELS[name], published.build_network(name)
+    if row.arch == "stable-audio":
+        return stable_audio_names(network.config)
     with torch.device("meta"):
         if row.arch == "unet":
             state = compvis_unet(network.config).state_dict()
@@ -518,7 +561,8 @@ def original_shapes(name):
 TEXT_MODELS = [name for name, row in published.MODELS.items() if row.text]
 SIZES = {"sd1.5": 859_520_964, "sd2.1-base": 865_910_724, "sd2.1": 865_910_724, "sdxl": 2_567_463_684,
          "sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520, "sd3.5-large": 8_056_627_520,
-         "flux-dev": 11_901_408_320, "flux-schnell": 11_891_178_560}
+         "flux-dev": 11_901_408_320, "flux-schnell": 11_891_178_560,
+         "stable-audio-open-1.0": 1_057_335_680}
 SAME = {"sd2.1-base": ("sd2.1-base", "sd2.1"), "sd2.1": ("sd2.1-base", "sd2.1")}      # eps and v
 
 
@@ -537,9 +581,11 @@ def test_full_size_by_the_authors_names(name):
 def test_full_size_by_the_names_of_diffusers(name):
     pytest.importorskip("diffusers")
     with torch.device("meta"):
-        theirs = diffusers_network(name)
-    assert sum(p.numel() for p in theirs.parameters()) == SIZES[name]
-    shapes = {key: weight.shape for key, weight in theirs.state_dict().items()}
+        theirs = [diffusers_network(name)]
+        if name == "stable-audio-open-1.0":
+            theirs.append(projection_of_seconds())
+    assert sum(p.numel() for part in theirs for p in part.parameters()) == SIZES[name]
+    shapes = {key: weight.shape for part in theirs for key, weight in part.state_dict().items()}
     assert published.recognise(shapes) == SAME.get(name, (name,))
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import DDPM, betas
+from ddpm import DDPM, Circle, betas
 from rectified_flow import RectifiedFlow, density_quantile, shift_time
 
 DDPM_KINDS = [dict(prediction=p, schedule=s, zero_terminal_snr=z) for p in ("eps", "v", "x0")
               for s in ("linear", "scaled_linear", "cosine") for z in (False, True) if not (z and p == "eps")]
 PATHS = ([DDPM(**kind) for kind in DDPM_KINDS]
          + [RectifiedFlow(prediction=p) for p in ("velocity", "v", "x0", "eps")]
-         + [RectifiedFlow("eps", shift=3.0)])
+         + [RectifiedFlow("eps", shift=3.0), Circle(), Circle("x0")])
 
 
 def f64(*values):
@@ -337,3 +337,26 @@ def test_where_the_loss_space_would_be_infinite():
 def test_loss_spaces_that_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_circle():
+    """A quarter of a circle, walked at an even pace: xt turns toward v by pi / 2 in all; nothing is left of
+    x0 at t = 1, whatever the precision, and nothing of eps at t = 0."""
+    path = Circle()
+    for dtype in (torch.float32, torch.float64):
+        alpha, sigma = path.alpha_sigma(torch.tensor([0.0, 0.5, 1.0], dtype=dtype))
+        assert alpha[0] == sigma[2] == 1 and alpha[2] == sigma[0] == 0
+        torch.testing.assert_close(alpha[1], sigma[1])
+    t = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+    alpha, sigma = path.alpha_sigma(t)
+    torch.testing.assert_close(path.t_at((alpha / sigma).log()), t)
+    x0, eps, h = torch.randn(1, 2).double(), torch.randn(1, 2).double(), 1e-6
+    at = lambda t: path.add_noise(x0, eps, f64(t))
+    torch.testing.assert_close((at(0.3 + h) - at(0.3 - h)) / (2 * h),
+                               math.pi / 2 * path.target(x0, eps, f64(0.3)), rtol=1e-6, atol=1e-6)
+    drawn = path.sample_t(100_000)
+    assert drawn.dtype == torch.float32 and drawn.min() > 0 and drawn.max() <= 1
+    quartiles = torch.tensor([0.25, 0.5, 0.75])
+    torch.testing.assert_close(drawn.quantile(quartiles), quartiles, rtol=0, atol=0.01)
+    with pytest.raises(ValueError, match="eps prediction with zero terminal SNR"):
+        Circle("eps")

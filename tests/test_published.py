@@ -431,15 +431,18 @@ def test_a_network_that_is_trained_on(tmp_path, monkeypatch, name):
 def test_every_row_is_complete():
     for name, row in published.MODELS.items():
         path = run.build_path(row.objective)
-        assert row.arch in ("dit", "mmdit", "unet") and row.steps > 0 and row.guidance >= 1
+        assert row.arch in ("dit", "mmdit", "unet", "stable-audio") and row.steps > 0 and row.guidance >= 1
         channels = row.config.get("channels", 4)
-        assert channels == row.latents.channels and row.side % 64 == 0
+        assert channels == row.latents.channels and row.side % max(64, row.latents.factor) == 0
+        assert (row.rate is None) == (row.arch != "stable-audio")
+        assert row.size == ((row.side, row.side) if row.rate is None else (1, row.side))
         assert (row.text is None) == (row.arch == "dit")
         if row.text:
             kinds = {part.kind.lower() for part in encoders.RECIPES[row.text].parts}
             assert kinds <= set(names.TEXT_PREFIXES)
         assert path.prediction == {"dit": "eps", "sit": "velocity", "sd1.5": "eps", "sd2.1-base": "eps",
-                                   "sd2.1": "v", "sdxl": "eps"}.get(name.split("-")[0] if row.arch == "dit"
+                                   "sd2.1": "v", "sdxl": "eps",
+                                   "stable-audio-open-1.0": "v"}.get(name.split("-")[0] if row.arch == "dit"
                                                                     else name, "velocity")
     (low, at_low), (high, at_high) = published.MODELS["flux-dev"].shift_points
     assert (low, high) == ((256 // 16) ** 2, (1024 // 16) ** 2) and (at_low, at_high) == (0.5, 1.15)

@@ -20,6 +20,7 @@ from PIL import Image
 import run
 import sample
 from data import load_data
+from pictures import to_tensor
 from toys import SHAPE_CLASSES, read_shape
 
 losses, neighbours = report.losses, report.neighbours
@@ -233,7 +234,7 @@ def test_latents_from_the_cache_or_encoded(small_data, tmp_path):
     assert (encoded.count, encoded.pictures) == (240, 120)
     np.testing.assert_allclose(encoded.read(5, 9), cached.read(5, 9), atol=0.02)       # float16 in the cache
     with torch.no_grad():
-        x = report.to_tensor(few.images[100:]).flip(-1)
+        x = to_tensor(few.images[100:]).flip(-1)
         mirrored = job.vae.normalize(job.vae.encode(x).mean).flatten(1).numpy()
     np.testing.assert_allclose(encoded.read(110, 240)[-20:], mirrored, atol=1e-4)
 

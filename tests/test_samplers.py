@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import samplers
-from ddpm import DDPM
+from ddpm import DDPM, Circle
 from rectified_flow import RectifiedFlow
 from samplers import (ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpm2_ancestral, dpmpp_2m, dpmpp_2m_sde,
                       dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, guided, heun, inpainting,
@@ -12,7 +12,8 @@ from samplers import (ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpm2_ancestral, dpm
 from times import karras_times, log_snr_times
 
 PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "ddpm": DDPM(),
-         "ddpm-cosine": DDPM(schedule="cosine"), "ddpm-zero-snr": DDPM("v", zero_terminal_snr=True)}
+         "ddpm-cosine": DDPM(schedule="cosine"), "ddpm-zero-snr": DDPM("v", zero_terminal_snr=True),
+         "circle": Circle()}
 MEAN, STD = 0.8, 0.3
 
 

@@ -130,7 +130,7 @@ def test_a_row_of_the_architectures(name):
 def test_every_kind_of_block_is_compiled():
     assert set(settings.BLOCKS) == {
         vae.ResnetBlock, dit.Block, settings.mmdit.JointBlock, settings.mmdit.SingleBlock, unet.ResnetBlock,
-        unet.SpatialTransformer, text.TextBlock}
+        unet.SpatialTransformer, text.TextBlock, settings.audio_vae.ResidualUnit}
 
 
 # ---- defaults

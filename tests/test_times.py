@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-from ddpm import DDPM
+from ddpm import DDPM, Circle
 from rectified_flow import RectifiedFlow
 from samplers import log_snr
 from times import (ONLY, TIMES, beta_quantile, beta_sigma_times, beta_times, interval_of_steps, karras_times,
-                   log_snr_times, sd3_times, sd_times, sdxl_times, shift_of_tokens, stretched)
+                   log_snr_times, sd3_times, sd_times, sdxl_times, shift_of_tokens,
+                   stable_audio_times, stretched)
 
 PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "rf-eps": RectifiedFlow("eps"),
-         "ddpm": DDPM(), "ddpm-zero-snr": DDPM("v", zero_terminal_snr=True)}
+         "ddpm": DDPM(), "ddpm-zero-snr": DDPM("v", zero_terminal_snr=True),
+         "circle": Circle()}
 
 
 @pytest.mark.parametrize("path, name", [(path, name) for path in PATHS for name in TIMES
@@ -26,7 +28,7 @@ def test_every_spacing_has_its_intervals(path, name):
         assert times[-1] == (0.001 if name == "sd" else 0)
 
 
-@pytest.mark.parametrize("path", ["rf", "rf-shift", "ddpm", "ddpm-zero-snr"])
+@pytest.mark.parametrize("path", ["rf", "rf-shift", "ddpm", "ddpm-zero-snr", "circle"])
 @pytest.mark.parametrize("grid", [log_snr_times, karras_times, beta_sigma_times])
 def test_grids_between_two_times(path, grid):
     """From `start` to `end`, evenly spaced in lam, in a root of sigma / alpha, or at the quantiles of a beta
@@ -84,6 +86,15 @@ def test_times_of_stable_diffusion_3():
     once = 3 * 1e-3 / (1 + 2 * 1e-3)
     torch.testing.assert_close(sd3_times(path, 28)[-2].item(), 3 * once / (1 + 2 * once))
     assert (sd3_times(path, 28) - path.times(28)).abs().max() > 0.01
+
+
+def test_times_of_stable_audio():
+    """sigma / alpha from 500 to 0.3, by the same factor in each step; sigma / alpha is tan(pi t / 2)."""
+    times = stable_audio_times(Circle(), 100)
+    level = torch.tan(math.pi / 2 * times[:-1])
+    torch.testing.assert_close(level[[0, -1]], torch.tensor([500, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(level[1:] / level[:-1], torch.full((99,), (0.3 / 500) ** (1 / 99)).double(),
+                               rtol=1e-7, atol=0)
 
 
 def test_shift_of_tokens():

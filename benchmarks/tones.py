@@ -1,0 +1,79 @@
+"""Score a run on the built-in tones: how many samples have the pitch and timbre, or the events, asked for?
+
+    python benchmarks/tones.py runs/tones-dit-rf                         (from the repository's root)
+    python benchmarks/tones.py runs/tones-text-mmdit-rf                  # captions, of no training sound
+
+`tones.read_tone` and `read_events` read them back from the samples. Of a run with captions, the prompts are
+those of the validation part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sample
+from run import load_checkpoint
+from settings import OBJECTIVES
+from tones import PITCHES, RATE, TIMBRES, TONE_CLASSES, Tone, describe_events, follows, read_tone
+
+
+def draw(args: argparse.Namespace, *more: str) -> np.ndarray:
+    """The sounds that sample.py draws with these flags, (N, T) int16; what it prints is dropped."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        out = f"{folder}/samples.npz"
+        sample.main([args.run, "--n", str(args.n), "--sampler", args.sampler, "--steps", str(args.steps),
+                     "--cfg", str(args.cfg), "--out", out, *more])
+        return np.load(out)["arr_0"]
+
+
+def score_classes(args: argparse.Namespace) -> None:
+    seen = [read_tone(sound, RATE) for sound in draw(args)]
+    asked = [Tone(*TONE_CLASSES[i % len(TONE_CLASSES)].split("-")) for i in range(args.n)]
+    right = sum(a == b for a, b in zip(seen, asked))
+    print(f"{args.run}: {right} of {args.n} ({right / args.n:.1%}) have the pitch and timbre asked for; "
+          f"{args.sampler} x {args.steps}, guidance {args.cfg:g}")
+    for field, names in (("pitch", PITCHES), ("timbre", TIMBRES)):
+        for name in names:
+            hits = [getattr(s, field, None) == name for s, a in zip(seen, asked) if getattr(a, field) == name]
+            print(f"  {name:9s} {sum(hits)} of {len(hits)}")
+
+
+def score_captions(args: argparse.Namespace) -> None:
+    prompts = [describe_events(10**9 + i).caption for i in range(args.n)]
+    sounds = draw(args, "--prompt", *prompts)
+    for many in (False, True):
+        hits = [follows(prompt, sound, RATE) for prompt, sound in zip(prompts, sounds)
+                if ("then" in prompt) == many]
+        what = "two events" if many else "one event"
+        print(f"{args.run}: {sum(hits)} of {len(hits)} prompts with {what} are followed; {args.sampler} x "
+              f"{args.steps}, guidance {args.cfg:g}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", help="a run folder")
+    p.add_argument("--n", type=int, default=240, help="number of samples (default: 240)")
+    p.add_argument("--sampler", help="see sample.py (default: that of the objective)")
+    p.add_argument("--steps", type=int, help="see sample.py (default: those of the objective)")
+    p.add_argument("--cfg", type=float, help="guidance scale (default: that of the objective)")
+    args = p.parse_args()
+    checkpoint = load_checkpoint(args.run)
+    row = OBJECTIVES[checkpoint["objective"]["name"]]
+    args.sampler, args.steps = args.sampler or row.sampler, args.steps or row.steps
+    if args.cfg is None:
+        args.cfg = row.scale
+    score = score_classes if checkpoint["text"] is None else score_captions
+    score(args)
+
+
+if __name__ == "__main__":
+    main()
