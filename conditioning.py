@@ -170,7 +170,7 @@ class Conditioning:
         """Entries of the checkpoint's "data"."""
         return {} if self.longest is None else {"longest": self.longest, "seconds": self.examples}
 
-    # ----
+    # ---- the conditions of each kind
 
     def take_turns(self, pairs: int) -> None:
         """Take the conditions of reflow's pairs in place of those of the pictures: of `pairs` to train on and

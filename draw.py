@@ -111,7 +111,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
         pictures = stage.decode(vae, x0)                   # (B, C, H, W), nominally in [-1, 1]
         if mask is not None:                               # the VAE's reconstruction is close, but not exact
             known = image.to(device)
-            # A sound that is too loud is made quieter as a whole, also where it is known.
+            # to_array makes a sound that is too loud quieter as a whole, which would change what is kept.
             pictures = pictures.clamp(-1, 1 - 2**-15)
             pictures = torch.where(mask.to(device), torch.lerp(known, pictures, blend), known)
         return medium.to_array(pictures)

@@ -11,6 +11,7 @@ has a `rate` in its configuration.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ import pictures
 import sound
 from samplers import soft_border
 
-
 COLUMNS = 8        # of spectrograms, at most
 
 
 class Pictures:
     name = "pictures"
     unit = "img"
+    ending = ".png"        # of single files
     dtype = np.uint8
     rate = None
     quality = "psnr"       # of a reconstruction, in the autoencoder's logs
@@ -53,6 +54,12 @@ class Pictures:
         """Many of them as one picture, row by row."""
         return pictures.grid(arrays, columns, captions=captions)
 
+    def write(self, file: Path, array: np.ndarray) -> None:
+        """One of them, without waiting until it is on the disk, as there may be thousands."""
+        if array.shape[-1] == 1:                           # Pillow expects a grey picture as (H, W)
+            array = array.squeeze(-1)
+        pictures.write_picture(file, Image.fromarray(array), sync=False)
+
     def of_latent(self, mask: Tensor, factor: int) -> Tensor:
         """mask (1, 1, H, W), bool -> (1, 1, h, w): where any pixel of a latent position is in it."""
         return F.max_pool2d(mask.float(), factor).bool()
@@ -65,6 +72,7 @@ class Pictures:
 class Sounds:
     name = "sounds"
     unit = "snd"
+    ending = ".wav"
     dtype = np.int16
     quality = "snr"
 
@@ -91,6 +99,9 @@ class Sounds:
         columns = min(columns or math.ceil(math.sqrt(len(arrays))), COLUMNS)
         with torch.autocast("cpu", enabled=False):         # a preview is drawn within the training's
             return sound.spectrograms(arrays, self.rate, columns, captions=captions, seconds=seconds)
+
+    def write(self, file: Path, array: np.ndarray) -> None:
+        sound.write_wav(file, array, self.rate, sync=False)
 
     def of_latent(self, mask: Tensor, factor: int) -> Tensor:
         """mask (1, 1, T) -> (1, 1, 1, n)."""

@@ -96,8 +96,9 @@ def write_gif(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked: As
         duration=[120] * (len(pictures) - 1) + [1500]))    # milliseconds
 
 
-def trimmed(sounds: np.ndarray, asked: Asked, rate: int, first: int = 0) -> list[np.ndarray]:
-    """Sounds int16 (n, T), the first of which is number `first`, without the silence that follows them."""
+def trimmed(sounds: np.ndarray, asked: Asked, rate: int | None, first: int = 0) -> list[np.ndarray]:
+    """Sounds int16 (n, T), the first of which is number `first`, without the silence that follows them;
+    pictures, which have no lengths, as they are."""
     if asked.seconds is None:
         return list(sounds)
     ends = (asked.seconds[first:first + len(sounds)] * rate + 1e-3).astype(int)
@@ -121,14 +122,13 @@ def write_folder(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked:
     unfinished = Unfinished(out / "unfinished.json", settings)
     # Programs would take a name that begins with a dash for a flag. A folder begun before that was thought of
     # goes on as it began.
-    kind = ".png" if medium.rate is None else ".wav"
-    formerly = out / f"{first_seed:06d}{endings[asked.turn[0]]}{kind}"
+    formerly = out / f"{first_seed:06d}{endings[asked.turn[0]]}{medium.ending}"
     begun_with_dash = unfinished.done > 0 and formerly.is_file()
 
     def file(i: int) -> Path:
         seed = first_seed + i
         number = f"minus-{-seed:06d}" if seed < 0 and not begun_with_dash else f"{seed:06d}"
-        return out / f"{number}{endings[asked.turn[i]]}{kind}"
+        return out / f"{number}{endings[asked.turn[i]]}{medium.ending}"
 
     there = 0
     while there < unfinished.done and file(there).is_file():
@@ -136,15 +136,8 @@ def write_folder(out: Path, batches: Callable[..., Iterator[np.ndarray]], asked:
     if there < unfinished.done:                            # one has been removed since: go back to its batch
         unfinished.done = there // batch_size * batch_size
     for images in batches(unfinished.done):                # each is written as soon as it is drawn
-        if medium.rate is not None:
-            for i, sound in enumerate(trimmed(images, asked, medium.rate, unfinished.done), unfinished.done):
-                write_wav(file(i), sound, medium.rate, sync=False)
-            unfinished.advance(unfinished.done + len(images))
-            continue
-        for i, image in enumerate(images, unfinished.done):
-            if image.shape[-1] == 1:                       # Pillow expects a grey picture as (H, W)
-                image = image.squeeze(-1)
-            write_picture(file(i), Image.fromarray(image), sync=False)       # of thousands, each would wait
+        for i, image in enumerate(trimmed(images, asked, medium.rate, unfinished.done), unfinished.done):
+            medium.write(file(i), image)
         unfinished.advance(unfinished.done + len(images))
     unfinished.finish()
 

@@ -215,15 +215,17 @@ def test_a_length_beyond_the_training(place, capsys):
 def test_an_interrupted_folder_goes_on(place, monkeypatch):
     draw("--n", "4", "--out", "whole", "--batch-size", "2")
 
+    write_wav = sound.write_wav
+
     def write(*args, **more):
         if "000002" in str(args[0]):
             raise KeyboardInterrupt
-        return sound.write_wav(*args, **more)
+        return write_wav(*args, **more)
 
-    monkeypatch.setattr(output, "write_wav", write)
+    monkeypatch.setattr(sound, "write_wav", write)
     with pytest.raises(SystemExit):
         draw("--n", "4", "--out", "parts", "--batch-size", "2")
-    monkeypatch.setattr(output, "write_wav", sound.write_wav)
+    monkeypatch.setattr(sound, "write_wav", write_wav)
     draw("--n", "4", "--out", "parts", "--batch-size", "2")
     assert contents(place / "parts") == contents(place / "whole")
     for name in contents(place / "whole"):
