@@ -19,7 +19,6 @@ cli.quiet_imports(__name__)             # before those that take seconds
 
 import argparse
 import math
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -33,23 +32,25 @@ from tqdm import tqdm
 
 import conditioning
 import published
+from beginning import check_beginning, read_beginning, read_image, read_init_sound
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
-from draw import Guide, Skip, draw_batches, in_own_dtype, picture_bar
+from draw import draw_batches, in_own_dtype, picture_bar
 from ema import WIDEST
 from files import check_writable, digest, fingerprint_tensors
-from media import Medium, Sounds, medium_of
+from guidance import build_guide, guidance_of, guidance_options, read_guide
+from media import Medium, medium_of
 from offload import Resident, Stage, visit_blocks
 from output import check_folders, check_size, write
-from pictures import PICTURES, check_grid, enlargement, open_image, to_tensor, write_picture
+from pictures import PICTURES, check_grid, enlargement, write_picture
 from ranks import ALONE, Ranks, launched
-from run import (average_of_width, build_model, build_path, config_of_vae, graphed, latent_space,
-                 load_checkpoint, load_published, unpack_vae)
+from run import (average_of_width, build_model, build_path, config_of_vae, graphed, load_checkpoint,
+                 load_published, unpack_vae)
 from samplers import SAMPLERS
 from settings import (ALL_ARCHITECTURES, ALL_OBJECTIVES, SIZE, check_compiler, check_room, memory,
                       pick_device, published_model)
-from sound import read_sound, write_wav
-from times import ONLY, TIMES, interval_of_steps, shift_of_tokens
+from sound import write_wav
+from times import ONLY, TIMES, shift_of_tokens
 from vae import VAE
 from weights import assign_weights, in_dtype, load_weights
 
@@ -254,14 +255,6 @@ def check_medium(args: argparse.Namespace, medium: Medium) -> None:
                          "or a folder")
 
 
-def check_beginning(args: argparse.Namespace, medium: Medium) -> None:
-    """Refuse several pictures or sounds to begin with, which only the run of a VAE takes."""
-    for flag, begin in (("--init-image", args.init_image), ("--init-sound", args.init_sound)):
-        if begin and len(begin) > 1:
-            raise ValueError(f"{flag} {' '.join(begin)}: a network begins with one of the {medium.name}; "
-                             "give only one")
-
-
 def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, device: torch.device) -> None:
     """Refuse a batch that the VAE cannot decode in the memory of the device."""
     # Input and output, in fp32, of a convolution of the decoder's last level: the very least.
@@ -370,64 +363,6 @@ def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
     return checkpoint["model" if args.raw else "ema"]
 
 
-def guidance_options(args: argparse.Namespace, checkpoint: dict, vae: VAE, times: Tensor) -> dict:
-    """What guidance is to do besides its scale, as arguments of `draw`. times: of the sampling. Refuses what
-    this network cannot, and what would have no effect."""
-    found = {}
-    # ---- guidance of a part of the channels
-    if args.cfg_channels:
-        if args.cfg_channels > vae.config.latent_channels:
-            raise ValueError(f"--cfg-channels {args.cfg_channels}: the latent of {who(args)} has "
-                             f"{vae.config.latent_channels}")
-        found["channels"] = args.cfg_channels
-    # ---- skip-layer guidance; its two other flags mean nothing without it
-    given = {"scale": args.skip_scale, "steps": args.skip_steps}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given:
-        if not args.skip_layers:
-            raise ValueError(f"--skip-{name}: says how --skip-layers acts; give that too")
-    if not args.skip_layers:
-        return found
-    layers = "--skip-layers " + " ".join(map(str, args.skip_layers))
-    depth = checkpoint["config"].get("depth", 0)
-    if checkpoint["arch"] != "mmdit":
-        raise ValueError(f"{layers}: only mmdit has blocks to skip; {who(args)} is a "
-                         f"{checkpoint['arch']}")
-    if max(args.skip_layers) >= depth:                     # single blocks are not counted
-        raise ValueError(f"{layers}: this network has joint blocks 0 to {depth - 1}")
-    start, stop = given.get("steps", (0.01, 0.2))
-    if not start < stop:
-        raise ValueError(f"--skip-steps {start:g} {stop:g}: two shares between 0 and 1, the lower one first")
-    if args.cfg == 0:
-        raise ValueError(f"{layers} with --cfg 0: steers the conditional output, which scale 0 does not use")
-    # With few steps, none may begin between the shares, and nothing would be skipped.
-    if interval_of_steps(times, start, stop) == (0.0, 0.0):
-        raise ValueError(f"{layers}: none of {len(times) - 1} steps begins between the shares {start:g} and "
-                         f"{stop:g}; give more --steps, or others by --skip-steps")
-    found["skip"] = Skip(tuple(args.skip_layers), given.get("scale", 2.8), start, stop)
-    return found
-
-
-def guidance_of(args: argparse.Namespace, condition: conditioning.Conditioning,
-                checkpoint: dict) -> tuple[float, float | None]:
-    """The scale of classifier-free guidance; and the scale that is an input of a distilled network, which has
-    no other guidance, or None."""
-    defaults = sampling_of(checkpoint)
-    if defaults.get("distilled") is None:
-        return conditioning.guidance_scale(condition, args, defaults["scale"]), None
-    # One evaluation a step, and no second output: what acts on the difference of two has nothing to act on.
-    given = {"--interval": tuple(args.interval) != (0, 1), "--rescale": args.rescale, "--guide": args.guide,
-             "--cfg-channels": args.cfg_channels, "--negative-prompt": args.negative_prompt is not None}
-    for flag, is_given in given.items():
-        if is_given:
-            raise ValueError(f"{flag}: acts on guidance between two outputs, where this network was "
-                             "distilled: its scale (--cfg) is an input; leave it out")
-    if args.cfg is not None and args.cfg < 0:
-        raise ValueError(f"--cfg {args.cfg:g}: the guidance that is an input of this network is at least 0")
-    # The sampler sees scale 1, a network that is not guided; the input has its effect inside.
-    return 1.0, defaults["distilled"] if args.cfg is None else args.cfg
-
-
 def network_of(args: argparse.Namespace, checkpoint: dict, what: str,
                device: torch.device) -> torch.nn.Module:
     """The network with the weights asked for; a published one in the file's dtype, or that of --precision,
@@ -498,78 +433,6 @@ def callable_network(args: argparse.Namespace, model: torch.nn.Module, distilled
     def call(xt: Tensor, t: Tensor, **cond) -> Tensor:
         return network(xt, t, **cond | {"guidance": torch.full_like(t, distilled)})
     return call
-
-
-def read_guide(args: argparse.Namespace, checkpoint: dict, vae: VAE) -> dict | None:
-    """The checkpoint of --guide. Refuses one whose output is not that of the run's network under the same
-    conditions, so that their difference would mean nothing."""
-    if args.guide is None:
-        return None
-    try:
-        guide = load_checkpoint(args.guide)
-    except ValueError as error:
-        what = "; a guide is a run of train.py" if args.published else ""
-        raise ValueError(f"--guide {error}{what}") from None
-
-    whose = args.published or "the run"
-    remedy = "give an earlier checkpoint of the run, or a smaller network trained like it"
-    if args.published:                                     # which has no earlier checkpoints
-        remedy = "give a run that was trained like it, as one that began with it (train.py --published)"
-
-    def refuse(what: str, theirs: object, ours: object) -> None:
-        raise ValueError(f"--guide {args.guide}: {what} {theirs}, where {whose} has {ours}; {remedy}")
-
-    # ---- the path and what is predicted along it, as x0 and eps of both are subtracted at one xt and t
-    if guide["arch"] == "vae":
-        refuse("is a VAE", "alone", f"a {checkpoint['arch']}")
-    # Names may differ where the functions are the same, so the paths are compared by what they compute.
-    paths = [build_path(part["objective"]) for part in (guide, checkpoint)]
-    t = torch.linspace(0, 1, 1001, dtype=torch.float64)    # every time at which the path of ddpm is defined
-    schedules = [torch.stack(path.alpha_sigma(t)) for path in paths]
-    names = [part["objective"]["name"] for part in (guide, checkpoint)]
-    if names[0] != names[1]:
-        refuse("was trained with --objective", *names)
-    if not torch.equal(*schedules):
-        refuse("was trained on", "a path with another noise schedule", "its own")
-    for name in ("prediction", "learned_variance"):
-        theirs, ours = (getattr(path, name, False) for path in paths)        # rf has no variance to learn
-        if theirs != ours:
-            refuse(f"its {name.replace('_', ' ')} is", theirs, ours)
-    sizes = ["{}x{}".format(*part["data"]["size"]) for part in (guide, checkpoint)]
-    if sizes[0] != sizes[1]:
-        refuse("draws pictures of", *sizes)
-    # ---- conditions: the same kind, in the same words or numbers
-    kinds = [(part["text"] or {}).get("encoder", "none at all") for part in (guide, checkpoint)]
-    if kinds[0] != kinds[1]:
-        refuse("its text encoder is", *kinds)
-    if guide["data"]["classes"] != checkpoint["data"]["classes"]:
-        theirs, ours = (", ".join(part["data"]["classes"][:4]) or "none" for part in (guide, checkpoint))
-        refuse("its classes are", theirs, ours)
-    if kinds[1] not in ("bytes", "none at all"):           # encoder outputs, which both networks are given
-        widths = [[part["config"].get(name) for name in ("context_width", "pooled_width")]
-                  for part in (guide, checkpoint)]
-        # the fingerprint of the encoder's files; unknown for exported and published networks
-        encoders = [(part.get("training") or {}).get("encoder") for part in (guide, checkpoint)]
-        if widths[0] != widths[1] or (None not in encoders and encoders[0] != encoders[1]):
-            refuse("takes text vectors of", "another encoder", "those of its own")
-    # ---- the latents: a sum of two latents means something in one space only
-    if latent_space(unpack_vae(guide["vae"])) != latent_space(vae):
-        refuse("was trained on the latents of", "another VAE", "its own")
-    return guide
-
-
-def build_guide(args: argparse.Namespace, checkpoint: dict | None, condition: conditioning.Conditioning,
-                asked: Asked, device: torch.device) -> Guide | None:
-    """The network of --guide, with averaged weights, and its conditions. checkpoint: of `read_guide`."""
-    if checkpoint is None:
-        return None
-    # It need not have the run's architecture. What is weaker about it is its training or size, so it is drawn
-    # with averaged weights too, which --raw and --ema do not change.
-    model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
-    load_weights(model, checkpoint["ema"], args.guide).to(device).eval()
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    return Guide(graphed(model) if args.compile else model, condition.ask_again(asked, model))
 
 
 def multiple_of(checkpoint: dict, vae: VAE) -> tuple[int, int]:
@@ -658,76 +521,6 @@ def sampling_path(args: argparse.Namespace, checkpoint: dict, tokens: float = 1)
         raise ValueError(f"--shift {args.shift:g}: of the times of rf; {who(args)} is on the path of "
                          f"{objective['name']}; leave it out")
     return objective | {"shift": args.shift}
-
-
-def read_picture(flag: str, file: str, size: tuple[int, int], behind: str = "white") -> np.ndarray:
-    """uint8 (H, W, 3)."""
-    try:
-        return open_image(Path(file), size, behind).copy()
-    except Exception as error:                             # Pillow raises a dozen exception types
-        raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
-
-
-def read_beginning(args: argparse.Namespace, size: tuple[int, int], vae: VAE,
-                   medium: Medium) -> tuple[Tensor | None, Tensor | None]:
-    """--init-image or --init-sound, and --mask; None where not given."""
-    if medium.rate is None:
-        return read_image_and_mask(args, size, vae.config.image_channels)
-    return read_sound_and_mask(args, size[1], medium)
-
-
-def read_sound_and_mask(args: argparse.Namespace, length: int,
-                        medium: Sounds) -> tuple[Tensor | None, Tensor | None]:
-    """--init-sound (1, c, T) in [-1, 1), followed by silence up to T, and --mask (1, 1, T), bool; None where
-    not given."""
-    if not args.init_sound:
-        return None, None
-    rate = medium.rate
-    found = read_init_sound(args.init_sound[0], length, medium)
-    if args.mask is None:
-        return found, None
-    times = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", args.mask)
-    start, end = map(float, times.groups()) if times else (0, 0)
-    if not start < end <= length / rate:
-        raise ValueError(f"--mask {args.mask}: of sounds, two times in seconds, FROM-TO, like 0.5-1.2, at "
-                         f"most {length / rate:g}; for more, give --seconds")
-    mask = torch.zeros(1, 1, length, dtype=torch.bool)
-    mask[..., round(start * rate):round(end * rate)] = True
-    return found, mask
-
-
-def read_init_sound(file: str, length: int, medium: Sounds) -> Tensor:
-    """One --init-sound, (1, c, T) in [-1, 1): mono, in every channel."""
-    try:
-        samples = read_sound(Path(file), medium.rate, length / medium.rate)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--init-sound {file}: cannot be read as a sound ({reason})") from None
-    x = medium.to_tensor(np.pad(samples, (0, length - len(samples)))[None])
-    return x.expand(-1, medium.channels, -1)
-
-
-def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
-                        channels: int) -> tuple[Tensor | None, Tensor | None]:
-    """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool; None where not given."""
-    image, mask = None, None
-    # Both are scaled and cropped alike, so what lies on each other in the files does so here.
-    if args.init_image:
-        image = read_image(args.init_image[0], size, channels)
-    if args.mask:
-        # Greys lighter than the middle count as white; what is transparent is kept, whatever its colour.
-        grey = read_picture("--mask", args.mask, size, behind="black").mean(-1)
-        if not (grey > 127).any():
-            raise ValueError(f"--mask {args.mask}: is nowhere lighter than middle grey (its brightest pixel "
-                             f"is {grey.max():.0f} of 255), so there is nothing to draw")
-        mask = torch.from_numpy(grey > 127)[None, None]
-    return image, mask
-
-
-def read_image(file: str, size: tuple[int, int], channels: int) -> Tensor:
-    """One --init-image, (1, C, H, W) in [-1, 1]."""
-    image = to_tensor(read_picture("--init-image", file, size)[None])
-    return image.mean(1, keepdim=True) if channels == 1 else image       # every file is read as RGB
 
 
 def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, asked: Asked,
@@ -827,7 +620,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
     fill_defaults(args, checkpoint)
-    scale, distilled = guidance_of(args, condition, checkpoint)
+    scale, distilled = guidance_of(args, condition, sampling_of(checkpoint))
     sampler, options = choose_sampler(args, checkpoint)
     steps = args.steps
     size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae), medium)

@@ -14,6 +14,7 @@ from conftest import ON_VAE, altered, closed_to_us, contents, draw_two
 from PIL import Image
 from tqdm import tqdm
 
+import beginning
 import draw as draw_file
 import files
 import run
@@ -228,10 +229,10 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, monkeypatch, name):
     where = paint(name)
     Image.new("RGB", (32, 32), "red").save("begin.png")
     args = sample.parse_args(["runs/x", "--init-image", "begin.png", "--mask", name])
-    _, mask = sample.read_image_and_mask(args, (32, 32), 3)
+    _, mask = beginning.read_image_and_mask(args, (32, 32), 3)
     assert (mask[0, 0].numpy() == where).all()
     # of a picture, transparency is white as before
-    assert (sample.read_picture("--init-image", name, (32, 32))[0, 0] == 255).all() or name == "opaque.png"
+    assert (beginning.read_picture("--init-image", name, (32, 32))[0, 0] == 255).all() or name == "opaque.png"
 
 
 def test_the_border_of_a_patch_is_blended():

@@ -1,0 +1,96 @@
+"""What a sampling begins with instead of noise, and where it draws: sample.py's --init-image, --init-sound
+and --mask, from files to tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from media import Medium, Sounds
+from pictures import open_image, to_tensor
+from sound import read_sound
+from vae import VAE
+
+
+def check_beginning(args: argparse.Namespace, medium: Medium) -> None:
+    """Refuse several pictures or sounds to begin with, which only the run of a VAE takes."""
+    for flag, begin in (("--init-image", args.init_image), ("--init-sound", args.init_sound)):
+        if begin and len(begin) > 1:
+            raise ValueError(f"{flag} {' '.join(begin)}: a network begins with one of the {medium.name}; "
+                             "give only one")
+
+
+def read_beginning(args: argparse.Namespace, size: tuple[int, int], vae: VAE,
+                   medium: Medium) -> tuple[Tensor | None, Tensor | None]:
+    """--init-image or --init-sound, and --mask; None where not given."""
+    if medium.rate is None:
+        return read_image_and_mask(args, size, vae.config.image_channels)
+    return read_sound_and_mask(args, size[1], medium)
+
+
+def read_image_and_mask(args: argparse.Namespace, size: tuple[int, int],
+                        channels: int) -> tuple[Tensor | None, Tensor | None]:
+    """--init-image (1, C, H, W) in [-1, 1] and --mask (1, 1, H, W), bool; None where not given."""
+    image, mask = None, None
+    # Both are scaled and cropped alike, so what lies on each other in the files does so here.
+    if args.init_image:
+        image = read_image(args.init_image[0], size, channels)
+    if args.mask:
+        # Greys lighter than the middle count as white; what is transparent is kept, whatever its colour.
+        grey = read_picture("--mask", args.mask, size, behind="black").mean(-1)
+        if not (grey > 127).any():
+            raise ValueError(f"--mask {args.mask}: is nowhere lighter than middle grey (its brightest pixel "
+                             f"is {grey.max():.0f} of 255), so there is nothing to draw")
+        mask = torch.from_numpy(grey > 127)[None, None]
+    return image, mask
+
+
+def read_image(file: str, size: tuple[int, int], channels: int) -> Tensor:
+    """One --init-image, (1, C, H, W) in [-1, 1]."""
+    image = to_tensor(read_picture("--init-image", file, size)[None])
+    return image.mean(1, keepdim=True) if channels == 1 else image       # every file is read as RGB
+
+
+def read_picture(flag: str, file: str, size: tuple[int, int], behind: str = "white") -> np.ndarray:
+    """uint8 (H, W, 3)."""
+    try:
+        return open_image(Path(file), size, behind).copy()
+    except Exception as error:                             # Pillow raises a dozen exception types
+        raise ValueError(f"{flag} {file}: cannot be read as a picture ({error})") from None
+
+
+def read_sound_and_mask(args: argparse.Namespace, length: int,
+                        medium: Sounds) -> tuple[Tensor | None, Tensor | None]:
+    """--init-sound (1, c, T) in [-1, 1), followed by silence up to T, and --mask (1, 1, T), bool; None where
+    not given."""
+    if not args.init_sound:
+        return None, None
+    rate = medium.rate
+    found = read_init_sound(args.init_sound[0], length, medium)
+    if args.mask is None:
+        return found, None
+    times = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", args.mask)
+    start, end = map(float, times.groups()) if times else (0, 0)
+    if not start < end <= length / rate:
+        raise ValueError(f"--mask {args.mask}: of sounds, two times in seconds, FROM-TO, like 0.5-1.2, at "
+                         f"most {length / rate:g}; for more, give --seconds")
+    mask = torch.zeros(1, 1, length, dtype=torch.bool)
+    mask[..., round(start * rate):round(end * rate)] = True
+    return found, mask
+
+
+def read_init_sound(file: str, length: int, medium: Sounds) -> Tensor:
+    """One --init-sound, (1, c, T) in [-1, 1): mono, in every channel."""
+    try:
+        samples = read_sound(Path(file), medium.rate, length / medium.rate)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--init-sound {file}: cannot be read as a sound ({reason})") from None
+    x = medium.to_tensor(np.pad(samples, (0, length - len(samples)))[None])
+    return x.expand(-1, medium.channels, -1)
