@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from audio_vae import AudioVAE
-from benchmarks import neighbours
+from benchmarks import listen, neighbours
 from benchmarks.fashion_mnist import describe, draw_samples, frechet, frechet_limit
 from benchmarks.report import latents_of, through
 from cli import integer, nonempty, number, program
@@ -46,7 +46,7 @@ from data import batch_indices
 from files import write_atomically
 from pictures import PICTURES, write_picture
 from run import load_checkpoint, load_vae
-from sound import log_mel, spectrograms, to_tensor, write_wav
+from sound import log_mel, spectrograms, to_tensor
 from speech import RATE, WORDS, Speech, cut_to_speech, open_speech
 
 FOLDER = Path(__file__).parent
@@ -55,8 +55,6 @@ NAMES = list(WORDS)
 LENGTH = 8192                   # samples that are compared; longer sounds are cut, shorter ones padded
 BANDS, HOP, DEPTH = 40, 0.016, 50.0     # of spectrograms; DEPTH in dB below the loudest, where silence begins
 CHUNK = 200                     # sounds at a time, which bounds the memory
-LARGEST = 100_000               # bytes of the .wav of --listen
-PAUSE = 0.12                    # seconds between its words
 
 
 # ---- what is heard: a spectrogram, and a classifier of it
@@ -245,30 +243,10 @@ def print_copies(copies: Copies) -> None:
                   "sounds' own neighbours")
 
 
-# ---- what is published
-
-def joined(sounds: list[np.ndarray]) -> np.ndarray:
-    """int16 (t,) each -> one sound, with a pause between, of as many of them as LARGEST allows."""
-    pause = np.zeros(round(PAUSE * RATE), np.int16)
-    whole = np.zeros(0, np.int16)
-    for sound in sounds:
-        longer = np.concatenate([whole, pause, sound]) if len(whole) else sound
-        if 44 + 2 * len(longer) > LARGEST:
-            break
-        whole = longer
-    return whole
-
-
-def publish(samples: np.ndarray, folder: Path) -> list[Path]:
-    """The first ten words (the digits) as one .wav, and a picture of the first 24. samples: one for each
-    word."""
-    spoken = [np.round(cut_to_speech(sound, RATE) * 32768).astype(np.int16) for sound in samples]
-    wav, picture = folder / "speech.wav", folder / "pictures" / "speech.png"
-    write_wav(wav, joined(spoken[:10]), RATE)
-    picture.parent.mkdir(exist_ok=True)
-    shown = spectrograms(fitted(samples[:24]), RATE, 4, NAMES[:24])
-    write_picture(picture, shown.quantize(128, dither=Image.Dither.NONE))
-    return [wav, picture]
+def publish(samples: np.ndarray) -> list[Path]:
+    """The first ten words (the digits) to be heard, 24 to be seen. samples: one for each word, at least."""
+    spoken = [np.round(cut_to_speech(sound, RATE) * 32768).astype(np.int16) for sound in samples[:10]]
+    return listen.publish("speech", spoken, fitted(samples[:24]), NAMES[:24], RATE, FOLDER)
 
 
 # ---- the program
@@ -376,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
             if scale != args.cfg[0]:
                 continue
             if args.listen and run == args.runs[0]:
-                print(*publish(samples[:len(NAMES)], FOLDER))
+                print(*publish(samples[:len(NAMES)]))
             if args.neighbours:
                 copies = find_copies(vae, samples, val.sounds, train.sounds)
                 print_copies(copies)

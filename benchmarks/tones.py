@@ -1,6 +1,7 @@
 """Score a run on the built-in tones: how many samples have the pitch and timbre, or the events, asked for?
 
     python benchmarks/tones.py runs/tones-dit-rf                         (from the repository's root)
+    python benchmarks/tones.py runs/tones-dit-rf --listen                # also tones.wav and pictures/tones.png
     python benchmarks/tones.py runs/tones-text-mmdit-rf                  # captions, of no training sound
 
 `tones.read_tone` and `read_events` read them back from the samples. Of a run with captions, the prompts are
@@ -21,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
+from benchmarks import listen
 from run import load_checkpoint
 from settings import OBJECTIVES
 from tones import PITCHES, RATE, TIMBRES, TONE_CLASSES, Tone, describe_events, follows, read_tone
@@ -36,7 +38,8 @@ def draw(args: argparse.Namespace, *more: str) -> np.ndarray:
 
 
 def score_classes(args: argparse.Namespace) -> None:
-    seen = [read_tone(sound, RATE) for sound in draw(args)]
+    sounds = draw(args)
+    seen = [read_tone(sound, RATE) for sound in sounds]
     asked = [Tone(*TONE_CLASSES[i % len(TONE_CLASSES)].split("-")) for i in range(args.n)]
     right = sum(a == b for a, b in zip(seen, asked))
     print(f"{args.run}: {right} of {args.n} ({right / args.n:.1%}) have the pitch and timbre asked for; "
@@ -45,6 +48,10 @@ def score_classes(args: argparse.Namespace) -> None:
         for name in names:
             hits = [getattr(s, field, None) == name for s, a in zip(seen, asked) if getattr(a, field) == name]
             print(f"  {name:9s} {sum(hits)} of {len(hits)}")
+    if args.listen:                                        # one of each class; behind each, the silence goes
+        one = sounds[:len(TONE_CLASSES)]
+        heard = [np.trim_zeros(sound, "b") for sound in one[::3]]
+        print(*listen.publish("tones", heard, one, TONE_CLASSES[:len(one)], RATE))
 
 
 def score_captions(args: argparse.Namespace) -> None:
@@ -65,6 +72,8 @@ def main() -> None:
     p.add_argument("--sampler", help="see sample.py (default: that of the objective)")
     p.add_argument("--steps", type=int, help="see sample.py (default: those of the objective)")
     p.add_argument("--cfg", type=float, help="guidance scale (default: that of the objective)")
+    p.add_argument("--listen", action="store_true", help="of classes: write benchmarks/tones.wav and "
+                                                         "benchmarks/pictures/tones.png")
     args = p.parse_args()
     checkpoint = load_checkpoint(args.run)
     row = OBJECTIVES[checkpoint["objective"]["name"]]
@@ -72,6 +81,8 @@ def main() -> None:
     if args.cfg is None:
         args.cfg = row.scale
     score = score_classes if checkpoint["text"] is None else score_captions
+    if args.listen and score is score_captions:
+        p.error(f"--listen: {args.run} draws from captions; give a run of classes")
     score(args)
 
 

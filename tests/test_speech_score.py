@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from benchmarks import speech
+from benchmarks import listen, speech
 from PIL import Image
 
 from audio_vae import PRESETS, AudioVAE, AudioVAEConfig
@@ -175,22 +175,23 @@ def test_pairs_are_drawn_sample_above_neighbour(monkeypatch):
 # ---- what is published
 
 def test_words_are_joined_up_to_a_limit():
-    pause = round(speech.PAUSE * RATE)
+    pause = round(listen.PAUSE * RATE)
     words = [np.full(1000, i, np.int16) for i in (1, 2, 3)]
-    whole = speech.joined(words)
+    whole = listen.joined(words, RATE)
     assert len(whole) == 3000 + 2 * pause and whole.tolist().count(2) == 1000
     assert (whole[1000:1000 + pause] == 0).all() and whole[1000 + pause] == 2
     long = [np.ones(20_000, np.int16)] * 4
-    assert len(speech.joined(long)) == 40_000 + pause               # a third would be more than 100 kB
+    assert len(listen.joined(long, RATE)) == 40_000 + pause               # a third would be more than 100 kB
 
 
 def test_what_is_published(tmp_path, monkeypatch):
     monkeypatch.setattr(speech, "NAMES", WORDS * 10)
     samples, _ = saying(10)
-    wav, picture = speech.publish(samples, tmp_path)
-    assert wav == tmp_path / "speech.wav" and wav.stat().st_size <= speech.LARGEST
+    monkeypatch.setattr(speech, "FOLDER", tmp_path)
+    wav, picture = speech.publish(samples)
+    assert wav == tmp_path / "speech.wav" and wav.stat().st_size <= listen.LARGEST
     words = [np.round(32768 * speech.cut_to_speech(sound, RATE)).astype(np.int16) for sound in samples[:10]]
-    assert (read_sound(wav, RATE) == speech.joined(words)).all()
+    assert (read_sound(wav, RATE) == listen.joined(words, RATE)).all()
     with Image.open(picture) as image:
         assert image.size[0] == 54 + 4 * 252 + 44 and picture == tmp_path / "pictures/speech.png"
 
