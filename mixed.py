@@ -34,9 +34,9 @@ from media import medium_at
 from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare
 from ragged import Ragged, groups_of_equal
-from run import build_path, encoder_fingerprint
+from run import encoder_fingerprint
 from settings import OBJECTIVES
-from tasks import Autoencoding, Denoising, Interrupted, posteriors, watched
+from tasks import Autoencoding, Denoising, Interrupted, even_times, posteriors, watched
 from vae import VAE
 
 SIZES = 3              # of previews: wide, middling, tall
@@ -114,23 +114,15 @@ class MixedAutoencoding(Autoencoding):
 class MixedDenoising(Denoising):
     """Denoising of latents of different sizes, a list of (C, h, w) wherever its parent has (B, C, h, w)."""
 
-    def __init__(self, args: argparse.Namespace, data: Dataset, val: Dataset, plan: Plan, cache_dir: Path):
-        self.args = args
+    def open_latents(self, data: Dataset, plan: Plan, cache_dir: Path) -> None:
         self.plan = plan
-        self.device = plan.device
-        self.ranks = plan.ranks
-        self.vae = plan.vae.to(plan.device)
-        self.conditioning = plan.conditioning
         self.conditioning.packed = True
-        self.objective = settings.objective_config(args)
-        self.path = build_path(self.objective)
-        self.medium = medium_at(None)
-        self.pairs = None
         self.images = data.images
-        self.cache = encode_mixed(args, self.vae, data, cache_dir, plan)
+        self.cache = encode_mixed(self.args, self.vae, data, cache_dir, plan)
         self.tokens = tokens_of(data.images, plan)
-        self.order = Order(some_pictures(len(data), args.limit), self.positions)
-        # The same fixed pictures, noise and times for every validation, as the parent has.
+        self.order = Order(some_pictures(len(data), self.args.limit), self.positions)
+
+    def hold_out(self, val: Dataset, plan: Plan) -> None:
         pictures = val.images[:VALIDATED]
         self.val_tokens = tokens_of(pictures, plan)
         n = len(pictures)
@@ -141,7 +133,7 @@ class MixedDenoising(Denoising):
                 for i, x0 in zip(group, self.vae.normalize(self.vae.encode(x).mean)):
                     self.x0[i] = x0
         generator = torch.Generator().manual_seed(0)
-        self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
+        self.t = even_times(n, generator).to(self.device)
         self.eps = [torch.randn(x0.shape, generator=generator).to(self.device) for x0 in self.x0]
 
     def positions(self, step: int) -> np.ndarray:

@@ -172,6 +172,11 @@ class Autoencoding(Batches):
         return encode_latents(self.args, self.ranks, vae, self.data, self.cache_dir)
 
 
+def even_times(n: int, generator: torch.Generator) -> Tensor:
+    """(n,) times spread evenly over [0, 1], in random order: each bucket of val_by_time holds a quarter."""
+    return ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)]
+
+
 class Denoising(Batches):
     """The task of a network in latent space: predict the path's target from a noisy latent."""
 
@@ -185,31 +190,39 @@ class Denoising(Batches):
         self.path = build_path(self.objective)
         self.medium = medium_at(data.rate)
         self.pairs = None
-        if args.reflow:
-            self.pairs = draw_pairs(args, plan, data, cache_dir)
+        self.open_latents(data, plan, cache_dir)
+        self.hold_out(val, plan)
+
+    def open_latents(self, data: Dataset, plan: Plan, cache_dir: Path) -> None:
+        """Set what is trained on, latents or pairs, and its order."""
+        if self.args.reflow:
+            self.pairs = draw_pairs(self.args, plan, data, cache_dir)
             count = len(self.pairs) - VALIDATED
             self.order = self.order_for(data, count)
             self.conditioning.take_turns(count)
         else:
             self.order = self.order_for(data, len(data))
-            self.cache = data.latents or encode_latents(args, self.ranks, self.vae, data, cache_dir)
-        # Validation uses fixed pictures, noise and times, so that its losses can be compared between steps.
-        # The times are spread evenly over [0, 1]: each bucket of val_by_time holds a quarter of them.
+            self.cache = data.latents or encode_latents(self.args, self.ranks, self.vae, data, cache_dir)
+
+    def hold_out(self, val: Dataset, plan: Plan) -> None:
+        """Set what validation uses: fixed pictures, noise and times, so that its losses can be compared
+        between steps."""
         if val.latents is not None:
             self.x0 = self.vae.normalize(val.latents.means().to(self.device))
         else:
             parts = self.medium.to_tensor(val.images[:VALIDATED])
-            parts = parts.split(at_once(args, self.ranks, 32, val.images.shape[1:3]))
+            parts = parts.split(at_once(self.args, self.ranks, 32, val.images.shape[1:3]))
             with torch.no_grad():
                 self.x0 = torch.cat([self.vae.normalize(self.vae.encode(x.to(self.device)).mean)
                                      for x in tqdm(parts, desc=f"encode validation {self.medium.name}",
                                                    leave=False)])
         n = len(self.x0)
         generator = torch.Generator().manual_seed(0)
-        self.t = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)].to(self.device)
+        self.t = even_times(n, generator).to(self.device)
         self.eps = torch.randn(self.x0.shape, generator=generator).to(self.device)
         if self.pairs is not None:             # those that are not trained on; n may be less in small data
-            held_out = self.pairs.batch(np.arange(count, count + n))
+            first = len(self.pairs) - VALIDATED
+            held_out = self.pairs.batch(np.arange(first, first + n))
             self.x0, self.eps = (part.to(self.device) for part in held_out)
 
     def build(self) -> torch.nn.Module:
