@@ -121,8 +121,8 @@ def grid_table(m: Measured) -> str:
         if record:
             costs.append(f"{network} {record['flops_per_example'] / 1e6:.0f}, "
                          f"{record['parameters'] / 1e6:.1f} M")
-    notes = (f"MFLOP per example, forward and backward, and parameters: {'; '.join(costs)}. Velocity error: mean squared error of eps - x0 on held-out latents, over "
-             "the same noise levels for every cell. Curvature: mean square of the velocity's distance from "
+    notes = (f"MFLOP per example, forward and backward, and parameters: {'; '.join(costs)}. "
+             "Velocity error: mean squared error of eps - x0 on held-out latents, over the same noise levels for every cell. Curvature: mean square of the velocity's distance from "
              "the chord of a sampled trajectory, 0 if all are straight. Spread: interquartile range over "
              f"median. Guidance 1.5: with DDIM 50 or Heun 10. {seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('grid', 'Fréchet distance of every cell')}{floor(m)}"
@@ -206,7 +206,8 @@ def staircase_table(m: Measured) -> str:
 
 
 def steps_table(m: Measured) -> str:
-    rows = ["| evaluations, at most | " + " | ".join(map(str, COUNTS)) + " | needed |", "|---" * (len(COUNTS) + 2) + "|"]
+    rows = ["| evaluations, at most | " + " | ".join(map(str, COUNTS)) + " | needed |",
+            "|---" * (len(COUNTS) + 2) + "|"]
     for cell in STUDIES["steps"].cells:
         if not m.of("steps", cell.name):
             continue
@@ -218,7 +219,8 @@ def steps_table(m: Measured) -> str:
     if len(rows) == 2:
         return ""
     notes = ("Fréchet distance of the best solver without guidance, means over the seeds. Needed: the fewest "
-             f"evaluations within 10 % of the best distance. {seeds_of(m, 'steps')}; {made_with(m, 'steps')}.")
+             f"evaluations within 10 % of the best distance. {seeds_of(m, 'steps')}; "
+             f"{made_with(m, 'steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('steps', 'Distance against evaluations')}"
 
 
@@ -419,8 +421,8 @@ def rate_chart(m: Measured) -> Chart | None:
         series += series_of(f"{network} {objective}", {
             factor: m.values("learning rates", f"{network} {objective} x {factor:g}",
                              score(first_order(objective))) for factor in FACTORS})
-    return Chart("Learning rates a factor of two apart: Fréchet distance", "learning rate, relative to the default",
-                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+    return Chart("Learning rates a factor of two apart: Fréchet distance",
+                 "learning rate, relative to the default", "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
 
 def prompt_columns(m: Measured, cell: str) -> list[list[float]]:
@@ -501,7 +503,8 @@ FEW_STEPS = [                            # (row, cell, guidance of its samples)
 
 def few_step_table(m: Measured) -> str:
     counts = (1, 2, 4, 8, 50)
-    rows = ["| evaluations, at most | " + " | ".join(map(str, counts)) + " | curvature | processor minutes |", "|---" * (len(counts) + 3) + "|"]
+    rows = ["| evaluations, at most | " + " | ".join(map(str, counts)) + " | curvature | processor minutes |",
+            "|---" * (len(counts) + 3) + "|"]
     for name, cell, scale in FEW_STEPS:
         if m.of("few steps", cell):
             texts = [mean_of(m, "few steps", cell, best_within(count, (scale,)), 1) for count in counts]
@@ -537,8 +540,8 @@ def expert_table(m: Measured) -> str:
     if not rows:
         return ""
     return rows + (
-        "\n\nA token uses two of the eight experts (on average, with expert choice and race) and two that all "
-        "tokens share. MFLOP per example, forward and backward. "
+        "\n\nA token uses two of the eight experts (on average, with expert choice and race) and two that "
+        "all tokens share. MFLOP per example, forward and backward. "
         f"{seeds_of(m, 'experts')}; {made_with(m, 'experts')}.")
 
 
