@@ -122,7 +122,8 @@ def grid_table(m: Measured) -> str:
             costs.append(f"{network} {record['flops_per_example'] / 1e6:.0f}, "
                          f"{record['parameters'] / 1e6:.1f} M")
     notes = (f"MFLOP per example, forward and backward, and parameters: {'; '.join(costs)}. "
-             "Velocity error: mean squared error of eps - x0 on held-out latents, over the same noise levels for every cell. Curvature: mean square of the velocity's distance from "
+             "Velocity error: mean squared error of eps - x0 on held-out latents, over the same "
+             "noise levels for every cell. Curvature: mean square of the velocity's distance from "
              "the chord of a sampled trajectory, 0 if all are straight. Spread: interquartile range over "
              f"median. Guidance 1.5: with DDIM 50 or Heun 10. {seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('grid', 'Fréchet distance of every cell')}{floor(m)}"
@@ -422,7 +423,8 @@ def rate_chart(m: Measured) -> Chart | None:
             factor: m.values("learning rates", f"{network} {objective} x {factor:g}",
                              score(first_order(objective))) for factor in FACTORS})
     return Chart("Learning rates a factor of two apart: Fréchet distance",
-                 "learning rate, relative to the default", "Fréchet distance", series, log_x=True, log_y=True) if series else None
+                 "learning rate, relative to the default", "Fréchet distance", series,
+                 log_x=True, log_y=True) if series else None
 
 
 def prompt_columns(m: Measured, cell: str) -> list[list[float]]:
