@@ -28,9 +28,10 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 USABLE = 1.5         # a learning rate works if its distance is within this factor of the best one's
 WITHIN = 1.1         # a distance within this factor of the best counts as equal quality
 
-RULE = ("A comparison is decided where two means differ by more than the pooled spread of the seeds allows "
-        "(Student's t, 95 %), and never by fewer than two seeds on each side. A claim is true if all of its "
-        "comparisons say so, false if none does and at least one says the contrary, and else depends.")
+RULE = ("A comparison is decided where the two means differ by more than the pooled spread of the seeds "
+        "explains (Student's t, 95 %), and only with two seeds or more on each side. A claim is true if all "
+        "of its comparisons are as claimed, false if none is and at least one is decided against it; else it "
+        "depends.")
 
 
 # ---- the rule
@@ -225,7 +226,7 @@ def early(m: Measured) -> list[Comparison]:
     def error(record: dict) -> float:
         return record["errors"][0]["velocity"]
 
-    return [Comparison(objective, m.values("grid", f"unet {objective}", error),
+    return [Comparison(f"{objective}, unet against dit", m.values("grid", f"unet {objective}", error),
                        m.values("grid", f"dit {objective}", error)) for objective in OBJECTIVES]
 
 
@@ -373,12 +374,14 @@ def one_step(m: Measured) -> list[Comparison]:
 
 
 def logit_normal(m: Measured) -> list[Comparison]:
-    return [Comparison(network, distance(m, network, "rf logit-normal"), distance(m, network, "rf uniform"))
+    return [Comparison(f"{network}, logit-normal against uniform", distance(m, network, "rf logit-normal"),
+                       distance(m, network, "rf uniform"))
             for network in NETWORKS]
 
 
 def transformer(m: Measured) -> list[Comparison]:
-    return [Comparison(objective, distance(m, "dit", objective), distance(m, "unet", objective))
+    return [Comparison(f"{objective}, dit against unet", distance(m, "dit", objective),
+                       distance(m, "unet", objective))
             for objective in OBJECTIVES]
 
 

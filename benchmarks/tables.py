@@ -64,11 +64,11 @@ def comparison_table(m: Measured) -> str:
     for claim in CLAIMS:
         for each in claim.comparisons(m):
             if each.ours and each.theirs:
-                answer = ANSWERS[decide(each)] if measured(each) else "one seed decides nothing"
+                answer = ANSWERS[decide(each)] if measured(each) else "undecided"
                 rows.append(f"| {claim.number} | {each.what} | {compared(claim, each)} | {answer} |")
     if not rows:
         return ""
-    head = ["| claim | comparison | mean (range over the seeds) | as claimed |", "|---|---|---|---|"]
+    head = ["| claim | comparison | mean (range over the seeds) | as claimed? |", "|---|---|---|---|"]
     return "\n".join(head + rows) + f"\n\n{RULE}"
 
 
@@ -103,7 +103,7 @@ def grid_table(m: Measured) -> str:
              if m.of("grid", f"{network} {objective}")]
     if not cells:
         return ""
-    rows = ["| | velocity error | curvature | gradient norm: spread | Fréchet, 50 first-order steps "
+    rows = ["| | velocity error | curvature | spread of the gradient norm | Fréchet, 50 first-order steps "
             "| agreement | Fréchet, guidance 1.5 | agreement | processor minutes |", "|---" * 9 + "|"]
     for network, objective in cells:
         _, guided = (each.label for each in DEFAULT_SAMPLERS[objective.split()[0]][:2])
@@ -119,12 +119,13 @@ def grid_table(m: Measured) -> str:
         record = next((r for r in m.records if r["study"] == "grid" and r["cell"].startswith(network)
                        and "parameters" in r), None)
         if record:
-            costs.append(f"{network}: {record['flops_per_example'] / 1e6:.0f} MFLOP per example, forward and "
-                         f"backward, {record['parameters'] / 1e6:.1f} M parameters")
-    notes = (f"{'; '.join(costs)}. Velocity error: mean squared error of eps - x0 on held-out latents, over "
-             "the same noise levels for every cell. Curvature: mean square of the velocity's distance from "
-             "the chord of a sampled trajectory, 0 if all are straight. Spread of the gradient's norm: the "
-             f"range of its middle half over its median. {seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
+            costs.append(f"{network} {record['flops_per_example'] / 1e6:.0f}, "
+                         f"{record['parameters'] / 1e6:.1f} M")
+    notes = (f"MFLOP per example, forward and backward, and parameters: {'; '.join(costs)}. "
+             "Velocity error: mean squared error of eps - x0 on held-out latents, over the same "
+             "noise levels for every cell. Curvature: mean square of the velocity's distance from "
+             "the chord of a sampled trajectory, 0 if all are straight. Spread: interquartile range over "
+             f"median. Guidance 1.5: with DDIM 50 or Heun 10. {seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('grid', 'Fréchet distance of every cell')}{floor(m)}"
 
 
@@ -134,7 +135,7 @@ def floor(m: Measured) -> str:
     if not rows:
         return ""
     texts = [f"{row['n']:,} {row['label']} at {row['frechet']:.2f}" for row in rows]
-    return f"\n\nReferences for the distance: {'; '.join(texts)}."
+    return f"\n\nFréchet distances for reference: {'; '.join(texts)}."
 
 
 def series_of(name: str, points: dict, colour: str | None = None, mark: str | None = None) -> list[Series]:
@@ -206,8 +207,8 @@ def staircase_table(m: Measured) -> str:
 
 
 def steps_table(m: Measured) -> str:
-    rows = ["| the best solver with at most so many evaluations | " + " | ".join(map(str, COUNTS))
-            + " | needed |", "|---" * (len(COUNTS) + 2) + "|"]
+    rows = ["| evaluations, at most | " + " | ".join(map(str, COUNTS)) + " | needed |",
+            "|---" * (len(COUNTS) + 2) + "|"]
     for cell in STUDIES["steps"].cells:
         if not m.of("steps", cell.name):
             continue
@@ -218,8 +219,9 @@ def steps_table(m: Measured) -> str:
         rows.append(f"| {cell.name} | {' | '.join(texts)} | {mean_of(m, 'steps', cell.name, needed, 0)} |")
     if len(rows) == 2:
         return ""
-    notes = ("Fréchet distance without guidance, means over the seeds. Needed: the fewest evaluations within "
-             f"10 % of the best distance. {seeds_of(m, 'steps')}; {made_with(m, 'steps')}.")
+    notes = ("Fréchet distance of the best solver without guidance, means over the seeds. Needed: the fewest "
+             f"evaluations within 10 % of the best distance. {seeds_of(m, 'steps')}; "
+             f"{made_with(m, 'steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('steps', 'Distance against evaluations')}"
 
 
@@ -256,7 +258,7 @@ def guidance_table(m: Measured) -> str:
         return ""
     head = ["| guidance | " + " | ".join(f"{scale:g}" for scale in scales) + " |",
             "|---" * (len(scales) + 1) + "|"]
-    return "\n".join(head + rows) + ("\n\nFréchet distance and agreement, means over the seeds. "
+    return "\n".join(head + rows) + ("\n\nFréchet distance, then agreement; means over the seeds. "
                                      f"{seeds_of(m, 'guidance')}; {made_with(m, 'guidance')}.")
 
 
@@ -377,9 +379,9 @@ def schedule_table(m: Measured) -> str:
             rows.append(f"| {objective} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
-    return "\n".join(rows) + ("\n\nFréchet distance, 50 first-order steps. The cosine schedule ends at an "
-                              f"alpha of {cosine_end():.0e}, by which the network's eps is divided for x0, "
-                              f"and its error with it. {seeds_of(m, 'schedules')}; "
+    return "\n".join(rows) + ("\n\nFréchet distance, 50 first-order steps. The cosine schedule ends at alpha "
+                              f"= {cosine_end():.0e}; division by it magnifies the error of x0 computed "
+                              f"from eps. {seeds_of(m, 'schedules')}; "
                               f"{made_with(m, 'schedules')}.")
 
 
@@ -420,8 +422,9 @@ def rate_chart(m: Measured) -> Chart | None:
         series += series_of(f"{network} {objective}", {
             factor: m.values("learning rates", f"{network} {objective} x {factor:g}",
                              score(first_order(objective))) for factor in FACTORS})
-    return Chart("Learning rates an octave apart: Fréchet distance", "learning rate, relative to the default",
-                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+    return Chart("Learning rates a factor of two apart: Fréchet distance",
+                 "learning rate, relative to the default", "Fréchet distance", series,
+                 log_x=True, log_y=True) if series else None
 
 
 def prompt_columns(m: Measured, cell: str) -> list[list[float]]:
@@ -502,8 +505,8 @@ FEW_STEPS = [                            # (row, cell, guidance of its samples)
 
 def few_step_table(m: Measured) -> str:
     counts = (1, 2, 4, 8, 50)
-    rows = ["| the best solver with at most so many evaluations | " + " | ".join(map(str, counts))
-            + " | curvature | processor minutes |", "|---" * (len(counts) + 3) + "|"]
+    rows = ["| evaluations, at most | " + " | ".join(map(str, counts)) + " | curvature | processor minutes |",
+            "|---" * (len(counts) + 3) + "|"]
     for name, cell, scale in FEW_STEPS:
         if m.of("few steps", cell):
             texts = [mean_of(m, "few steps", cell, best_within(count, (scale,)), 1) for count in counts]
@@ -512,9 +515,9 @@ def few_step_table(m: Measured) -> str:
             rows.append(f"| {name} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
-    notes = ("Fréchet distance; an evaluation with guidance counts twice, and MeanFlow and reflow have "
-             f"learned guidance {GUIDANCE:g}. Minutes are those of the training after the parent's, with the "
-             f"pairs of reflow. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
+    notes = ("Fréchet distance of the best solver. An evaluation with guidance counts twice; MeanFlow and "
+             f"reflow have learned guidance {GUIDANCE:g}. Their minutes do not include the parent's, but the "
+             f"drawing of reflow's pairs. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('few-steps', 'Distance at 1 to 8 evaluations')}"
 
 
@@ -539,7 +542,7 @@ def expert_table(m: Measured) -> str:
     if not rows:
         return ""
     return rows + (
-        "\n\nA token uses two of the eight experts, on average unless it chooses them itself, and two that "
+        "\n\nA token uses two of the eight experts (on average, with expert choice and race) and two that "
         "all tokens share. MFLOP per example, forward and backward. "
         f"{seeds_of(m, 'experts')}; {made_with(m, 'experts')}.")
 
