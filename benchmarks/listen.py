@@ -34,7 +34,7 @@ def joined(sounds: list[np.ndarray], rate: int) -> np.ndarray:
 
 def publish(name: str, heard: list[np.ndarray], shown: np.ndarray, captions: list[str], rate: int,
             folder: Path = FOLDER) -> list[Path]:
-    """NAME.wav of the sounds `heard`, int16 (t,) each, and pictures/NAME.png of those `shown`, int16 (N, T)."""
+    """NAME.wav of the sounds `heard`, int16 (t,) each, and pictures/NAME.png of those shown, int16 (N, T)."""
     wav, picture = folder / f"{name}.wav", folder / "pictures" / f"{name}.png"
     write_wav(wav, joined(heard, rate), rate)
     picture.parent.mkdir(exist_ok=True)

@@ -156,8 +156,8 @@ COUNTS = (1, 2, 4, 6, 8, 10, 15, 20, 30, 50, 100)    # evaluations of the networ
 
 
 def step_cells() -> Iterator[Cell]:
-    """Runs of the grid, at about 1 to 100 evaluations of the network: the headlines by every solver, then all
-    others by the first-order one and by a multistep one."""
+    """Runs of the grid, at about 1 to 100 evaluations of the network: the headlines by four or five
+    solvers, then all others by the first-order one and by a multistep one."""
     others = [pair for pair in itertools.product(NETWORKS, OBJECTIVES) if pair not in HEADLINES]
     for network, objective in (*HEADLINES, *others):
         first = "ddim" if objective.startswith("ddpm") else "euler"

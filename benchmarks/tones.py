@@ -1,7 +1,7 @@
 """Score a run on the built-in tones: how many samples have the pitch and timbre, or the events, asked for?
 
     python benchmarks/tones.py runs/tones-dit-rf                         (from the repository's root)
-    python benchmarks/tones.py runs/tones-dit-rf --listen                # also tones.wav and pictures/tones.png
+    python benchmarks/tones.py runs/tones-dit-rf --listen                # also tones.wav, pictures/tones.png
     python benchmarks/tones.py runs/tones-text-mmdit-rf                  # captions, of no training sound
 
 `tones.read_tone` and `read_events` read them back from the samples. Of a run with captions, the prompts are
