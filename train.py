@@ -355,7 +355,8 @@ def stopped(step: int, steps: int) -> str:
 def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch: np.ndarray,
            rate: float) -> Tensor:
     """One step of the optimizer, on the batch with these indices. Returns (4,): the loss, the norm of its
-    gradient before clipping, and the lowest and highest time; loss and times of this process's part."""
+    gradient before clipping, and the lowest and highest time; loss and times of this process's part, the loss
+    scaled so that its mean over all processes is that of the pictures."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.model.train()
@@ -366,15 +367,16 @@ def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch
             with plan.autocast():
                 loss, t = state.run(state.model, task.loss, indices)
             # Every picture counts the same. Outside autocast, as PyTorch recommends.
-            (loss.mean() / (len(batch) / (len(loss) * plan.ranks.shares))).backward()
-        losses.append(loss.detach().mean())             # stays on the device: nothing waits for it
+            share = loss.mean() / (len(batch) / (len(loss) * plan.ranks.shares))
+            share.backward()
+        losses.append(share.detach())                   # stays on the device: nothing waits for it
         times.append(t)
     # Scaled as a whole where it is too long, which keeps the direction of the step.
     norm = state.clip_gradients(args.clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     times = torch.cat(times)
-    return torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()])
+    return torch.stack([torch.stack(losses).sum(), norm, times.min(), times.max()])
 
 
 def keep(args: argparse.Namespace, run: Run, step: int) -> None:
