@@ -213,7 +213,6 @@ def main(argv: list[str] | None = None) -> int:
 def encode_all(encoder: Encoder, files: tuple[str, ...], out: Path) -> int:
     """Encode every shard that is not there yet and that no other process encodes."""
     skipped: list[str] = []
-    elsewhere = 0
     for file in tqdm(files, desc="encode shards", unit="shard"):
         target = out / os.path.basename(file)
         if target.is_file():
@@ -225,14 +224,16 @@ def encode_all(encoder: Encoder, files: tuple[str, ...], out: Path) -> int:
                     write_shard(target, encoder.samples(file, skipped))
                 # Whoever waits for the removed file finds the shard complete, so it is safe.
                 lock.unlink(missing_ok=True)
-        except BlockingIOError:
-            elsewhere += 1
+        except BlockingIOError:                                # another process encodes it
+            pass
     if skipped:
         more = f" and {len(skipped) - 12:,} more" if len(skipped) > 12 else ""
         print(f"skipped {'; '.join(skipped[:12])}{more}", file=sys.stderr)
-    if elsewhere:
-        print(f"{elsewhere:,} shards are encoded by other processes; the same command tells when all are "
-              "done")
+    # Whichever process ends last finds all of them there, also those that others have encoded.
+    missing = sum(not (out / os.path.basename(file)).is_file() for file in files)
+    if missing:
+        print(f"other processes still encode {missing:,} of {len(files):,} shards; the last one to end tells "
+              "when all are done")
     else:
         finish(out)
     return 0
