@@ -296,7 +296,7 @@ def explained(ranks: Ranks, error: Exception) -> ValueError | None:
         late = asked(lambda: ranks.store.check(["late"]), 5.0)
     if late:
         what = ranks.watch.who_is_late()
-    return ValueError(f"{what}; the same command continues from the last checkpoint")
+    return ValueError(f"{what}; the same command goes on from what is saved")
 
 
 # ---- the beginning and the end of a launch

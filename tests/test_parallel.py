@@ -397,7 +397,7 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
     several.processes[1].kill()
     statuses, printed = several.end()
     assert statuses[0] == 2 and len(errors(printed)) == 1
-    assert "another process has ended; the same command continues from the last checkpoint" in printed[0]
+    assert "another process has ended; the same command goes on from what is saved" in printed[0]
     saved = torch.load(tmp_path / "runs/shapes-dit-rf/checkpoint.pt", weights_only=True)["step"]
     assert saved >= 2
     again = launch(tmp_path, 2, *flags)
@@ -412,7 +412,8 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("flags, message", [
     ([["--arch", "dit", "--steps", "0"]] * 2, "--steps 0: must be between 1 and"),
-    ([["--arch", "dit", "--batch-size", "9"]] * 2, "--batch-size 9: 2 processes or groups of them, each"),
+    ([["--arch", "dit", "--batch-size", "9"]] * 2,
+     "--batch-size 9: 2 processes or groups of them cannot share it; give a multiple of 2"),
     ([["--arch", "dit", "--preset", "tiny", "--batch-size", "6", "--tensor-parallel", "3"]] * 3,
      "--tensor-parallel 3: does not divide the"),
     ([["--arch", "dit", "--tensor-parallel", "3"]] * 2, "--tensor-parallel 3: does not divide the 2"),
