@@ -170,13 +170,13 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
                          f"those of --data {args.data} have {data.images.shape[-1]}")
 
     with run.hold():                                   # from here on, no other process trains in this folder
-        # ---- what the folder holds must be this run
-        if not run.settings.is_file():
-            run.write_settings(args)
+        # ---- what the folder holds must be this run, in all processes; else nothing is written
         saved = run.load()
         ranks.agree({"the data": data.identity, "the step saved": saved["step"] if saved else None}
                     | {f"--{name.replace('_', '-')}": getattr(args, name) for name in settings.ROWS},
                     "start all processes with the same command, on the same folders")
+        if not run.settings.is_file():
+            run.write_settings(args)
         if saved:
             training = saved["training"]
             if training["data"] not in (data.identity, *data.former_identities):

@@ -433,7 +433,7 @@ def test_bad_input_is_one_line_and_ends_all_processes(tmp_path, flags, message):
     assert statuses == [2] * len(flags)
     assert len(errors(printed)) == 1 and message in errors(printed)[0]
     assert "Traceback" not in "".join(printed)
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert not [*tmp_path.rglob("checkpoint.pt"), *tmp_path.rglob("settings.json")]
 
 
 def test_an_incomplete_environment_is_one_line(tmp_path):
@@ -494,6 +494,19 @@ def test_a_drawing_goes_on_in_another_number_of_processes(alone, tmp_path):
     found = np.load(tmp_path / "pictures.npz")["arr_0"]
     subprocess.run([*COMMAND, "sample.py", *words[:-1], "whole.npz"], cwd=tmp_path, check=True)
     np.testing.assert_array_equal(found, np.load(tmp_path / "whole.npz")["arr_0"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags, message", [
+    (["--seed", "1"], "seed: 0 on rank 0, 1 on rank 1; start all processes with the same command"),
+    (["--n", "9"], "n: 11 on rank 0, 9 on rank 1; start"), (["--raw"], "weights: "),
+    (["--out", "other.npz"], "--out: pictures.npz on rank 0, other.npz on rank 1")])
+def test_processes_that_would_draw_otherwise_are_refused(alone, tmp_path, flags, message):
+    os.symlink(alone / "runs", tmp_path / "runs")
+    words = [*DRAWING, "--out", "pictures.npz"]
+    statuses, printed = Launch(tmp_path, words, [*words, *flags], program="sample.py").end()
+    assert statuses == [2, 2] and len(errors(printed)) == 1 and message in errors(printed)[0], printed
+    assert not list(tmp_path.glob("*.npz*"))
 
 
 def test_a_gif_is_drawn_by_one_process(alone, tmp_path):
