@@ -406,7 +406,8 @@ def report_once(ranks: Ranks, errors: IO[str], message: str) -> None:
     if only is None:                     # the store has gone, or has stopped with rank 0: see who_is_late
         only = ranks.first or (ranks.rank == 1 and "rank 0 has not come" in message)
     if only:
-        where = "" if ranks.first else f"rank {ranks.rank}: "
+        # on a line of its own, not behind the progress bar of rank 0
+        where = "" if ranks.first else f"\nrank {ranks.rank}: "
         print(f"{where}{message}", file=errors, flush=True)
 
 

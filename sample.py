@@ -681,8 +681,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
 
     # ---- draw, and write on rank 0
     if ranks.size > 1:                                     # each draws a part, all of which must fit together
-        ranks.agree(settings() | {"--out": args.out}, "start all processes with the same command, on the "
-                    "same files")
+        ranks.agree(settings() | {"--out": args.out}, "start all with the same command, on the same files")
     if not ranks.first:
         list(batches())                                    # nothing, but its share has been drawn
         return

@@ -432,6 +432,7 @@ def test_bad_input_is_one_line_and_ends_all_processes(tmp_path, flags, message):
     statuses, printed = Launch(tmp_path, *flags).end()
     assert statuses == [2] * len(flags)
     assert len(errors(printed)) == 1 and message in errors(printed)[0]
+    assert re.search("^(rank 1: )?train.py: error: ", errors(printed)[0])
     assert "Traceback" not in "".join(printed)
     assert not [*tmp_path.rglob("checkpoint.pt"), *tmp_path.rglob("settings.json")]
 
@@ -498,7 +499,7 @@ def test_a_drawing_goes_on_in_another_number_of_processes(alone, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("flags, message", [
-    (["--seed", "1"], "seed: 0 on rank 0, 1 on rank 1; start all processes with the same command"),
+    (["--seed", "1"], "seed: 0 on rank 0, 1 on rank 1; start all with the same command"),
     (["--n", "9"], "n: 11 on rank 0, 9 on rank 1; start"), (["--raw"], "weights: "),
     (["--out", "other.npz"], "--out: pictures.npz on rank 0, other.npz on rank 1")])
 def test_processes_that_would_draw_otherwise_are_refused(alone, tmp_path, flags, message):
