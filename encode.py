@@ -198,7 +198,9 @@ def main(argv: list[str] | None = None) -> int:
     names = [os.path.basename(file) for file in found.files]
     if len(set(names)) < len(names):
         raise ValueError(f"{args.source}: two shards have the same name; give each of these folders alone")
-    vae = load_vae(args.vae).to(settings.pick_device(args.device))
+    local = os.environ.get("LOCAL_RANK")                   # of the processes that torchrun starts here
+    device = settings.pick_device(args.device, None if local is None else int(local))
+    vae = load_vae(args.vae).to(device)
     if medium_of(vae.config).rate is not None:
         raise ValueError(f"--vae {args.vae}: is for sounds, and shards hold pictures; give another")
     if vae.config.image_channels not in (1, 3):
@@ -213,7 +215,6 @@ def main(argv: list[str] | None = None) -> int:
 def encode_all(encoder: Encoder, files: tuple[str, ...], out: Path) -> int:
     """Encode every shard that is not there yet and that no other process encodes."""
     skipped: list[str] = []
-    elsewhere = 0
     for file in tqdm(files, desc="encode shards", unit="shard"):
         target = out / os.path.basename(file)
         if target.is_file():
@@ -225,14 +226,16 @@ def encode_all(encoder: Encoder, files: tuple[str, ...], out: Path) -> int:
                     write_shard(target, encoder.samples(file, skipped))
                 # Whoever waits for the removed file finds the shard complete, so it is safe.
                 lock.unlink(missing_ok=True)
-        except BlockingIOError:
-            elsewhere += 1
+        except BlockingIOError:                                # another process encodes it
+            pass
     if skipped:
         more = f" and {len(skipped) - 12:,} more" if len(skipped) > 12 else ""
         print(f"skipped {'; '.join(skipped[:12])}{more}", file=sys.stderr)
-    if elsewhere:
-        print(f"{elsewhere:,} shards are encoded by other processes; the same command tells when all are "
-              "done")
+    # Whichever process ends last finds all of them there, also those that others have encoded.
+    missing = sum(not (out / os.path.basename(file)).is_file() for file in files)
+    if missing:
+        print(f"other processes still encode {missing:,} of {len(files):,} shards; the last one to end tells "
+              "when all are done")
     else:
         finish(out)
     return 0

@@ -161,7 +161,8 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
 def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     """Refuse what these processes cannot share."""
     if args.shard and ranks.size == 1:
-        raise ValueError("--shard: cuts the weights over several processes; start them with torchrun, or "
+        flag = f"--tensor-parallel {args.tensor_parallel}" if args.tensor_parallel > 1 else "--shard"
+        raise ValueError(f"{flag}: cuts the weights over several processes; start them with torchrun, or "
                          "leave it out")
     if ranks.size % args.tensor_parallel:
         raise ValueError(f"--tensor-parallel {args.tensor_parallel}: does not divide the {ranks.size} "
@@ -176,9 +177,9 @@ def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     pieces = args.accumulate * ranks.shares
     packs = args.aspect and args.arch != "vae"             # its steps are of tokens: see plan_sizes
     if ranks.size > 1 and args.batch_size % pieces and not packs:
-        raise ValueError(f"--batch-size {args.batch_size}: {ranks.shares} processes or groups of them, each "
-                         f"with {args.accumulate} pieces (--accumulate), cannot share it; give a multiple of "
-                         f"{pieces}")
+        each = f", each with {args.accumulate} pieces (--accumulate)," if args.accumulate > 1 else ""
+        raise ValueError(f"--batch-size {args.batch_size}: {ranks.shares} processes or groups of them{each} "
+                         f"cannot share it; give a multiple of {pieces}")
 
 
 def check_begun(args: argparse.Namespace, run: Run, begun: dict) -> None:

@@ -296,7 +296,7 @@ def explained(ranks: Ranks, error: Exception) -> ValueError | None:
         late = asked(lambda: ranks.store.check(["late"]), 5.0)
     if late:
         what = ranks.watch.who_is_late()
-    return ValueError(f"{what}; the same command continues from the last checkpoint")
+    return ValueError(f"{what}; the same command goes on from what is saved")
 
 
 # ---- the beginning and the end of a launch
@@ -406,7 +406,8 @@ def report_once(ranks: Ranks, errors: IO[str], message: str) -> None:
     if only is None:                     # the store has gone, or has stopped with rank 0: see who_is_late
         only = ranks.first or (ranks.rank == 1 and "rank 0 has not come" in message)
     if only:
-        where = "" if ranks.first else f"rank {ranks.rank}: "
+        # on a line of its own, not behind the progress bar of rank 0
+        where = "" if ranks.first else f"\nrank {ranks.rank}: "
         print(f"{where}{message}", file=errors, flush=True)
 
 

@@ -680,6 +680,8 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         return settings_of(args, model, vae, asked, distilled) | how | decides
 
     # ---- draw, and write on rank 0
+    if ranks.size > 1:                                     # each draws a part, all of which must fit together
+        ranks.agree(settings() | {"--out": args.out}, "start all with the same command, on the same files")
     if not ranks.first:
         list(batches())                                    # nothing, but its share has been drawn
         return

@@ -170,13 +170,13 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
                          f"those of --data {args.data} have {data.images.shape[-1]}")
 
     with run.hold():                                   # from here on, no other process trains in this folder
-        # ---- what the folder holds must be this run
-        if not run.settings.is_file():
-            run.write_settings(args)
+        # ---- what the folder holds must be this run, in all processes; else nothing is written
         saved = run.load()
         ranks.agree({"the data": data.identity, "the step saved": saved["step"] if saved else None}
                     | {f"--{name.replace('_', '-')}": getattr(args, name) for name in settings.ROWS},
                     "start all processes with the same command, on the same folders")
+        if not run.settings.is_file():
+            run.write_settings(args)
         if saved:
             training = saved["training"]
             if training["data"] not in (data.identity, *data.former_identities):
@@ -355,7 +355,8 @@ def stopped(step: int, steps: int) -> str:
 def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch: np.ndarray,
            rate: float) -> Tensor:
     """One step of the optimizer, on the batch with these indices. Returns (4,): the loss, the norm of its
-    gradient before clipping, and the lowest and highest time; loss and times of this process's part."""
+    gradient before clipping, and the lowest and highest time; loss and times of this process's part, the loss
+    scaled so that its mean over all processes is that of the pictures."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.model.train()
@@ -366,15 +367,16 @@ def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch
             with plan.autocast():
                 loss, t = state.run(state.model, task.loss, indices)
             # Every picture counts the same. Outside autocast, as PyTorch recommends.
-            (loss.mean() / (len(batch) / (len(loss) * plan.ranks.shares))).backward()
-        losses.append(loss.detach().mean())             # stays on the device: nothing waits for it
+            share = loss.mean() / (len(batch) / (len(loss) * plan.ranks.shares))
+            share.backward()
+        losses.append(share.detach())                   # stays on the device: nothing waits for it
         times.append(t)
     # Scaled as a whole where it is too long, which keeps the direction of the step.
     norm = state.clip_gradients(args.clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     times = torch.cat(times)
-    return torch.stack([torch.stack(losses).mean(), norm, times.min(), times.max()])
+    return torch.stack([torch.stack(losses).sum(), norm, times.min(), times.max()])
 
 
 def keep(args: argparse.Namespace, run: Run, step: int) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
+from torch.distributed import run as torchrun
 
 import encode
 import pairs
@@ -266,6 +267,16 @@ def test_readme_commands_are_accepted():
             pairs.parse_args(flags)
         else:
             sample.check_flags(sample.parse_args(flags))
+
+
+def test_readme_commands_of_torchrun_are_accepted():
+    """torchrun looks for its own flags, abbreviated too, also among those of the program."""
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    .*?torchrun (.*)", text, re.M)
+    assert len(commands) >= 6
+    for command in commands:
+        found = torchrun.parse_args(shlex.split(command))
+        assert found.training_script in ("train.py", "sample.py") and found.training_script_args
 
 
 def source_files():

@@ -397,7 +397,7 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
     several.processes[1].kill()
     statuses, printed = several.end()
     assert statuses[0] == 2 and len(errors(printed)) == 1
-    assert "another process has ended; the same command continues from the last checkpoint" in printed[0]
+    assert "another process has ended; the same command goes on from what is saved" in printed[0]
     saved = torch.load(tmp_path / "runs/shapes-dit-rf/checkpoint.pt", weights_only=True)["step"]
     assert saved >= 2
     again = launch(tmp_path, 2, *flags)
@@ -412,7 +412,8 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("flags, message", [
     ([["--arch", "dit", "--steps", "0"]] * 2, "--steps 0: must be between 1 and"),
-    ([["--arch", "dit", "--batch-size", "9"]] * 2, "--batch-size 9: 2 processes or groups of them, each"),
+    ([["--arch", "dit", "--batch-size", "9"]] * 2,
+     "--batch-size 9: 2 processes or groups of them cannot share it; give a multiple of 2"),
     ([["--arch", "dit", "--preset", "tiny", "--batch-size", "6", "--tensor-parallel", "3"]] * 3,
      "--tensor-parallel 3: does not divide the"),
     ([["--arch", "dit", "--tensor-parallel", "3"]] * 2, "--tensor-parallel 3: does not divide the 2"),
@@ -431,8 +432,9 @@ def test_bad_input_is_one_line_and_ends_all_processes(tmp_path, flags, message):
     statuses, printed = Launch(tmp_path, *flags).end()
     assert statuses == [2] * len(flags)
     assert len(errors(printed)) == 1 and message in errors(printed)[0]
+    assert re.search("^(rank 1: )?train.py: error: ", errors(printed)[0])
     assert "Traceback" not in "".join(printed)
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert not [*tmp_path.rglob("checkpoint.pt"), *tmp_path.rglob("settings.json")]
 
 
 def test_an_incomplete_environment_is_one_line(tmp_path):
@@ -493,6 +495,19 @@ def test_a_drawing_goes_on_in_another_number_of_processes(alone, tmp_path):
     found = np.load(tmp_path / "pictures.npz")["arr_0"]
     subprocess.run([*COMMAND, "sample.py", *words[:-1], "whole.npz"], cwd=tmp_path, check=True)
     np.testing.assert_array_equal(found, np.load(tmp_path / "whole.npz")["arr_0"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags, message", [
+    (["--seed", "1"], "seed: 0 on rank 0, 1 on rank 1; start all with the same command"),
+    (["--n", "9"], "n: 11 on rank 0, 9 on rank 1; start"), (["--raw"], "weights: "),
+    (["--out", "other.npz"], "--out: pictures.npz on rank 0, other.npz on rank 1")])
+def test_processes_that_would_draw_otherwise_are_refused(alone, tmp_path, flags, message):
+    os.symlink(alone / "runs", tmp_path / "runs")
+    words = [*DRAWING, "--out", "pictures.npz"]
+    statuses, printed = Launch(tmp_path, words, [*words, *flags], program="sample.py").end()
+    assert statuses == [2, 2] and len(errors(printed)) == 1 and message in errors(printed)[0], printed
+    assert not list(tmp_path.glob("*.npz*"))
 
 
 def test_a_gif_is_drawn_by_one_process(alone, tmp_path):
