@@ -220,7 +220,8 @@ SIZES = (2048, 1024, 512, 256, 128, 64, 32)   # of the published windows, at 44,
 FLOOR = 1e-3                                  # magnitudes below it, -60 dB, count as silence
 QUIET = 0.03                                  # of sounds quieter than this, errors are relative to it
 # Weight of the absolute error of the samples. It is larger than the published 0.1, which a discriminator
-# complements: magnitudes do not know the phase, and with a small weight its error stays large for long.
+# complements: magnitudes do not know the phase, and with a small weight its error stays large for long. With
+# a large one, what is too complex for the latent is left out: of speech, most above 1 kHz.
 WAVEFORM = 100.0
 
 
@@ -345,8 +346,9 @@ class AudioVAE(nn.Module):
         self.latent_std.copy_(var.clamp_min(1e-12).sqrt())   # a dead channel must not divide by zero
 
     def loss(self, x: Tensor, kl_weight: float, generator: torch.Generator | None = None, *,
-             noise: float = 0.0, rows: tuple[int, slice] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) spectral distance, plus WAVEFORM times the mean absolute error, plus kl_weight times the KL
+             waveform: float = WAVEFORM, noise: float = 0.0,
+             rows: tuple[int, slice] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) spectral distance, plus `waveform` times the mean absolute error, plus kl_weight times the KL
         per sample of the waveform; and a dict to log: "snr" in dB, "kl" in nats, "latent_std" (C,).
 
         noise: the decoder is given latents with noise of up to this share of their deviation, another share
@@ -364,7 +366,7 @@ class AudioVAE(nn.Module):
             z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * unit
         recon = self.decode(z)
         error = spectral_distance(recon, x, self.config.rate)
-        error = error + WAVEFORM * (recon - x).abs().flatten(1).mean(1)
+        error = error + waveform * (recon - x).abs().flatten(1).mean(1)
         kl = posterior.kl()
         logs = {"snr": snr(recon, x).mean(), "kl": kl.mean(),
                 "latent_std": posterior.mean.std(dim=(0, 2, 3))}

@@ -276,6 +276,10 @@ FLAGS = {
         Flag("--latent-channels", "channels of the latent (default: 4; of sounds 16)", integer(1, SIZE),
              metavar="C"),
         Flag("--kl-weight", "weight of the KL term (default: 1e-5; of sounds 0.1)", number(0, 1e9)),
+        Flag("--waveform-weight", "of sounds: weight of the error of the samples, beside that of the "
+                                  "spectrograms; a large one keeps the waveform, a small one what is heard "
+                                  "(default: 100)",
+             number(0, 1e9)),
         Flag("--latent-noise", "noise on the decoder's input in training, relative to the latent's deviation "
                                "(default: 0)", number(0, 10)),
         Flag("--equivariance", "weight of reconstructing the picture at half its size from the latent at "
@@ -351,14 +355,15 @@ RESUMABLE = {flag.key for flag in ROWS.values() if flag.resumable}
 CHANGEABLE = [flag.key for flag in ROWS.values() if flag.changeable]
 # What makes two VAEs different: not the seed, the precision or mirrored pictures.
 SAME_VAE = ("data", "image_size", "rate", "aspect", "crop", "vae_preset", "vae_widths", "latent_channels",
-            "kl_weight", "latent_noise", "equivariance", "steps", "batch_size", "lr", "warmup", "cooldown",
-            "weight_decay", "clip", "ema")
+            "kl_weight", "waveform_weight", "latent_noise", "equivariance", "steps", "batch_size", "lr",
+            "warmup", "cooldown", "weight_decay", "clip", "ema")
 # What `resolve` fills in, so that it is never None.
 ALWAYS = ("arch", "image_size", "cond", "label_dropout", "steps", "batch_size", "lr", "warmup",
           "weight_decay", "ema")
 VAE_DEFAULTS = {"vae_preset": "small", "vae_widths": None, "latent_channels": 4, "kl_weight": 1e-5,
-                "latent_noise": 0.0, "equivariance": 0.0}
-SOUND_VAE_DEFAULTS = VAE_DEFAULTS | {"latent_channels": 16, "kl_weight": 0.1}
+                "waveform_weight": None, "latent_noise": 0.0, "equivariance": 0.0}
+SOUND_VAE_DEFAULTS = VAE_DEFAULTS | {"latent_channels": 16, "kl_weight": 0.1,
+                                     "waveform_weight": audio_vae.WAVEFORM}
 RATE = 8000            # of sounds: samples a second
 SECONDS = 1.024        # their length
 # Their number of samples is a multiple of this: of the autoencoder's 128, and 4 for patches or levels.
@@ -426,7 +431,7 @@ def resolve_sounds(args: argparse.Namespace) -> None:
     row = SOURCES.get(args.data)
     built_in = row is not None and row.rate is not None
     if row is not None and not built_in:
-        for name in ("seconds", "rate"):
+        for name in ("seconds", "rate", "waveform_weight"):
             if given(ROWS[name], args):
                 raise ValueError(f"{shown(ROWS[name], args)}: belongs to sounds, and --data {args.data} has "
                                  "pictures; leave it out")
@@ -436,6 +441,8 @@ def resolve_sounds(args: argparse.Namespace) -> None:
         if args.rate is not None:
             raise ValueError(f"--rate {args.rate}: belongs to a folder of sounds; give --seconds S too, how "
                              "long they are")
+        if args.waveform_weight is not None:
+            raise ValueError(f"--waveform-weight {args.waveform_weight:g}: belongs to sounds; leave it out")
         return
     if args.data.endswith(".tar"):
         raise ValueError(f"--seconds {args.seconds:g}: tar shards hold pictures; give a folder of sounds")

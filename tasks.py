@@ -117,6 +117,10 @@ class Autoencoding(Batches):
     def build(self) -> VAE:
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
 
+    def weights(self) -> dict:
+        """Those of the loss that only sounds have."""
+        return {} if self.medium.rate is None else {"waveform": self.args.waveform_weight}
+
     def loss(self, model: VAE, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B,) loss, and (B,) zeros in place of times, which a VAE does not have; of this rank's part of the
         batch."""
@@ -128,7 +132,7 @@ class Autoencoding(Batches):
         if self.medium.rate is not None and x.shape[-1] > CROP:
             starts = (torch.rand(len(indices)) * (x.shape[-1] - CROP + 1)).long()[part]
             x = torch.stack([row[:, start:start + CROP] for row, start in zip(x, starts.tolist())])
-        more = {}
+        more = self.weights()
         if self.args.equivariance:                                     # of pictures only
             more["equivariance"] = self.args.equivariance
         loss, _ = model.loss(send(x, self.device), self.args.kl_weight, noise=self.args.latent_noise,
@@ -140,7 +144,7 @@ class Autoencoding(Batches):
         size = at_once(self.args, self.ranks, VALIDATED, self.val.shape[2:])
         losses, latents, totals = [], [], {}
         for x in watched(self.val.split(size), stop, "validate"):
-            loss, logs = model.loss(x, self.args.kl_weight, generator)
+            loss, logs = model.loss(x, self.args.kl_weight, generator, **self.weights())
             losses.append(loss)
             for name in (self.medium.quality, "kl"):                   # means, weighted by the piece's size
                 totals[name] = totals.get(name, 0.0) + len(x) / len(self.val) * logs[name]

@@ -215,15 +215,16 @@ def test_signal_to_noise_ratio():
                                atol=0)
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-def test_loss_is_the_sum_of_its_terms(channels):
+@pytest.mark.parametrize("channels, weights", [(1, {}), (2, {}), (1, {"waveform": 3.0})])
+def test_loss_is_the_sum_of_its_terms(channels, weights):
     model = randomize(AudioVAE(AudioVAEConfig(**SMALL, channels=channels)))
     x = sounds(3, 640, channels)
-    loss, logs = model.loss(x, 0.1, torch.Generator().manual_seed(1))
+    loss, logs = model.loss(x, 0.1, torch.Generator().manual_seed(1), **weights)
     posterior = model.encode(x)
     recon = model.decode(posterior.sample(torch.Generator().manual_seed(1)))
     spectral = spectral_distance(recon, x, 8000)
-    torch.testing.assert_close(loss, spectral + audio_vae.WAVEFORM * (recon - x).abs().mean((1, 2))
+    waveform = weights.get("waveform", audio_vae.WAVEFORM)
+    torch.testing.assert_close(loss, spectral + waveform * (recon - x).abs().mean((1, 2))
                                + 0.1 * posterior.kl() / (640 * channels))
     torch.testing.assert_close(logs["snr"], snr(recon, x).mean())
     torch.testing.assert_close(logs["kl"], posterior.kl().mean())

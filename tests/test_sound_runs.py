@@ -18,6 +18,7 @@ import sample
 import settings
 import sound
 import train
+from audio_vae import AudioVAE
 from data import load_data
 from dit import DiT, DiTConfig, LengthEmbedder, TimestepEmbedder, position_angles, rope_tables
 from tones import RATE, TONE_CLASSES, read_tone, seconds_of_tone
@@ -123,6 +124,8 @@ def test_the_size_of_sounds_follows_from_seconds_and_rate():
 
 @pytest.mark.parametrize("words, message", [
     (["--data", "shapes", "--seconds", "1"], "--seconds 1.0: belongs to sounds, and --data shapes"),
+    (["--data", "shapes", "--waveform-weight", "3"], "--waveform-weight 3.0: belongs to sounds, and --data"),
+    (["--data", "nowhere", "--waveform-weight", "3"], "--waveform-weight 3: belongs to sounds; leave it out"),
     (["--data", "tones", "--rate", "16000"], "--rate 16000: the sounds of --data tones have 8000"),
     (["--data", "tones", "--image-size", "64"], "--image-size 64: is for pictures, .*; give --seconds"),
     (["--data", "tones", "--flip"], "--flip: is for pictures"),
@@ -159,6 +162,22 @@ def test_a_training_on_tones_and_its_checkpoint(place):
     assert vae.config.rate == RATE and (vae.latent_std != 1).all()          # measured
     for name in ("samples.png", "loss.png"):
         Image.open(place / "runs/dit" / name).verify()
+
+
+def test_the_weight_of_the_waveform_reaches_the_loss(place, monkeypatch):
+    args = settings.parse([*DIT, "--waveform-weight", "3"])
+    assert settings.vae_settings(args, None).waveform_weight == 3
+    asked = set()
+
+    def loss(self, *args, **more):
+        asked.add(more["waveform"])
+        return AudioVAE.loss_of(self, *args, **more)
+
+    monkeypatch.setattr(AudioVAE, "loss_of", AudioVAE.loss, raising=False)
+    monkeypatch.setattr(AudioVAE, "loss", loss)
+    train.main(["--arch", "vae", "--data", "tones", "--vae-preset", "tiny", "--steps", "2", "--precision",
+                "fp32", "--waveform-weight", "3", "--name", "heard"])      # trains and validates
+    assert asked == {3.0}
 
 
 @pytest.mark.parametrize("more", [["--objective", "meanflow"],
