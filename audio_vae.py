@@ -34,6 +34,7 @@ class AudioVAEConfig:
 PRESETS = {
     "tiny": dict(widths=(4, 8, 8, 16, 16)),                            # 32 k: for tests
     "small": dict(),                                                   # 0.47 M: two cores train it in minutes
+    "medium": dict(widths=(8, 16, 64, 128, 256)),                      # 1.7 M: for speech
     "stable-audio-open": dict(                                         # 156.1 M: Stable Audio Open
         rate=44100, channels=2, latent_channels=64, widths=(128, 128, 256, 512, 1024, 2048),
         strides=(2, 4, 4, 8, 8)),

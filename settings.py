@@ -391,6 +391,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Check flags against each other and fill in the defaults that depend on other flags."""
     resolve_sounds(args)
+    kind, autoencoder = ("sounds", audio_vae) if args.rate else ("pictures", vae)
+    if args.vae_preset and args.vae_preset not in autoencoder.PRESETS:
+        raise ValueError(f"--vae-preset {args.vae_preset}: for {kind}, {autoencoder.__name__}.py has "
+                         f"{', '.join(autoencoder.PRESETS)}")
     resolve_conditioning(args)
     for flag in ROWS.values():
         if given(flag, args):
@@ -457,9 +461,6 @@ def resolve_sounds(args: argparse.Namespace) -> None:
     if args.patch and len(args.patch) > 1 and args.patch[0] != 1:
         raise ValueError(f"--patch {args.patch[0]} {args.patch[1]}: latents of sounds are one row high; give "
                          f"--patch {args.patch[1]}")
-    if args.vae_preset and args.vae_preset not in audio_vae.PRESETS:
-        raise ValueError(f"--vae-preset {args.vae_preset}: for sounds, audio_vae.py has "
-                         f"{', '.join(audio_vae.PRESETS)}")
     args.rate = row.rate if built_in else args.rate or RATE
     args.seconds = args.seconds or SECONDS
     args.image_size = [1, math.ceil(args.seconds * args.rate / SAMPLES) * SAMPLES]

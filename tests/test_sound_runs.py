@@ -135,6 +135,7 @@ def test_the_size_of_sounds_follows_from_seconds_and_rate():
     (["--data", "tones", "--patch", "2", "4"], "--patch 2 4: latents of sounds are one row high; give "
                                                "--patch 4"),
     (["--data", "tones", "--vae-preset", "sd"], "--vae-preset sd: for sounds, audio_vae.py has"),
+    (["--data", "shapes", "--vae-preset", "medium"], "--vae-preset medium: for pictures, vae.py has tiny, "),
     (["--data", "nowhere", "--rate", "8000"], "--rate 8000: belongs to a folder of sounds; give --seconds"),
     (["--data", "a/{0..1}.tar", "--seconds", "1"], "--seconds 1: tar shards hold pictures"),
 ])
