@@ -304,7 +304,8 @@ class Denoising(Batches):
         seeds = range(len(asked.turn))
         # Guidance takes each picture twice.
         size = max(1, at_once(self.args, self.ranks, 2 * PREVIEW_BATCH) // 2)
-        with picture_bar(len(seeds), desc="draw samples", delay=2, leave=False) as bar:
+        with picture_bar(len(seeds), desc="draw samples", unit=self.medium.unit, delay=2,
+                         leave=False) as bar:
             def progress(done: float) -> None:                         # after each step of the sampler
                 if stop:
                     raise Interrupted

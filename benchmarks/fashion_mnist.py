@@ -21,6 +21,8 @@ The distance of fewer samples is biased upward; both references are therefore al
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -142,7 +144,8 @@ def draw_samples(run: str, scale: float, args: argparse.Namespace) -> np.ndarray
         if value:
             flags += [f"--{name}", str(value)]
     with tempfile.TemporaryDirectory() as folder:
-        sample.main([*flags, "--out", f"{folder}/samples.npz"])
+        with contextlib.redirect_stdout(io.StringIO()):        # the file's name, which is of no use
+            sample.main([*flags, "--out", f"{folder}/samples.npz"])
         return np.load(f"{folder}/samples.npz")["arr_0"]
 
 
