@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -622,14 +623,13 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     fill_defaults(args, checkpoint)
     scale, distilled = guidance_of(args, condition, sampling_of(checkpoint))
     sampler, options = choose_sampler(args, checkpoint)
-    steps = args.steps
     size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae), medium)
     condition.size = size
     path = build_path(sampling_path(args, checkpoint, tokens))
-    times = TIMES[args.times](path, steps)                 # refuses more steps than the path has
+    times = TIMES[args.times](path, args.steps)            # refuses more steps than the path has
     weaker = read_guide(args, checkpoint, vae)
     guidance = guidance_options(args, checkpoint, vae, times)
-    check_size(args, medium.shape(vae, size), medium, steps)
+    check_size(args, medium.shape(vae, size), medium, args.steps)
     check_decoding(args, size, vae, device)
     check_encoders(args, condition, device)
 
@@ -645,14 +645,14 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     asked = condition.with_lengths(asked, args.seconds)
     with announced(args, f"loading the network to {device}"):
         stage = set_stage(args, checkpoint, model, vae, device)
-    check_size(args, medium.shape(vae, size), medium, steps, asked.columns, bool(asked.captions))
+    check_size(args, medium.shape(vae, size), medium, args.steps, asked.columns, bool(asked.captions))
     network = callable_network(args, model, distilled)
     guide = build_guide(args, weaker, condition, asked, device)
     skipped = None
     if args.skip_layers:
         skipped = callable_network(args, model.without(tuple(args.skip_layers)), distilled)
-    how = dict(sampler=sampler, steps=steps, scale=scale, rescale=args.rescale, interval=tuple(args.interval),
-               times=args.times, strength=strength, **guidance, **options)
+    how = dict(sampler=sampler, steps=args.steps, scale=scale, rescale=args.rescale,
+               interval=tuple(args.interval), times=args.times, strength=strength, **guidance, **options)
 
     written: list[int] = []                                # how many pictures, after each batch
 
@@ -663,7 +663,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         seeds = range(args.seed, args.seed + args.n)
         autocast = args.precision == "bf16" and not args.published       # whose weights are in bf16
         shown = scale if distilled is None else distilled
-        with (picture_bar(args.n, first, desc=f"{sampler} x {steps}, guidance {shown:g}",
+        with (picture_bar(args.n, first, desc=f"{sampler} x {args.steps}, guidance {shown:g}",
                           unit=medium.unit) as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=autocast)):
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
@@ -673,6 +673,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
                 yield images
                 written.append(written[-1] + len(images))
 
+    @cache                                                 # it reads all weights
     def settings() -> dict:
         decides = {"objective": checkpoint["objective"], "size": list(size), "device": device.type,
                    "guide": fingerprint_tensors(weaker["ema"]) if weaker else None,
