@@ -391,9 +391,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Check flags against each other and fill in the defaults that depend on other flags."""
     resolve_sounds(args)
-    kind, autoencoder = ("sounds", audio_vae) if args.rate else ("pictures", vae)
+    autoencoder = audio_vae if args.rate else vae
     if args.vae_preset and args.vae_preset not in autoencoder.PRESETS:
-        raise ValueError(f"--vae-preset {args.vae_preset}: for {kind}, {autoencoder.__name__}.py has "
+        raise ValueError(f"--vae-preset {args.vae_preset}: for {'sounds' if args.rate else 'pictures'}, "
+                         f"{autoencoder.__name__}.py has "
                          f"{', '.join(autoencoder.PRESETS)}")
     resolve_conditioning(args)
     for flag in ROWS.values():

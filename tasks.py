@@ -118,7 +118,7 @@ class Autoencoding(Batches):
         return build_model("vae", settings.vae_config(self.args, self.data.images.shape[-1]))
 
     def weights(self) -> dict:
-        """Those of the loss that only sounds have."""
+        """Arguments of `model.loss` that only an autoencoder of sounds takes."""
         return {} if self.medium.rate is None else {"waveform": self.args.waveform_weight}
 
     def loss(self, model: VAE, indices: np.ndarray) -> tuple[Tensor, Tensor]:
