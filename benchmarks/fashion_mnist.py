@@ -21,11 +21,8 @@ The distance of fewer samples is biased upward; both references are therefore al
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sample
+from benchmarks.samples import drawn
 from data import batch_indices, load_mnist
 from pictures import to_tensor, to_uint8
 from run import load_checkpoint, load_vae
@@ -143,10 +140,7 @@ def draw_samples(run: str, scale: float, args: argparse.Namespace) -> np.ndarray
         value = getattr(args, name)
         if value:
             flags += [f"--{name}", str(value)]
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(io.StringIO()):        # the file's name, which is of no use
-            sample.main([*flags, "--out", f"{folder}/samples.npz"])
-        return np.load(f"{folder}/samples.npz")["arr_0"]
+    return drawn(flags)
 
 
 def describe(scale: float, args: argparse.Namespace) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sample
 import settings
 from benchmarks.neighbours import compare, nearest, of_array
+from benchmarks.samples import drawn
 from data import Dataset, load_data
 from pictures import grid
 from run import Run
@@ -97,10 +96,7 @@ def main() -> None:
         prompts = PROMPTS[name]
     else:
         sys.exit(f"--prompts FILE: needed for --data {name}; PROMPTS has {', '.join(PROMPTS)}")
-    with tempfile.TemporaryDirectory() as folder:
-        sample.main([str(args.run), "--n", str(len(prompts)), "--out", f"{folder}/samples.npz", *more,
-                     "--prompt", *prompts])
-        samples = np.load(f"{folder}/samples.npz")["arr_0"]
+    samples = drawn([str(args.run), "--n", str(len(prompts)), *more, "--prompt", *prompts])
     images = train.images[:]
     tiles, index, distance = with_nearest(samples, images)
     origins = [origin(prompt, train, val) for prompt in prompts]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,7 @@ def _holds(relation: str, first: Thing, second: Thing) -> bool:
 
 
 def main() -> None:
-    import sample       # here, so that score_scene needs only toys.py
+    from benchmarks.samples import drawn       # here, so that score_scene needs only toys.py
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="a run folder")
@@ -76,10 +75,8 @@ def main() -> None:
     args, more = p.parse_known_args()
     for count, unseen in ((1, False), (1, True), (2, False), (2, True)):
         scenes = [describe_scene(args.first + i, count, unseen) for i in range(args.n)]
-        with tempfile.TemporaryDirectory() as folder:
-            sample.main([args.run, "--n", str(args.n), "--out", f"{folder}/samples.npz", *more,
-                         "--prompt", *(scene.caption for scene in scenes)])
-            images = np.load(f"{folder}/samples.npz")["arr_0"]
+        prompts = [scene.caption for scene in scenes]
+        images = drawn([args.run, "--n", str(args.n), *more, "--prompt", *prompts])
         scores = [score_scene(scene, image) for scene, image in zip(scenes, images)]
         shares = [f"{part} {np.mean([score[part] for score in scores]):.1%}" for part in scores[0]]
         shapes = "1 shape" if count == 1 else f"{count} shapes"

@@ -10,8 +10,6 @@ turned into every class.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import sys
 import tempfile
 from pathlib import Path
@@ -21,19 +19,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sample
+from benchmarks.samples import drawn
 from data import load_drawn
 from toys import COLOURS, KINDS, SHAPE_CLASSES, read_shape
 
 ASKED = [tuple(name.split("-")) for name in SHAPE_CLASSES]
 
 
-def draw(args: argparse.Namespace, out: str, *more: str) -> np.ndarray:
-    """The pictures that sample.py draws with these flags, (N, H, W, 3) uint8; what it prints is dropped."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        sample.main([args.run, "--sampler", args.sampler, "--steps", args.steps, "--cfg", args.cfg,
-                     "--out", out, *more])
-    return np.load(out)["arr_0"]
+def draw(args: argparse.Namespace, *more: str) -> np.ndarray:
+    """The pictures that sample.py draws with these flags, (N, H, W, 3) uint8."""
+    return drawn([args.run, "--sampler", args.sampler, "--steps", args.steps, "--cfg", args.cfg, *more])
 
 
 def from_pictures(args: argparse.Namespace, strength: str) -> None:
@@ -44,9 +39,9 @@ def from_pictures(args: argparse.Namespace, strength: str) -> None:
         for i in range(0, 230, 23):             # of ten different classes
             source = ASKED[pictures.labels[i]]
             Image.fromarray(pictures.images[i]).save(f"{folder}/in.png")
-            drawn = draw(args, f"{folder}/{i}.npz", "--n", str(len(ASKED)), "--init-image",
-                         f"{folder}/in.png", "--strength", strength, "--seed", str(i))
-            seen = [read_shape(image) for image in drawn]
+            images = draw(args, "--n", str(len(ASKED)), "--init-image", f"{folder}/in.png", "--strength",
+                          strength, "--seed", str(i))
+            seen = [read_shape(image) for image in images]
             others = [(s, a) for s, a in zip(seen, ASKED) if a != source]
             total += len(others)
             right += sum(s == a for s, a in others)
@@ -68,9 +63,7 @@ def main() -> None:
         from_pictures(args, strength)
     if args.strength:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        images = draw(args, f"{folder}/samples.npz", "--n", str(args.n))
-    seen = [read_shape(image) for image in images]
+    seen = [read_shape(image) for image in draw(args, "--n", str(args.n))]
     asked = [ASKED[i % len(ASKED)] for i in range(args.n)]
     right = sum(a == b for a, b in zip(seen, asked))
     print(f"{args.run}: {right} of {args.n} ({right / args.n:.1%}) have the colour and kind asked for; "

@@ -11,30 +11,24 @@ those of the validation part.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sample
 from benchmarks import listen
+from benchmarks.samples import drawn
 from run import load_checkpoint
 from settings import OBJECTIVES
 from tones import PITCHES, RATE, TIMBRES, TONE_CLASSES, Tone, describe_events, follows, read_tone
 
 
 def draw(args: argparse.Namespace, *more: str) -> np.ndarray:
-    """The sounds that sample.py draws with these flags, (N, T) int16; what it prints is dropped."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        out = f"{folder}/samples.npz"
-        sample.main([args.run, "--n", str(args.n), "--sampler", args.sampler, "--steps", str(args.steps),
-                     "--cfg", str(args.cfg), "--out", out, *more])
-        return np.load(out)["arr_0"]
+    """The sounds that sample.py draws with these flags, (N, T) int16."""
+    return drawn([args.run, "--n", str(args.n), "--sampler", args.sampler, "--steps", str(args.steps),
+                  "--cfg", str(args.cfg), *more])
 
 
 def score_classes(args: argparse.Namespace) -> None:
