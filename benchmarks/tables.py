@@ -227,11 +227,11 @@ def steps_table(m: Measured) -> str:
 
 def steps_chart(m: Measured) -> Chart | None:
     series = []
-    # Lines of one colour are of one network, marks of one shape of one order.
+    # Lines of one colour are of one network, marks of one shape of one kind of solver; ddpm is ancestral.
     for colour, (network, objective) in zip(COLOURS, HEADLINES):
         cell = f"{network} {objective}"
         for solver, mark in (("ddim", MARKS[0]), ("euler", MARKS[0]), ("heun", MARKS[1]),
-                             ("dpmpp_2m", MARKS[2])):
+                             ("dpmpp_2m", MARKS[2]), ("ddpm", MARKS[3])):
             points: dict[int, list[float]] = {}
             for record in m.of("steps", cell):
                 for row in record.get("evaluations", []):
@@ -239,7 +239,7 @@ def steps_chart(m: Measured) -> Chart | None:
                         points.setdefault(row["nfe"], []).append(row["frechet"])
             series += series_of(f"{cell}, {solver}", dict(sorted(points.items())), colour, mark)
     return Chart("Few steps: Fréchet distance without guidance", "evaluations of the network",
-                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+                 "Fréchet distance", series, log_x=True, log_y=True, size=(1600, 1050)) if series else None
 
 
 def guidance_table(m: Measured) -> str:
