@@ -75,8 +75,7 @@ def read_sound_and_mask(args: argparse.Namespace, length: int,
     found = read_init_sound(args.init_sound[0], length, medium)
     if args.mask is None:
         return found, None
-    times = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", args.mask)
-    start, end = map(float, times.groups()) if times else (0, 0)
+    start, end = mask_times(args.mask)
     if not start < end <= length / rate:
         raise ValueError(f"--mask {args.mask}: of sounds, two times in seconds, FROM-TO, like 0.5-1.2, at "
                          f"most {length / rate:g}; for more, give --seconds")
@@ -85,12 +84,32 @@ def read_sound_and_mask(args: argparse.Namespace, length: int,
     return found, mask
 
 
-def read_init_sound(file: str, length: int, medium: Sounds) -> Tensor:
-    """One --init-sound, (1, c, T) in [-1, 1): mono, in every channel."""
+def mask_times(mask: str) -> tuple[float, float]:
+    """FROM and TO of a sound's --mask, in seconds; 0 and 0 where it is not of that form."""
+    times = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", mask)
+    return (float(times[1]), float(times[2])) if times else (0.0, 0.0)
+
+
+def seconds_begun(args: argparse.Namespace, length: int, medium: Sounds) -> float:
+    """How long a sound is that begins with --init-sound: as long as that one and, where --mask ends later, up
+    to there; at most `length` samples."""
+    seconds = len(read_samples(args.init_sound[0], length, medium)) / medium.rate
+    if args.mask is not None:
+        seconds = max(seconds, mask_times(args.mask)[1])
+    return min(seconds, length / medium.rate)
+
+
+def read_samples(file: str, length: int, medium: Sounds) -> np.ndarray:
+    """int16 (n,): the first `length` samples of a sound, or all if it has fewer."""
     try:
-        samples = read_sound(Path(file), medium.rate, length / medium.rate)
+        return read_sound(Path(file), medium.rate, length / medium.rate)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--init-sound {file}: cannot be read as a sound ({reason})") from None
+
+
+def read_init_sound(file: str, length: int, medium: Sounds) -> Tensor:
+    """One --init-sound, (1, c, T) in [-1, 1): mono, in every channel."""
+    samples = read_samples(file, length, medium)
     x = medium.to_tensor(np.pad(samples, (0, length - len(samples)))[None])
     return x.expand(-1, medium.channels, -1)

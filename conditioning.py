@@ -278,7 +278,11 @@ class Labels(Conditioning):
             return super().preview(model, rows)
         columns = min(len(self.classes), CLASS_COLUMNS)                       # a column per class
         turn = torch.arange(rows * columns) % len(self.classes)
-        return Asked(turn, self.every(), self.classes, columns)
+        return Asked(turn, self.every(), self.classes, columns, self.captions(turn))
+
+    def captions(self, turn: Tensor) -> list[str] | None:
+        """Of sounds, the class of each, as a spectrogram does not show it at a glance; of pictures, nothing."""
+        return None if self.longest is None else [self.classes[i] for i in turn]
 
     @property
     def described(self) -> str:
@@ -295,7 +299,7 @@ class Labels(Conditioning):
             turn = torch.full((args.n,), self.index(args.label))
         elif 1 < len(self.classes) <= min(CLASS_COLUMNS, args.n):
             columns = len(self.classes)
-        return Asked(turn, self.every(), self.classes, columns)
+        return Asked(turn, self.every(), self.classes, columns, self.captions(turn))
 
     def index(self, label: str) -> int:
         """The index of a class. A name wins; an index counts where no class is named like a number, as its

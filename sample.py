@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import conditioning
 import published
-from beginning import check_beginning, read_beginning, read_image, read_init_sound
+from beginning import check_beginning, read_beginning, read_image, read_init_sound, seconds_begun
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from conditioning import Asked
 from draw import draw_batches, in_own_dtype, picture_bar
@@ -90,7 +90,8 @@ FLAGS = {
                              "pictures given here", nonempty, nargs="+", metavar="FILE"),
         Flag("--init-sound", "of sounds: begin with this one (.wav, ...) instead of noise; the run of a VAE "
                              "reconstructs all sounds given here", nonempty, nargs="+", metavar="FILE"),
-        Flag("--seconds", "of sounds: how long each is (default: as some of the training's are)",
+        Flag("--seconds", "of sounds: how long each is (default: as some of the training's are; with "
+                          "--init-sound, as long as that)",
              number(0.01, 3600), metavar="S"),
         Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone. At 0.6 a fifth of "
                            "the pictures may not yet show what was asked for; at 0.9 little of the picture "
@@ -621,6 +622,8 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
     fill_defaults(args, checkpoint)
+    if args.init_sound and args.seconds is None:
+        args.seconds = seconds_begun(args, checkpoint["data"]["size"][1], medium)
     scale, distilled = guidance_of(args, condition, sampling_of(checkpoint))
     sampler, options = choose_sampler(args, checkpoint)
     size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae), medium)

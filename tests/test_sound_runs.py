@@ -17,6 +17,7 @@ import run
 import sample
 import settings
 import sound
+import tones
 import train
 from audio_vae import AudioVAE
 from data import load_data
@@ -255,12 +256,30 @@ def test_an_interrupted_folder_goes_on(place, monkeypatch):
 def test_a_sound_is_redrawn_within_a_mask_alone(place):
     draw("--n", "1", "--seconds", "1", "--out", "given.wav", "--seed", "3")
     given = sound.read_sound("given.wav", RATE)
-    draw("--n", "2", "--init-sound", "given.wav", "--mask", "0.25-0.5", "--seconds", "1", "--out", "redrawn",
-         "--seed", "9")
+    draw("--n", "2", "--init-sound", "given.wav", "--mask", "0.25-0.5", "--out", "redrawn", "--seed", "9")
     for file in (place / "redrawn").iterdir():
         redrawn = sound.read_sound(file, RATE)
+        assert redrawn.shape == given.shape                    # as long as the given one
         changed = np.flatnonzero(redrawn != given)
         assert 2000 <= changed.min() and changed.max() < 4000 and len(changed) > 1000
+
+
+@pytest.mark.parametrize("mask, seconds, samples", [
+    ("0.5-0.9", None, 7200),               # up to the end of the mask
+    ("0.5-0.9", "1", 8000),                # as long as asked for
+    ("0.1-0.2", None, 4000),
+])
+def test_a_sound_is_continued_beyond_its_end(place, mask, seconds, samples):
+    given = tones.draw_tone(5)[:4000]
+    sound.write_wav("half.wav", given, RATE)
+    more = [] if seconds is None else ["--seconds", seconds]
+    draw("--n", "1", "--init-sound", "half.wav", "--mask", mask, *more, "--out", "longer.wav")
+    longer = sound.read_sound("longer.wav", RATE)
+    assert longer.shape == (samples,)
+    start, end = (round(float(part) * RATE) for part in mask.split("-"))
+    assert (longer[:start] == given[:start]).all() and (longer[end:4000] == given[end:]).all()
+    assert np.abs(longer[start:end]).mean() > 10               # not silent, as what follows the given sound
+    assert not longer[max(end, 4000):].any()
 
 
 def test_strength_nought_is_the_reconstruction(place):
@@ -276,8 +295,17 @@ def test_strength_nought_is_the_reconstruction(place):
 
 
 @pytest.mark.parametrize("out", ["grid.png", "way.gif"])
-def test_pictures_of_sounds(place, out):
+def test_pictures_of_sounds(place, out, monkeypatch):
+    labels = []
+    spectrograms = sound.spectrograms
+
+    def record(*args, captions=None, **more):
+        labels.append(captions)
+        return spectrograms(*args, captions=captions, **more)
+
+    monkeypatch.setattr(sound, "spectrograms", record)
     draw("--n", "2", "--out", out)
+    assert labels and all(each == TONE_CLASSES[:2] for each in labels)
     with Image.open(out) as picture:
         assert getattr(picture, "n_frames", 1) == (2 if out == "way.gif" else 1)
 
