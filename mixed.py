@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import moe
 import settings
 from cache import MixedLatentCache
 from cli import program
@@ -170,11 +171,13 @@ class MixedDenoising(Denoising):
         budget *= 1 if self.args.grad_checkpoint else 4
         first = np.cumsum(self.val_tokens) // budget
         parts = [np.flatnonzero(first == number) for number in np.unique(first)]
-        for part in watched(parts, stop, "validate"):
-            part = slice(int(part[0]), int(part[-1]) + 1)
-            cond = self.conditioning.validation(model, part)
-            losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part], **cond))
-        return self.record(torch.cat(losses))
+        with moe.counted(model) as loads:                              # of experts, where there are any
+            for part in watched(parts, stop, "validate"):
+                part = slice(int(part[0]), int(part[-1]) + 1)
+                cond = self.conditioning.validation(model, part)
+                losses.append(self.path.loss(model, self.x0[part], t=self.t[part], eps=self.eps[part],
+                                             **cond))
+        return self.record(torch.cat(losses)) | loads.record()
 
     def preview(self, model: torch.nn.Module, stop: list[int], rows: int = 3) -> Image.Image:
         """Samples of three sizes of the data, from wide to tall, each in a third of the rows."""

@@ -224,7 +224,9 @@ class Router(nn.Module):
     `balance` is the weight of the balance loss (Fedus et al. 2021, arXiv:2101.03961, eq. 4), which is taken
     within each picture (DeepSeek-V2, arXiv:2405.04434, section 2.2.3): E sum_i f_i P_i, the mean over the
     batch; f_i is the share of the pairs that expert i has, P_i the mean of its probabilities. It is 1 where
-    the load is even. Only its gradient exists, in training: the loss that is logged stays what it was."""
+    the load is even. Packed pictures are one sequence, over all of which it is taken, as the first of these
+    papers does with a batch. Only its gradient exists, in training: the loss that is logged stays what it
+    was."""
 
     def __init__(self, width: int, experts: int, top_k: int, kind: str):
         super().__init__()
@@ -342,23 +344,30 @@ class Loads:
     """How many pairs each expert of each layer had, and how many tokens had none, by quarters of the time."""
 
     def __init__(self):
-        self.quarter = None                  # (B,) of the pictures of the present call of the network
+        # Of the present call of the network: (B,) by picture or, where pictures are packed, (N,) by token.
+        self.quarter = None
         self.counts: dict[str, Tensor] = {}  # (4, E + 2): pairs by expert, tokens without, all tokens
 
     def enter(self, model: nn.Module, inputs: tuple, named: dict) -> None:
         t = named["t"] if "t" in named else inputs[1]
-        derivative = forward_ad.unpack_dual(t).tangent is not None           # the call is one of several
-        self.quarter = None if derivative else (t * 4).long().clamp(0, 3).cpu()
+        if forward_ad.unpack_dual(t).tangent is not None:                    # the call is one of several
+            self.quarter = None
+            return
+        self.quarter = (t * 4).long().clamp(0, 3).cpu()
+        xt = named["xt"] if "xt" in named else inputs[0]
+        if isinstance(xt, list):                                             # packed in this order
+            counts = [math.prod(model.x_embedder.grid(picture)) for picture in xt]
+            self.quarter = self.quarter.repeat_interleave(torch.tensor(counts))
 
     def add(self, name: str, routing: Routing) -> None:
         if self.quarter is None:
             return
         b, n, e = routing.gates.shape
-        chosen = torch.zeros(b, n * e).scatter(1, routing.pair.cpu(), 1.0).view(b, n, e)
-        without = (chosen.sum(2) == 0).sum(1, keepdim=True)
-        row = torch.cat([chosen.sum(1), without, torch.full_like(without, n)], dim=1).double()
+        chosen = torch.zeros(b, n * e).scatter(1, routing.pair.cpu(), 1.0).view(b * n, e)
+        without = (chosen.sum(1, keepdim=True) == 0).double()
+        rows = torch.cat([chosen.double(), without, torch.ones_like(without)], dim=1)      # (B N, E + 2)
         table = self.counts.setdefault(name, torch.zeros(4, e + 2, dtype=torch.float64))
-        table.index_add_(0, self.quarter, row)
+        table.index_add_(0, self.quarter.repeat_interleave(b * n // len(self.quarter)), rows)
 
     def record(self) -> dict:
         """For metrics.jsonl, by layer and quarter of the time: the load of each expert in units of an even

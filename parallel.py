@@ -114,9 +114,11 @@ class Sharding:
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         blocks = [block for block in model.modules() if isinstance(block, self.blocks)]
+        # The backward pass begins with the network's last block, so its weights are kept until then. A text
+        # encoder comes behind the network, and has blocks of its own.
+        own = [block for block in blocks if isinstance(block, self.cut)] or blocks
         for block in blocks:
-            # The backward pass begins with the last block, so its weights are kept until then.
-            again = not (trained and block is blocks[-1])
+            again = not (trained and block is own[-1])
             fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=apart,
                         mp_policy=rounded if trained and self.bf16 else exact)
         step = fully_shard(Step(model), mesh=mesh, reshard_after_forward=True, ignored_params=apart,

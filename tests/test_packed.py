@@ -14,6 +14,7 @@ import data
 import dit
 import mixed
 import mmdit
+import moe
 import plan
 import run
 import sample
@@ -394,7 +395,7 @@ def interrupted(monkeypatch, command, after):
 
 
 @pytest.mark.parametrize("arch, more", [
-    ("dit", ["--tokens", "96", "--flip", "--shift-tokens", "16"]),
+    ("dit", ["--tokens", "96", "--flip", "--shift-tokens", "16", "--experts", "4"]),
     ("mmdit", ["--batch-size", "8", "--accumulate", "2", "--objective", "ddpm", "--grad-checkpoint"])])
 def test_a_run_resumes_bit_for_bit(folder, monkeypatch, arch, more):
     command = ["--arch", arch, "--data", "pictures", *FLAGS, *more]
@@ -407,6 +408,8 @@ def test_a_run_resumes_bit_for_bit(folder, monkeypatch, arch, more):
                                             "largest": [40, 48]}
     written = {path.name for path in (folder / "runs/cut").iterdir()}
     assert {"samples.png", "preview-000003-ema.png"} <= written
+    last = json.loads(open("runs/whole/metrics.jsonl").readlines()[-1])
+    assert ("experts.png" in written) == ("expert_load" in last) == ("--experts" in more)
 
 
 def test_a_vae_of_mixed_sizes_resumes_bit_for_bit(folder, monkeypatch):
@@ -478,6 +481,28 @@ def test_validation_equals_every_picture_alone(folder):
         want = [task.path.loss(model, x0[None], t=task.t[i:i + 1], eps=task.eps[i][None])
                 for i, x0 in enumerate(task.x0)]
     assert got["val_loss"] == pytest.approx(torch.cat(want).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dit", "mmdit"])
+def test_loads_of_experts_equal_those_of_each_picture_alone(name):
+    experts = dict(experts=4, moe_blocks="all")
+    if name == "dit":
+        model = dit.DiT(dit.DiTConfig(width=32, depth=2, heads=2, num_classes=3, **experts))
+    else:
+        model = mmdit.MMDiT(mmdit.MMDiTConfig(**TEXT, **experts))
+    randomized(model)
+    x, _, cond = inputs(name)
+    t = torch.tensor([0.1, 0.9, 0.2, 0.3, 1.0])
+    with torch.no_grad():
+        with moe.counted(model) as packed:
+            model(x, t, **cond)
+        with moe.counted(model) as alone:
+            for i, picture in enumerate(x):
+                model(picture[None], t[i:i + 1], **row(cond, i))
+    assert len(alone.counts) == 2 and alone.record() == packed.record()
+    for counts in packed.counts.values():                    # of the grids of 8, 9, 9, 6 and 8 patches
+        assert counts[:, -1].tolist() == [8 + 9, 6, 0, 9 + 8]
+
 
 
 def test_sizes_of_sample(cwd, capsys):
