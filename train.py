@@ -196,7 +196,8 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
         else:
             if saved:
                 plan.vae = unpack_vae(saved["vae"])        # the one that the run began with
-            plan.conditioning.attach(data, val, cache_dir, resumed=saved is not None)
+            with ranks.in_turn():                          # captions are encoded once
+                plan.conditioning.attach(data, val, cache_dir, resumed=saved is not None)
             plan.conditioning.attach_lengths(data, val)
             kind = MixedDenoising if args.aspect else Denoising
             task = kind(args, data, val, plan, cache_dir)
