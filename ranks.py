@@ -339,6 +339,9 @@ def join() -> Ranks:
     if not (dist.is_available() and dist.is_gloo_available()):
         raise ValueError("torchrun: this build of torch has no backend for several processes (gloo); install "
                          "another, or start a single process with python")
+    if torch.cuda.is_available() and not dist.is_nccl_available():         # as on Windows
+        raise ValueError("torchrun: this build of torch has no backend for several GPUs (NCCL); install "
+                         "another, or start a single process with python")
     local = int(os.environ["LOCAL_RANK"])
     backend = "gloo"                     # for what is on the CPU: agreements, and training there
     patience = patience_asked()

@@ -18,7 +18,7 @@ import plan
 import run
 import settings
 import train
-from ranks import ALONE, Ranks, environments
+from ranks import ALONE, Ranks, environments, join
 
 # A program as the other tests run it, with few pictures and few samples.
 PROGRAM = """
@@ -346,15 +346,22 @@ cuts.linears_of = lambda module, in_block: {
 name, *words""", 1)
 
 
+# Numbers of processes, the step that they train to, and their flags. Tensor parallel with fewer cuts, then
+# with all, then sharded, then whole, then tensor parallel again.
+LAYOUTS = [(4, 2, ["--tensor-parallel", "2"]), (2, 4, ["--tensor-parallel", "2"]), (2, 5, ["--shard"]),
+           (1, 7, []), (2, 9, ["--tensor-parallel", "2"])]
+EXPERT_LAYOUTS = [(2, 3, ["--shard", "--expert-parallel"]), (1, 5, []),
+                  (2, 7, ["--shard", "--expert-parallel"])]
+
+
 @pytest.mark.long
-def test_a_run_goes_on_in_any_layout(tmp_path):
-    """Tensor parallel with fewer cuts, then with all, then sharded, then whole, then tensor parallel again:
-    as one process from the beginning."""
+@pytest.mark.parametrize("more, layouts", [([], LAYOUTS), (
+    ["--experts", "4", "--moe-blocks", "all"], EXPERT_LAYOUTS)], ids=["dense", "experts"])
+def test_a_run_goes_on_in_any_layout(tmp_path, more, layouts):
+    """As one process from the beginning."""
     flags = ["--arch", "dit", *ON_VAE, "--vae-steps", "3", "--batch-size", "16", "--cooldown", "0", "--lr",
-             "1e-3"]
+             "1e-3", *more]
     former = [sys.executable, "-c", FORMER, str(ROOT), str(ROOT / "tests"), "train.py"]
-    layouts = [(4, 2, ["--tensor-parallel", "2"]), (2, 4, ["--tensor-parallel", "2"]), (2, 5, ["--shard"]),
-               (1, 7, []), (2, 9, ["--tensor-parallel", "2"])]
     for count, steps, layout in layouts:
         words = {"command": former} if steps == 2 else {}
         statuses, printed = launch(tmp_path, count, *flags, "--steps", str(steps), *layout, **words).end()
@@ -363,7 +370,7 @@ def test_a_run_goes_on_in_any_layout(tmp_path):
         assert folders == ([f"optimizer-{steps:06d}"] if layout else [])
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert launch(whole, 1, *flags, "--steps", "9").end()[0] == [0]
+    assert launch(whole, 1, *flags, "--steps", str(steps)).end()[0] == [0]
     found, wanted = [torch.load(folder / "runs/shapes-dit-rf/checkpoint.pt", weights_only=True)
                      for folder in (tmp_path, whole)]
     assert torch.equal(found["training"]["rng"], wanted["training"]["rng"])
@@ -371,7 +378,7 @@ def test_a_run_goes_on_in_any_layout(tmp_path):
         assert_close(found[part], wanted[part], part, 1e-5)
 
     # ---- a folder of the optimizer that is missing is said in a line
-    shutil.rmtree(tmp_path / "runs/shapes-dit-rf/optimizer-000009")
+    shutil.rmtree(tmp_path / f"runs/shapes-dit-rf/optimizer-{steps:06d}")
     statuses, printed = launch(tmp_path, 1, *flags, "--steps", "12").end()
     assert statuses == [2] and len(errors(printed)) == 1 and "checkpoint.pt: damaged" in errors(printed)[0]
 
@@ -483,6 +490,18 @@ def test_an_incomplete_environment_is_one_line(tmp_path):
     assert found.returncode == 2
     assert found.stderr.splitlines()[-1] == ("train.py: error: WORLD_SIZE is 2, but RANK is not set; start "
                                              "with torchrun")
+
+
+@pytest.mark.parametrize("missing, message", [
+    ("is_gloo_available", "no backend for several processes (gloo)"),
+    ("is_nccl_available", "no backend for several GPUs (NCCL)")])
+def test_a_build_without_a_backend_is_one_line(monkeypatch, missing, message):
+    for key, value in environments(2)[0].items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, missing, lambda: False)
+    with pytest.raises(ValueError, match=re.escape(f"torchrun: this build of torch has {message}")):
+        join()
 
 
 @pytest.mark.long

@@ -532,7 +532,7 @@ allowed = used() + {room}
 resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 index = shards.open_index(shards.find_shards({source!r}), Path({cache!r}))
 rows = shards.TrainingRows(len(index), shards.validation_samples(len(index)))
-images = shards.ShardPictures(index, (64, 64), rows)
+images = shards.ShardPictures(index, (256, 256), rows)
 labels, captions = shards.ShardLabels(index, rows), shards.ShardCaptions(index, rows)
 order = shards.ShardOrder(rows.per_shard(index), 32, seed=0, group=2)
 peaks = []
@@ -550,15 +550,16 @@ except MemoryError:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is that of Linux")
 def test_a_set_that_is_larger_than_the_memory(tmp_path):
-    """1,600 pictures, 19 MB decoded as bytes, with 12 MB of memory more than the imports take."""
-    raw = png(0, (64, 64))
+    """1,600 pictures, 315 MB decoded as bytes, with 31 MB of memory more than the imports take."""
+    out = io.BytesIO()
+    Image.new("RGB", (256, 256), "teal").save(out, "PNG")
+    (tmp_path / "s").mkdir()
     for shard in range(8):
-        write_shard(tmp_path / f"s/{shard}.tar" if (tmp_path / "s").mkdir(exist_ok=True) else
-                    tmp_path / f"s/{shard}.tar",
-                    ((f"{i}", {"png": raw, "cls": b"1", "txt": b"words"}) for i in range(200)))
-    script = LIMITED.format(root=str(ROOT), room=12 * 2**20, source=str(tmp_path / "s"),
-                            cache=str(tmp_path / "c"),
-                            total=1600 * 64 * 64 * 3 // 8)
+        write_shard(tmp_path / f"s/{shard}.tar",
+                    ((f"{i}", {"png": out.getvalue(), "cls": b"1", "txt": b"words"}) for i in range(200)))
+    total = 1600 * 256 * 256 * 3
+    script = LIMITED.format(root=str(ROOT), room=total // 10, source=str(tmp_path / "s"),
+                            cache=str(tmp_path / "c"), total=total // 8)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     first, last = result.stdout.splitlines()
