@@ -218,6 +218,9 @@ def demonstrations(request, tmp_path_factory):
     ("ragged", "6 of 6 read back"), ("mixed", "tokens; validation {'val_loss'"),
     ("pairs", "sound -> picture: 32 of 32 pairs agree"),
     ("ahead", "[7] -> [49], here"), ("shards", "an epoch has each once: True"),
+    ("charts", "chart.png written"), ("ema", "the profiles differ by 5.1%"),
+    pytest.param("parallel", "sharded, tensor parallel: rank 0 holds", marks=pytest.mark.long),
+    pytest.param("ranks", "refused: --seed: 0 on rank 0", marks=pytest.mark.long),
 ])
 def test_demonstrations(demonstrations, name, expected):
     result, folder = demonstrations[name].result()
@@ -228,6 +231,8 @@ def test_demonstrations(demonstrations, name, expected):
                   "dpmpp_3m": 3, "unipc_2": 3, "unipc_3": 4}
         for line in result.stdout.splitlines()[1:]:
             assert -0.1 < float(line.split()[-1]) - orders[line.split()[1]] < 0.4, line
+    if name == "parallel":                   # one loss and one gradient, whatever the layout
+        assert len({line.partition(";")[2] for line in result.stdout.splitlines()}) == 1, result.stdout
     if name in ("ddpm", "rectified_flow"):   # samples lie on the data, not only near it
         samples, fresh, noise = map(float, re.findall(r"0\.\d+", result.stdout.splitlines()[-2]))
         assert fresh < samples < 0.08 < 0.3 < noise and (folder / f"{name}.png").is_file()
