@@ -31,7 +31,7 @@ from folder import list_folder
 from ranks import Ranks
 from shards import (ShardCaptions, ShardLabels, ShardOrder, ShardPictures, TrainingRows, find_shards,
                     open_index, read_manifest, scan_shard, validation_samples, write_shard)
-from test_parallel import assert_close, launch
+from test_parallel import assert_close, errors, launch
 
 
 def png(i, size=(10, 12), **options):
@@ -425,6 +425,17 @@ def test_two_processes_train_on_shards_as_one(encoded, name):
     alone, _ = launch(encoded, 1, *flags, "--name", f"alone-{name}").end()
     assert alone == [0]
     assert_close(weights(encoded / f"runs/two-{name}"), weights(encoded / f"runs/alone-{name}"))
+
+
+@pytest.mark.long
+def test_a_truncated_shard_ends_two_processes_with_one_line(tmp_path):
+    source = make(tmp_path / "s", [20, 20])
+    file = tmp_path / "s/001.tar"
+    file.write_bytes(file.read_bytes()[:5000])
+    statuses, printed = launch(tmp_path, 2, "--arch", "vae", "--data", source).end()
+    assert statuses == [2, 2] and printed[1] == ""
+    assert len(errors(printed)) == 1 and "001.tar: truncated" in errors(printed)[0]
+    assert not [*tmp_path.rglob("settings.json")]
 
 
 def test_each_process_reads_its_own_part_ahead(encoded, monkeypatch):
