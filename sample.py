@@ -310,8 +310,9 @@ def sampler_options(args: argparse.Namespace) -> tuple[str | None, dict]:
     return sampler, options
 
 
-def fill_defaults(args: argparse.Namespace, checkpoint: dict) -> None:
-    """Set what depends on the network: how many pictures, and how they are sampled."""
+def fill_defaults(args: argparse.Namespace, checkpoint: dict, medium: Medium) -> None:
+    """Set what depends on the network: how many pictures or sounds, how long these are, and how they are
+    sampled."""
     defaults = sampling_of(checkpoint)
     args.times = args.times or defaults["times"]
     args.steps = args.steps or defaults["steps"]
@@ -321,6 +322,8 @@ def fill_defaults(args: argparse.Namespace, checkpoint: dict) -> None:
             args.n = len(args.prompt) if args.prompt else 1
     if not args.published:                                 # else None: as the file has it
         args.precision = args.precision or "fp32"
+    if args.init_sound and args.seconds is None:
+        args.seconds = seconds_begun(args, checkpoint["data"]["size"][1], medium)
 
 
 def sampling_of(checkpoint: dict) -> dict:
@@ -621,9 +624,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     check_beginning(args, medium)
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
-    fill_defaults(args, checkpoint)
-    if args.init_sound and args.seconds is None:
-        args.seconds = seconds_begun(args, checkpoint["data"]["size"][1], medium)
+    fill_defaults(args, checkpoint, medium)
     scale, distilled = guidance_of(args, condition, sampling_of(checkpoint))
     sampler, options = choose_sampler(args, checkpoint)
     size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae), medium)
