@@ -281,7 +281,7 @@ class Labels(Conditioning):
         return Asked(turn, self.every(), self.classes, columns, self.captions(turn))
 
     def captions(self, turn: Tensor) -> list[str] | None:
-        """Of sounds, the class of each, as a spectrogram does not show it at a glance; of pictures, nothing."""
+        """Of sounds, the class of each, which a spectrogram does not show at a glance; of pictures, none."""
         return None if self.longest is None else [self.classes[i] for i in turn]
 
     @property
