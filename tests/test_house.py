@@ -85,7 +85,7 @@ ROOMS = {
                "vae", "weights"},
     "tasks": {"cache", "cli", "conditioning", "data", "draw", "files", "media", "moe", "plan", "ranks",
               "run", "samplers", "settings", "shards", "vae"},
-    "mixed": {"cache", "cli", "conditioning", "data", "draw", "media", "pictures", "plan", "ragged", "run",
+    "mixed": {"cache", "cli", "conditioning", "data", "draw", "media", "moe", "pictures", "plan", "ragged", "run",
               "settings", "tasks", "vae"},
     "encode": {"ahead", "cache", "cli", "files", "media", "pictures", "run", "settings", "shards", "vae"},
     "train": {"cli", "conditioning", "data", "deferred", "ema", "mixed", "parallel", "plan", "ranks", "run",
