@@ -4,8 +4,8 @@
     python benchmarks/tones.py runs/tones-dit-rf --listen                # also tones.wav, pictures/tones.png
     python benchmarks/tones.py runs/tones-text-mmdit-rf                  # captions, of no training sound
 
-`tones.read_tone` and `read_events` read them back from the samples. Of a run with captions, the prompts are
-those of the validation part.
+`tones.read_tone` and `read_events` read them back from the samples. Of a run of classes, it is also measured
+whether the samples end when they should. Of one with captions, the prompts are those of the validation part.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import listen
 from benchmarks.samples import drawn
+from conditioning import Asked, of_checkpoint
 from run import load_checkpoint
 from settings import OBJECTIVES
 from tones import PITCHES, RATE, TIMBRES, TONE_CLASSES, Tone, describe_events, follows, read_tone
+
+# Relative to a sound's loudest 10 ms; what is quieter counts as silence. Drawn tones fade to it at most 30 ms
+# before their end, and 46 ms after the autoencoder.
+QUIET = 0.03
+NEAR = 0.05             # seconds
 
 
 def draw(args: argparse.Namespace, *more: str) -> np.ndarray:
@@ -31,7 +38,40 @@ def draw(args: argparse.Namespace, *more: str) -> np.ndarray:
                   "--cfg", str(args.cfg), *more])
 
 
-def score_classes(args: argparse.Namespace) -> None:
+def lengths_asked(checkpoint: dict, count: int) -> np.ndarray:
+    """(count,) seconds that sample.py asks for with the classes in turn."""
+    condition = of_checkpoint(checkpoint, torch.device("cpu"))
+    return condition.with_lengths(Asked(torch.arange(count) % len(TONE_CLASSES), {}, [])).seconds
+
+
+def ends(sounds: np.ndarray, rate: int = RATE) -> np.ndarray:
+    """(N,) seconds from which on sounds (N, T) int16 are QUIET; 0 for silence."""
+    width = rate // 100
+    count = sounds.shape[1] // width
+    parts = sounds[:, :count * width].reshape(-1, count, width) / 32768
+    loudness = np.square(parts).mean(2) ** 0.5
+    loud = loudness > QUIET * loudness.max(1, keepdims=True)
+    return np.where(loud, np.arange(1, count + 1), 0).max(1) * width / rate
+
+
+def level_after(sound: np.ndarray, seconds: float, rate: int = RATE) -> float:
+    """The root mean square of what follows these seconds, in dB relative to that of what precedes."""
+    power, end = np.square(sound / 32768), round(seconds * rate)
+    least = 1e-10           # below what 16 bits hold; without it, there would be no level of digital silence
+    return float(10 * np.log10((power[end:].mean() + least) / (power[:end].mean() + least)))
+
+
+def score_lengths(sounds: np.ndarray, checkpoint: dict) -> None:
+    """Of the samples as they are drawn, in the whole window: sample.py cuts them where it writes .wav."""
+    lengths = lengths_asked(checkpoint, len(sounds))
+    near = np.abs(ends(sounds) - lengths) <= NEAR
+    levels = [level_after(sound, seconds) for sound, seconds in zip(sounds, lengths)]
+    print(f"  {near.sum()} of {len(near)} ({near.mean():.1%}) end within {1000 * NEAR:.0f} ms of the length "
+          f"asked for; the level after it is {np.median(levels):.0f} dB in the median, and "
+          f"{np.quantile(levels, 0.9):.0f} dB or more in a tenth of them")
+
+
+def score_classes(args: argparse.Namespace, checkpoint: dict) -> None:
     sounds = draw(args)
     seen = [read_tone(sound, RATE) for sound in sounds]
     asked = [Tone(*TONE_CLASSES[i % len(TONE_CLASSES)].split("-")) for i in range(args.n)]
@@ -42,6 +82,7 @@ def score_classes(args: argparse.Namespace) -> None:
         for name in names:
             hits = [getattr(s, field, None) == name for s, a in zip(seen, asked) if getattr(a, field) == name]
             print(f"  {name:9s} {sum(hits)} of {len(hits)}")
+    score_lengths(sounds, checkpoint)
     if args.listen:                                        # one of each class; behind each, the silence goes
         one = sounds[:len(TONE_CLASSES)]
         heard = [np.trim_zeros(sound, "b") for sound in one[::3]]
@@ -74,10 +115,12 @@ def main() -> None:
     args.sampler, args.steps = args.sampler or row.sampler, args.steps or row.steps
     if args.cfg is None:
         args.cfg = row.scale
-    score = score_classes if checkpoint["text"] is None else score_captions
-    if args.listen and score is score_captions:
+    if checkpoint["text"] is None:
+        score_classes(args, checkpoint)
+    elif args.listen:
         p.error(f"--listen: {args.run} draws from captions; give a run of classes")
-    score(args)
+    else:
+        score_captions(args)
 
 
 if __name__ == "__main__":
