@@ -13,6 +13,7 @@ import pictures
 import run
 import train
 
+REAL = drawings.SYSTEM / "tuxpaint" / "stamps"
 SVG = """<?xml version="1.0"?>
 <svg xmlns:dc="http://purl.org/dc/elements/1.1/"><title>of no work</title><metadata>
  <cc:Work rdf:about="">{title}
@@ -108,7 +109,8 @@ def test_titles_of_collections_give_way_to_file_names(tmp_path):
 
 # ---- what is left out
 
-def test_clipart(tmp_path, capsys):
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_clipart(tmp_path, capsys, size):
     """Links, copies, pictures of nothing and broken ones are left out, and counted on one line."""
     for i in range(30):
         clipart(tmp_path, f"a/thing_{'abcdefghijklmnopqrstuvwxyzäöüß'[i]}", noise(i))
@@ -119,17 +121,54 @@ def test_clipart(tmp_path, capsys):
     clipart(tmp_path, "b/broken", noise(50), "broken")
     (tmp_path / "openclipart/png/b/broken.png").write_bytes(b"no picture")
     os.symlink("../a/thing_a.png", tmp_path / "openclipart/png/b/link.png")
-    captions, images = both("clipart", tmp_path)
+    captions, images = both("clipart", tmp_path, (size, size))
     assert captions == sorted(set(captions), key=captions.index) and len(captions) == 30
     assert all(caption.startswith("thing ") for caption in captions)
     # as a whole: each picture's 8 x 8 colours are there, at their places
     order = [captions.index(f"thing {letter}") for letter in "abcdefghijklmnopqrstuvwxyz"]
     for i, row in enumerate(order):
         expected = np.asarray(noise(i, (8, 8))).astype(int)
-        assert np.abs(images[row][1::4, 1::4].astype(int) - expected).mean() < 40
+        middles = images[row][size // 16 - 1::size // 8, size // 16 - 1::size // 8]
+        assert np.abs(middles.astype(int) - expected).mean() < 40
     out, err = capsys.readouterr()
     assert out.count("in the public domain") == 1
     assert "(left out: 1 links, 1 not decoded, 3 nearly empty, 1 duplicates)" in out and "broken.png" in err
+
+
+def test_next_to_nothing_is_left_out(tmp_path):
+    """Of the 16 x 16 x 3 numbers by which pictures are compared, eight must not be white, and they must span
+    24 levels. In pictures of 32 x 32, a dot of 2 x 2 makes three such numbers."""
+    def dots(*places):
+        picture = Image.new("RGB", (32, 32), "white")
+        for place in places:
+            picture.paste((0, 0, 0), (*place, place[0] + 2, place[1] + 2))
+        return picture
+
+    def halves(left, right):
+        return Image.fromarray(np.repeat([left, right], 16)[None].repeat(32, 0).astype(np.uint8))
+
+    clipart(tmp_path, "one dot", dots((14, 14)))                        # cropped to it: of one colour
+    clipart(tmp_path, "two dots", dots((0, 0), (30, 30)))
+    clipart(tmp_path, "three dots", dots((0, 0), (30, 30), (0, 30)))
+    clipart(tmp_path, "faint", halves(100, 122))
+    clipart(tmp_path, "clear", halves(150, 176))
+    captions, images = both("clipart", tmp_path)
+    assert sorted(captions) == ["clear", "three dots"]
+    assert (images[captions.index("three dots")] == np.asarray(dots((0, 0), (30, 30), (0, 30)))).all()
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    """Whatever colour is stored there; and half of a colour is mixed with white."""
+    values = np.zeros((32, 32, 4), np.uint8)
+    values[:, :8], values[:, 8:16] = (0, 0, 0, 0), (40, 80, 120, 0)
+    values[8:, 16:] = (200, 0, 100, 128)
+    values[24:, :4] = (0, 0, 0, 255)                                    # so that nothing is cropped
+    clipart(tmp_path, "glass", Image.fromarray(values).crop((0, 8, 32, 32)))
+    clipart(tmp_path, "other", noise(1))
+    captions, images = both("clipart", tmp_path)
+    found = images[captions.index("glass")].astype(int)                 # 24 rows, from the fifth on
+    assert (found[:4] == 255).all() and (found[4:20, :16] == 255).all() and (found[20:28, :4] == 0).all()
+    assert np.abs(found[4:28, 16:] - (227, 127, 177)).max() <= 1
 
 
 def test_stamps(tmp_path, capsys):
@@ -145,6 +184,23 @@ def test_stamps(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "25 stamps of Tux Paint, under the GPL" in out
     assert "(left out: 1 SVG files, 1 without a caption)" in out
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs Debian's tuxpaint-stamps-default")
+def test_the_stamps_of_debian(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawings, "SYSTEM", REAL.parent.parent)
+    train, val = (load("stamps", split, tmp_path) for split in ("train", "val"))
+    captions = train.captions + val.captions
+    assert len(train.images) + len(val.images) == len(captions) and all(captions)
+    captioned = sum(file.with_suffix(".txt").is_file() for file in REAL.rglob("*.png")
+                    if not file.is_symlink())
+    assert 500 < 0.95 * captioned < len(captions) <= captioned < 1500   # versions of the package differ
+    assert 0.03 < len(val) / len(captions) < 0.07
+    # No picture has one on the other side that is as good as the same, or is called the same.
+    small = [part.images[:].reshape(len(part), 16, 2, 16, 2, 3).mean((2, 4)) for part in (train, val)]
+    nearest = [np.sqrt(np.square(small[0] - picture).mean((1, 2, 3)).min()) for picture in small[1]]
+    assert min(nearest) > drawings.ALIKE - 0.5                          # thumbnails are rounded
+    assert not set(train.captions) & set(val.captions)
 
 
 def test_train_and_sample_on_stamps(tmp_path, monkeypatch, quick):
