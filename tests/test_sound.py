@@ -281,6 +281,7 @@ def test_other_formats_by_the_package(monkeypatch):
         read(b"fLaC" + bytes(100))
 
 
+@pytest.mark.optional
 def test_flac_by_the_real_package(tmp_path):
     soundfile = pytest.importorskip("soundfile")
     samples = np.random.default_rng(0).integers(-20000, 20000, 8000).astype(np.int16)
