@@ -5,7 +5,8 @@ below each sample the training picture that is nearest to it.
 
 Each caption says whether a picture of that caption was trained on, is held out for validation, or does not
 exist (NEW). Nearest means the smallest root mean square difference of pixels (neighbours.py). Prompts are
-those of PROMPTS, or lines of --prompts FILE. Further flags are passed to sample.py.
+those of PROMPTS, whose rows are checked, or any others, lines of --prompts FILE. Further flags are passed to
+sample.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pictures import grid
 from run import Run
 
 COLUMNS = 8
-PROMPTS = {         # rows of COLUMNS: known, new, known, new
+PROMPTS = {         # rows of COLUMNS: trained, NEW, trained, NEW
     "emoji": [
         "pineapple", "cat face", "red apple", "octopus", "blue heart", "rocket", "hamburger", "sun with face",
         "blue pineapple", "cat face with sunglasses", "blue apple", "green octopus", "brown apple",
@@ -75,6 +76,17 @@ def origin(prompt: str, train: Dataset, val: Dataset) -> str:
     return "held out" if prompt in val.captions else "NEW"
 
 
+def check_rows(name: str, prompts: list[str], origins: list[str]) -> None:
+    """Raise ValueError unless rows of captions that were trained on and of new ones take turns."""
+    wrong = []
+    for i, (prompt, where) in enumerate(zip(prompts, origins)):
+        right = "NEW" if i // COLUMNS % 2 else "trained"
+        if where != right:
+            wrong.append(f"{prompt} ({where}, not {right})")
+    if wrong:
+        raise ValueError(f"PROMPTS of {name}: not what their rows should be: {', '.join(wrong)}")
+
+
 def with_nearest(samples: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Samples (M, H, W, 3) with the nearest of the pictures (N, H, W, 3) below each, (M, 2 H, W, 3); which
     ones these are (M,); and how far they are, in grey levels (M,)."""
@@ -96,10 +108,12 @@ def main() -> None:
         prompts = PROMPTS[name]
     else:
         sys.exit(f"--prompts FILE: needed for --data {name}; PROMPTS has {', '.join(PROMPTS)}")
+    origins = [origin(prompt, train, val) for prompt in prompts]
+    if not args.prompts:
+        check_rows(name, prompts, origins)
     samples = drawn([str(args.run), "--n", str(len(prompts)), *more, "--prompt", *prompts])
     images = train.images[:]
     tiles, index, distance = with_nearest(samples, images)
-    origins = [origin(prompt, train, val) for prompt in prompts]
     captions = [f"{prompt} ({where}) above {train.captions[i]}"
                 for prompt, where, i in zip(prompts, origins, index)]
     picture = grid(tiles, COLUMNS, captions=captions)

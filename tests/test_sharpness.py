@@ -1,4 +1,6 @@
-"""benchmarks/sharpness.py and gallery.py: energies and errors against closed forms, nearest pictures."""
+"""benchmarks/sharpness.py and gallery.py: energies and errors of closed forms, nearest pictures, prompts."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -105,3 +107,38 @@ def test_prompts_are_of_three_origins():
 def test_half_of_the_prompts_are_new_rows():
     for prompts in gallery.PROMPTS.values():
         assert len(prompts) == 4 * gallery.COLUMNS and len(set(prompts)) == len(prompts)
+
+
+@pytest.mark.parametrize("index, other, wrong", [
+    (2, "house", "NEW, not trained"), (17, "held out 1", "held out, not trained"),
+    (9, "known 8", "trained, not NEW"), (30, "held out 0", "held out, not NEW"),
+])
+def test_prompts_in_a_wrong_row_are_refused(tmp_path, monkeypatch, index, other, wrong):
+    pictures = np.random.default_rng(0).integers(0, 255, (16, 8, 8, 3), np.uint8)
+    train = Dataset(pictures, None, [], "", [f"known {i}" for i in range(16)])
+    val = Dataset(255 - pictures[:4], None, [], "", [f"held out {i}" for i in range(4)])
+    row = gallery.COLUMNS
+    prompts = [caption for start in (0, row) for kind in ("known", "new")
+               for caption in [f"{kind} {start + i}" for i in range(row)]]
+    calls = []
+
+    def draw(flags):
+        calls.append(flags[flags.index("--prompt") + 1:])
+        return np.full((32, 8, 8, 3), 90, np.uint8)
+
+    monkeypatch.setattr(gallery, "pictures_of", lambda run, data_dir: ("things", train, val))
+    monkeypatch.setattr(gallery, "drawn", draw)
+    monkeypatch.setitem(gallery.PROMPTS, "things", prompts)
+    monkeypatch.setattr("sys.argv", ["gallery.py", "run", str(tmp_path / "a.png")])
+    gallery.main()
+    assert calls == [prompts] and (tmp_path / "a.png").exists()
+    changed = prompts[:index] + [other] + prompts[index + 1:]
+    (tmp_path / "prompts.txt").write_text("\n".join(changed))
+    monkeypatch.setattr("sys.argv", ["gallery.py", "run", str(tmp_path / "b.png")])
+    monkeypatch.setitem(gallery.PROMPTS, "things", changed)
+    with pytest.raises(ValueError, match=f"^PROMPTS of things: .*: {other} .{wrong}.$"):
+        gallery.main()
+    assert len(calls) == 1 and not (tmp_path / "b.png").exists()
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--prompts", str(tmp_path / "prompts.txt")])
+    gallery.main()                                              # any that the caller chooses
+    assert calls[1] == changed
