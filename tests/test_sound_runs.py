@@ -25,8 +25,9 @@ from dit import DiT, DiTConfig, LengthEmbedder, TimestepEmbedder, position_angle
 from tones import RATE, TONE_CLASSES, read_tone, seconds_of_tone
 from unet import Resample, UNet, UNetConfig
 
-QUICK = ["--data", "tones", "--preset", "tiny", "--vae-preset", "tiny", "--vae-steps", "4", "--steps", "3",
-         "--batch-size", "8", "--precision", "fp32", "--preview-every", "1000", "--log-every", "1"]
+ON_VAE = ["--data", "tones", "--preset", "tiny", "--steps", "3", "--batch-size", "8", "--precision", "fp32",
+          "--preview-every", "1000", "--log-every", "1"]
+QUICK = [*ON_VAE, "--vae-preset", "tiny", "--vae-steps", "4"]
 DIT = ["--arch", "dit", *QUICK, "--name", "dit"]
 
 
@@ -193,12 +194,17 @@ def test_a_run_goes_on_bit_for_bit(place, more):
     assert same(weights(f"runs/{name}-whole"), weights(f"runs/{name}-parts"))
 
 
+@pytest.mark.parametrize("objective", ["rf", "ddpm"])
 @pytest.mark.parametrize("arch", ["unet", "mmdit"])
-def test_captions_of_sounds(place, arch):
-    train.main(["--arch", arch, "--cond", "text", *QUICK, "--name", arch])
-    sample.main([f"runs/{arch}", "--prompt", "a low square tone, then a high sine", "--n", "1", "--seconds",
-                 "0.8", "--out", f"{arch}.wav"])
-    assert len(sound.read_sound(f"{arch}.wav", RATE)) == 6400
+def test_captions_of_sounds(place, arch, objective):
+    name = f"{arch}-{objective}"
+    train.main(["--arch", arch, "--objective", objective, "--cond", "text", *ON_VAE, "--vae",
+                "runs/tones-vae", "--name", name])
+    checkpoint = run.load_checkpoint(f"runs/{name}")
+    assert checkpoint["objective"]["name"] == objective and checkpoint["text"] is not None
+    sample.main([f"runs/{name}", "--prompt", "a low square tone, then a high sine", "--n", "1", "--seconds",
+                 "0.8", "--out", f"{name}.wav"])
+    assert len(sound.read_sound(f"{name}.wav", RATE)) == 6400
 
 
 # ---- what sample.py writes
