@@ -311,7 +311,11 @@ class TimestepEmbedder(nn.Module):
 
 class LengthEmbedder(TimestepEmbedder):
     """Lengths of sounds in seconds (B,) -> (B, D), as times are embedded, with 1 for the longest: how much of
-    the sound there is before the silence (Evans et al. 2024, arXiv:2402.04825, section 3.2)."""
+    the sound there is before the silence (Evans et al. 2024, arXiv:2402.04825, section 3.2).
+
+    Stable Audio Open has learned frequencies and one linear layer instead, and its vectors are tokens of the
+    context (stable_audio.NumberEmbedder). Here the vector is added to that of the time, so it is made in the
+    same way, and needs nothing from another file."""
 
     def __init__(self, width: int, longest: float):
         super().__init__(width, 1000.0 / longest, 0.0)
