@@ -537,11 +537,14 @@ def test_several_processes_draw_the_pictures_of_one(alone, tmp_path, out):
 
 
 @pytest.mark.long
-def test_a_drawing_goes_on_in_another_number_of_processes(alone, tmp_path):
+@pytest.mark.parametrize("out, whole, stamp", [
+    ("pictures.npz", "whole.npz", "pictures.npz.unfinished.json"),
+    ("pictures", "whole", "pictures/unfinished.json")])
+def test_a_drawing_goes_on_in_another_number_of_processes(alone, tmp_path, out, whole, stamp):
     os.symlink(alone / "runs", tmp_path / "runs")
-    words = [*DRAWING[:2], "120", *DRAWING[3:], "--out", "pictures.npz"]
+    words = [*DRAWING[:2], "120", *DRAWING[3:], "--out", out]
     several = launch(tmp_path, 2, *words, program="sample.py")
-    stamp = tmp_path / "pictures.npz.unfinished.json"
+    stamp = tmp_path / stamp
     for _ in range(3000):
         if several.processes[0].poll() is not None or stamp.exists():
             break
@@ -551,9 +554,10 @@ def test_a_drawing_goes_on_in_another_number_of_processes(alone, tmp_path):
     assert statuses[0] == 2 and len(errors(printed)) == 1
     assert 0 < json.loads(stamp.read_text())["done"] < 120
     assert launch(tmp_path, 1, *words, program="sample.py").end()[0] == [0]
-    found = np.load(tmp_path / "pictures.npz")["arr_0"]
-    subprocess.run([*COMMAND, "sample.py", *words[:-1], "whole.npz"], cwd=tmp_path, check=True)
-    np.testing.assert_array_equal(found, np.load(tmp_path / "whole.npz")["arr_0"])
+    subprocess.run([*COMMAND, "sample.py", *words[:-1], whole], cwd=tmp_path, check=True)
+    found, wanted = [[file.read_bytes() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+                     for path in (tmp_path / out, tmp_path / whole)]
+    assert found == wanted and len(found) == (120 if out == "pictures" else 1)
 
 
 @pytest.mark.long
