@@ -218,6 +218,7 @@ def demo(folder: Path) -> None:
         described = save_moments(folder, 1, model, optimizer, sharding)
         if dist.get_rank() == 0:
             (folder / "described.json").write_text(json.dumps(described))
+        dist.barrier()                                     # neither ends while the other is still at work
         dist.destroy_process_group()
         return
 
