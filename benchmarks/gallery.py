@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
 from benchmarks.neighbours import compare, nearest, of_array
 from benchmarks.samples import drawn
+from cli import program
 from data import Dataset, load_data
 from pictures import grid
 from run import Run
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("gallery.py", main))
