@@ -394,8 +394,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     autoencoder = audio_vae if args.rate else vae
     if args.vae_preset and args.vae_preset not in autoencoder.PRESETS:
         raise ValueError(f"--vae-preset {args.vae_preset}: for {'sounds' if args.rate else 'pictures'}, "
-                         f"{autoencoder.__name__}.py has "
-                         f"{', '.join(autoencoder.PRESETS)}")
+                         f"{autoencoder.__name__}.py has {', '.join(autoencoder.PRESETS)}")
     resolve_conditioning(args)
     for flag in ROWS.values():
         if given(flag, args):
