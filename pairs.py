@@ -45,7 +45,8 @@ from files import check_writable, digest
 from media import medium_of
 from mmdit import MMDiTConfig
 from rectified_flow import RectifiedFlow
-from run import Run, State, build_model, encoder_fingerprint, load_checkpoint, load_vae, pack_vae, unpack_vae
+from run import (Run, State, build_model, build_path, encoder_fingerprint, load_checkpoint, load_vae, pack_vae,
+                 unpack_vae)
 from samplers import SAMPLERS, guided, noise_like
 from settings import has_bf16, pick_device
 from tasks import posteriors
@@ -55,9 +56,11 @@ from train import forecast, learning_rate
 
 SIDES = ("picture", "sound")
 # What is drawn, as shares of the training examples; of one side alone, the other side is given.
-SHARES = {"both": 0.4, "picture": 0.3, "sound": 0.3}
-NO_TEXT = {"both": 0.1, "picture": 0.5, "sound": 0.5}        # how often an example has no text
-UNKNOWN = 0.2                                                # how often a given side is noise instead
+SHARES = {"both": 0.35, "picture": 0.25, "sound": 0.4}
+# How often an example has no text. The kind of a shape is harder to read from a picture than the timbre of a
+# tone from a sound, and it is read only where no text names it.
+NO_TEXT = {"both": 0.1, "picture": 0.5, "sound": 0.8}
+UNKNOWN = 0.1                                                # how often a given side is noise instead
 PRESETS = {"tiny": dict(width=64, depth=2, heads=2, rope=(8, 12, 12)),
            "small": dict(width=192, depth=4, heads=3, rope=(24, 20, 20))}
 CAPTIONS = ["a " + name.replace("-", " ") for name in SHAPE_CLASSES]
@@ -269,7 +272,8 @@ def checkpoint_of(args: argparse.Namespace, state: State, sides: dict[str, Side]
     if not state.is_finite():
         raise diverged("weights that are not finite", step, run)
     training = {"settings": settings_of(args), "data": "pairs", "finished": step == args.steps}
-    return {"arch": "mmdit", "config": asdict(state.model.config), "objective": {"name": "rf"}, "step": step,
+    return {"arch": "mmdit", "config": asdict(state.model.config), "step": step,
+            "objective": {"name": "rf", "shift": args.shift},
             "data": {"source": "pairs", "size": list(sides["picture"].size), "classes": [],
                      "length": sides["sound"].size[1]},
             "text": {"encoder": "bytes", "config": asdict(state.model.text.config)},
@@ -337,7 +341,7 @@ def train(args: argparse.Namespace) -> int:
 def loop(args: argparse.Namespace, run: Run, state: State, sides: dict[str, Side], caches: Pair,
          start: int) -> int:
     """From the first or the saved step to the last. Returns the exit status, as `train`."""
-    path = RectifiedFlow()
+    path = RectifiedFlow(shift=args.shift)
     millions = sum(p.numel() for p in state.model.parameters()) / 1e6
     bf16 = has_bf16(state.device)
     print(f"{run.folder}: a network with {millions:.1f} M parameters on {args.pairs:,} pairs; "
@@ -392,8 +396,9 @@ def loop(args: argparse.Namespace, run: Run, state: State, sides: dict[str, Side
 # ---- sample and score
 
 class Trained(NamedTuple):
-    """A run's network, with averaged weights, and its autoencoders."""
+    """A run's network, with averaged weights, its path, and its autoencoders."""
     model: torch.nn.Module
+    path: RectifiedFlow
     sides: dict[str, Side]
 
     @property
@@ -411,7 +416,8 @@ def load_trained(args: argparse.Namespace) -> Trained:
     sides = stored_sides(checkpoint)
     for side in sides.values():
         side.vae.to(device)
-    return Trained(model.to(device).eval().requires_grad_(False), sides)
+    model = model.to(device).eval().requires_grad_(False)
+    return Trained(model, build_path(checkpoint["objective"]), sides)
 
 
 def draw_all(args: argparse.Namespace, trained: Trained, prompts: list[str], seed: int,
@@ -422,7 +428,7 @@ def draw_all(args: argparse.Namespace, trained: Trained, prompts: list[str], see
     for begin in tqdm(range(0, len(prompts), args.batch_size), unit="batch", disable=len(prompts) < 8):
         part = slice(begin, min(begin + args.batch_size, len(prompts)))
         latents = {side: trained.sides[side].encode(arrays[part]) for side, arrays in given.items()}
-        pair = draw(trained.model, RectifiedFlow(), trained.shapes, prompts[part],
+        pair = draw(trained.model, trained.path, trained.shapes, prompts[part],
                     range(seed + part.start, seed + part.stop), latents, sampler=args.sampler,
                     steps=args.steps, scale=args.cfg)
         for side, x0 in zip(SIDES, pair):
@@ -533,6 +539,9 @@ FLAGS = {
         Flag("--warmup", "steps over which the rate rises (default: 100)", integer(0), 100),
         Flag("--cooldown", "share of the steps, at the end, over which it falls to 0 (default: 0.5)",
              number(0, 1), 0.5),
+        Flag("--shift", "shift of the times: the higher, the more of the training is at high noise, where a "
+                        "side is not yet recognised and must be read from the other (default: 3; 1: none)",
+             number(0, 1000, above=True), 3.0),
         Flag("--ema", "width of the average of the weights, relative to the training (default: 0.05)",
              number(0, ema.WIDEST / 2, above=True), 0.05),
         Flag("--seed", "seed of weights, order and noise (default: 0)", integer(0, 2**62), 0),

@@ -225,14 +225,15 @@ def test_directions_are_drawn_in_their_shares():
     for name, case in cases.items():
         assert case.float().mean() == pytest.approx(pairs.SHARES[name], abs=0.01)
         assert draws.silent[case].float().mean() == pytest.approx(pairs.NO_TEXT[name], abs=0.015)
-    for case, given, other in ((cases["picture"], times.sound, times.picture),
-                               (cases["sound"], times.picture, times.sound)):
+    for name, given, other in (("picture", times.sound, times.picture),
+                               ("sound", times.picture, times.sound)):
+        case = cases[name]
         assert set(given[case].tolist()) == {0.0, 1.0}
         assert given[case].mean() == pytest.approx(pairs.UNKNOWN, abs=0.015)
         assert ((other[case] > 0) & (other[case] < 1)).all()
         # a side is unknown independently of the text
         both = (given[case] == 1) & draws.silent[case]
-        assert both.float().mean() == pytest.approx(pairs.UNKNOWN * pairs.NO_TEXT["sound"], abs=0.015)
+        assert both.float().mean() == pytest.approx(pairs.UNKNOWN * pairs.NO_TEXT[name], abs=0.015)
 
 
 class Recorder(nn.Module):
@@ -425,6 +426,25 @@ def test_resumes_bit_for_bit(trained, vaes, tmp_path, monkeypatch, signalled, ca
     assert torch.equal(found["training"]["rng"], wanted["training"]["rng"])
     assert train(tmp_path, vaes) == 0
     assert "is finished: 6 steps" in capsys.readouterr().out
+
+
+def test_samples_are_drawn_along_the_path_of_the_training(vaes, tmp_path, monkeypatch):
+    shifts = []
+
+    def recorded(function):
+        def call(model, path, *args, **kwargs):
+            shifts.append(path.shift)
+            return function(model, path, *args, **kwargs)
+        return call
+
+    monkeypatch.setattr(pairs, "pair_loss", recorded(pairs.pair_loss))
+    monkeypatch.setattr(pairs, "draw", recorded(pairs.draw))
+    assert train(tmp_path, vaes, "--steps", "2", "--shift", "2.5") == 0
+    pairs.main(["sample", str(tmp_path / "pairs"), "--prompt", "a red circle", "--steps", "2", "--out",
+                str(tmp_path / "out")])
+    assert shifts == [2.5, 2.5, 2.5]
+    with pytest.raises(ValueError, match="holds a run with --shift 2.5, not 3"):
+        train(tmp_path, vaes, "--steps", "2")
 
 
 def test_caches_are_used_again(trained, vaes, tmp_path, monkeypatch):
