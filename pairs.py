@@ -45,8 +45,8 @@ from files import check_writable, digest
 from media import medium_of
 from mmdit import MMDiTConfig
 from rectified_flow import RectifiedFlow
-from run import (Run, State, build_model, build_path, encoder_fingerprint, load_checkpoint, load_vae, pack_vae,
-                 unpack_vae)
+from run import (Run, State, build_model, build_path, encoder_fingerprint, load_checkpoint, load_vae,
+                 pack_vae, unpack_vae)
 from samplers import SAMPLERS, guided, noise_like
 from settings import has_bf16, pick_device
 from tasks import posteriors

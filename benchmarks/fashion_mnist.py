@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.samples import drawn
+from benchmarks.samples import check_out, drawn
+from cli import Parser, integer, number, program
 from data import batch_indices, load_mnist
 from pictures import to_tensor, to_uint8
 from run import load_checkpoint, load_vae
@@ -156,20 +157,34 @@ def describe(scale: float, args: argparse.Namespace) -> str:
     return words
 
 
+def check_run(run: str) -> str:
+    """Its arch. Raises ValueError where the classifier cannot judge what it draws."""
+    checkpoint = load_checkpoint(run)
+    data = checkpoint["data"]
+    if data["source"] != "fashion-mnist" or list(data["size"]) != [32, 32]:
+        raise ValueError(f"{run}: was trained on {data['source']} at {' x '.join(map(str, data['size']))}; "
+                         "give a run of --data fashion-mnist at 32 x 32")
+    return checkpoint["arch"]
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", help="run folders; for a VAE run only the floor is measured")
-    p.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales")
+    p.add_argument("--cfg", type=number(-1e6, 1e6), nargs="+", default=[1.0, 1.5, 2.0, 3.0],
+                   help="guidance scales")
     p.add_argument("--interval", nargs=2, default=["0", "1"], help="times between which guidance acts")
     p.add_argument("--sampler", help="see sample.py")
-    p.add_argument("--steps", type=int, help="see sample.py")
+    p.add_argument("--steps", type=integer(1), help="see sample.py")
     p.add_argument("--times", help="see sample.py")
     p.add_argument("--guide", help="autoguidance by this checkpoint: see sample.py")
-    p.add_argument("--n", type=int, default=2000, help="samples per guidance scale (default: 2000)")
+    p.add_argument("--n", type=integer(40, 10_000), default=2000,
+                   help="samples per guidance scale (default: 2000)")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="see sample.py")
     p.add_argument("--data-dir", default="data", help="folder of the IDX files (default: data)")
     p.add_argument("--json", help="also write the figures to this file")
     args = p.parse_args()
+    archs = [check_run(run) for run in args.runs]
+    check_out("--json", args.json)
 
     # ---- the references: test images, and training images as the ideal
     test = load_mnist("fashion-mnist", "val", (32, 32), Path(args.data_dir))
@@ -182,7 +197,7 @@ def main() -> None:
             {"what": "10,000 training images (the ideal)", "frechet": frechet(ideal, reference)},
             {"what": f"{args.n:,} of them", "frechet": frechet(ideal[:args.n], reference)}]
 
-    for run in args.runs:
+    for run, arch in zip(args.runs, archs):
         # ---- the floor: no sample can be better than what the VAE decodes
         recon = reconstruct(load_vae(run), test.images)
         # The border of 2 pixels is padding, not part of the picture.
@@ -193,7 +208,7 @@ def main() -> None:
                      "frechet": frechet(features, reference),
                      "agreement": float((predicted == test.labels).mean()), "psnr": float(psnr)})
         rows.append({"what": f"{run}: {args.n:,} of them", "frechet": frechet(features[:args.n], reference)})
-        if load_checkpoint(run)["arch"] == "vae":
+        if arch == "vae":
             continue
 
         # ---- the samples
@@ -215,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("fashion_mnist.py", main))

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
 from benchmarks.neighbours import compare, nearest, of_array
-from benchmarks.samples import drawn
-from cli import program
+from benchmarks.samples import check_out, drawn
+from cli import Parser, program
 from data import Dataset, load_data
-from pictures import grid
-from run import Run
+from pictures import PICTURES, grid
+from run import Run, load_checkpoint
 
 COLUMNS = 8
 PROMPTS = {         # rows of COLUMNS: trained, NEW, trained, NEW
@@ -62,7 +62,10 @@ PROMPTS = {         # rows of COLUMNS: trained, NEW, trained, NEW
 
 
 def pictures_of(run: Path, data_dir: Path) -> tuple[str, Dataset, Dataset]:
-    """The name of a run's data, and the training and validation pictures with their captions."""
+    """The name of a run's data, and the training and validation pictures with their captions. Raises
+    ValueError for a run without captions."""
+    if load_checkpoint(run)["text"] is None:
+        raise ValueError(f"{run}: draws no captions; give a run of --cond text")
     found = argparse.Namespace(**settings.complete(Run(run).read_settings() or {}, str(run)))
     cache_dir = Path(found.cache_dir or found.vae or run.parent / settings.vae_name(found))
     train, val = (load_data(found.data, split, tuple(found.image_size), data_dir, cache_dir, "captions",
@@ -96,19 +99,22 @@ def with_nearest(samples: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, n
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path, help="a run folder")
     p.add_argument("out", type=Path, help="PNG file to write")
     p.add_argument("--prompts", type=Path, help="text file, one prompt per line (default: PROMPTS)")
     p.add_argument("--data-dir", type=Path, default=Path("data"))
     args, more = p.parse_known_args()
+    check_out("OUT", args.out, PICTURES)
     name, train, val = pictures_of(args.run, args.data_dir)
     if args.prompts:
         prompts = args.prompts.read_text("utf-8").splitlines()
+        if not prompts:
+            raise ValueError(f"--prompts {args.prompts}: is empty; give one prompt per line")
     elif name in PROMPTS:
         prompts = PROMPTS[name]
     else:
-        sys.exit(f"--prompts FILE: needed for --data {name}; PROMPTS has {', '.join(PROMPTS)}")
+        raise ValueError(f"--prompts FILE: needed for --data {name}; PROMPTS has {', '.join(PROMPTS)}")
     origins = [origin(prompt, train, val) for prompt in prompts]
     if not args.prompts:
         check_rows(name, prompts, origins)

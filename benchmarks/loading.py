@@ -29,6 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import shards
+from cli import Parser, integer, number, program
 from data import load_folder
 from decoded import open_pictures
 from folder import list_folder
@@ -127,15 +128,17 @@ def measure_folder(folder: Path, cache: Path, traced: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2048)
-    parser.add_argument("--per-shard", type=int, default=256)
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tflops", type=float, default=400.0, help="what the GPU reaches in bf16")
-    parser.add_argument("--folder", type=int, metavar="N", help="measure a folder of N pictures instead")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=integer(1), default=2048)
+    parser.add_argument("--per-shard", type=integer(1), default=256)
+    parser.add_argument("--side", type=integer(1), default=256)
+    parser.add_argument("--batch-size", type=integer(1), default=64)
+    parser.add_argument("--steps", type=integer(1), default=16)
+    parser.add_argument("--workers", type=integer(0, 512), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tflops", type=number(0, 1e6, above=True), default=400.0,
+                        help="what the GPU reaches in bf16")
+    parser.add_argument("--folder", type=integer(1), metavar="N",
+                        help="measure a folder of N pictures instead")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -172,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("loading.py", main))

@@ -19,7 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.samples import check_out
 from charts import COLOURS, GREY, MARKS, SKY, VERMILLION, Chart, Series, draw, line
+from cli import Parser, program
+from pictures import PICTURES, write_picture
 
 SCALE = 2              # everything is drawn this many times larger, and reduced
 WIDTH = 1440           # of the picture, in its own pixels
@@ -173,12 +176,13 @@ def draw_report(report: dict, pairs: np.ndarray | None = None) -> Image.Image:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("json", help="a report's JSON")
     p.add_argument("out", help="PNG file to write")
     args = p.parse_args()
-    draw_report(json.loads(Path(args.json).read_text())).save(args.out)
+    check_out("OUT", args.out, PICTURES)
+    write_picture(Path(args.out), draw_report(json.loads(Path(args.json).read_text())))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("report_picture.py", main))

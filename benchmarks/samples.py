@@ -1,4 +1,4 @@
-"""What sample.py draws, as an array: for the benchmarks that score samples."""
+"""What sample.py draws, as an array, and of which runs: for the benchmarks that score samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
+from files import check_writable
+from run import load_checkpoint
 
 
 def drawn(flags: Sequence[str]) -> np.ndarray:
@@ -24,3 +26,26 @@ def drawn(flags: Sequence[str]) -> np.ndarray:
         with contextlib.redirect_stdout(io.StringIO()):
             sample.main([*flags, "--out", out])
         return np.load(out)["arr_0"]
+
+
+def check_out(flag: str, file: str | Path | None, endings: Collection[str] = ()) -> None:
+    """Raise ValueError where a file is asked for that cannot be written. endings: those it may have."""
+    if file is None:
+        return
+    file = Path(file)
+    if endings and file.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {file}: must end in {', '.join(endings)}")
+    if not file.parent.is_dir():
+        raise ValueError(f"{flag} {file}: the folder {file.parent} does not exist; create it first")
+    check_writable(file)
+
+
+def network_run(run: str, source: str) -> dict:
+    """The checkpoint of a run whose network was trained on this --data. Raises ValueError for any other."""
+    checkpoint = load_checkpoint(run)
+    if checkpoint["arch"] == "vae":
+        raise ValueError(f"{run}: an autoencoder alone; give the run of a network")
+    if checkpoint["data"]["source"] != source:
+        raise ValueError(f"{run}: was trained on {checkpoint['data']['source']}; give a run of --data "
+                         f"{source}")
+    return checkpoint

@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cli import Parser, integer, program
 from toys import RELATIONS, Scene, Thing, describe_scene, read_scene
 
 
@@ -66,13 +67,16 @@ def _holds(relation: str, first: Thing, second: Thing) -> bool:
 
 
 def main() -> None:
-    from benchmarks.samples import drawn       # here, so that score_scene needs only toys.py
+    from benchmarks.samples import drawn, network_run      # here, so that score_scene needs only toys.py
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--n", type=int, default=500, help="prompts of each kind (default: 500)")
-    p.add_argument("--first", type=int, default=2 * 10**9, help="index of the first scene (default: 2e9)")
+    p.add_argument("--n", type=integer(1), default=500, help="prompts of each kind (default: 500)")
+    p.add_argument("--first", type=integer(0, 10**12), default=2 * 10**9,
+                   help="index of the first scene (default: 2e9)")
     args, more = p.parse_known_args()
+    if network_run(args.run, "shapes")["text"] is None:
+        raise ValueError(f"{args.run}: draws classes; benchmarks/shapes.py scores it")
     for count, unseen in ((1, False), (1, True), (2, False), (2, True)):
         scenes = [describe_scene(args.first + i, count, unseen) for i in range(args.n)]
         prompts = [scene.caption for scene in scenes]
@@ -85,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("scenes.py", main))

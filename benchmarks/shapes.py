@@ -19,7 +19,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.samples import drawn
+from benchmarks.samples import drawn, network_run
+from cli import Parser, integer, program
 from data import load_drawn
 from toys import COLOURS, KINDS, SHAPE_CLASSES, read_shape
 
@@ -51,14 +52,16 @@ def from_pictures(args: argparse.Namespace, strength: str) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--n", type=int, default=240, help="number of samples (default: 240)")
+    p.add_argument("--n", type=integer(1), default=240, help="number of samples (default: 240)")
     p.add_argument("--sampler", default="heun", help="see sample.py (default: heun)")
     p.add_argument("--steps", default="10", help="see sample.py (default: 10)")
     p.add_argument("--cfg", default="2", help="guidance scale (default: 2)")
     p.add_argument("--strength", nargs="+", default=[], help="begin with pictures at these times")
     args = p.parse_args()
+    if network_run(args.run, "shapes")["text"] is not None:
+        raise ValueError(f"{args.run}: draws from captions; benchmarks/scenes.py scores it")
     for strength in args.strength:
         from_pictures(args, strength)
     if args.strength:
@@ -75,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("shapes.py", main))

@@ -23,8 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
+from benchmarks.samples import check_out
+from cli import Parser, integer, number, program
 from data import load_data
-from pictures import grid, to_tensor, to_uint8
+from media import medium_of
+from pictures import PICTURES, grid, to_tensor, to_uint8
 from run import Run, load_vae
 
 CUT = 0.25      # cycles a pixel; the finest wave that pixels can show has 0.5
@@ -78,16 +81,20 @@ def decoded(vae: torch.nn.Module, images: np.ndarray, noise: float) -> np.ndarra
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", help="folders of VAE runs on the same pictures")
-    p.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.4], help="shares of noise")
-    p.add_argument("--n", type=int, default=256, help="pictures at most (default: 256)")
+    p.add_argument("--noise", type=number(0, 100), nargs="+", default=[0.0, 0.1, 0.2, 0.4],
+                   help="shares of noise")
+    p.add_argument("--n", type=integer(1), default=256, help="pictures at most (default: 256)")
     p.add_argument("--data-dir", type=Path, default=Path("data"))
     p.add_argument("--out", help="PNG file: pictures, and for each run what is made of them by each noise")
     args = p.parse_args()
+    check_out("--out", args.out, PICTURES)
     rows, originals = [], None
     for run in args.runs:
         vae = load_vae(run).eval()
+        if medium_of(vae.config).rate is not None:
+            raise ValueError(f"{run}: an autoencoder of sounds; give one of pictures")
         found = argparse.Namespace(**settings.complete(Run(Path(run)).read_settings() or {}, run))
         if originals is None:
             cache_dir = Path(found.cache_dir or run)
@@ -107,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("sharpness.py", main))

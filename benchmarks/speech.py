@@ -41,6 +41,7 @@ from audio_vae import AudioVAE
 from benchmarks import listen, neighbours
 from benchmarks.fashion_mnist import describe, draw_samples, frechet, frechet_limit
 from benchmarks.report import latents_of, through
+from benchmarks.samples import check_out
 from cli import integer, nonempty, number, program
 from data import batch_indices
 from files import write_atomically
@@ -288,11 +289,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--json", type=nonempty, help="also write the figures to this file")
     args = p.parse_args(argv)
     args.n -= args.n % len(NAMES)
-    for flag, file in (("--neighbours", args.neighbours), ("--json", args.json)):
-        if file and not Path(file).parent.is_dir():
-            raise ValueError(f"{flag} {file}: the folder {Path(file).parent} does not exist")
-    if args.neighbours and Path(args.neighbours).suffix.lower() not in PICTURES:
-        raise ValueError(f"--neighbours {args.neighbours}: must end in {', '.join(PICTURES)}")
+    check_out("--neighbours", args.neighbours, PICTURES)
+    check_out("--json", args.json)
     return args
 
 

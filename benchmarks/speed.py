@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention as attention_file
 import dit
 import unet
-from cli import Parser, number, one_of
+from cli import Parser, number, one_of, program
 from files import write_atomically
 from rectified_flow import RectifiedFlow
 from run import compile_blocks, graphed
@@ -792,8 +792,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"speed.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(program("speed.py", main))

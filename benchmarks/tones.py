@@ -20,10 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import listen
-from benchmarks.samples import drawn
+from benchmarks.samples import drawn, network_run
+from cli import Parser, integer, number, program
 from conditioning import Asked, of_checkpoint
-from run import load_checkpoint
-from settings import OBJECTIVES
+from settings import ALL_OBJECTIVES
 from tones import PITCHES, RATE, TIMBRES, TONE_CLASSES, Tone, describe_events, follows, read_tone
 
 # Relative to a sound's loudest 10 ms; what is quieter counts as silence. Drawn tones fade to it at most 30 ms
@@ -61,19 +61,19 @@ def level_after(sound: np.ndarray, seconds: float, rate: int = RATE) -> float:
     return float(10 * np.log10((power[end:].mean() + least) / (power[:end].mean() + least)))
 
 
-def score_lengths(sounds: np.ndarray, checkpoint: dict) -> None:
+def score_lengths(sounds: np.ndarray, checkpoint: dict, rate: int) -> None:
     """Of the samples as they are drawn, in the whole window: sample.py cuts them where it writes .wav."""
     lengths = lengths_asked(checkpoint, len(sounds))
-    near = np.abs(ends(sounds) - lengths) <= NEAR
-    levels = [level_after(sound, seconds) for sound, seconds in zip(sounds, lengths)]
+    near = np.abs(ends(sounds, rate) - lengths) <= NEAR
+    levels = [level_after(sound, seconds, rate) for sound, seconds in zip(sounds, lengths)]
     print(f"  {near.sum()} of {len(near)} ({near.mean():.1%}) end within {1000 * NEAR:.0f} ms of the length "
           f"asked for; the level after it is {np.median(levels):.0f} dB in the median, and "
           f"{np.quantile(levels, 0.9):.0f} dB or more in a tenth of them")
 
 
-def score_classes(args: argparse.Namespace, checkpoint: dict) -> None:
+def score_classes(args: argparse.Namespace, checkpoint: dict, rate: int) -> None:
     sounds = draw(args)
-    seen = [read_tone(sound, RATE) for sound in sounds]
+    seen = [read_tone(sound, rate) for sound in sounds]
     asked = [Tone(*TONE_CLASSES[i % len(TONE_CLASSES)].split("-")) for i in range(args.n)]
     right = sum(a == b for a, b in zip(seen, asked))
     print(f"{args.run}: {right} of {args.n} ({right / args.n:.1%}) have the pitch and timbre asked for; "
@@ -82,18 +82,18 @@ def score_classes(args: argparse.Namespace, checkpoint: dict) -> None:
         for name in names:
             hits = [getattr(s, field, None) == name for s, a in zip(seen, asked) if getattr(a, field) == name]
             print(f"  {name:9s} {sum(hits)} of {len(hits)}")
-    score_lengths(sounds, checkpoint)
+    score_lengths(sounds, checkpoint, rate)
     if args.listen:                                        # one of each class; behind each, the silence goes
         one = sounds[:len(TONE_CLASSES)]
         heard = [np.trim_zeros(sound, "b") for sound in one[::3]]
-        print(*listen.publish("tones", heard, one, TONE_CLASSES[:len(one)], RATE))
+        print(*listen.publish("tones", heard, one, TONE_CLASSES[:len(one)], rate))
 
 
-def score_captions(args: argparse.Namespace) -> None:
+def score_captions(args: argparse.Namespace, rate: int) -> None:
     prompts = [describe_events(10**9 + i).caption for i in range(args.n)]
     sounds = draw(args, "--prompt", *prompts)
     for many in (False, True):
-        hits = [follows(prompt, sound, RATE) for prompt, sound in zip(prompts, sounds)
+        hits = [follows(prompt, sound, rate) for prompt, sound in zip(prompts, sounds)
                 if ("then" in prompt) == many]
         what = "two events" if many else "one event"
         print(f"{args.run}: {sum(hits)} of {len(hits)} prompts with {what} are followed; {args.sampler} x "
@@ -101,27 +101,28 @@ def score_captions(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", help="a run folder")
-    p.add_argument("--n", type=int, default=240, help="number of samples (default: 240)")
+    p.add_argument("--n", type=integer(1), default=240, help="number of samples (default: 240)")
     p.add_argument("--sampler", help="see sample.py (default: that of the objective)")
-    p.add_argument("--steps", type=int, help="see sample.py (default: those of the objective)")
-    p.add_argument("--cfg", type=float, help="guidance scale (default: that of the objective)")
+    p.add_argument("--steps", type=integer(1), help="see sample.py (default: those of the objective)")
+    p.add_argument("--cfg", type=number(-1e6, 1e6), help="guidance scale (default: that of the objective)")
     p.add_argument("--listen", action="store_true", help="of classes: write benchmarks/tones.wav and "
                                                          "benchmarks/pictures/tones.png")
     args = p.parse_args()
-    checkpoint = load_checkpoint(args.run)
-    row = OBJECTIVES[checkpoint["objective"]["name"]]
+    checkpoint = network_run(args.run, "tones")
+    rate = checkpoint["vae"]["config"]["rate"]
+    row = ALL_OBJECTIVES[checkpoint["objective"]["name"]]
     args.sampler, args.steps = args.sampler or row.sampler, args.steps or row.steps
     if args.cfg is None:
         args.cfg = row.scale
     if checkpoint["text"] is None:
-        score_classes(args, checkpoint)
+        score_classes(args, checkpoint, rate)
     elif args.listen:
-        p.error(f"--listen: {args.run} draws from captions; give a run of classes")
+        raise ValueError(f"--listen: {args.run} draws from captions; give a run of classes")
     else:
-        score_captions(args)
+        score_captions(args, rate)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("tones.py", main))

@@ -1,11 +1,15 @@
-"""benchmarks/speed.py: how figures are taken, with a clock that only the measured functions advance."""
+"""benchmarks/speed.py: how figures are taken, with a clock that only the measured functions advance. And what
+the programs that score samples refuse."""
 
 import json
 import math
 
 import pytest
 import torch
-from benchmarks import speed
+from benchmarks import (fashion_mnist, gallery, report_picture, samples, scenes, shapes, sharpness, speed,
+                        tones)
+from cli import program
+from conftest import contents
 
 
 NO_LIMITS = speed.Limits(stop=math.inf, repeat=math.inf)
@@ -363,3 +367,45 @@ def test_every_row_is_written(monkeypatch, tmp_path, capsys):
     assert written["rows"] == [{"N": 16}, {"what": "train"}, {"what": "train"}]
     assert written["matrix FLOP/s"] == 1e12 and written["load average"] == 3.2
     assert "load average 3.2" in capsys.readouterr().out
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("benchmark, flags, refusal", [
+    (tones, ["runs/done"], "runs/done: was trained on shapes; give a run of --data tones"),
+    (tones, ["runs/shapes-vae"], "runs/shapes-vae: an autoencoder alone; give the run of a network"),
+    (tones, ["runs/none"], "runs/none: no checkpoint there"),
+    (tones, ["runs/done", "--n", "0"], "--n 0: must be"),
+    (tones, ["runs/done", "--cfg", "much"], "--cfg much: must be a number"),
+    (shapes, ["runs/shapes-vae"], "runs/shapes-vae: an autoencoder alone; give the run of a network"),
+    (shapes, ["runs/done", "--n", "1.5"], "--n 1.5: must be"),
+    (shapes, ["runs/done", "--n", "3", "--sampler", "best"], "--sampler best: must be one of"),
+    (shapes, ["runs/done", "--strength", "2"], "--strength 2: must be"),
+    (scenes, ["runs/done"], "runs/done: draws classes; benchmarks/shapes.py scores it"),
+    (scenes, ["runs/done", "--first", "-1"], "--first -1: must be"),
+    (fashion_mnist, ["runs/done"], "runs/done: was trained on shapes at 32 x 32; give a run of --data"),
+    (fashion_mnist, ["runs/done", "--n", "39"], "--n 39: must be"),
+    (sharpness, ["runs/none"], "runs/none: no checkpoint there"),
+    (sharpness, ["runs/shapes-vae", "--noise", "-1"], "--noise -1: must be"),
+    (sharpness, ["runs/shapes-vae", "--out", "a.txt"], "--out a.txt: must end in .png"),
+    (sharpness, ["runs/shapes-vae", "--out", "no/a.png"], "--out no/a.png: the folder no does not"),
+    (gallery, ["runs/done", "a.png"], "runs/done: draws no captions; give a run of --cond text"),
+    (gallery, ["runs/none", "a.png"], "runs/none: no checkpoint there"),
+    (report_picture, ["none.json", "a.png"], "[Errno 2] No such file or directory: 'none.json'"),
+])
+def test_bad_input_is_refused_in_one_line(cwd, monkeypatch, capsys, benchmark, flags, refusal):
+    name = benchmark.__name__.rpartition(".")[2]
+    monkeypatch.setattr("sys.argv", [name, *flags])
+    before = contents(cwd)
+    assert program(name, benchmark.main) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"{name}: error: {refusal}") and printed.count("\n") == 1
+    assert contents(cwd) == before
+
+
+def test_a_run_of_captions_is_not_one_of_classes(monkeypatch):
+    monkeypatch.setattr(samples, "load_checkpoint", lambda run: {
+        "arch": "dit", "data": {"source": "shapes"}, "text": {"encoder": "bytes"}})
+    monkeypatch.setattr("sys.argv", ["shapes.py", "runs/text"])
+    with pytest.raises(ValueError, match="runs/text: draws from captions; benchmarks/scenes.py scores it"):
+        shapes.main()

@@ -264,7 +264,7 @@ def test_runs_of_other_data_are_refused_before_anything_is_written(home, tmp_pat
 @pytest.mark.parametrize("flags, words", [
     (["--neighbours", "nowhere/pairs.png"], "--neighbours nowhere/pairs.png: the folder nowhere does"),
     (["--neighbours", "pairs.txt"], "--neighbours pairs.txt: must end in .png"),
-    (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: the folder nowhere does not exist"),
+    (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: the folder nowhere does not exist; create"),
 ])
 def test_bad_flags_are_refused(home, tmp_path, flags, words):
     with pytest.raises(ValueError, match=words):

@@ -19,8 +19,9 @@ def score(monkeypatch, capsys):
     def run(sounds, *flags, text=None, lengths=LENGTHS):
         asked = []
         checkpoint = {"objective": {"name": "rf"}, "text": text, "label_dropout": 0.1,
+                      "vae": {"config": {"rate": RATE}},
                       "data": {"classes": TONE_CLASSES, "longest": 1.024, "seconds": lengths}}
-        monkeypatch.setattr(benchmark, "load_checkpoint", lambda run: checkpoint)
+        monkeypatch.setattr(benchmark, "network_run", lambda run, source: checkpoint)
         monkeypatch.setattr(benchmark, "drawn", lambda flags: asked.extend(flags) or sounds)
         monkeypatch.setattr("sys.argv", ["tones.py", "a-run", "--n", str(len(sounds)), *flags])
         benchmark.main()
