@@ -181,6 +181,15 @@ def guidance_cells() -> Iterator[Cell]:
             Evaluation(solver, count, scale) for scale in (1.0, 1.5, 2.0, 3.0) for count in counts))
 
 
+def noise_cells() -> Iterator[Cell]:
+    """The headlines by the first-order solver, and by samplers that add noise, which either path allows."""
+    for network, objective in HEADLINES:
+        first = "ddim" if objective.startswith("ddpm") else "euler"
+        solvers = (first, "ddpm", "reverse_sde", "dpmpp_2m_sde")
+        yield grid_cell("noise", network, objective, tuple(
+            Evaluation(solver, steps) for solver in solvers for steps in (10, 20, 50)))
+
+
 # 50 first-order steps, the same solver on either path: what further studies compare trainings by.
 FIRST_ORDER = {"ddpm": (Evaluation("ddim", 50),), "rf": (Evaluation("euler", 50),)}
 # What can be chosen on either path, the grid's choices first. Without --schedule, ddpm has scaled_linear.
@@ -341,6 +350,7 @@ STUDIES = {
     "grid": Study("network x objective: equal data, equal training FLOPs", tuple(grid_cells())),
     "steps": Study("claim 3: how many evaluations, and with which solver", tuple(step_cells())),
     "guidance": Study("claim 3: guidance scale against evaluations", tuple(guidance_cells())),
+    "noise": Study("claim 3: what a sampler's own noise changes, on either path", tuple(noise_cells())),
     "schedules": Study("claim 1: what the choice of the training times or of the noise schedule changes",
                        tuple(schedule_cells())),
     "learning rates": Study("claim 1: over how many octaves of the learning rate a training works",

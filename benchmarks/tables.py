@@ -262,6 +262,21 @@ def guidance_table(m: Measured) -> str:
                                      f"{seeds_of(m, 'guidance')}; {made_with(m, 'guidance')}.")
 
 
+def noise_table(m: Measured) -> str:
+    cells = [cell for cell in STUDIES["noise"].cells if m.of("noise", cell.name)]
+    if not cells:
+        return ""
+    counts = sorted({each.steps for each in cells[0].evaluations})
+    rows = ["| evaluations | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+    for cell in cells:
+        for solver in dict.fromkeys(each.sampler for each in cell.evaluations):
+            texts = [mean_of(m, "noise", cell.name, score(each.label, "frechet"), 1)
+                     for each in cell.evaluations if each.sampler == solver]
+            rows.append(f"| {cell.name}, {solver} | {' | '.join(texts)} |")
+    return "\n".join(rows) + ("\n\nFréchet distance without guidance. ddim and euler add no noise. "
+                              f"{seeds_of(m, 'noise')}; {made_with(m, 'noise')}.")
+
+
 def shift_rows(m: Measured, side: int, steps: int) -> dict[str, dict[float, list[float]]]:
     """Distances by where the times are shifted, and by how much."""
     def values(trained: float, shift: float | None) -> list[float]:
@@ -569,6 +584,7 @@ SECTIONS = {
     "compare: staircase": Section(staircase_table, f"{COMPARE} --only grid"),
     "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart),
     "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance"),
+    "compare: noise": Section(noise_table, f"{COMPARE} --only noise"),
     "compare: schedules": Section(schedule_table, f"{COMPARE} --only schedules"),
     "compare: learning rates": Section(rate_table, f"{COMPARE} --only 'learning rates'", rate_chart),
     "compare: sizes": Section(size_table, f"{COMPARE} --only sizes", size_chart),

@@ -195,6 +195,20 @@ def test_few_steps_are_compared_with_the_parent_at_8_evaluations():
     assert "| MeanFlow | 5.5 (5.5 to 5.5) |" in text
 
 
+def test_samplers_with_noise_have_a_row_each():
+    """The distance of the reverse SDE at 20 steps is in its own cell of the table."""
+    def distance(cell, evaluation, nfe):
+        return 3.0 if evaluation.sampler == "reverse_sde" and nfe == 20 and "rf" in cell else 9.0
+
+    rows = tables.noise_table(Measured(made_up(distance))).splitlines()
+    assert rows[0] == "| evaluations | 10 | 20 | 50 |"
+    nine, three = "9.0 (9.0 to 9.0)", "3.0 (3.0 to 3.0)"
+    assert f"| dit rf logit-normal, reverse_sde | {nine} | {three} | {nine} |" in rows
+    assert f"| dit rf logit-normal, euler | {nine} | {nine} | {nine} |" in rows
+    assert sum(nine in row for row in rows) == 12 and sum(three in row for row in rows) == 1
+    assert tables.noise_table(Measured([])) == ""
+
+
 def test_prompts_are_compared_by_their_kind():
     records = made_up(plain)
     for r in records:
