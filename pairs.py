@@ -580,7 +580,7 @@ def demo() -> None:
                                                     pooled_width=32, sound_patch=(1, 4), **PRESETS["tiny"])),
                         {"encoder": "bytes", "config": dict(width=32, depth=1, heads=2)})
     path, optimizer = RectifiedFlow(), torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    for step in range(301):
+    for step in range(401):
         labels = torch.randint(4, (32,))
         loss = pair_loss(model, path, fresh(labels), [names[i] for i in labels]).mean()
         loss.backward()

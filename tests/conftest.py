@@ -69,8 +69,11 @@ def seeded():
 
 @pytest.fixture(autouse=True, scope="session")
 def interruptible():
-    """A shell starts its background jobs with SIGINT ignored, which the programs respect."""
+    """A shell starts its background jobs with SIGINT ignored, and nohup with SIGHUP ignored, which the
+    programs respect."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):                      # Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # ---- tiny runs
