@@ -38,6 +38,7 @@ from benchmarks import losses, neighbours
 from benchmarks.fashion_mnist import classify, frechet, frechet_limit, load_classifier
 from benchmarks.neighbours import Vectors
 from benchmarks.report_picture import draw_report
+from benchmarks.samples import check_out
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from data import CLASSES, Dataset, load_data, load_mnist
 from files import digest, fingerprint_tensors, open_array, read_stamp, write_atomically
@@ -465,8 +466,7 @@ def begin(args: argparse.Namespace, out: Path) -> Job:
     """Check what was asked for, and find what an earlier process has done of it."""
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: must end in .png; the JSON of the same name is written beside it")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    check_out("--out", out)
     checkpoints = [load_checkpoint(run) for run in args.runs]
     checkpoint = checkpoints[0]
     for run, other in zip(args.runs, checkpoints):

@@ -133,8 +133,10 @@ OBJECTIVES = {
     "rf uniform": ("--objective", "rf", "--density", "uniform"),
     "rf logit-normal": ("--objective", "rf", "--density", "logit_normal"),
 }
-# As sample.py by default, without guidance and with a little. Euler is the straight path's DDIM: with it,
-# both paths can be compared by one and the same solver.
+# The first-order solver of each path. Euler is the straight path's DDIM: with it, both paths can be compared
+# by one and the same solver.
+FIRST = {"ddpm": "ddim", "rf": "euler"}
+# As sample.py by default, without guidance and with a little; Euler beside Heun.
 DEFAULT_SAMPLERS = {
     "ddpm": (Evaluation("ddim", 50), Evaluation("ddim", 50, 1.5)),
     "rf": (Evaluation("heun", 10), Evaluation("heun", 10, 1.5), Evaluation("euler", 50)),
@@ -160,7 +162,7 @@ def step_cells() -> Iterator[Cell]:
     solvers, then all others by the first-order one and by a multistep one."""
     others = [pair for pair in itertools.product(NETWORKS, OBJECTIVES) if pair not in HEADLINES]
     for network, objective in (*HEADLINES, *others):
-        first = "ddim" if objective.startswith("ddpm") else "euler"
+        first = FIRST[objective.split()[0]]
         # All solvers make the same first step, so one of them stands for all at one evaluation.
         rows = [Evaluation(first, steps) for steps in COUNTS]
         rows += [Evaluation("unipc_3", steps) for steps in COUNTS[1:-2]]
@@ -184,14 +186,13 @@ def guidance_cells() -> Iterator[Cell]:
 def noise_cells() -> Iterator[Cell]:
     """The headlines by the first-order solver, and by samplers that add noise, which either path allows."""
     for network, objective in HEADLINES:
-        first = "ddim" if objective.startswith("ddpm") else "euler"
-        solvers = (first, "ddpm", "reverse_sde", "dpmpp_2m_sde")
+        solvers = (FIRST[objective.split()[0]], "ddpm", "reverse_sde", "dpmpp_2m_sde")
         yield grid_cell("noise", network, objective, tuple(
             Evaluation(solver, steps) for solver in solvers for steps in (10, 20, 50)))
 
 
 # 50 first-order steps, the same solver on either path: what further studies compare trainings by.
-FIRST_ORDER = {"ddpm": (Evaluation("ddim", 50),), "rf": (Evaluation("euler", 50),)}
+FIRST_ORDER = {path: (Evaluation(solver, 50),) for path, solver in FIRST.items()}
 # What can be chosen on either path, the grid's choices first. Without --schedule, ddpm has scaled_linear.
 SCHEDULES = {
     "ddpm eps": OBJECTIVES["ddpm eps"],
