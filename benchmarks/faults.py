@@ -11,13 +11,9 @@ each run has to equal the one that nobody killed, bit for bit; one that has come
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,109 +29,8 @@ from PIL import Image
 import cli
 import run
 import toys
+from benchmarks.processes import Launch, Server
 from cli import Flag, integer
-from ranks import environments
-
-# Imports take seconds; processes that are forked from one that has made them begin at once.
-SERVER = """
-import json, os, signal, sys, traceback
-import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor.parallel
-import cli, train
-
-def work(order, rank):
-    os.chdir(order["folder"])
-    for number, name, flags in ((0, os.devnull, os.O_RDONLY),
-                                (1, f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
-        os.dup2(os.open(name, flags, 0o666), number)
-    os.dup2(1, 2)
-    os.environ.update(order["environments"][rank])
-    try:
-        return cli.program("train.py", lambda: train.main(order["words"][rank]))
-    except SystemExit as error:
-        return error.code
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-for line in sys.stdin:
-    order = json.loads(line)
-    if "words" in order:
-        answer = []
-        for rank in range(len(order["words"])):
-            pid = os.fork()
-            if pid == 0:
-                status = work(order, rank)
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status or 0)
-            answer.append(pid)
-    else:
-        pid, status = os.waitpid(order["poll"], os.WNOHANG)
-        answer = os.waitstatus_to_exitcode(status) if pid else None
-    print(json.dumps(answer), flush=True)
-"""
-
-
-class Server:
-    """Starts train.py in processes that are forked. setup: Python that runs before, such as a fault."""
-
-    def __init__(self, setup: str = ""):
-        path = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        self.process = subprocess.Popen([sys.executable, "-c", path + setup + SERVER], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1",
-                                                          "TORCH_CPP_LOG_LEVEL": "ERROR"})
-
-    def ask(self, order: dict):
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def launch(self, folder: Path, words: list[list[str]], **environment: str) -> Launch:
-        return Launch(self, folder, words, environment)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-class Launch:
-    """One launch of a process for each list of flags; each writes rank-N.txt in the folder."""
-
-    def __init__(self, server: Server, folder: Path, words: list[list[str]], environment: dict[str, str]):
-        self.server = server
-        self.folder = folder
-        self.pids = server.ask({"folder": str(folder), "words": words,
-                                "environments": [own | environment for own in environments(len(words))]})
-        self.statuses: list[int | None] = [None] * len(self.pids)
-
-    def running(self) -> bool:
-        for rank, pid in enumerate(self.pids):
-            if self.statuses[rank] is None:
-                self.statuses[rank] = self.server.ask({"poll": pid})
-        return None in self.statuses
-
-    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
-        if self.statuses[rank] is None:
-            os.kill(self.pids[rank], number)
-
-    def end(self, seconds: float = 300) -> list[int]:
-        """The exit statuses; of processes that do not end by themselves, -9."""
-        patience = time.monotonic() + seconds
-        while self.running() and time.monotonic() < patience:
-            time.sleep(0.01)
-        for rank in range(len(self.pids)):
-            self.kill(rank)
-        while self.running():
-            time.sleep(0.01)
-        return self.statuses
-
-    def printed(self) -> list[str]:
-        return [(self.folder / f"rank-{rank}.txt").read_text() for rank in range(len(self.pids))]
-
-    def errors(self) -> list[str]:
-        return [line for text in self.printed() for line in re.split("[\r\n]", text) if "error:" in line]
-
 
 # ---- the runs
 
@@ -208,8 +103,9 @@ class Victim:
             (folder / "pictures").symlink_to(place / "pictures")
         started = time.monotonic()
         first = server.launch(self.whole, self.words)
-        if first.end() != [0, 0]:
-            raise RuntimeError(f"{name} does not run: {first.printed()}")
+        statuses, printed = first.end()
+        if statuses != [0, 0]:
+            raise RuntimeError(f"{name} does not run: {printed}")
         self.seconds = 0.6 * (time.monotonic() - started)      # without the VAE and the import of all rooms
         self.run = "runs/pictures-dit-rf"
         self.begin()
@@ -242,7 +138,7 @@ class Victim:
         killed = [number for number in range(2) if rank in (None, number) and launch.statuses[number] is None]
         for number in killed:
             launch.kill(number)
-        statuses = launch.end(60)
+        statuses, _ = launch.end(60)
         return self.problem(launch, killed, statuses)
 
     def problem(self, launch: Launch, killed: list[int], statuses: list[int]) -> str:
@@ -270,9 +166,9 @@ class Victim:
         return ""
 
     def finish(self) -> str:
-        launch = self.server.launch(self.folder, self.words)
-        if launch.end() != [0, 0]:
-            return f"does not go on: {launch.printed()}"
+        statuses, printed = self.server.launch(self.folder, self.words).end()
+        if statuses != [0, 0]:
+            return f"does not go on: {printed}"
         if not equal(self.folder / self.run, self.whole / self.run):
             return "the end differs"
         return ""

@@ -34,6 +34,7 @@ import sample
 import settings
 import toys
 import train
+from benchmarks.processes import Server
 from data import load_data
 
 # Flags of trainings that take seconds; of a flag given twice, the last value counts.
@@ -84,6 +85,30 @@ def few_samples(monkeypatch, steps=3):
     monkeypatch.setattr(train, "SAMPLE_ROWS", 1)
     for name, row in list(settings.OBJECTIVES.items()):
         monkeypatch.setitem(settings.OBJECTIVES, name, row._replace(steps=steps))
+
+
+# The same in another process, which has all that it imports from `server`.
+IMPORTS = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import conftest, pytest"
+FEW = IMPORTS + """
+conftest.SHAPES = 480
+conftest.few_samples(pytest.MonkeyPatch())
+"""
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts programs in processes of their own."""
+    server = Server(IMPORTS)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def launch(server):
+    """Start as many processes, all with the same flags, which train on few shapes."""
+    def start(folder, count, *flags, program="train.py", setup=""):
+        return server.launch(folder, [list(flags)] * count, program, FEW + setup)
+    return start
 
 
 @pytest.fixture

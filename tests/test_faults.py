@@ -17,6 +17,7 @@ import moments
 import ranks
 import run
 from benchmarks import faults
+from benchmarks.processes import Server
 
 pytestmark = pytest.mark.long
 
@@ -67,7 +68,7 @@ LAYOUTS = {"data": [], "shard": ["--shard"]}
 
 @pytest.fixture(scope="module")
 def server():
-    server = faults.Server(SETUP)
+    server = Server(SETUP)
     yield server
     server.close()
 
@@ -82,8 +83,8 @@ def place(server, tmp_path_factory):
         (place / name / "pictures").symlink_to(place / "pictures")
         if name == "shard":
             shutil.copytree(place / "data/runs/pictures-vae", place / "shard/runs/pictures-vae")
-        launch = start(server, place / name, flags)
-        assert launch.end() == [0, 0], launch.printed()
+        statuses, printed = start(server, place / name, flags).end()
+        assert statuses == [0, 0], printed
     return place
 
 
@@ -114,13 +115,13 @@ def wait_for(launch, step):
 
 def goes_on(server, place, folder, layout, *more):
     """The same command ends in the bits of the run that nothing has disturbed."""
-    launch = start(server, folder, LAYOUTS[layout], *more)
-    assert launch.end() == [0, 0], launch.printed()
+    statuses, printed = start(server, folder, LAYOUTS[layout], *more).end()
+    assert statuses == [0, 0], printed
     assert faults.equal(folder / RUN, place / layout / RUN)
 
 
-def one_line(launch, statuses, message, expected=(2, 2)):
-    printed = launch.printed()
+def one_line(launch, message, expected=(2, 2)):
+    statuses, printed = launch.end()
     assert tuple(statuses) == expected, printed
     assert "Traceback" not in "".join(printed), printed
     assert len(launch.errors()) == 1 and message in launch.errors()[0], printed
@@ -168,18 +169,17 @@ def test_a_rank_that_hangs_is_named(server, place, tmp_path, layout, kind, rank,
     while launch.running() and launch.statuses[1 - rank] is None:
         time.sleep(0.05)
     launch.kill(rank)                                  # as torchrun ends what is left
-    statuses = launch.end()
+    statuses, printed = launch.end()
     assert statuses[1 - rank] == 2 and statuses[rank] != 0
-    printed = "".join(launch.printed())
     assert len(launch.errors()) == 1 and message in launch.errors()[0], printed
-    assert "Traceback" not in printed and run.load_checkpoint(folder / RUN)["step"] == 4
+    assert "Traceback" not in "".join(printed) and run.load_checkpoint(folder / RUN)["step"] == 4
     goes_on(server, place, folder, layout)
 
 
 def test_a_process_that_hangs_ends_by_itself(server, place, tmp_path):
     folder = begin(place, tmp_path)
     launch = start(server, folder, [], FAULT="hang:1:6", RANK_PATIENCE="2")
-    one_line(launch, launch.end(), "rank 1, which is at ")
+    one_line(launch, "rank 1, which is at ")
 
 
 @pytest.mark.parametrize("text", ["0", "soon", "-3", "nan"])
@@ -195,7 +195,7 @@ def test_a_patience_that_is_none(monkeypatch, text):
 def test_nan_in_the_gradient_of_one_rank(server, place, tmp_path, layout):
     folder = begin(place, tmp_path)
     launch = start(server, folder, LAYOUTS[layout], FAULT="nan:1:7")
-    one_line(launch, launch.end(), "gradient norm nan at step 7")
+    one_line(launch, "gradient norm nan at step 7")
     assert "it continues from step 4" in launch.errors()[0]
     goes_on(server, place, folder, layout)
 
@@ -206,10 +206,11 @@ def test_sigterm_to_all_saves_a_sharded_run(server, place, tmp_path):
     wait_for(launch, 5)
     for rank in (0, 1):
         launch.kill(rank, signal.SIGTERM)
-    assert launch.end() == [143, 143] and "Traceback" not in "".join(launch.printed())
+    statuses, printed = launch.end()
+    assert statuses == [143, 143] and "Traceback" not in "".join(printed)
     step = run.load_checkpoint(folder / RUN)["step"]
     logged = max(json.loads(line)["step"] for line in open(folder / RUN / "metrics.jsonl"))
-    assert 5 <= step == logged < 12 and f"stopped at step {step} of 12, saved" in launch.printed()[0]
+    assert 5 <= step == logged < 12 and f"stopped at step {step} of 12, saved" in printed[0]
     goes_on(server, place, folder, "shard")
 
 
@@ -217,7 +218,8 @@ def test_sigterm_to_all_saves_a_sharded_run(server, place, tmp_path):
 def test_sigterm_to_one_rank_ends_all_with_the_step_that_it_comes_in(server, place, tmp_path, layout, rank):
     folder = begin(place, tmp_path)
     launch = start(server, folder, LAYOUTS[layout], FAULT=f"term:{rank}:6")
-    assert launch.end() == [143, 143] and "Traceback" not in "".join(launch.printed())
+    statuses, printed = launch.end()
+    assert statuses == [143, 143] and "Traceback" not in "".join(printed)
     assert run.load_checkpoint(folder / RUN)["step"] == 6
     goes_on(server, place, folder, layout)
 
@@ -225,7 +227,7 @@ def test_sigterm_to_one_rank_ends_all_with_the_step_that_it_comes_in(server, pla
 def test_ranks_that_see_other_data_are_refused(server, place, tmp_path):
     folder = begin(place, tmp_path)
     launch = start(server, folder, [], FAULT="data:1:0")
-    one_line(launch, launch.end(), "the data: ")
+    one_line(launch, "the data: ")
     assert "on rank 1; start all processes with the same command" in launch.errors()[0]
     assert not (folder / RUN / "settings.json").exists()
 
@@ -234,7 +236,7 @@ def test_ranks_that_see_other_data_are_refused(server, place, tmp_path):
 def test_a_full_disk_ends_all_and_keeps_the_checkpoint(server, place, tmp_path, layout, rank):
     folder = begin(place, tmp_path)
     launch = start(server, folder, LAYOUTS[layout], FAULT=f"full:{rank}:6")
-    one_line(launch, launch.end(), "cannot write ")
+    one_line(launch, "cannot write ")
     assert run.load_checkpoint(folder / RUN)["step"] == 4
     goes_on(server, place, folder, layout)
 
@@ -248,8 +250,8 @@ def test_a_second_launch_in_a_folder_is_refused(server, place, tmp_path):
     for name in ("pictures", "runs"):
         (other / name).symlink_to(tmp_path / name)
     second = start(server, other, LAYOUTS["shard"])
-    one_line(second, second.end(), "another process is training in this folder")
-    assert first.end() == [0, 0] and faults.equal(folder / RUN, place / "shard" / RUN)
+    one_line(second, "another process is training in this folder")
+    assert first.end()[0] == [0, 0] and faults.equal(folder / RUN, place / "shard" / RUN)
 
 
 # ---- damaged and hostile files
@@ -267,7 +269,7 @@ def test_a_damaged_checkpoint_is_one_line(server, place, tmp_path, how):
     if how != "bit":
         damage(step_of(folder), how)
     launch = start(server, folder, [], "--steps", "14")
-    one_line(launch, launch.end(), "checkpoint.pt: ")
+    one_line(launch, "checkpoint.pt: ")
 
 
 @pytest.mark.parametrize("how", ["cut", "bit", "missing"])
@@ -282,7 +284,7 @@ def test_a_damaged_folder_of_the_optimizer_is_one_line(server, place, tmp_path, 
     else:
         damage(file, how)
     launch = start(server, folder, ["--shard"], "--steps", "14")
-    one_line(launch, launch.end(), "checkpoint.pt: damaged: ")
+    one_line(launch, "checkpoint.pt: damaged: ")
     assert "optimizer-000012" in launch.errors()[0]
 
 
@@ -322,7 +324,7 @@ def test_a_damaged_picture_or_caption_is_one_line(server, place, tmp_path, name,
     (folder / "pictures" / name).write_bytes(b"\xff\xfe\x00broken")
     flags = ["--cond", "text", "--arch", "mmdit", "--steps", "2"]
     launch = server.launch(folder, [words([], *flags)] * 2)
-    statuses, printed = launch.end(), launch.printed()
+    statuses, printed = launch.end()
     assert statuses == expected and "Traceback" not in "".join(printed), printed
     assert printed[1] == "" and printed[0].count(name) == 1, printed
     assert len(launch.errors()) == int(name == "3.txt")
@@ -337,7 +339,7 @@ def test_kept_checkpoints_have_their_optimizer_and_one_can_be_copied_back(server
     assert found == {"checkpoint-000008.pt", "checkpoint-000012.pt", "optimizer-000008", "optimizer-000012"}
     step_of(folder).write_bytes(step_of(folder).read_bytes()[:5000])       # of both names of that file
     launch = start(server, folder, ["--shard"], "--keep", "2")
-    one_line(launch, launch.end(), "; checkpoint-000008.pt beside it is whole: copy it to checkpoint.pt to "
+    one_line(launch, "; checkpoint-000008.pt beside it is whole: copy it to checkpoint.pt to "
                                    "continue from step 8")
     shutil.copy(folder / RUN / "checkpoint-000008.pt", step_of(folder))
     goes_on(server, place, folder, "shard", "--keep", "2")

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -179,22 +178,6 @@ def test_copied_out_pieces_import(tmp_path):
     subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, env=ENVIRONMENT)
 
 
-@pytest.fixture(scope="module")
-def demonstrations(request, tmp_path_factory):
-    """The demonstrations that were selected, in processes of their own, as many at a time as there are cores:
-    future results by name, each with the folder in which it ran."""
-    def run(name, folder):
-        result = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True,
-                                cwd=folder, env=ENVIRONMENT)
-        return result, folder
-
-    names = [item.callspec.params["name"] for item in request.session.items
-             if getattr(item, "originalname", "") == "test_demonstrations"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {name: pool.submit(run, name, tmp_path_factory.mktemp(name)) for name in names}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("name, expected", [
     ("vae", "PSNR"), ("audio_vae", "spectral distance"), ("unet", "859.5 M"), ("dit", "674.8 M"),
     ("mmdit", "2028.3 M"), ("stable_audio", "1057.3 M"), ("media", "True"),
@@ -222,20 +205,19 @@ def demonstrations(request, tmp_path_factory):
     pytest.param("parallel", "sharded, tensor parallel: rank 0 holds", marks=pytest.mark.long),
     pytest.param("ranks", "refused: --seed: 0 on rank 0", marks=pytest.mark.long),
 ])
-def test_demonstrations(demonstrations, name, expected):
-    result, folder = demonstrations[name].result()
-    assert result.returncode == 0, result.stderr
-    assert expected in result.stdout
+def test_demonstrations(server, tmp_path, name, expected):
+    statuses, [printed] = server.launch(tmp_path, [[]], str(ROOT / f"{name}.py")).end()
+    assert statuses == [0] and expected in printed, printed
     if name == "samplers":
         orders = {"euler": 1, "heun": 2, "plms": 2, "dpm_solver_2": 2, "dpmpp_2m": 2, "dpm_solver_3": 3,
                   "dpmpp_3m": 3, "unipc_2": 3, "unipc_3": 4}
-        for line in result.stdout.splitlines()[1:]:
+        for line in printed.splitlines()[1:]:
             assert -0.1 < float(line.split()[-1]) - orders[line.split()[1]] < 0.4, line
     if name == "parallel":                   # one loss and one gradient, whatever the layout
-        assert len({line.partition(";")[2] for line in result.stdout.splitlines()}) == 1, result.stdout
+        assert len({line.partition(";")[2] for line in printed.splitlines()}) == 1, printed
     if name in ("ddpm", "rectified_flow"):   # samples lie on the data, not only near it
-        samples, fresh, noise = map(float, re.findall(r"0\.\d+", result.stdout.splitlines()[-2]))
-        assert fresh < samples < 0.08 < 0.3 < noise and (folder / f"{name}.png").is_file()
+        samples, fresh, noise = map(float, re.findall(r"0\.\d+", printed.splitlines()[-2]))
+        assert fresh < samples < 0.08 < 0.3 < noise and (tmp_path / f"{name}.png").is_file()
 
 
 @pytest.mark.parametrize("module", [settings, sample])

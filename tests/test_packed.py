@@ -29,7 +29,7 @@ from ddpm import DDPM
 from pictures import cover, read_image, to_tensor
 from ragged import fitted, groups_of_equal, open_ragged, ragged, write_ragged
 from rectified_flow import RectifiedFlow, shift_time
-from test_parallel import assert_close, launch
+from test_parallel import assert_close
 from vae import VAE, VAEConfig
 
 GRIDS = [(4, 8), (6, 6), (6, 6), (2, 12), (8, 4)]            # heights and widths of latents, with patch 2
@@ -427,7 +427,7 @@ def test_a_vae_of_mixed_sizes_resumes_bit_for_bit(folder, monkeypatch):
     ("dit", ["--tokens", "128", "--flip", "--shift-tokens", "16"], []),
     ("dit", ["--batch-size", "12"], ["--shard", "--tensor-parallel", "2"]),
     ("mmdit", ["--batch-size", "8", "--accumulate", "2"], ["--shard"])])
-def test_two_processes_train_mixed_sizes_as_one(folder, arch, more, layout):
+def test_two_processes_train_mixed_sizes_as_one(launch, folder, arch, more, layout):
     """The VAE too, which the same command trains first."""
     command = ["--arch", arch, "--data", "pictures", *FLAGS, "--clip", "1e9", *more]
     for count, flags in ((1, []), (2, layout)):

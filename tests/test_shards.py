@@ -31,7 +31,7 @@ from folder import list_folder
 from ranks import Ranks
 from shards import (ShardCaptions, ShardLabels, ShardOrder, ShardPictures, TrainingRows, find_shards,
                     open_index, read_manifest, scan_shard, validation_samples, write_shard)
-from test_parallel import assert_close, errors, launch
+from test_parallel import assert_close
 
 
 def png(i, size=(10, 12), **options):
@@ -418,7 +418,7 @@ ON_SHARDS = {"vae": ["--arch", "vae", "--vae-preset", "tiny", "--data", "s"],
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ON_SHARDS)
-def test_two_processes_train_on_shards_as_one(encoded, name):
+def test_two_processes_train_on_shards_as_one(launch, encoded, name):
     flags = [*ON_SHARDS[name], *SHORT, "--workers", "2"]
     statuses, printed = launch(encoded, 2, *flags, "--name", f"two-{name}").end()
     assert statuses == [0, 0], printed
@@ -428,13 +428,14 @@ def test_two_processes_train_on_shards_as_one(encoded, name):
 
 
 @pytest.mark.long
-def test_a_truncated_shard_ends_two_processes_with_one_line(tmp_path):
+def test_a_truncated_shard_ends_two_processes_with_one_line(launch, tmp_path):
     source = make(tmp_path / "s", [20, 20])
     file = tmp_path / "s/001.tar"
     file.write_bytes(file.read_bytes()[:5000])
-    statuses, printed = launch(tmp_path, 2, "--arch", "vae", "--data", source).end()
+    launched = launch(tmp_path, 2, "--arch", "vae", "--data", source)
+    statuses, printed = launched.end()
     assert statuses == [2, 2] and printed[1] == ""
-    assert len(errors(printed)) == 1 and "001.tar: truncated" in errors(printed)[0]
+    assert len(launched.errors()) == 1 and "001.tar: truncated" in launched.errors()[0]
     assert not [*tmp_path.rglob("settings.json")]
 
 
