@@ -37,7 +37,7 @@ import settings
 from benchmarks import figures, measures
 from benchmarks.studies import (BUDGETS, CHECKPOINTS, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
                                 Evaluation)
-from cli import program
+from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_atomically, write_stamp
 from run import Run, build_path
 
@@ -475,9 +475,6 @@ def listing(comparison: Comparison, cells: list[tuple[Cell, int]]) -> None:
 
 def chosen_cells(args: argparse.Namespace) -> list[tuple[Cell, int]]:
     """All cells of the first seed, then all of the next: an early end leaves whole rows."""
-    for name in args.only:
-        if name not in STUDIES:
-            raise ValueError(f"--only {name}: must be one of {', '.join(STUDIES)}")
     budget = BUDGETS[args.budget]
     if args.seeds:
         return [(cell, seed) for seed in args.seeds for name in args.only
@@ -487,12 +484,12 @@ def chosen_cells(args: argparse.Namespace) -> list[tuple[Cell, int]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--budget", choices=BUDGETS,
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--budget", type=one_of(BUDGETS),
                    help="; ".join(f"{name}: {budget.what}" for name, budget in BUDGETS.items()))
-    p.add_argument("--only", nargs="+", default=list(STUDIES), metavar="STUDY",
+    p.add_argument("--only", type=one_of(STUDIES), nargs="+", default=list(STUDIES), metavar="STUDY",
                    help="; ".join(f"{name}: {study.question}" for name, study in STUDIES.items()))
-    p.add_argument("--seeds", type=int, nargs="+",
+    p.add_argument("--seeds", type=integer(0), nargs="+",
                    help="(default: those of the budget, of which some studies take only the first two)")
     p.add_argument("--list", action="store_true", help="print the cells and their commands, and stop")
     p.add_argument("--pictures", action="store_true",

@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.samples import check_out, drawn
-from cli import Parser, integer, number, program
+from cli import Parser, integer, number, one_of, program
 from data import batch_indices, load_mnist
 from pictures import to_tensor, to_uint8
 from run import load_checkpoint, load_vae
@@ -179,7 +179,7 @@ def main() -> None:
     p.add_argument("--guide", help="autoguidance by this checkpoint: see sample.py")
     p.add_argument("--n", type=integer(40, 10_000), default=2000,
                    help="samples per guidance scale (default: 2000)")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="see sample.py")
+    p.add_argument("--precision", type=one_of(("fp32", "bf16")), default="fp32", help="see sample.py")
     p.add_argument("--data-dir", default="data", help="folder of the IDX files (default: data)")
     p.add_argument("--json", help="also write the figures to this file")
     args = p.parse_args()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.compare import Results, Stopped, as_typed, call, last_step, stamp
 from benchmarks.measures import JUDGES
-from cli import program
+from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_stamp
 
 RESULTS = Path(__file__).with_name("results") / "ladder.jsonl"
@@ -291,13 +291,13 @@ def table(records: list[dict], base: str) -> str:
 # ---- the program
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--base", choices=BASES, default="dit", help="the family (default: dit)")
-    p.add_argument("--rungs", nargs="+", choices=RUNGS, metavar="RUNG",
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--base", type=one_of(BASES), default="dit", help="the family (default: dit)")
+    p.add_argument("--rungs", type=one_of(RUNGS), nargs="+", metavar="RUNG",
                    help="; ".join(f"{name}: {rung.what}" for name, rung in RUNGS.items())
                         + " (default: all that go with the family)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
-    p.add_argument("--n", type=int, default=2000, help="samples per rung (default: 2000)")
+    p.add_argument("--seeds", type=integer(0), nargs="+", default=[0], help="(default: 0)")
+    p.add_argument("--n", type=integer(2, 10_000), default=2000, help="samples per rung (default: 2000)")
     p.add_argument("--list", action="store_true", help="print the rungs and their commands, and stop")
     p.add_argument("--table", action="store_true", help="print what is measured so far, and stop")
     p.add_argument("--runs-dir", default="runs/ladder", help="(default: runs/ladder)")

@@ -42,7 +42,7 @@ from benchmarks import listen, neighbours
 from benchmarks.fashion_mnist import describe, draw_samples, frechet, frechet_limit
 from benchmarks.report import latents_of, through
 from benchmarks.samples import check_out
-from cli import integer, nonempty, number, program
+from cli import Parser, integer, nonempty, number, one_of, program
 from data import batch_indices
 from files import write_atomically
 from pictures import PICTURES, write_picture
@@ -268,7 +268,7 @@ def check_run(run: str) -> dict:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", help="run folders; of an autoencoder, only the floor is measured")
     p.add_argument("--cfg", type=number(-1e6, 1e6), nargs="+", default=[1.0, 2.0, 3.0],
                    help="guidance scales (default: 1 2 3)")
@@ -284,7 +284,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("sampler", "steps", "times", "guide"):
         p.add_argument(f"--{name}", help="see sample.py")
     p.add_argument("--interval", nargs=2, default=["0", "1"], help="see sample.py")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="see sample.py")
+    p.add_argument("--precision", type=one_of(("fp32", "bf16")), default="fp32", help="see sample.py")
     p.add_argument("--data-dir", default="data", type=nonempty, help="folder of the data (default: data)")
     p.add_argument("--json", type=nonempty, help="also write the figures to this file")
     args = p.parse_args(argv)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from benchmarks import (fashion_mnist, gallery, report_picture, samples, scenes, shapes, sharpness, speed,
-                        tones)
+from benchmarks import (compare, fashion_mnist, gallery, ladder, report_picture, samples, scenes, shapes,
+                        sharpness, speech, speed, tones)
 from cli import program
 from conftest import contents
 
@@ -392,6 +392,14 @@ def test_every_row_is_written(monkeypatch, tmp_path, capsys):
     (gallery, ["runs/done", "a.png"], "runs/done: draws no captions; give a run of --cond text"),
     (gallery, ["runs/none", "a.png"], "runs/none: no checkpoint there"),
     (report_picture, ["none.json", "a.png"], "[Errno 2] No such file or directory: 'none.json'"),
+    (compare, ["--list"], "--budget is required: "),
+    (compare, ["--budget", "large", "--list"], "--budget large: must be one of "),
+    (compare, ["--budget", "cpu", "--only", "stairs"], "--only stairs: must be one of "),
+    (compare, ["--budget", "cpu", "--seeds", "-1"], "--seeds -1: must be"),
+    (compare, ["--budgets", "cpu"], "unrecognized arguments: --budgets cpu; did you mean --budget?"),
+    (ladder, ["--rungs", "faster"], "--rungs faster: must be one of "),
+    (ladder, ["--n", "many"], "--n many: must be a whole number"),
+    (speech, ["runs/done", "--precision", "fp8"], "--precision fp8: must be one of fp32, bf16"),
 ])
 def test_bad_input_is_refused_in_one_line(cwd, monkeypatch, capsys, benchmark, flags, refusal):
     name = benchmark.__name__.rpartition(".")[2]
