@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 import sample
+import sample_settings
 import settings
 import train
 import unet
@@ -230,7 +231,7 @@ def test_cells_are_plain_commands_that_the_programs_accept(tmp_path):
                 assert len(samples) == len(cell.evaluations) and (samples or cell.batches)
                 comparison.run_folder(cell, 2).mkdir(exist_ok=True)
                 for command in samples:
-                    sample.check_flags(sample.parse_args(command[1:]))
+                    sample_settings.check_flags(sample_settings.parse_args(command[1:]))
 
 
 def test_a_budget_takes_the_ends_of_what_is_too_much():
@@ -250,9 +251,9 @@ def test_the_shift_study_shifts_training_and_sampling_apart(tmp_path):
     for cell in compare.STUDIES["shift"].cells:
         for command in comparison.commands(cell, 0)[2:]:
             trained = settings.parse(comparison.train_command(cell, 0)[1:]).shift or 1.0
-            sampled = sample.parse_args(command[1:]).shift or trained
+            sampled = sample_settings.parse_args(command[1:]).shift or trained
             found.add((studies.PICTURES[cell.data].side, trained, sampled,
-                       sample.parse_args(command[1:]).steps))
+                       sample_settings.parse_args(command[1:]).steps))
     both = {(shift, shift) for shift in studies.SHIFTS}
     apart = {pair for shift in studies.SHIFTS for pair in ((shift, 1.0), (1.0, shift))}
     assert found == {(side, *pair, steps) for side in (32, 64) for pair in both | apart for steps in (10, 25)}

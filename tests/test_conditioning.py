@@ -20,6 +20,7 @@ import encoders
 import plan
 import run
 import sample
+import sample_settings
 import settings
 import toys
 import train
@@ -145,7 +146,7 @@ def test_a_label_is_a_name_or_an_unambiguous_index(names, label, expected, said,
     kind = conditioning.of_checkpoint(checkpoint(names), CPU)
     assert kind.index(label) == expected and capsys.readouterr().err.strip() == said
     # what is offered is drawn, also after going through argparse
-    args = sample.parse_args(["runs/x", *shlex.split(kind.hint())])
+    args = sample_settings.parse_args(["runs/x", *shlex.split(kind.hint())])
     assert kind.index(args.label) == 0
 
 
@@ -308,7 +309,7 @@ def test_every_flag_of_a_kind_is_one_of_sample_py():
     for kind in conditioning.KINDS.values():
         for flag, fields in kind.flags.items():
             assert flag[2:].replace("-", "_") in FLAGS and fields["help"]
-    args = vars(sample.parse_args(["runs/x"]))
+    args = vars(sample_settings.parse_args(["runs/x"]))
     assert {name: args[name] for name in FLAGS} == FLAGS
 
 

@@ -15,7 +15,7 @@ from torch.distributed import run as torchrun
 
 import encode
 import pairs
-import sample
+import sample_settings
 import settings
 
 # Each room and the rooms that it imports at module level. A room may only import rooms above it in this
@@ -79,8 +79,10 @@ ROOMS = {
     "plan": {"ahead", "cache", "cli", "conditioning", "cuts", "data", "ema", "files", "folder", "media",
              "moe", "published", "ragged", "ranks", "run", "settings", "shards", "vae", "weights"},
     "guidance": {"conditioning", "draw", "run", "times", "vae", "weights"},
-    "sample": {"beginning", "cli", "conditioning", "draw", "ema", "files", "guidance", "media", "offload",
-               "output", "pictures", "published", "ranks", "run", "samplers", "settings", "sound", "times",
+    "sample_settings": {"beginning", "cli", "conditioning", "ema", "files", "media", "output", "pictures",
+                        "ranks", "run", "samplers", "settings", "times", "vae"},
+    "sample": {"beginning", "cli", "conditioning", "draw", "files", "guidance", "media", "offload", "output",
+               "pictures", "published", "ranks", "run", "sample_settings", "settings", "sound", "times",
                "vae", "weights"},
     "tasks": {"cache", "cli", "conditioning", "data", "draw", "files", "media", "moe", "plan", "ranks",
               "run", "samplers", "settings", "shards", "vae"},
@@ -189,7 +191,8 @@ def test_copied_out_pieces_import(tmp_path):
     ("weights", "refused: .../weights.safetensors"), ("offload", "block by block: 0 apart"),
     ("output", "minus-000001-low.wav"),
     ("conditioning", "conditioned on text"), ("run", "continues from step 2"),
-    ("settings", "--lr                 0.004"), ("plan", "first, the VAE of runs/shapes-vae: 2,000 steps"),
+    ("settings", "--lr                 0.004"), ("sample_settings", "this run is on the path of rf"),
+    ("plan", "first, the VAE of runs/shapes-vae: 2,000 steps"),
     ("export", "read back, its latents differ by 0"), ("cli", "--steps 0: refused, --steps 0: must be"),
     ("tasks", "validation {'val_loss'"), ("files", "new, ['file']"), ("folder", "22 for training"),
     ("decoded", "24 decoded"), ("drawings", "35 for training, 4 for validation"),
@@ -220,11 +223,11 @@ def test_demonstrations(server, tmp_path, name, expected):
         assert fresh < samples < 0.08 < 0.3 < noise and (tmp_path / f"{name}.png").is_file()
 
 
-@pytest.mark.parametrize("module", [settings, sample])
+@pytest.mark.parametrize("module", [settings, sample_settings])
 def test_every_flag_has_a_help_text(module, capsys):
     flags = [flag for group in module.FLAGS.values() for flag in group]
     assert len(flags) > 20 and all(len(flag.help) > 10 for flag in flags)
-    parse = settings.parse if module is settings else sample.parse_args
+    parse = settings.parse if module is settings else sample_settings.parse_args
     with pytest.raises(SystemExit):
         parse(["--help"])
     printed = capsys.readouterr().out
@@ -253,7 +256,7 @@ def test_readme_commands_are_accepted():
         elif script == "pairs":
             pairs.parse_args(flags)
         else:
-            sample.check_flags(sample.parse_args(flags))
+            sample_settings.check_flags(sample_settings.parse_args(flags))
 
 
 def test_readme_commands_of_torchrun_are_accepted():

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import candidates, compare, ladder
 from test_compare import tiny  # noqa: F401  (a fixture: tiny pictures, programs in this process)
 
-import sample
+import sample_settings
 import settings
 import train
 
@@ -35,8 +35,8 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
             assert (own.runs_dir, own.name, own.steps) == (vae.runs_dir, vae.name, 4500)
             assert args.seed == 3 and args.steps == whole.steps(rung)
             whole.run(rung, 3).mkdir(parents=True, exist_ok=True)
-            drawn = sample.parse_args(drawn[1:])
-            sample.check_flags(drawn)
+            drawn = sample_settings.parse_args(drawn[1:])
+            sample_settings.check_flags(drawn)
             if drawn.guide:                                        # a checkpoint that the run keeps
                 assert int(Path(drawn.guide).stem.removeprefix("checkpoint-")) % args.save_every == 0
                 assert args.keep * args.save_every >= args.steps - 8

@@ -18,6 +18,7 @@ import moe
 import plan
 import run
 import sample
+import sample_settings
 import settings
 import text
 import toys
@@ -175,11 +176,11 @@ def test_the_shift_follows_the_tokens():
     u = plain.sample_times(4, tokens)["t"].double()
     want = torch.stack([shift_time(u[i], shift) for i, shift in enumerate((0.5, 1.0, 2.0, 4.0))])
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
-    args = sample.parse_args(["RUN"])
+    args = sample_settings.parse_args(["RUN"])
     checkpoint = {"objective": {"name": "rf", "shift_tokens": 64}, "config": {}}
-    assert sample.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 2.0}
+    assert sample_settings.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 2.0}
     args.shift = 3.0
-    assert sample.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 3.0}
+    assert sample_settings.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 3.0}
     with pytest.raises(ValueError, match="shift_tokens 64: must be at least 1, and without a shift"):
         RectifiedFlow(shift=2.0, shift_tokens=64)
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 import run
 import sample
+import sample_settings
 from data import load_data
 from pictures import to_tensor
 from toys import SHAPE_CLASSES, read_shape
@@ -326,7 +327,7 @@ def test_report_on_shapes(small_data, tmp_path):
     for command in found["commands"]:
         words = command.split()
         assert words[:2] == ["python", "sample.py"]
-        sample.check_flags(sample.parse_args(words[2:]))
+        sample_settings.check_flags(sample_settings.parse_args(words[2:]))
     assert "heun --steps 3" in found["protocol"] and f"all {SHAPES:,} training pictures" in found["protocol"]
     assert found["loss"]["curve"]["validation"][-1][0] == 60 and found["words"]["loss"]
 

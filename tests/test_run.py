@@ -315,8 +315,8 @@ def test_blocks_compile_once_for_all_sizes():
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_text_of_any_length(monkeypatch):
-    """Down to machine code: a U-Net's block that attends to text, at two sizes of picture and two of text. Sizes
-    count as unknown from the beginning, which saves the compilation for the first one."""
+    """Down to machine code: a U-Net's block that attends to text, at two sizes of picture and two of text.
+    Sizes count as unknown from the beginning, which saves the compilation for the first one."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "assume_static_by_default", False)
     block = unet.SpatialTransformer(16, 2, unet.UNetConfig(groups=8, context_width=8, positions=True))

@@ -19,6 +19,7 @@ import draw as draw_file
 import files
 import run
 import sample
+import sample_settings
 import samplers
 import settings
 import toys
@@ -95,7 +96,7 @@ def test_options_reach_sampler_and_guidance(cwd, text_runs, monkeypatch):
         return called
 
     for name in ("heun", "unipc_3", "dpmpp_3m", "dpm2_ancestral"):
-        monkeypatch.setitem(sample.SAMPLERS, name, watched(name, sample.SAMPLERS[name]))
+        monkeypatch.setitem(samplers.SAMPLERS, name, watched(name, samplers.SAMPLERS[name]))
     monkeypatch.setattr(draw_file, "guided", watched("guided", draw_file.guided))
     always = {"generator", "on_step"}
     for flags, name, options in (
@@ -124,8 +125,8 @@ def test_options_reach_sampler_and_guidance(cwd, text_runs, monkeypatch):
 
 def test_the_times_of_sampling_are_shifted_alone(cwd, tmp_path, monkeypatch):
     """As by a path of that shift, while the network and what it predicts stay those of the run."""
-    seen, euler = [], sample.SAMPLERS["euler"]
-    monkeypatch.setitem(sample.SAMPLERS, "euler", lambda denoise, path, x, times, **more:
+    seen, euler = [], samplers.SAMPLERS["euler"]
+    monkeypatch.setitem(samplers.SAMPLERS, "euler", lambda denoise, path, x, times, **more:
                         (seen.append(times), euler(denoise, path, x, times, **more))[1])
     plain = draw_two("runs/done", "--sampler", "euler")
     for shift in ("1", "3", "0.5"):
@@ -191,7 +192,7 @@ def test_pictures_to_begin_with(cwd, text_runs, which, monkeypatch):
     # at strength 1 nothing of the picture is left
     assert (draw_two(folder, *begin, "--strength", "1") == draw_two(folder, "--prompt", "a red circle")).all()
     seen = []
-    monkeypatch.setitem(sample.SAMPLERS, "euler",
+    monkeypatch.setitem(samplers.SAMPLERS, "euler",
                         lambda denoise, path, x, times, **_: seen.append(times) or x)
     for steps, strength in ((20, 0.55), (25, 0.56), (50, 0.68), (100, 0.81)):      # 0.55 is 0.55 and an ulp
         draw_two(folder, *begin, "--sampler", "euler", "--steps", str(steps), "--strength", str(strength))
@@ -228,7 +229,7 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     where = paint(name)
     Image.new("RGB", (32, 32), "red").save("begin.png")
-    args = sample.parse_args(["runs/x", "--init-image", "begin.png", "--mask", name])
+    args = sample_settings.parse_args(["runs/x", "--init-image", "begin.png", "--mask", name])
     _, mask = beginning.read_image_and_mask(args, (32, 32), 3)
     assert (mask[0, 0].numpy() == where).all()
     # of a picture, transparency is white as before
@@ -459,8 +460,8 @@ def test_links_at_an_output_are_not_followed(cwd):
     (["--noise", "0"], {"name": "rf"}, ("reverse_sde", {"noise": 0.0})),
 ])
 def test_choice_of_the_sampler(flags, objective, expected):
-    checkpoint = {"objective": objective, "config": {}}
-    assert sample.choose_sampler(sample.parse_args(["runs/x", *flags]), checkpoint) == expected
+    args = sample_settings.parse_args(["runs/x", *flags])
+    assert sample_settings.choose_sampler(args, {"objective": objective, "config": {}}) == expected
 
 
 @pytest.mark.parametrize("flags, message", [

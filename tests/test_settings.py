@@ -12,7 +12,7 @@ import conditioning
 import ddpm
 import dit
 import run
-import sample
+import sample_settings
 import settings
 import text
 import unet
@@ -47,7 +47,7 @@ def test_published_models():
 
 # ---- the tables
 
-TABLES = [(name, flag) for name, groups in (("train", settings.FLAGS), ("sample", sample.FLAGS))
+TABLES = [(name, flag) for name, groups in (("train", settings.FLAGS), ("sample", sample_settings.FLAGS))
           for flags in groups.values() for flag in flags]
 
 
@@ -70,7 +70,7 @@ def test_a_row_of_the_tables(program, flag):
 
 
 def test_names_of_flags_are_unique():
-    for groups in (settings.FLAGS, sample.FLAGS):
+    for groups in (settings.FLAGS, sample_settings.FLAGS):
         names = [flag.name for flags in groups.values() for flag in flags]
         assert len(names) == len(set(names))
     assert len(settings.ROWS) == sum(map(len, settings.FLAGS.values()))

@@ -26,6 +26,7 @@ import draw
 import plan
 import run
 import sample
+import samplers
 import settings
 import tasks
 import toys
@@ -91,7 +92,7 @@ def test_every_combination_trains_and_samples(cwd, arch, objective, prediction):
     model.load_state_dict(checkpoint["ema"])
     vae, path = run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"])
     cond, uncond = {"y": torch.tensor([0, 1])}, {"y": torch.tensor([24, 24])}
-    for sampler in sample.SAMPLERS:
+    for sampler in samplers.SAMPLERS:
         images = draw.draw(model.eval(), vae, path, (4, 8, 8), range(2), cond, uncond, sampler=sampler,
                              steps=3, scale=2.0)
         assert images.shape == (2, 32, 32, 3) and len(np.unique(images)) > 1
