@@ -58,18 +58,28 @@ def decide(comparison: Comparison) -> bool | None:
     return bool((difference > 0) == comparison.higher)
 
 
-def measured(comparison: Comparison) -> bool:
-    return min(len(comparison.ours), len(comparison.theirs)) >= 2
+def measured(comparison: Comparison, seeds: int = 2) -> bool:
+    """Whether either side has as many values as a decision needs, or as many as are given here."""
+    return min(len(comparison.ours), len(comparison.theirs)) >= seeds
 
 
-VERDICTS = ("false", "depends", "true", "not measured yet")      # the usual telling's contrary first
+def answer_to(comparison: Comparison) -> str:
+    """One of ANSWERS, or UNDECIDED."""
+    return ANSWERS[decide(comparison)] if measured(comparison) else UNDECIDED
+
+
+# The usual telling's contrary first; "not decided yet" where a comparison lacks its second seed.
+VERDICTS = ("false", "depends", "true", "not decided yet", "not measured yet")
 ANSWERS = {True: "yes", False: "no", None: "within the spread"}
+UNDECIDED = "undecided"
 
 
 def verdict(comparisons: list[Comparison]) -> str:
     """One of VERDICTS."""
-    if not comparisons or not all(map(measured, comparisons)):
+    if not any(measured(comparison, 1) for comparison in comparisons):
         return "not measured yet"
+    if not all(map(measured, comparisons)):
+        return "not decided yet"
     answers = [decide(comparison) for comparison in comparisons]
     if all(answers):
         return "true"
@@ -78,8 +88,8 @@ def verdict(comparisons: list[Comparison]) -> str:
 
 def counted(comparisons: list[Comparison]) -> str:
     """How the comparisons were decided: "2 yes, 1 no"."""
-    answers = [decide(comparison) for comparison in comparisons]
-    return ", ".join(f"{answers.count(answer)} {name}" for answer, name in ANSWERS.items()
+    answers = [answer_to(comparison) for comparison in comparisons]
+    return ", ".join(f"{answers.count(answer)} {answer}" for answer in (*ANSWERS.values(), UNDECIDED)
                      if answer in answers)
 
 
@@ -397,8 +407,8 @@ class Claim(NamedTuple):
 CLAIMS = [
     Claim("1", "rectified flow trains more easily than diffusion: its schedule matters less, and more "
                "learning rates work", easier_training, 2, "learning-rates"),
-    Claim("1a", "its gradients are calmer than those of diffusion: spread of their norm", calmer_gradients,
-          2, "grid"),
+    Claim("1a", "rectified flow's gradients are calmer than diffusion's: spread of the gradient norm",
+          calmer_gradients, 2, "grid"),
     Claim("2", "straight path + velocity beats eps, v and x0 on the diffusion path, at equal training: "
                "Fréchet distance, 50 first-order steps", straight_path, 2, "grid"),
     Claim("2a", "logit-normal times beat uniform ones: Fréchet distance", logit_normal, 2, "grid"),
@@ -407,9 +417,9 @@ CLAIMS = [
                "distance, and 10 against 50", few_evaluations, 1, "steps"),
     Claim("3a", "high order is not needed on straight paths: Euler's distance is within 10 % of a multistep "
                 "solver's", euler_is_enough, 2, "steps"),
-    Claim("4a", "a U-Net's bias helps early: error of the velocity after an eighth of the training, against "
-                "the transformer", early, 3, "grid"),
-    Claim("4b", "a U-Net's bias helps on little data: Fréchet distance with a tenth of the pictures, "
+    Claim("4a", "a U-Net's inductive bias helps early: error of the velocity after an eighth of the "
+                "training, against the transformer", early, 3, "grid"),
+    Claim("4b", "a U-Net's inductive bias helps on little data: Fréchet distance with a tenth of the pictures, "
                 "against the transformer of equal FLOPs", little_data, 2, "sizes"),
     Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, lower is "
                 "steeper, against the U-Net", scaling, 3, "sizes"),

@@ -65,7 +65,7 @@ RUN = "RUN"              # among flags of sample.py: the run's folder
 CHECKPOINTS = 8          # that every run keeps, evenly over its steps
 
 RUNGS = {
-    "default": Rung("the defaults of today"),
+    "default": Rung("train.py's defaults"),
     # sampling: no training of their own
     "no-interval": Rung("guidance 2 at all times", sample=("--cfg", "2")),
     "weaker": Rung("guidance 1.5 at all times", sample=("--cfg", "1.5")),
@@ -77,7 +77,7 @@ RUNGS = {
     "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
                          sample=("--cfg", "2", "--guide", f"{RUN}/checkpoint-QUARTER.pt")),
     # training
-    "constant-average": Rung("the weights are averaged with a constant decay, the default before",
+    "constant-average": Rung("the weights are averaged with a constant decay, the former default",
                              train=("--ema", "0.998")),
     "average-0.06": Rung("drawn from the average of twice the width",
                          sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),

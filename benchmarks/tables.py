@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (ANSWERS, CLAIMS, RULE, VERDICTS, Claim, Comparison, Measured, best_within,
-                               counted, crossover, decide, distance, exponents, first_order, measured, needed,
+from benchmarks.claims import (CLAIMS, RULE, VERDICTS, Claim, Comparison, Measured, answer_to, best_within,
+                               counted, crossover, distance, exponents, first_order, measured, needed,
                                paces, score, sizes, verdict)
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
@@ -32,7 +32,8 @@ from files import write_atomically
 
 
 def claims_table(m: Measured) -> str:
-    """A line per claim: what contradicts the usual telling first, what is not measured last."""
+    """A line per claim: what contradicts the usual telling first, what is not measured last. It shows the first
+    comparison that has values on both sides."""
     rows = []
     for claim in CLAIMS:
         comparisons = claim.comparisons(m)
@@ -40,7 +41,8 @@ def claims_table(m: Measured) -> str:
         rank = VERDICTS.index(found)
         first, shows = "", ""
         if found != "not measured yet":
-            first = f"{comparisons[0].what}: {compared(claim, comparisons[0])}"
+            shown = next(comparison for comparison in comparisons if measured(comparison, 1))
+            first = f"{shown.what}: {compared(claim, shown)}"
             shows = f"[{claim.figure}](benchmarks/pictures/compare-{claim.figure}.png)"
             found = f"**{found}** ({counted(comparisons)})"
         rows.append((rank, f"| {claim.number} | {claim.text} | {first} | {found} | {shows} |"))
@@ -64,7 +66,7 @@ def comparison_table(m: Measured) -> str:
     for claim in CLAIMS:
         for each in claim.comparisons(m):
             if each.ours and each.theirs:
-                answer = ANSWERS[decide(each)] if measured(each) else "undecided"
+                answer = answer_to(each)
                 rows.append(f"| {claim.number} | {each.what} | {compared(claim, each)} | {answer} |")
     if not rows:
         return ""
@@ -531,8 +533,8 @@ def few_step_table(m: Measured) -> str:
     if len(rows) == 2:
         return ""
     notes = ("Fréchet distance of the best solver. An evaluation with guidance counts twice; MeanFlow and "
-             f"reflow have learned guidance {GUIDANCE:g}. Their minutes do not include the parent's, but the "
-             f"drawing of reflow's pairs. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
+             f"reflow have learned guidance {GUIDANCE:g}. Their minutes exclude the parent's training and "
+             f"include the drawing of reflow's pairs. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('few-steps', 'Distance at 1 to 8 evaluations')}"
 
 

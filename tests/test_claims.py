@@ -47,8 +47,9 @@ OPEN = Comparison("c", [1.0, 9.0], [2.0, 8.0])
 @pytest.mark.parametrize("comparisons, words", [
     ([YES, YES], "true"), ([NO, NO], "false"), ([NO, OPEN], "false"), ([YES, NO], "depends"),
     ([YES, OPEN], "depends"), ([OPEN], "depends"), ([], "not measured yet"),
-    ([YES._replace(ours=[1.0])], "not measured yet"),            # one seed decides nothing
-    ([YES, NO._replace(theirs=[])], "not measured yet"),         # nor does a part
+    ([YES._replace(ours=[1.0])], "not decided yet"),             # one seed decides nothing
+    ([YES, NO._replace(theirs=[])], "not decided yet"),          # nor does a part
+    ([NO._replace(theirs=[]), OPEN._replace(ours=[])], "not measured yet"),
 ])
 def test_verdicts_are_functions_of_the_comparisons(comparisons, words):
     assert verdict(comparisons) == words
@@ -57,6 +58,7 @@ def test_verdicts_are_functions_of_the_comparisons(comparisons, words):
 def test_decisions_are_counted():
     assert claims.counted([YES, OPEN, YES, NO]) == "2 yes, 1 no, 1 within the spread"
     assert claims.counted([NO]) == "1 no"
+    assert claims.counted([YES._replace(ours=[1.0]), OPEN]) == "1 within the spread, 1 undecided"
 
 
 # ---- readings of records
@@ -116,7 +118,8 @@ def test_claims_follow_from_the_records():
     assert found["2"] == found["3"] == found["3a"] == "true" and found["2a"] == "depends"
     upside_down = by_number(made_up(lambda cell, *more: 30.0 if " rf " in cell else plain(cell, *more)))
     assert upside_down["2"] == "false"
-    assert set(by_number(made_up(plain, seeds=(0,))).values()) == {"not measured yet"}
+    once = by_number(made_up(plain, seeds=(0,)))
+    assert set(once.values()) == {"not decided yet", "not measured yet"} and once["2"] == "not decided yet"
     assert set(by_number([]).values()) == {"not measured yet"}
 
 
