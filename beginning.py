@@ -93,23 +93,23 @@ def mask_times(mask: str) -> tuple[float, float]:
 def seconds_begun(args: argparse.Namespace, length: int, medium: Sounds) -> float:
     """How long a sound is that begins with --init-sound: as long as that one and, where --mask ends later, up
     to there; at most `length` samples."""
-    seconds = len(read_samples(args.init_sound[0], length, medium)) / medium.rate
+    seconds = len(read_samples("--init-sound", args.init_sound[0], length, medium.rate)) / medium.rate
     if args.mask is not None:
         seconds = max(seconds, mask_times(args.mask)[1])
     return min(seconds, length / medium.rate)
 
 
-def read_samples(file: str, length: int, medium: Sounds) -> np.ndarray:
+def read_samples(flag: str, file: str, length: int, rate: int) -> np.ndarray:
     """int16 (n,): the first `length` samples of a sound, or all if it has fewer."""
     try:
-        return read_sound(Path(file), medium.rate, length / medium.rate)
+        return read_sound(Path(file), rate, length / rate)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--init-sound {file}: cannot be read as a sound ({reason})") from None
+        raise ValueError(f"{flag} {file}: cannot be read as a sound ({reason})") from None
 
 
 def read_init_sound(file: str, length: int, medium: Sounds) -> Tensor:
     """One --init-sound, (1, c, T) in [-1, 1): mono, in every channel."""
-    samples = read_samples(file, length, medium)
+    samples = read_samples("--init-sound", file, length, medium.rate)
     x = medium.to_tensor(np.pad(samples, (0, length - len(samples)))[None])
     return x.expand(-1, medium.channels, -1)

@@ -38,6 +38,7 @@ import ema
 import pictures
 import sound
 import tones
+from beginning import read_picture, read_samples
 from cache import LatentCache
 from cli import Flag, folder_name, integer, make_parser, nonempty, number, one_of, program, signals
 from data import batch_indices
@@ -52,10 +53,10 @@ from settings import has_bf16, pick_device
 from tasks import posteriors
 from text import TextConfig
 from toys import SHAPE_CLASSES, draw_shape, read_shape
-from train import forecast, learning_rate
+from train import forecast, learning_rate, parameter_groups
 
 SIDES = ("picture", "sound")
-# What is drawn, as shares of the training examples; of one side alone, the other side is given.
+# What is drawn, as shares of the training examples. Where it is one side alone, the other is given.
 SHARES = {"both": 0.35, "picture": 0.25, "sound": 0.4}
 # How often an example has no text. The kind of a shape is harder to read from a picture than the timbre of a
 # tone from a sound, and it is read only where no text names it.
@@ -90,7 +91,7 @@ def draw_times(path, n: int) -> Draws:
     t = path.sample_t(n)
     given = (torch.rand(n) < UNKNOWN).float()
     silent = torch.rand(n) < torch.tensor(list(NO_TEXT.values()))[what]
-    drawn = Pair(what != 2, what != 1)                       # the order of SHARES
+    drawn = Pair(what != 2, what != 1)    # by the order of SHARES: 1 is the picture alone, 2 the sound alone
     return Draws(Pair(*(torch.where(side, t, given) for side in drawn)), drawn, silent)
 
 
@@ -156,6 +157,7 @@ def draw(model: torch.nn.Module, path, shapes: dict[str, tuple[int, ...]], promp
     text = text_of(model, prompts + [""] * len(prompts))     # together, so that both are padded alike
     cond = {name: part[:len(prompts)] for name, part in text.items()}
     uncond = {name: part[len(prompts):] for name, part in text.items()}
+    # Guidance leads away from noise at time 1, with which training has replaced a given side (UNKNOWN).
     for side, latent in given.items():
         noise = noise_like(torch.empty(len(seeds), *shapes[side]), generators).to(device)
         cond |= {"known": latent, "known_t": x.new_zeros(len(x))}
@@ -197,10 +199,11 @@ class Side:
     def latents(self, folder: Path, count: int) -> LatentCache:
         """Those of the first pairs, encoded once."""
         examples = Examples(self.example, count)
+        # Two pairs of each class show whether what is drawn by number has changed.
         stamp = {"vae": encoder_fingerprint(self.vae),
                  "data": digest("pairs", examples[np.arange(min(count, 48))])}
         return LatentCache(folder / f"{self.medium.name}.npy", examples,
-                           posteriors(self.vae, lambda arrays: 64), self.shape, stamp)
+                           posteriors(self.vae, lambda arrays: 64), self.shape, stamp)    # 64 at a time
 
 
 class Examples:
@@ -217,18 +220,18 @@ class Examples:
         return np.stack([self.example(int(i)) for i in numbers])
 
 
-def side_of_run(flag: str, path: str | None, rate: bool, patch: int = 2) -> Side:
-    """The side whose VAE the run at `path` has trained, at that run's size, of which patches are made. Raises
-    ValueError with a line for the user."""
-    data = "tones" if rate else "shapes"
+def side_of_run(flag: str, path: str | None, sounds: bool, patch: int = 2) -> Side:
+    """The side whose VAE is the run at `path`, in the size that it was trained on. patch: what must divide
+    the sides of its latent. Raises ValueError with a line for the user."""
+    data = "tones" if sounds else "shapes"
     if path is None:
         raise ValueError(f"{flag} is missing: give a run of python train.py --arch vae --data {data}")
     size = load_checkpoint(path)["data"]["size"]
     side = Side(load_vae(path), size)
-    if (side.medium.rate is not None) != rate:
+    if (side.medium.rate is not None) != sounds:
         raise ValueError(f"{flag} {path}: an autoencoder of {side.medium.name}; give a run of python "
                          f"train.py --arch vae --data {data}")
-    if rate:
+    if sounds:
         tones.check_window(size[1], side.medium.rate)
         if side.shape[2] % patch:
             raise ValueError(f"--sound-patch {patch}: does not divide the {side.shape[2]} frames of {path}; "
@@ -259,10 +262,7 @@ def new_state(args: argparse.Namespace, sides: dict[str, Side], device: torch.de
     model = build_model("mmdit", asdict(config), {"encoder": "bytes", "config": asdict(words)}).to(device)
     averages = {length: copy.deepcopy(model).eval().requires_grad_(False)
                 for length in ema.widths_kept(args.ema)}
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))       # as train.py has it
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=args.lr, betas=(0.9, 0.95))
     return State(model, averages, device, optimizer)
 
 
@@ -309,7 +309,7 @@ def check_settings(args: argparse.Namespace, run: Run, saved: dict) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train, or continue a training bit for bit. Returns the exit status: 0, or 128 + N after signal N."""
+    """Train, or continue a training bit for bit; the exit status is 0, or 128 + N after signal N."""
     # ---- whatever can be refused is refused before a file is written
     run = Run(Path(args.runs_dir) / args.name)
     check_writable(run.folder)
@@ -317,12 +317,15 @@ def train(args: argparse.Namespace) -> int:
     saved = load_pairs(run)
     if saved:
         check_settings(args, run, saved)
-        sides = stored_sides(saved)
+        sides = stored_sides(saved)            # --picture-vae and --sound-vae are no longer needed
     else:
-        sides = {"picture": side_of_run("--picture-vae", args.picture_vae, False),
-                 "sound": side_of_run("--sound-vae", args.sound_vae, True, args.sound_patch)}
+        sides = {"picture": side_of_run("--picture-vae", args.picture_vae, sounds=False),
+                 "sound": side_of_run("--sound-vae", args.sound_vae, sounds=True, patch=args.sound_patch)}
     with run.hold():
-        saved = load_pairs(run)                # another process may have gone on in the meantime
+        saved = load_pairs(run)                # another process may have begun it, or gone on, meanwhile
+        if saved:
+            check_settings(args, run, saved)
+            sides = stored_sides(saved)
         if saved and saved["step"] == args.steps:
             print(f"{run.folder} is finished: {args.steps:,} steps")
             return 0
@@ -373,19 +376,21 @@ def loop(args: argparse.Namespace, run: Run, state: State, sides: dict[str, Side
                 began = time.monotonic()
             if done == start + 25:
                 seconds = (time.monotonic() - began) / 20
-                bar.write(forecast(seconds, args.steps - done, state.device, "then it can be scored"))
-            last = done == args.steps or bool(received)
-            if done % 20 == 0 or last:
+                bar.write(forecast(seconds, args.steps - done, state.device, "and then it can be scored"))
+            stopping = bool(received)          # read once: a later signal ends the next step
+            saves = done == args.steps or stopping or done % args.save_every == 0
+            # Also before each checkpoint, so that a run that goes on logs the same means.
+            if done % 20 == 0 or saves:
                 mean = torch.stack(losses).mean().item()
                 if not math.isfinite(mean):
                     raise diverged(f"loss {mean}", done, run)
                 run.record({"step": done, "loss": mean})
                 bar.set_postfix(loss=f"{mean:.4f}")
                 losses.clear()
-            if done % args.save_every == 0 or last:
+            if saves:
                 run.save(checkpoint_of(args, state, sides, run, done))
                 run.plot_loss()
-            if received and done < args.steps:
+            if stopping and done < args.steps:
                 bar.close()
                 print(f"stopped at step {done:,} of {args.steps:,}, saved; the same command continues")
                 return 128 + received[0]
@@ -437,31 +442,29 @@ def draw_all(args: argparse.Namespace, trained: Trained, prompts: list[str], see
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Write args.n pairs, NUMBER.png beside NUMBER.wav."""
+    """Draw pairs, and write each as NUMBER.png beside NUMBER.wav."""
     if args.picture and args.sound:
         raise ValueError("--picture with --sound: nothing is left to draw; give one of them")
     if not (args.prompt or args.picture or args.sound):
         raise ValueError("nothing to draw from; give --prompt, --picture or --sound")
-    check_writable(Path(args.out))
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder")
+    check_writable(out)
     given = {}
     trained = load_trained(args)
     count = args.n or max(1, len(args.prompt or []))
     rate = trained.sides["sound"].medium.rate
-    try:
-        if args.picture:
-            picture = pictures.open_image(Path(args.picture), trained.sides["picture"].size)
-            given["picture"] = np.stack([picture] * count)
-        if args.sound:
-            length = trained.sides["sound"].size[1]
-            samples = sound.read_sound(Path(args.sound), rate, seconds=length / rate)
-            given["sound"] = np.stack([np.pad(samples, (0, length - len(samples)))] * count)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{args.picture or args.sound}: cannot be read ({reason}); give another") from None
+    if args.picture:
+        picture = read_picture("--picture", args.picture, trained.sides["picture"].size)
+        given["picture"] = np.stack([picture] * count)
+    if args.sound:
+        length = trained.sides["sound"].size[1]
+        samples = read_samples("--sound", args.sound, length, rate)
+        given["sound"] = np.stack([np.pad(samples, (0, length - len(samples)))] * count)
     asked = args.prompt or [""]
     prompts = [asked[i % len(asked)] for i in range(count)]
     images, sounds = draw_all(args, trained, prompts, args.seed, given)
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, (image, samples) in enumerate(zip(images, sounds)):
         pictures.write_picture(out / f"{i:06d}.png", Image.fromarray(image))
@@ -488,7 +491,7 @@ def read_pairs(images: np.ndarray, sounds: np.ndarray, rate: int) -> Read:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Print how many of args.n pairs agree, both as asked for, in each of the three directions."""
+    """Print how many pairs are right on both sides, in each of the three directions."""
     trained = load_trained(args)
     rate = trained.sides["sound"].medium.rate
     fresh = {name: np.stack([side.example(UNSEEN + i) for i in range(args.n)])
@@ -496,6 +499,7 @@ def score(args: argparse.Namespace) -> None:
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(args.n)]
     silent = [""] * args.n
     print(f"{args.run}: {args.n} pairs each, {args.sampler} x {args.steps}, guidance {args.cfg:g}")
+    # What the autoencoders lose bounds every other row. In eight parts, because of the memory.
     again = [np.concatenate([side.decode(side.encode(part)) for part in np.array_split(fresh[name], 8)])
              for name, side in trained.sides.items()]
     rows = {"the autoencoders alone": again,

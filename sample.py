@@ -54,14 +54,14 @@ from times import TIMES
 from vae import VAE
 from weights import assign_weights, in_dtype, load_weights
 
-SILENCE = 3.0              # seconds after which it is said what takes so long
+SILENCE = 3.0              # seconds without output, after which a message names what is being done
 
 
 # ---- from a checkpoint to a network on the device
 
 @contextmanager
 def announced(args: argparse.Namespace, what: str) -> Iterator[None]:
-    """Say what is being done where that takes long, as reading gigabytes of a published model does."""
+    """Print what is being done if it takes long, as reading gigabytes of a published model does."""
     timer = threading.Timer(SILENCE, lambda: print(f"{what} ...", file=sys.stderr))
     timer.daemon = True                                    # it must not keep a process that ends by an error
     if args.published:
@@ -80,8 +80,10 @@ def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, de
     if args.tile:
         pixels = min(pixels, args.tile**2)
     need = {f"decoding {at_once:,} {medium_of(vae.config).name}": pixels * vae.config.widths[0] * 2 * 4}
-    check_room(f"--batch-size {args.batch_size}", need, memory(device), f"memory ({device.type})",
-               "give a smaller one")
+    remedy = "give a smaller one"
+    if medium_of(vae.config).rate is None:                 # pictures can be decoded in tiles
+        remedy = "give a smaller one, or --tile 512"
+    check_room(f"--batch-size {args.batch_size}", need, memory(device), f"memory ({device.type})", remedy)
 
 
 def read_network(args: argparse.Namespace) -> dict:
@@ -91,8 +93,8 @@ def read_network(args: argparse.Namespace) -> dict:
     try:
         return load_checkpoint(args.run)
     except ValueError as error:
-        models = published.models_in(args.run)             # of which the flags were forgotten, perhaps
-        if not models:                                     # nor anything else that is known
+        models = published.models_in(args.run)             # perhaps a published model, without its flags
+        if not models:
             raise
         raise ValueError(f"{args.run}: is no run, but holds the network of {' or '.join(models[:4])}; give "
                          f"--published {models[0]} --weights {args.run}") from error
@@ -128,24 +130,25 @@ def network_of(args: argparse.Namespace, checkpoint: dict, what: str,
 def check_encoders(args: argparse.Namespace, condition: conditioning.Conditioning,
                    device: torch.device) -> None:
     """Refuse text encoders of a published model that the device cannot hold."""
-    need = {}
-    if isinstance(condition, conditioning.PublishedWords):
-        need = condition.encoder_bytes(args)               # which also refuses what is not in the files
+    if not isinstance(condition, conditioning.PublishedWords):
+        return
+    need = condition.encoder_bytes(args)                   # which also refuses what is not in the files
     if args.offload == "blocks":
-        need = {}
+        return
+    remedy = "give --offload parts, or blocks"
     if args.offload == "parts" and need:                   # one at a time, so the largest decides
         largest = max(need, key=need.get)
         need = {largest: need[largest]}
-    remedy = "give --offload blocks"
-    if args.offload is None:
-        remedy = "give --offload parts, or blocks"
+        remedy = "give --offload blocks"
     check_room(f"--published {args.published}", need, memory(device), f"memory ({device.type})", remedy)
 
 
 def set_stage(args: argparse.Namespace, checkpoint: dict, model: torch.nn.Module, vae: VAE,
               device: torch.device) -> Stage:
     """Network and VAE on the device, or with --offload only while they work."""
-    tile = args.tile and args.tile // vae.factor * vae.factor          # of whole positions of the latent
+    tile = None
+    if args.tile:                                          # a whole number of positions of the latent
+        tile = args.tile // vae.factor * vae.factor
     if device.type == "cuda":                              # faster, at the precision asked for
         torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
@@ -184,11 +187,10 @@ def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, aske
     """What decides the pictures besides the sampling: only with the same settings may they be continued."""
     flags = ("n", "seed", "batch_size", "precision", "compile", "negative_prompt", "shift")
     found = {flag: getattr(args, flag) for flag in flags}
+    parts = [*asked.every.values(), *asked.each.values()]
     found |= {"weights": fingerprint_tensors(model.state_dict()),
               "VAE": fingerprint_tensors(vae.state_dict()),
-              "conditions": digest(asked.names, asked.turn.numpy(),
-                                   *(part.cpu().numpy() for part in (*asked.every.values(),
-                                                                     *asked.each.values())))}
+              "conditions": digest(asked.names, asked.turn.numpy(), *(part.cpu().numpy() for part in parts))}
     if asked.encode is not None:                           # too many prompts to encode all of them here
         first = asked.batch(0, 1)
         found["encoder"] = digest(*(part.cpu().numpy() for cond in first for part in cond.values()))
@@ -204,7 +206,7 @@ def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device
     given = args.init_image or args.init_sound
     taken = ("run", "raw", "init_image", "init_sound", "size", "out", "device")
     for flag in (flag for group in FLAGS.values() for flag in group):
-        if flag.key not in taken and getattr(args, flag.key) not in (flag.default, False):
+        if flag.key not in taken and cli.given(flag, args) and getattr(args, flag.key) != flag.default:
             raise ValueError(f"{flag.name}: this run is a VAE, which reconstructs but does not draw; leave "
                              "it out")
     if not given:
@@ -249,12 +251,12 @@ def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device
 # ---- the program
 
 def main(argv: list[str] | None = None) -> None:
-    with launched() as ranks:              # of one process, or of several that torchrun has started
+    with launched() as ranks:              # one process, or those that torchrun has started
         run_command(argv, ranks)
 
 
 def run_command(argv: list[str] | None, ranks: Ranks) -> None:
-    """What this process does of the command."""
+    """This process's part of the command."""
     args = parse_args(argv)
     check_flags(args, ranks)
     device = pick_device(args.device, ranks.local)
@@ -292,9 +294,6 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     model = network_of(args, checkpoint, what, device)
     shape = vae.latent_shape(size)
     image, mask = read_beginning(args, size, vae, medium)
-    strength = args.strength
-    if strength is None:
-        strength = 1.0 if args.mask else 0.8               # within a mask, start from noise alone
     with torch.no_grad(), announced(args, "loading text encoders"):
         asked = condition.ask(args, model)                 # encoders are gone before the rest needs room
     asked = condition.with_lengths(asked, args.seconds)
@@ -307,16 +306,16 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     if args.skip_layers:
         skipped = callable_network(args, model.without(tuple(args.skip_layers)), distilled)
     how = dict(sampler=sampler, steps=args.steps, scale=scale, rescale=args.rescale,
-               interval=tuple(args.interval), times=args.times, strength=strength, **guidance, **options)
+               interval=tuple(args.interval), times=args.times, strength=args.strength, **guidance, **options)
 
     written: list[int] = []                                # how many pictures, after each batch
 
     # A generator, so that each batch can be written before the next is drawn.
     def batches(first: int = 0, on_step: Callable | None = None) -> Iterator[np.ndarray]:
-        first = ranks.highest(first)                       # rank 0 knows how many are there
+        first = ranks.highest(first)                       # only rank 0 knows how many are written already
         written.append(first)
         seeds = range(args.seed, args.seed + args.n)
-        autocast = args.precision == "bf16" and not args.published       # whose weights are in bf16
+        autocast = args.precision == "bf16" and not args.published       # which has its weights in bf16
         shown = scale if distilled is None else distilled
         with (picture_bar(args.n, first, desc=f"{sampler} x {args.steps}, guidance {shown:g}",
                           unit=medium.unit) as bar,
@@ -339,7 +338,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     if ranks.size > 1:                                     # each draws a part, all of which must fit together
         ranks.agree(settings() | {"--out": args.out}, "start all with the same command, on the same files")
     if not ranks.first:
-        list(batches())                                    # nothing, but its share has been drawn
+        list(batches())                                    # draws this rank's share, which rank 0 writes
         return
     write(args, batches, asked, medium, medium.shape(vae, size), settings, written)
     print(args.out)

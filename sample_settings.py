@@ -53,7 +53,7 @@ FLAGS = {
                       "(default: the --ema of the training)", number(0, WIDEST, above=True), metavar="WIDTH"),
     ],
     "what to draw": [
-        Flag("--n", "how many pictures (default: 64; of a published model, one of each prompt)",
+        Flag("--n", "how many pictures or sounds (default: 64; with a published model, one for each prompt)",
              integer(1, 10**8)),
         # What a run is conditioned on decides which of these it takes.
         *(Flag(name, **{"type": str} | fields) for name, fields in conditioning.FLAGS.items()),
@@ -61,14 +61,15 @@ FLAGS = {
                        "square)", integer(1, SIZE), nargs=2, metavar=("H", "W")),
         Flag("--init-image", "begin with this picture instead of noise; the run of a VAE reconstructs all "
                              "pictures given here", nonempty, nargs="+", metavar="FILE"),
-        Flag("--init-sound", "of sounds: begin with this one (.wav, ...) instead of noise; the run of a VAE "
+        Flag("--init-sound", "begin with this sound (.wav, ...) instead of noise; the run of a VAE "
                              "reconstructs all sounds given here", nonempty, nargs="+", metavar="FILE"),
-        Flag("--seconds", "of sounds: how long each is (default: as some of the training's are; with "
-                          "--init-sound, as long as that)",
+        Flag("--seconds", "length of each sound (default: lengths that occur in training; with "
+                          "--init-sound, that of the file)",
              number(0.01, 3600), metavar="S"),
-        Flag("--strength", "time at which to begin with it: 0 keeps it, 1 is noise alone. At 0.6 a fifth of "
-                           "the pictures may not yet show what was asked for; at 0.9 little of the picture "
-                           "is left (default: 0.8; 1 where there is a --mask)", number(0, 1)),
+        Flag("--strength", "time at which sampling begins with --init-image or --init-sound: 0 keeps it, 1 "
+                           "is noise alone. At 0.6 a fifth of the pictures may not yet show what was asked "
+                           "for; at 0.9 little of the picture is left (default: 0.8; 1 where there is a "
+                           "--mask)", number(0, 1)),
         Flag("--mask", "draw only where this picture is white (needs --init-image); of sounds, only between "
                        "two times in seconds, like 0.5-1.2 (needs --init-sound)", nonempty,
              metavar="FILE"),
@@ -98,8 +99,8 @@ FLAGS = {
                         "model)", number(0, 1e9, above=True)),
         Flag("--interval", "times between which guidance acts (default: 0 1)", number(0, 1), (0.0, 1.0),
              nargs=2, metavar=("LOW", "HIGH")),
-        Flag("--cfg-channels", "guide only so many channels of the latent, the first ones, as DiT's authors "
-                               "do with 3 (default: all)", integer(1, 10**4)),
+        Flag("--cfg-channels", "guide only the first N channels of the latent, as DiT's authors do with 3 "
+                               "(default: all)", integer(1, 10**4), metavar="N"),
         Flag("--skip-layers", "mmdit: skip-layer guidance, away from what the network draws without these "
                               "joint blocks, counted from 0; 7 8 9 for Stable Diffusion 3.5 medium",
              integer(0, 10**4), nargs="+", metavar="BLOCK"),
@@ -114,7 +115,7 @@ FLAGS = {
                            "published DiT)",
              one_of(("small", "large", "learned"))),
         Flag("--noise", "reverse_sde: how much noise is added (default: 1; 0 is the ODE)", number(0, 100)),
-        Flag("--churn", "heun: fresh noise in the whole sampling, which is spread over the steps (S_churn of "
+        Flag("--churn", "heun: how much fresh noise is added in all, spread over the steps (S_churn of "
                         "Karras et al. 2022; default: 0)", number(0, 1e6)),
         Flag("--churn-min", "heun: least sigma / alpha at which --churn acts (default: 0)", number(0, 1e9)),
         Flag("--churn-max", "heun: largest sigma / alpha at which --churn acts (default: no limit)",
@@ -134,7 +135,8 @@ FLAGS = {
                             "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16"))),
         Flag("--offload", "keep text encoders, network and VAE on the CPU except while they work (parts), or "
                           "even each of their blocks (blocks)", one_of(("parts", "blocks"))),
-        Flag("--tile", "have the VAE take large pictures in tiles of so many pixels, with blended seams",
+        Flag("--tile", "encode and decode large pictures in tiles with sides of so many pixels, with "
+                       "blended seams",
              integer(64, 2**15), metavar="PIXELS"),
     ],
 }
@@ -143,34 +145,25 @@ FLAGS = {
 # ---- flags, whatever they are used on
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser("Draw pictures with a run of train.py, or with a published model.", FLAGS)
+    parser = make_parser("Draw pictures or sounds with a run of train.py, or with a published model.", FLAGS)
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     """Refuse flags that contradict each other, whatever the run."""
     # Where the output goes is checked first, so that nothing is drawn that cannot be written.
-    out = Path(args.out or "samples.png")
-    kind = out.suffix.lower()                              # "" for a folder
-    if kind not in (*PICTURES, ".npz", ".gif", ".wav", ""):
-        raise ValueError(f"--out {out}: must end in {', '.join(PICTURES)}, .npz, .gif or, of sounds, .wav, "
-                         "or name a folder")
-    check_folders(out, bool(kind))
-    check_writable(out)
-    if kind == ".gif" and ranks.size > 1:
-        raise ValueError(f"--out {out}: a .gif is drawn by one process; start it with python")
-    if out.exists() and out.is_dir() == bool(kind):        # a name without an ending means a folder
-        found = "folder" if kind else "file"
-        raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
+    if args.out is not None:
+        check_out(Path(args.out))
+        if Path(args.out).suffix.lower() == ".gif" and ranks.size > 1:
+            raise ValueError(f"--out {args.out}: a .gif is drawn by one process; start it with python")
 
     # Either a run, whose checkpoint holds everything, or a published model, whose parts may lie anywhere. A
     # forgotten quotation mark makes a run of a prompt's second word, which deserves a hint.
-    given = [part is not None for part in (args.published, args.weights)]
-    mixed = args.run is not None and (any(given) or args.vae is not None)
-    incomplete = args.run is None and not all(given)
     if args.run is not None and args.published:
         raise ValueError(f"{args.run} with --published {args.published}: a run or a published model, not "
                          "both (a prompt of several words needs quotation marks)")
+    mixed = args.run is not None and (args.weights is not None or args.vae is not None)
+    incomplete = args.run is None and (args.published is None or args.weights is None)
     if mixed or incomplete:
         behind = ""
         if args.init_image and len(args.init_image) > 1:
@@ -197,35 +190,48 @@ def check_flags(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
                              "--init-sound FILE")
 
 
+def check_out(out: Path) -> None:
+    """Refuse a file or folder that cannot be written."""
+    kind = out.suffix.lower()                              # "" for a folder
+    if kind not in (*PICTURES, ".npz", ".gif", ".wav", ""):
+        raise ValueError(f"--out {out}: must end in {', '.join(PICTURES)}, .npz, .gif or, of sounds, .wav, "
+                         "or name a folder")
+    check_folders(out, bool(kind))
+    check_writable(out)
+    if out.exists() and out.is_dir() == bool(kind):        # a name without an ending means a folder
+        found = "folder" if kind else "file"
+        raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
+
+
 def check_medium(args: argparse.Namespace, medium: Medium) -> None:
     """Refuse flags of the other medium, and set --out where it was not given."""
-    sounds = medium.rate is not None
-    wrong, instead = ("init_sound", "seconds"), ("--init-image", "--size")
-    if sounds:
-        wrong, instead = ("init_image", "size", "tile"), ("--init-sound", "--seconds", None)
-    for name, better in zip(wrong, instead):
+    remedies = {"init_sound": "give --init-image", "seconds": "give --size"}
+    if medium.rate is not None:
+        remedies = {"init_image": "give --init-sound", "size": "give --seconds", "tile": "leave it out"}
+    for name, remedy in remedies.items():
         value = getattr(args, name)
         if value is not None:
             words = " ".join(map(str, value if isinstance(value, list) else [value]))
-            remedy = f"give {better}" if better else "leave it out"
-            raise ValueError(f"--{name.replace('_', '-')} {words}: this run draws {medium.name}; {remedy}")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {words}: {who(args)} draws {medium.name}; {remedy}")
     if args.out is None:
-        args.out = "samples.wav" if sounds else "samples.png"
-        check_writable(Path(args.out))
-    if Path(args.out).suffix.lower() == ".wav" and not sounds:
-        raise ValueError(f"--out {args.out}: this run draws pictures; give {', '.join(PICTURES)}, .npz, .gif "
-                         "or a folder")
+        args.out = "samples.png" if medium.rate is None else "samples.wav"
+        check_out(Path(args.out))
+    if Path(args.out).suffix.lower() == ".wav" and medium.rate is None:
+        raise ValueError(f"--out {args.out}: {who(args)} draws pictures; give {', '.join(PICTURES)}, .npz, "
+                         ".gif or a folder")
 
 
 # ---- solvers
 
 def who(args: argparse.Namespace) -> str:
-    """What is drawn with, in messages."""
+    """The network, as messages name it."""
     return args.published or "this run"
 
 
 def sampling_of(checkpoint: dict) -> dict:
-    """Its defaults of sampler, steps, scale and times: those of the objective, or of a published model."""
+    """The checkpoint's defaults of sampler, steps, scale and times: those of its objective, or of the
+    published model."""
     row = ALL_OBJECTIVES[checkpoint["objective"]["name"]]
     # Of a published model, all of these are replaced at the end.
     defaults = {"sampler": row.sampler, "steps": row.steps, "scale": row.scale, "times": "even"}
@@ -246,6 +252,8 @@ def fill_defaults(args: argparse.Namespace, checkpoint: dict, medium: Medium) ->
             args.n = len(args.prompt) if args.prompt else 1
     if not args.published:                                 # else None: as the file has it
         args.precision = args.precision or "fp32"
+    if args.strength is None:
+        args.strength = 1.0 if args.mask else 0.8          # within a mask, begin with noise alone
     if args.init_sound and args.seconds is None:
         args.seconds = seconds_begun(args, checkpoint["data"]["size"][1], medium)
 
@@ -278,7 +286,7 @@ def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dic
     objective = checkpoint["objective"]
     sampler, options = sampler_options(args)
     if sampler is None:
-        # Only the default comes with this option: who asks for ddpm may mean the plain one.
+        # Only the default comes with it: --sampler ddpm may ask for the plain one.
         sampler = sampling_of(checkpoint)["sampler"]
         if sampler == "ddpm" and objective.get("learned_variance"):        # as DiT's authors draw
             options["variance"] = "learned"
@@ -298,9 +306,9 @@ def choose_sampler(args: argparse.Namespace, checkpoint: dict) -> tuple[str, dic
 
 
 def sampling_path(args: argparse.Namespace, checkpoint: dict, tokens: float = 1) -> dict:
-    """The objective whose path is sampled along: the run's own, with the shift asked for or, where it follows
-    the tokens of a picture, that of so many. It moves only the times at which the network is evaluated.
-    Raises ValueError on a path that has no shift."""
+    """The objective that is sampled with: the checkpoint's own, its shift replaced by --shift or, where the
+    shift depends on a picture's tokens, by that for `tokens`. The shift moves only the times at which the
+    network is evaluated. Raises ValueError on a path that has no shift."""
     objective = checkpoint["objective"]
     points = sampling_of(checkpoint).get("shift_points")
     # Larger pictures need more noise to hide as much, so the shift may grow with their tokens.
@@ -369,7 +377,7 @@ def chosen_size(args: argparse.Namespace, checkpoint: dict, multiple: tuple[int,
     elif size != tuple(data["size"]) and not of_many_shapes(checkpoint, size):
         trained = "{}x{} only".format(*data["size"])
     if trained:
-        print(f"--size {size[0]} {size[1]}: {args.published or 'the run'} was trained on {trained}; other "
+        print(f"--size {size[0]} {size[1]}: {who(args)} was trained on {trained}; other "
               "sizes work, but may look worse", file=sys.stderr)
     return size, math.prod(size) / math.prod(multiple)
 
@@ -381,8 +389,8 @@ def chosen_length(args: argparse.Namespace, checkpoint: dict, multiple: int,
     length = checkpoint["data"]["size"][1]
     if args.seconds is not None and args.seconds * rate > length:
         longest = length / rate
-        print(f"--seconds {args.seconds:g}: the run was trained on sounds of at most {longest:g} seconds; "
-              "longer ones work, but may sound worse", file=sys.stderr)
+        print(f"--seconds {args.seconds:g}: {who(args)} was trained on sounds of at most {longest:g} "
+              "seconds; longer ones work, but may sound worse", file=sys.stderr)
         length = math.ceil(args.seconds * rate / multiple) * multiple
     return (1, length), length / multiple
 

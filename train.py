@@ -103,8 +103,8 @@ def how_far(args: argparse.Namespace, rise: int) -> str:
 
 
 def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
-    torch.manual_seed(args.seed)                       # after the caches, which are not built every time
-    if args.shard and args.arch != "vae":              # a VAE is small, and has weights made from others
+    torch.manual_seed(args.seed)       # only here: making the caches draws numbers, and is not always needed
+    if args.shard and args.arch != "vae":   # which is small, and some first weights are computed from others
         model, initial = deferred(task.build)
     else:
         model, initial = task.build(), None
@@ -136,16 +136,18 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
                              plan.ranks.patience), initial, experts=args.expert_parallel)
     elif plan.ranks.size > 1:
         state.steps[model] = replicate(model)
-    # Weight decay applies to matrices only, as usual; biases and the gains of norms are not decayed.
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
     # The second beta is 0.95, because 0.999 would average over more steps than a short run has. A fused
     # optimizer updates all weights in one kernel; it is not used on MPS.
-    state.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=plan.device.type != "mps",
-                                        betas=(0.9, 0.95))
+    state.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr,
+                                        fused=plan.device.type != "mps", betas=(0.9, 0.95))
     return state
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay applies to matrices only, as usual; biases and the gains of norms are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False) -> int:
@@ -192,7 +194,7 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
         # ---- the task, with its caches
         if args.arch == "vae":
             kind = MixedAutoencoding if args.aspect else Autoencoding
-            task = kind(args, data, val, plan, cache_dir)
+            rest = "and then the scale of its latents"
         else:
             if saved:
                 plan.vae = unpack_vae(saved["vae"])        # the one that the run began with
@@ -200,11 +202,10 @@ def execute(args: argparse.Namespace, plan: Plan, network_follows: bool = False)
                 plan.conditioning.attach(data, val, cache_dir, resumed=saved is not None)
             plan.conditioning.attach_lengths(data, val)
             kind = MixedDenoising if args.aspect else Denoising
-            task = kind(args, data, val, plan, cache_dir)
-        rest = "and then the samples" if args.arch != "vae" else "and then the scale of its latents"
+            rest = "and then the samples"
         if network_follows:
             rest += "; the network follows"
-        return train(args, plan, task, data, saved, rest)
+        return train(args, plan, kind(args, data, val, plan, cache_dir), data, saved, rest)
 
 
 def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved: dict | None,
@@ -239,7 +240,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
         print(f"{run.folder}: {line}")
     print(f"{described(args, plan, task, state)}; step {start:,} of {args.steps:,}", flush=True)
 
-    # ---- the loop
+    # ---- the loop; the batches of all steps are announced, as they may be read ahead
     task.expect(piece for step in range(start, args.steps) for piece in task.split(task.order(step)))
     unread: list[Tensor] = []     # (4,) per step: loss, gradient norm, min and max time; see read_losses
     with signals() as received:   # a list that is empty until a signal comes
@@ -273,8 +274,8 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
                 run.record(entry)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
 
-            # -- validate, save, and only then preview; a signal ends the first and the last of these, and the
-            # next step is then the last one
+            # -- validate, save, preview, in this order; a signal cuts short a validation or a preview, and
+            # the next step is then the last one
             if validates:
                 validate(plan, task, state, done, stop, bar)
             if saves:
@@ -292,8 +293,7 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     with torch.no_grad():
         attempt("samples.png", lambda: run.save_picture("samples.png", state.run(state.ema, task.preview, [],
                                                                                  SAMPLE_ROWS)), plan.ranks)
-    attempt("loss.png", run.plot_loss, plan.ranks)
-    attempt("experts.png", run.plot_experts, plan.ranks)
+    plot(plan)
     save(args.steps, finished=True)
     plan.ranks.meet()                  # what comes next reads this checkpoint
     return 0
@@ -327,14 +327,19 @@ def preview(plan: Plan, task: Task, state: State, step: int, stop: list[int]) ->
             name = f"preview-{step:06d}-{kind}.png"
             attempt(name, lambda: plan.run.save_picture(name, state.run(network, task.preview, stop)),
                     plan.ranks)
+    plot(plan)
+
+
+def plot(plan: Plan) -> None:
+    """The losses and, where there are any, the loads of the experts, as pictures."""
     attempt("loss.png", plan.run.plot_loss, plan.ranks)
     attempt("experts.png", plan.run.plot_experts, plan.ranks)
 
 
 def attempt(name: str, draw: Callable[[], None], ranks: Ranks) -> None:
-    """Draw and write a picture. A training goes on without it: what fails is a warning, and where a signal
-    interrupts it, nothing is written. What fails in one of several processes ends all, as the others wait for
-    what it draws next."""
+    """Draw and write a picture. A failure is a warning, because the training can go on without the picture; a
+    signal ends it with nothing written. One of several processes raises a RuntimeError instead, because the
+    others may be waiting for it within the network."""
     try:
         draw()
     except Interrupted:
@@ -367,8 +372,10 @@ def update(args: argparse.Namespace, plan: Plan, task: Task, state: State, batch
         with synchronised(state.steps.get(state.model), number == len(pieces)):
             with plan.autocast():
                 loss, t = state.run(state.model, task.loss, indices)
-            # Every picture counts the same. Outside autocast, as PyTorch recommends.
-            share = loss.mean() / (len(batch) / (len(loss) * plan.ranks.shares))
+            # The mean over the batch: every picture counts the same, however many a piece has. The backward
+            # pass is outside autocast, as PyTorch recommends.
+            parts = len(batch) / (len(loss) * plan.ranks.shares)           # of this size make up the batch
+            share = loss.mean() / parts
             share.backward()
         losses.append(share.detach())                   # stays on the device: nothing waits for it
         times.append(t)
@@ -426,7 +433,8 @@ def read_losses(unread: list[Tensor], done: int, plan: Plan) -> dict[str, float]
 
 
 def forecast(seconds: float, steps: int, device: torch.device, rest: str) -> str:
-    """seconds: for one step; steps: how many are left; rest: what follows them, in words."""
+    """The line that says how long the rest will take. seconds: for one step; steps: how many are left; rest:
+    what follows them, in words."""
     left = seconds * steps
     duration = f"{left:.0f} seconds"
     if left > 90:
@@ -450,12 +458,12 @@ def diverged(what: str, where: str, plan: Plan) -> FloatingPointError:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 128 + N where signal N interrupted the training."""
-    with launched() as ranks:          # of one process, or of several that torchrun has started
+    with launched() as ranks:          # one process, or those that torchrun has started
         return run_command(argv, ranks)
 
 
 def run_command(argv: list[str] | None, ranks: Ranks) -> int:
-    """What this process does of the command."""
+    """This process's part of the command."""
     started = time.monotonic()         # unlike the time of day, it never jumps
     # Whatever can be refused is refused here, before a file is written or a minute spent.
     args = settings.parse(argv)

@@ -419,8 +419,8 @@ CLAIMS = [
                 "solver's", euler_is_enough, 2, "steps"),
     Claim("4a", "a U-Net's inductive bias helps early: error of the velocity after an eighth of the "
                 "training, against the transformer", early, 3, "grid"),
-    Claim("4b", "a U-Net's inductive bias helps on little data: Fréchet distance with a tenth of the pictures, "
-                "against the transformer of equal FLOPs", little_data, 2, "sizes"),
+    Claim("4b", "a U-Net's inductive bias helps on little data: Fréchet distance with a tenth of the "
+                "pictures, against the transformer of equal FLOPs", little_data, 2, "sizes"),
     Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, lower is "
                 "steeper, against the U-Net", scaling, 3, "sizes"),
     Claim("5", "distant parts agree only with attention: share of samples whose two far corners show the "

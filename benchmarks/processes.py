@@ -31,21 +31,20 @@ from ranks import environments
 
 def work(order: dict, rank: int) -> int:
     """What a forked process does: its exit status."""
-    os.chdir(order["folder"])
-    for number, name, flags in ((0, os.devnull, os.O_RDONLY),
-                                (1, f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
-        os.dup2(os.open(name, flags, 0o666), number)
-    os.dup2(1, 2)
-    os.environ.update(order["environments"][rank])
-    program, words = order["program"], order["words"][rank]
-    sys.argv = [program, *words]
     try:
+        os.chdir(order["folder"])
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)       # the server's own input is not for its children
+        os.dup2(os.open(f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 1)
+        os.dup2(1, 2)
+        os.environ.update(order["environments"][rank])
+        program, words = order["program"], order["words"][rank]
+        sys.argv = [program, *words]
         exec(order["setup"], {})
         if os.path.isabs(program):
             runpy.run_path(program, run_name="__main__")
             return 0
         module = importlib.import_module(program.removesuffix(".py"))
-        return cli.program(program, lambda: module.main(words)) or 0
+        return cli.program(program, lambda: module.main(words))
     except SystemExit as error:
         return error.code or 0
     except BaseException:
@@ -55,6 +54,7 @@ def work(order: dict, rank: int) -> int:
 
 def serve(setup: str) -> None:
     """Answer orders, one a line, until there are no more: to launch processes, or to look after one."""
+    # For the processes to come. Forking is safe, as there is one thread here and no CUDA context.
     import torch._dynamo
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
@@ -93,15 +93,20 @@ class Server:
                                         env=os.environ | {"OMP_NUM_THREADS": "1",
                                                           "TORCH_CPP_LOG_LEVEL": "ERROR"})
 
-    def ask(self, order: dict):
+    def ask(self, order: dict) -> list[int] | int | None:
+        """The ids of the processes that are launched; or the exit status of one, None while it runs."""
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process that starts all others has ended; its traceback is on stderr")
+        return json.loads(answer)
 
     def launch(self, folder: Path, words: list[list[str]], program: str = "train.py", setup: str = "",
                **environment: str) -> Launch:
-        """The program, once for each list of flags: one whose main() is called, so that `setup`, Python that
-        each process runs before, can change what it uses; or the whole path of any script."""
+        """Start the program, once for each list of flags. A name such as train.py is a module whose main() is
+        called with them, and `setup`, Python that each process runs before, can change what that module uses;
+        an absolute path is any script."""
         ranks = environments(len(words)) if len(words) > 1 else [{}]
         return Launch(self, {"folder": str(folder), "words": words, "program": program, "setup": setup,
                              "environments": [own | environment for own in ranks]})
@@ -130,10 +135,10 @@ class Launch:
         if self.statuses[rank] is None:
             os.kill(self.pids[rank], number)
 
-    def end(self, seconds: float = 300) -> tuple[list[int], list[str]]:
-        """The exit statuses (of processes that do not end by themselves, -9), and what each has printed."""
-        patience = time.monotonic() + seconds
-        while self.running() and time.monotonic() < patience:
+    def end(self, seconds: float = 1800) -> tuple[list[int], list[str]]:
+        """The exit statuses, and what each process has printed. Those that hang are killed: status -9."""
+        deadline = time.monotonic() + seconds              # which no busy machine should come near
+        while self.running() and time.monotonic() < deadline:
             time.sleep(0.01)
         for rank in range(len(self.pids)):
             self.kill(rank)
@@ -145,6 +150,7 @@ class Launch:
         return [(self.folder / f"rank-{rank}.txt").read_text() for rank in range(len(self.pids))]
 
     def errors(self) -> list[str]:
+        # progress bars end in \r
         return [line for text in self.printed() for line in re.split("[\r\n]", text) if "error:" in line]
 
 

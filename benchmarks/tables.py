@@ -32,8 +32,8 @@ from files import write_atomically
 
 
 def claims_table(m: Measured) -> str:
-    """A line per claim: what contradicts the usual telling first, what is not measured last. It shows the first
-    comparison that has values on both sides."""
+    """A line per claim: what contradicts the usual telling first, what is not measured last. It shows the
+    first comparison that has values on both sides."""
     rows = []
     for claim in CLAIMS:
         comparisons = claim.comparisons(m)
@@ -534,7 +534,8 @@ def few_step_table(m: Measured) -> str:
         return ""
     notes = ("Fréchet distance of the best solver. An evaluation with guidance counts twice; MeanFlow and "
              f"reflow have learned guidance {GUIDANCE:g}. Their minutes exclude the parent's training and "
-             f"include the drawing of reflow's pairs. {seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
+             f"include the drawing of reflow's pairs. {seeds_of(m, 'few steps')}; "
+             f"{made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('few-steps', 'Distance at 1 to 8 evaluations')}"
 
 

@@ -21,9 +21,8 @@ NETWORKS = {
     "vae": dict(widths=(8, 16), groups=4),
     "dit, mean": dict(width=32, depth=2, heads=4, num_classes=3, second_time=True),
     "dit, experts": dict(width=32, depth=2, heads=4, num_classes=3, experts=4, moe_blocks="all")}
-# By the number of processes and the network: by how many ranks its tensors are cut, 0 for whole ones (DDP),
-# and how it computes. Most are compiled, which is slow, in two processes: replicated, sharded or tensor
-# parallel.
+# For each number of processes, the layouts of each network: how many ranks share a matrix (0: whole copies,
+# by DDP; 1: sharded alone), and how it computes. Most are compiled, which is slow, in two processes.
 SHARDED = [(0, "plain"), (1, "plain"), (1, "bf16")]
 CUT = [*SHARDED, (2, "plain"), (4, "plain")]
 LAYOUTS = {
@@ -91,7 +90,7 @@ class Check:
         model = copy.deepcopy(self.whole)
         model.zero_grad()
         if how == "compiled":
-            torch._dynamo.reset()                          # of networks that were cut otherwise
+            torch._dynamo.reset()                          # forget what was compiled for other cuts
             run.compile_blocks(model, backend="aot_eager")
         groups = size // max(1, tensor)
         number = rank // max(1, tensor)
@@ -102,22 +101,23 @@ class Check:
         else:
             sharding = parallel.Sharding(size, tensor, torch.device("cpu"), settings.BLOCKS, kinds,
                                          bf16=how == "bf16")
-            if self.experts and 4 % groups == 0:
+            if self.experts:
                 moe.distribute_experts(model, sharding.mesh["data"])
             step = sharding.shard(model, trained=True)
         blocks = [block for block in model.modules() if isinstance(block, kinds)]
         shares = [held(block) for block in blocks]
-        seen = watch(blocks if how != "compiled" else [])  # which traces the blocks with their hooks
+        seen = watch(blocks if how != "compiled" else [])  # which would trace the hooks with the blocks
         first = next(model.parameters())
         for last in (False, True):
             with parallel.synchronised(step, last):
                 with torch.autocast("cpu", torch.bfloat16, enabled=how == "bf16"):
                     found = parallel.run(step, model, loss, self.arch, part)
-                if sharding and groups > 1:    # the last block waits for the backward pass, no other does
+                # The backward pass begins with the last block, so that alone stays gathered.
+                if sharding and groups > 1:
                     kept = [now > before for now, before in zip(map(held, blocks), shares)]
                     assert kept == [False] * (len(blocks) - 1) + [True], (place, kept)
                 (found / 2).backward()
-            if tensor == 0:                    # averaged over the ranks with the last piece alone
+            if tensor == 0:                    # gradients are averaged in the last backward pass alone
                 everywhere = [torch.zeros_like(first) for _ in range(size)]
                 dist.all_gather(everywhere, first.grad)
                 assert all(torch.equal(everywhere[0], each) for each in everywhere) == last, place

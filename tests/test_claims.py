@@ -118,8 +118,7 @@ def test_claims_follow_from_the_records():
     assert found["2"] == found["3"] == found["3a"] == "true" and found["2a"] == "depends"
     upside_down = by_number(made_up(lambda cell, *more: 30.0 if " rf " in cell else plain(cell, *more)))
     assert upside_down["2"] == "false"
-    once = by_number(made_up(plain, seeds=(0,)))
-    assert set(once.values()) == {"not decided yet", "not measured yet"} and once["2"] == "not decided yet"
+    assert set(by_number(made_up(plain, seeds=(0,))).values()) == {"not decided yet"}
     assert set(by_number([]).values()) == {"not measured yet"}
 
 

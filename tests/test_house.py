@@ -91,8 +91,9 @@ ROOMS = {
     "encode": {"ahead", "cache", "cli", "files", "media", "pictures", "run", "settings", "shards", "vae"},
     "train": {"cli", "conditioning", "data", "deferred", "ema", "mixed", "parallel", "plan", "ranks", "run",
               "settings", "tasks", "weights"},
-    "pairs": {"cache", "cli", "data", "ema", "files", "media", "mmdit", "pictures", "rectified_flow", "run",
-              "samplers", "settings", "sound", "tasks", "text", "tones", "toys", "train"},
+    "pairs": {"beginning", "cache", "cli", "data", "ema", "files", "media", "mmdit", "pictures",
+              "rectified_flow", "run", "samplers", "settings", "sound", "tasks", "text", "tones", "toys",
+              "train"},
 }
 PACKAGES = {name: {"torch"} for name in ROOMS} | {
     "toys": {"numpy", "PIL"},

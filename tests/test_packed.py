@@ -510,7 +510,7 @@ def test_sizes_of_sample(cwd, capsys):
     """A run of one size draws others, the same way; picture i keeps its seed."""
     sample.main(["runs/done", "--size", "16", "48", "--n", "2", "--steps", "2", "--out", "wide.npz"])
     assert np.load("wide.npz")["arr_0"].shape == (2, 16, 48, 3)
-    assert "--size 16 48: the run was trained on 32x32 only" in capsys.readouterr().err
+    assert "--size 16 48: this run was trained on 32x32 only" in capsys.readouterr().err
     for out, more in (("a.npz", []), ("b.npz", ["--size", "32", "32"])):
         sample.main(["runs/done", "--n", "2", "--steps", "2", "--out", out, *more])
     assert np.array_equal(np.load("a.npz")["arr_0"], np.load("b.npz")["arr_0"])

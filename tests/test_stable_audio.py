@@ -178,7 +178,7 @@ def test_the_command_writes_what_is_drawn(model, tmp_path, monkeypatch):
             assert (written.getnchannels(), written.getframerate()) == (2, RATE)
             samples = np.frombuffer(written.readframes(2**20), "<i2").reshape(-1, 2)
         assert len(samples) == end and np.abs(samples - found[i, :end]).max() <= 1
-    with pytest.raises(ValueError, match="--size 8 8: this run draws sounds; give --seconds"):
+    with pytest.raises(ValueError, match=f"--size 8 8: {NAME} draws sounds; give --seconds"):
         sample.main([*command, "--size", "8", "8", "--out", "no.wav"])
     sample.main([*command, "--n", "1", "--init-sound", f"each/{file.name}", "--strength", "0.5", "--out",
                  "again.wav"])
