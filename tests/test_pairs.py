@@ -513,8 +513,9 @@ def test_refused_in_one_line(trained, vaes, tmp_path, monkeypatch):
             (["sample", shapes, "--prompt", "a"], "not a run of pairs.py"),
             (sample_flags, "nothing to draw from; give --prompt, --picture or --sound"),
             ([*sample_flags, "--picture", "a.png", "--sound", "b.wav"], "nothing is left to draw"),
-            ([*sample_flags, "--picture", "a.png"], "a.png: cannot be read"),
-            ([*sample_flags, "--sound", shapes], "shapes.pt: cannot be read"),
+            ([*sample_flags, "--picture", "a.png"], "--picture a.png: cannot be read as a picture"),
+            ([*sample_flags, "--sound", shapes], "--sound .*shapes.pt: cannot be read as a sound"),
+            (["sample", str(trained), "--prompt", "a", "--out", shapes], "--out .*shapes.pt: is a file; give a"),
             (["score", str(tmp_path / "gone")], "no checkpoint there")):
         with pytest.raises((ValueError, OSError), match=message) as raised:
             pairs.main(command)

@@ -267,6 +267,14 @@ def test_endings_of_a_picture(cwd, name, error):
         np.abs(plain - found).mean() <= error)
 
 
+def test_the_default_output_is_checked_before_drawing(cwd, tmp_path, monkeypatch):
+    (tmp_path / "samples.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "draw_batches", None)
+    with pytest.raises(ValueError, match="--out samples.png: there is a folder of that name; choose another"):
+        sample.main([str(cwd / "runs/done")])
+
+
 def test_a_vae_reconstructs(cwd):
     picture = toys.draw_shape(3)
     Image.fromarray(picture).save("given.png")
@@ -282,7 +290,7 @@ def test_a_vae_reconstructs(cwd):
     pairs = np.asarray(Image.open("pairs.png"))
     assert pairs.shape == (262, 262, 3) and (pairs[130:] == pair).all() and (pairs[:132] != pair).any()
     for more in (["--label", "3"], ["--n", "2"], ["--mask", "given.png"], ["--seed", "1"], ["--cfg", "1"],
-                 ["--interval", "0", "0.5"], ["--compile"]):
+                 ["--cfg", "0"], ["--strength", "0"], ["--interval", "0", "0.5"], ["--compile"]):
         with pytest.raises(ValueError, match=f"{more[0]}: this run is a VAE, .*; leave it out"):
             sample.main(["runs/shapes-vae", "--init-image", "given.png", "--out", "no.png", *more])
     for out in ("no.npz", "no.gif", "no"):
