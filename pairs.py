@@ -537,7 +537,7 @@ FLAGS = {
              "small"),
         Flag("--sound-patch", "latent frames of the sound in a token (default: 2)", integer(1, 4096), 2),
         Flag("--pairs", "how many different pairs to train on (default: 20,000)", integer(1, 10**8), 20_000),
-        Flag("--steps", "optimizer steps (default: 8,000)", integer(1), 8000),
+        Flag("--steps", "optimizer steps (default: 11,000)", integer(1), 11_000),
         Flag("--batch-size", "pairs per step (default: 64)", integer(1), 64),
         Flag("--lr", "learning rate (default: 0.0015)", number(0, 1, above=True), 1.5e-3),
         Flag("--warmup", "steps over which the rate rises (default: 100)", integer(0), 100),
