@@ -515,7 +515,7 @@ def test_refused_in_one_line(trained, vaes, tmp_path, monkeypatch):
             ([*sample_flags, "--picture", "a.png", "--sound", "b.wav"], "nothing is left to draw"),
             ([*sample_flags, "--picture", "a.png"], "--picture a.png: cannot be read as a picture"),
             ([*sample_flags, "--sound", shapes], "--sound .*shapes.pt: cannot be read as a sound"),
-            (["sample", str(trained), "--prompt", "a", "--out", shapes], "--out .*shapes.pt: is a file; give a"),
+            (["sample", str(trained), "--prompt", "a", "--out", shapes], "--out .*shapes.pt: is a file"),
             (["score", str(tmp_path / "gone")], "no checkpoint there")):
         with pytest.raises((ValueError, OSError), match=message) as raised:
             pairs.main(command)
