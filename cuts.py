@@ -204,6 +204,7 @@ def demo() -> None:
     if dist.get_rank() == 0:
         print(f"a rank holds {held} of {numbers:,} weights; its output differs by {errors[0]:.0e}, and the "
               f"derivative along a direction by {errors[1]:.0e}", flush=True)
+    dist.barrier()                             # none ends while another is still at work
     dist.destroy_process_group()
 
 

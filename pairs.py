@@ -308,24 +308,27 @@ def check_settings(args: argparse.Namespace, run: Run, saved: dict) -> None:
                              "repeat its settings to continue it, or use another --name")
 
 
+def sides_of(args: argparse.Namespace, run: Run, saved: dict | None) -> dict[str, Side]:
+    """Those of the checkpoint, whose settings must be these, and which needs --picture-vae and --sound-vae no
+    longer; or those that a new run begins with."""
+    if saved:
+        check_settings(args, run, saved)
+        return stored_sides(saved)
+    return {"picture": side_of_run("--picture-vae", args.picture_vae, sounds=False),
+            "sound": side_of_run("--sound-vae", args.sound_vae, sounds=True, patch=args.sound_patch)}
+
+
 def train(args: argparse.Namespace) -> int:
     """Train, or continue a training bit for bit; the exit status is 0, or 128 + N after signal N."""
     # ---- whatever can be refused is refused before a file is written
     run = Run(Path(args.runs_dir) / args.name)
     check_writable(run.folder)
     device = pick_device(args.device)
-    saved = load_pairs(run)
-    if saved:
-        check_settings(args, run, saved)
-        sides = stored_sides(saved)            # --picture-vae and --sound-vae are no longer needed
-    else:
-        sides = {"picture": side_of_run("--picture-vae", args.picture_vae, sounds=False),
-                 "sound": side_of_run("--sound-vae", args.sound_vae, sounds=True, patch=args.sound_patch)}
+    sides = sides_of(args, run, load_pairs(run))
     with run.hold():
         saved = load_pairs(run)                # another process may have begun it, or gone on, meanwhile
         if saved:
-            check_settings(args, run, saved)
-            sides = stored_sides(saved)
+            sides = sides_of(args, run, saved)
         if saved and saved["step"] == args.steps:
             print(f"{run.folder} is finished: {args.steps:,} steps")
             return 0

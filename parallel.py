@@ -244,6 +244,7 @@ def demo() -> None:
         if rank == 0:
             print(f"{name}: rank 0 holds {held:,} weights; loss {loss / size:.6f}, gradient of the first "
                   f"layer {gradient:.6f}", flush=True)
+    dist.barrier()                             # none ends while another is still at work
     dist.destroy_process_group()
 
 

@@ -203,6 +203,11 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out}: there is a {found} of that name; choose another")
 
 
+def who(args: argparse.Namespace) -> str:
+    """The network, as messages name it."""
+    return args.published or "this run"
+
+
 def check_medium(args: argparse.Namespace, medium: Medium) -> None:
     """Refuse flags of the other medium, and set --out where it was not given."""
     remedies = {"init_sound": "give --init-image", "seconds": "give --size"}
@@ -223,11 +228,6 @@ def check_medium(args: argparse.Namespace, medium: Medium) -> None:
 
 
 # ---- solvers
-
-def who(args: argparse.Namespace) -> str:
-    """The network, as messages name it."""
-    return args.published or "this run"
-
 
 def sampling_of(checkpoint: dict) -> dict:
     """The checkpoint's defaults of sampler, steps, scale and times: those of its objective, or of the

@@ -104,7 +104,8 @@ def how_far(args: argparse.Namespace, rise: int) -> str:
 
 def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     torch.manual_seed(args.seed)       # only here: making the caches draws numbers, and is not always needed
-    if args.shard and args.arch != "vae":   # which is small, and some first weights are computed from others
+    # A VAE is small, and some of its first weights are computed from others, so it is built whole.
+    if args.shard and args.arch != "vae":
         model, initial = deferred(task.build)
     else:
         model, initial = task.build(), None

@@ -59,7 +59,7 @@ def decide(comparison: Comparison) -> bool | None:
 
 
 def measured(comparison: Comparison, seeds: int = 2) -> bool:
-    """Whether either side has as many values as a decision needs, or as many as are given here."""
+    """Whether each side has values of so many seeds; a decision needs two."""
     return min(len(comparison.ours), len(comparison.theirs)) >= seeds
 
 

@@ -186,9 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     rng = random.Random(args.seed)
     counts: dict[str, int] = {}
     lost = 0
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, Server(FEW) as server:
         draw_pictures(Path(place) / "pictures")
-        server = Server(FEW)
         victims = [Victim(server, Path(place), name, flags, args.steps, 2)
                    for name, flags in (("data parallel", []), ("sharded", ["--shard"]))]
         kinds = [(victim, rank, in_save) for rank in (0, None, 1, None) for in_save in (False, True)
@@ -212,7 +211,6 @@ def main(argv: list[str] | None = None) -> int:
             if problem := victim.finish():
                 lost += 1
                 print(f"{victim.name}: {problem}", flush=True)
-        server.close()
     for kind, count in sorted(counts.items()):
         print(f"  {kind}: {count}")
     print(f"{sum(counts.values())} kills, {lost} lost")

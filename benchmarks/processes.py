@@ -1,7 +1,7 @@
 """Programs in several processes, as torchrun starts them: for benchmarks/faults.py and the tests.
 
-    server = Server()
-    statuses, printed = server.launch(folder, [["--arch", "dit"]] * 2).end()
+    with Server() as server:
+        statuses, printed = server.launch(folder, [["--arch", "dit"]] * 2).end()
 
 Imports take seconds; processes that are forked from one that has made them begin at once.
 """
@@ -111,7 +111,10 @@ class Server:
         return Launch(self, {"folder": str(folder), "words": words, "program": program, "setup": setup,
                              "environments": [own | environment for own in ranks]})
 
-    def close(self) -> None:
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error) -> None:
         self.process.stdin.close()
         self.process.wait()
 
@@ -130,6 +133,13 @@ class Launch:
             if self.statuses[rank] is None:
                 self.statuses[rank] = self.server.ask({"poll": pid})
         return None in self.statuses
+
+    def wait_for(self, metrics: str, step: int) -> None:
+        """Until this step is in a run's metrics.jsonl, whose path is relative to the folder, or all processes
+        have ended."""
+        file = self.folder / metrics
+        while self.running() and not (file.exists() and f'"step": {step},' in file.read_text()):
+            time.sleep(0.01)
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         if self.statuses[rank] is None:

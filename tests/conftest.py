@@ -98,9 +98,8 @@ conftest.few_samples(pytest.MonkeyPatch())
 @pytest.fixture(scope="session")
 def server():
     """Starts programs in processes of their own."""
-    server = Server(IMPORTS)
-    yield server
-    server.close()
+    with Server(IMPORTS) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -156,5 +156,6 @@ def main(words):
         check = Check(network)
         for layout in layouts:
             check.layout(*layout)
+    dist.barrier()                             # none ends while another is still at work
     dist.destroy_process_group()
     return 0

@@ -63,14 +63,14 @@ train.load_data = load
 """
 STEPS = ["--steps", "12", "--save-every", "4", "--warmup", "2"]
 RUN = "runs/pictures-dit-rf"
+LOSSES = f"{RUN}/metrics.jsonl"
 LAYOUTS = {"data": [], "shard": ["--shard"]}
 
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server(SETUP)
-    yield server
-    server.close()
+    with Server(SETUP) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +106,6 @@ def begin(place, tmp_path, layout=None):
     return tmp_path
 
 
-def wait_for(launch, step):
-    """Until rank 0 has logged this step."""
-    file = launch.folder / RUN / "metrics.jsonl"
-    while launch.running() and not (file.exists() and f'"step": {step},' in file.read_text()):
-        time.sleep(0.01)
-
-
 def goes_on(server, place, folder, layout, *more):
     """The same command ends in the bits of the run that nothing has disturbed."""
     statuses, printed = start(server, folder, LAYOUTS[layout], *more).end()
@@ -144,7 +137,7 @@ def test_killed_before_a_checkpoint_names_the_folder_of_its_optimizer(server, pl
     """The folder of a save that never came to its end is not used, and goes with the next one."""
     folder = begin(place, tmp_path)
     launch = start(server, folder, LAYOUTS["shard"], FAULT="stop:1:7")
-    wait_for(launch, 6)
+    launch.wait_for(LOSSES, 6)
     for rank in (0, 1):
         launch.kill(rank)
     launch.end()
@@ -203,7 +196,7 @@ def test_nan_in_the_gradient_of_one_rank(server, place, tmp_path, layout):
 def test_sigterm_to_all_saves_a_sharded_run(server, place, tmp_path):
     folder = begin(place, tmp_path)
     launch = start(server, folder, LAYOUTS["shard"])
-    wait_for(launch, 5)
+    launch.wait_for(LOSSES, 5)
     for rank in (0, 1):
         launch.kill(rank, signal.SIGTERM)
     statuses, printed = launch.end()
@@ -244,7 +237,7 @@ def test_a_full_disk_ends_all_and_keeps_the_checkpoint(server, place, tmp_path, 
 def test_a_second_launch_in_a_folder_is_refused(server, place, tmp_path):
     folder = begin(place, tmp_path)
     first = start(server, folder, LAYOUTS["shard"])
-    wait_for(first, 1)
+    first.wait_for(LOSSES, 1)
     other = tmp_path / "other"                         # for what it prints
     other.mkdir()
     for name in ("pictures", "runs"):

@@ -346,6 +346,7 @@ def one_rank(rank, world, folder):
     if rank == 0:
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
+    dist.barrier()                             # none ends while another is still at work
     dist.destroy_process_group()
 
 

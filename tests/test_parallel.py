@@ -23,13 +23,6 @@ from ranks import ALONE, Ranks, environments, join
 LOSSES = "runs/shapes-dit-rf/metrics.jsonl"
 
 
-def wait_for(launched, step):
-    """Until rank 0 has logged this step."""
-    file = launched.folder / LOSSES
-    while launched.running() and not (file.exists() and f'"step": {step},' in file.read_text()):
-        time.sleep(0.02)
-
-
 TRAINING = ["--arch", "dit", *ON_VAE, "--vae-steps", "4", "--steps", "6", "--batch-size", "16",
             "--accumulate", "2", "--flip", "--ema", "0.1", "--log-every", "1", "--lr", "1e-3"]
 
@@ -211,7 +204,7 @@ def test_a_run_goes_on_in_any_layout(launch, tmp_path, more, layouts):
 def test_a_signal_to_one_process_stops_all_at_one_step_and_any_number_goes_on(launch, tmp_path):
     flags = [*TRAINING, "--save-every", "1000", "--val-every", "1000"]
     several = launch(tmp_path, 2, *flags, "--steps", "400", "--cooldown", "0")
-    wait_for(several, 2)
+    several.wait_for(LOSSES, 2)
     several.kill(1, signal.SIGTERM)
     statuses, printed = several.end()
     assert statuses == [143, 143]
@@ -264,7 +257,7 @@ def test_a_process_does_not_end_while_its_watch_is_in_the_store(tmp_path):
 def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(launch, tmp_path):
     flags = [*TRAINING, "--steps", "300", "--save-every", "2"]
     several = launch(tmp_path, 2, *flags)
-    wait_for(several, 4)
+    several.wait_for(LOSSES, 4)
     several.kill(1)
     statuses, printed = several.end()
     assert statuses[0] == 2 and len(several.errors()) == 1
@@ -272,7 +265,7 @@ def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(launch, tm
     saved = torch.load(tmp_path / "runs/shapes-dit-rf/checkpoint.pt", weights_only=True)["step"]
     assert saved >= 2
     again = launch(tmp_path, 2, *flags)
-    wait_for(again, saved + 2)
+    again.wait_for(LOSSES, saved + 2)
     again.kill(0, signal.SIGTERM)
     statuses, printed = again.end()
     assert statuses == [143, 143] and f"step {saved:,} of 300" in printed[0]
