@@ -201,10 +201,16 @@ class Blocks(NamedTuple):
     stages: int      # depth of the pipeline that loads blocks ahead of their use
 
 
+# 96 KiB of shared memory at most, in float32 with 128 channels; a GPU since 2020 has 99 or more.
+SMALLEST = Blocks(32, 32, warps=4, stages=2)
+
+
 def autotune(*candidates: Blocks) -> Callable:
-    """Let Triton choose the fastest candidate, per LENGTH_CLASS, head_dim and use of norm and rotation."""
+    """Let Triton choose the fastest candidate, per LENGTH_CLASS, head_dim and use of norm and rotation, among
+    those for which a GPU has enough shared memory; SMALLEST is added for where no other one fits."""
     if not triton:
         return lambda kernel: kernel
+    candidates = (*candidates, SMALLEST)
     if INTERPRETED:                                   # times in the interpreter mean nothing
         candidates = candidates[:1]
     configs = [triton.Config({"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}, num_warps=blocks.warps,
@@ -317,17 +323,18 @@ def norm_and_rope_kernel(X, Y, WEIGHT, COS, SIN, stride_xb, stride_xh, stride_xn
 
 
 @autotune(Blocks(64, 64, warps=4, stages=3), Blocks(128, 64, warps=4, stages=3),
-          Blocks(128, 64, warps=8, stages=3), Blocks(128, 128, warps=8, stages=2))
+          Blocks(128, 64, warps=8, stages=3), Blocks(128, 128, warps=8, stages=2),
+          Blocks(128, 128, warps=8, stages=3))
 @jit
 def forward_kernel(Q, K, V, O, LSE, Q_NORM, K_NORM, COS, SIN, MASK, OFFSETS,
                    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-                   heads, N, M, max_length, scale, LENGTH_CLASS: tl.constexpr, DIM: tl.constexpr,
+                   heads, N, M, max_length, LENGTH_CLASS: tl.constexpr, DIM: tl.constexpr,
                    PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
-                   PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr):
+                   PACKED: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """O = attention and LSE = log-sum-exp of the scores, for one block of queries of one head.
-    scale = log2(e) / sqrt(head_dim)."""
+    SCALE = log2(e) / sqrt(head_dim)."""
     block, sequence, head = locate_program(max_length, heads, BLOCK_M)
     # The first row of this program's sequence and the one after its last, in q and in k. Each kernel computes
     # them in place: a helper that returned them misled torch.compile's analysis of what a kernel writes to.
@@ -369,7 +376,7 @@ def forward_kernel(Q, K, V, O, LSE, Q_NORM, K_NORM, COS, SIN, MASK, OFFSETS,
             valid_keys = valid_keys & (tl.load(MASK + batch * M + keys, valid_keys, 0) != 0)
 
         # 1. Scores; invalid keys get -inf, whose exponential is 0.
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale     # (BLOCK_M, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE     # (BLOCK_M, BLOCK_N)
         scores = tl.where(valid_keys[None, :], scores, float("-inf"))
         # 2. The maximum so far. Where a query has had no valid key yet it is -inf, and -inf - -inf would be
         #    NaN: subtract 0 there.
@@ -393,17 +400,17 @@ def forward_kernel(Q, K, V, O, LSE, Q_NORM, K_NORM, COS, SIN, MASK, OFFSETS,
 
 
 @autotune(Blocks(64, 64, warps=4, stages=3), Blocks(128, 64, warps=8, stages=3),
-          Blocks(64, 32, warps=4, stages=3))
+          Blocks(64, 32, warps=4, stages=3), Blocks(128, 32, warps=4, stages=3))
 @jit
 def backward_q_kernel(Q, K, V, O, DO, LSE, DELTA, Q_IN, DQ, Q_NORM, COS, SIN, DQ_NORM, MASK, OFFSETS,
                       stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                       stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
                       stride_dob, stride_doh, stride_don, stride_inb, stride_inh, stride_inn,
-                      stride_dqb, stride_dqh, stride_dqn, heads, N, M, max_length, sums, scale,
+                      stride_dqb, stride_dqh, stride_dqn, heads, N, M, max_length, sums,
                       LENGTH_CLASS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
                       NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                      PRECISION: tl.constexpr, ROWS_PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr):
+                      PRECISION: tl.constexpr, SCALE: tl.constexpr, ROWS_PER_SUM: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """DQ, the gradient of q, for one block of queries of one head, and DELTA for `backward_kv_kernel`.
 
     Q, K: normed and rotated; Q_IN: q before that. DQ_NORM: (sequences * heads, sums, DIM)."""
@@ -447,14 +454,14 @@ def backward_q_kernel(Q, K, V, O, DO, LSE, DELTA, Q_IN, DQ, Q_NORM, COS, SIN, DQ
         if MASKED:
             valid_keys = valid_keys & (tl.load(MASK + batch * M + keys, valid_keys, 0) != 0)
         # S = scale * Q K^T, P = 2^(S - lse): the softmax again
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale     # (BLOCK_M, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE     # (BLOCK_M, BLOCK_N)
         p = tl.where(valid_keys[None, :], tl.exp2(scores - lse[:, None]), 0.0)
         # dP = dO V^T, dS = P * (dP - delta), dQ = dS K / sqrt(head_dim): dS belongs to the scores in base e,
         # Q K^T / sqrt(head_dim), and the factor 1 / sqrt(head_dim) follows after the loop
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    dq *= scale * 0.6931471805599453                  # ln(2): scale is log2(e) / sqrt(head_dim)
+    dq *= SCALE * 0.6931471805599453                  # ln(2): SCALE is log2(e) / sqrt(head_dim)
 
     DQ_NORM += ((sequence * heads + head) * sums + block * (BLOCK_M // ROWS_PER_SUM)).to(tl.int64) * DIM
     Q_IN_head = head_pointer(Q_IN, batch, head, stride_inb, stride_inh, DIM)
@@ -465,17 +472,17 @@ def backward_q_kernel(Q, K, V, O, DO, LSE, DELTA, Q_IN, DQ, Q_NORM, COS, SIN, DQ
 
 
 @autotune(Blocks(64, 64, warps=4, stages=3), Blocks(64, 128, warps=8, stages=3),
-          Blocks(32, 64, warps=4, stages=3))
+          Blocks(32, 64, warps=4, stages=3), Blocks(32, 128, warps=4, stages=3))
 @jit
 def backward_kv_kernel(Q, K, V, DO, LSE, DELTA, K_IN, DK, DV, K_NORM, COS, SIN, DK_NORM, MASK, OFFSETS,
                        stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                        stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
                        stride_inb, stride_inh, stride_inn, stride_dkb, stride_dkh, stride_dkn,
-                       stride_dvb, stride_dvh, stride_dvn, heads, N, M, max_length, sums, scale,
+                       stride_dvb, stride_dvh, stride_dvn, heads, N, M, max_length, sums,
                        LENGTH_CLASS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
                        NORM: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                       PRECISION: tl.constexpr, ROWS_PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_N: tl.constexpr):
+                       PRECISION: tl.constexpr, SCALE: tl.constexpr, ROWS_PER_SUM: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """DK and DV, the gradients of k and v, for one block of keys of one head.
 
     Q, K: normed and rotated; K_IN: k before that. DK_NORM: (sequences * heads, sums, DIM). The program goes
@@ -520,14 +527,14 @@ def backward_kv_kernel(Q, K, V, DO, LSE, DELTA, K_IN, DK, DV, K_NORM, COS, SIN, 
         lse = tl.load(LSE + row_offsets, valid_rows, float("inf"))
         delta = tl.load(DELTA + row_offsets, valid_rows, 0.0)
         # S^T = scale * K Q^T, P^T = 2^(S^T - lse), dV = P^T dO
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale     # (BLOCK_N, BLOCK_M)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE     # (BLOCK_N, BLOCK_M)
         p = tl.where(attended_keys[:, None], tl.exp2(scores - lse[None, :]), 0.0)
         dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         # dP^T = V dO^T, dS^T = P^T * (dP^T - delta), dK = dS^T Q / sqrt(head_dim)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
-    dk *= scale * 0.6931471805599453                  # ln(2): scale is log2(e) / sqrt(head_dim)
+    dk *= SCALE * 0.6931471805599453                  # ln(2): SCALE is log2(e) / sqrt(head_dim)
 
     DK_NORM += ((sequence * heads + head) * sums + block * (BLOCK_N // ROWS_PER_SUM)).to(tl.int64) * DIM
     K_IN_head = head_pointer(K_IN, batch, head, stride_inb, stride_inh, DIM)
@@ -599,7 +606,9 @@ def launch_settings(q: Tensor, k: Tensor, norm: Tensor | None, cos: Tensor | Non
     dim = q.shape[-1]
     options = {"LENGTH_CLASS": length_class, "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)),
                "NORM": norm is not None, "ROPE": cos is not None, "MASKED": mask is not None,
-               "PACKED": offsets is not None, "PRECISION": "tf32x3" if exact else "tf32"}
+               "PACKED": offsets is not None, "PRECISION": "tf32x3" if exact else "tf32",
+               # an argument at run time would be float32 for Triton, but float64 for torch.compile
+               "SCALE": dim ** -0.5 * LOG2_E}
     return LaunchSettings(sequences, max_queries, max_keys, options)
 
 
@@ -644,7 +653,7 @@ def attention_operator(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k
     grid = lambda meta: (ceil_div(settings.max_queries, meta["BLOCK_M"]) * settings.sequences * heads,)
     wrap_triton(forward_kernel)[grid](
         q, k, v, o, lse, q_norm, k_norm, cos, sin, mask, offsets, *leading_strides(q, k, v, o), heads,
-        queries, keys, settings.max_queries, dim ** -0.5 * LOG2_E, **settings.options)
+        queries, keys, settings.max_queries, **settings.options)
     return o, lse
 
 
@@ -674,18 +683,17 @@ def attention_backward_operator(
     dq_norm = q.new_zeros((settings.sequences * heads, q_sums, dim), dtype=torch.float32)
     dk_norm = q.new_zeros((settings.sequences * heads, k_sums, dim), dtype=torch.float32)
 
-    scale = dim ** -0.5 * LOG2_E
     grid = lambda meta: (ceil_div(settings.max_queries, meta["BLOCK_M"]) * settings.sequences * heads,)
     wrap_triton(backward_q_kernel)[grid](
         ready_q, ready_k, v, o, do, lse, delta, q, dq, q_norm, cos, sin, dq_norm, mask, offsets,
         *leading_strides(ready_q, ready_k, v, o, do, q, dq), heads, queries, keys, settings.max_queries,
-        q_sums, scale, ROWS_PER_SUM=ROWS_PER_SUM, **settings.options)
+        q_sums, ROWS_PER_SUM=ROWS_PER_SUM, **settings.options)
     # launched second, as it reads the delta that backward_q_kernel writes
     kv_grid = lambda meta: (ceil_div(settings.max_keys, meta["BLOCK_N"]) * settings.sequences * heads,)
     wrap_triton(backward_kv_kernel)[kv_grid](
         ready_q, ready_k, v, do, lse, delta, k, dk, dv, k_norm, cos, sin, dk_norm, mask, offsets,
         *leading_strides(ready_q, ready_k, v, do, k, dk, dv), heads, queries, keys, settings.max_keys,
-        k_sums, scale, ROWS_PER_SUM=ROWS_PER_SUM, **settings.options)
+        k_sums, ROWS_PER_SUM=ROWS_PER_SUM, **settings.options)
     return dq, dk, dv, dq_norm.sum((0, 1)), dk_norm.sum((0, 1))
 
 
