@@ -30,8 +30,8 @@ except ImportError:            # Triton comes with PyTorch's builds for GPUs onl
 
 Rope = tuple[Tensor, Tensor]   # cos and sin, each (N, head_dim / 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# ATTENTION=triton in the environment selects the kernels below. They are not the default: they have been
-# checked in Triton's interpreter and compiled for a GPU, but not yet timed on one.
+# ATTENTION=triton in the environment selects the kernels below. They are not the default: their first use
+# compiles them for half a minute, and they have been timed at two lengths only (benchmarks/NOTES.md).
 KERNEL = triton is not None and os.environ.get("ATTENTION") == "triton"
 # Whether the kernels can run here or were asked for. Otherwise they do not become operators, which would
 # import PyTorch's compiler: seconds in which every program on a CPU would wait.
