@@ -76,9 +76,12 @@ def read_sound_and_mask(args: argparse.Namespace, length: int,
     if args.mask is None:
         return found, None
     start, end = mask_times(args.mask)
-    if not start < end <= length / rate:
-        raise ValueError(f"--mask {args.mask}: of sounds, two times in seconds, FROM-TO, like 0.5-1.2, at "
-                         f"most {length / rate:g}; for more, give --seconds")
+    if not start < end:
+        raise ValueError(f"--mask {args.mask}: of sounds, two times in seconds, the earlier one first, like "
+                         "0.2-0.5")
+    if end > length / rate:
+        raise ValueError(f"--mask {args.mask}: ends after the sound, of {length / rate:g} seconds; for a "
+                         "longer one, give --seconds")
     mask = torch.zeros(1, 1, length, dtype=torch.bool)
     mask[..., round(start * rate):round(end * rate)] = True
     return found, mask

@@ -359,7 +359,7 @@ def _decode(folder: Folder, form: Form, about: np.ndarray, stamp_path: Path) -> 
         empty = Head()
         for label in np.flatnonzero(np.bincount(folder.labels[keep], minlength=len(folder.classes)) == 0):
             empty.append(folder.classes[label])
-        empty.tell(f"--data {folder.path}: classes left out, because none of their {thing}s can be decoded")
+        empty.tell(f"--data {folder.path}: classes left out, because none of their {thing}s can be used")
     stamp_path.unlink(missing_ok=True)      # never an old stamp beside a new array
 
 
@@ -379,8 +379,9 @@ def _check_one_decodes(folder: Folder, form: Form) -> None:
 
 
 def _none_decodes(folder: Folder) -> ValueError:
-    count = counted(len(folder.pictures), folder.wanted.thing)
-    return ValueError(f"--data {folder.path}: none of its {count} can be decoded")
+    thing, count = folder.wanted.thing, len(folder.pictures)
+    what = f"its one {thing} cannot" if count == 1 else f"none of its {counted(count, thing)} can"
+    return ValueError(f"--data {folder.path}: {what} be used")
 
 
 def _skipped(picture: Path, error: Exception) -> str:
@@ -393,7 +394,7 @@ def _skipped(picture: Path, error: Exception) -> str:
 def _tell_of_others(folder: Folder, broken: Head) -> None:
     if broken.others:
         count = counted(len(folder.pictures), folder.wanted.thing)
-        print(f"skipped {broken.others:,} more of {count}, which cannot be decoded either", file=sys.stderr)
+        print(f"skipped {broken.others:,} more of {count}, which cannot be used either", file=sys.stderr)
 
 
 def demo() -> None:

@@ -265,7 +265,7 @@ def open_sound(file: IO[bytes]) -> Wav | Packaged:
     elif len(start) > 2 and start[0] == 0xFF and start[1] & 0xE0 == 0xE0 and start[1] & 6:
         sound = Packaged(file, "MP3")
     else:
-        raise ValueError("not a sound of a format that is opened (WAV, FLAC, Ogg, MP3)")
+        raise ValueError("neither a WAV nor a FLAC, Ogg or MP3 file")
     if sound.frames < 1:
         raise ValueError("holds no samples")
     return sound

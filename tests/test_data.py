@@ -376,7 +376,7 @@ def test_classes_are_listed_after_decoding(tmp_path, capsys):
         assert [colour[0] for colour in colours(train.images)] == [2, 2, 10, 10]
         assert train.captions == ["2", "2", "10", "10"]
     error = capsys.readouterr().err
-    assert error.count("classes left out, because none of their pictures can be decoded: 1; 3\n") == 1
+    assert error.count("classes left out, because none of their pictures can be used: 1; 3\n") == 1
 
 
 def test_a_folder_with_captions(tmp_path):

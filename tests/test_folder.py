@@ -153,12 +153,12 @@ def test_bad_folders(tmp_path, capsys):
     with pytest.raises(ValueError, match="no pictures in this folder .*never PostScript"):
         list_folder(tmp_path / "p")
     (tmp_path / "p/a.png").write_bytes(b"")
-    for counted in ("1 picture", "2 pictures"):
-        with pytest.raises(ValueError, match=f"none of its {counted} can be decoded"):
+    for count, what in enumerate(("its one picture cannot", "none of its 2 pictures can"), 1):
+        with pytest.raises(ValueError, match=f"p: {what} be used$"):
             opened(tmp_path / "p", tmp_path / "cache")
         assert not (tmp_path / "cache").exists()                # nothing is created for nothing
         error = capsys.readouterr().err
-        assert error.count("\n") == int(counted[0])
+        assert error.count("\n") == count
         assert "p/a.png: not a picture of a format that is opened (PNG, JPEG, WEBP, GIF, ...)\n" in error
         (tmp_path / "p/b.png").write_bytes(b"\x1b[31m")
     picture(tmp_path / "p/sub/b.png")
@@ -376,7 +376,7 @@ def test_pictures_that_may_not_be_read_are_named(tmp_path, monkeypatch, capsys):
     found = opened(tmp_path / "p", tmp_path / "cache")
     error = capsys.readouterr().err
     assert found.keep.tolist() == [0] and colours(found.images) == [RED]
-    assert "a/2.png" in error and "b/1.png" in error and error.endswith("can be decoded: b\n")
+    assert "a/2.png" in error and "b/1.png" in error and error.endswith("can be used: b\n")
 
 
 @pytest.mark.parametrize("names, order", [
@@ -716,13 +716,13 @@ def test_the_first_of_many_broken_pictures_are_named_once(tmp_path, capsys):
             picture(tmp_path / "p/150.png")
             assert opened(tmp_path / "p", tmp_path / "cache").keep.tolist() == [150]
         else:
-            with pytest.raises(ValueError, match="none of its 300 pictures can be decoded"):
+            with pytest.raises(ValueError, match="none of its 300 pictures can be used"):
                 opened(tmp_path / "p", tmp_path / "cache")
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
         lines = [line for line in lines if "skipped" in line]
         names = [re.search("[0-9]+.png", line)[0] for line in lines[:-1]]
         assert names == [f"{i:03d}.png" for i in range(12)]
-        assert lines[-1] == f"skipped {288 - found} more of 300 pictures, which cannot be decoded either"
+        assert lines[-1] == f"skipped {288 - found} more of 300 pictures, which cannot be used either"
 
 
 def test_metadata_rows_are_matched_by_path(tmp_path):

@@ -163,9 +163,9 @@ GOOD = wav(np.full(100, 0.5))
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "an empty file"), (b"RI", "not a sound of a format that is opened"),
-    (b"\x89PNG\r\n\x1a\n" + bytes(99), "not a sound of a format that is opened (WAV, FLAC, Ogg, MP3)"),
-    (b"words, no sound", "not a sound of a format"), (bytes(1000), "not a sound of a format"),
+    (b"", "an empty file"), (b"RI", "neither a WAV nor a FLAC, Ogg or MP3 file"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(99), "neither a WAV nor a FLAC, Ogg or MP3 file"),
+    (b"words, no sound", "neither a WAV"), (bytes(1000), "neither a WAV"),
     (GOOD[:12], "without samples: damaged or cut off"), (GOOD[:30], "without samples"),
     (GOOD[:-1], "cut off: 199 of 200 bytes are there"), (GOOD[:44], "cut off: 0 of 200 bytes are there"),
     (GOOD[:12] + GOOD[36:], "names no format"), (wav([]), "holds no samples"),

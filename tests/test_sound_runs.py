@@ -324,7 +324,8 @@ def test_pictures_of_sounds(place, out, monkeypatch):
     (["--init-sound", "nothing.wav"], "--init-sound nothing.wav: cannot be read as a sound"),
     (["--init-sound", "text.wav"], "--init-sound text.wav: cannot be read as a sound"),
     (["--init-sound", "ok.wav", "--mask", "0.5-0.2"], "--mask 0.5-0.2: of sounds, two times in seconds"),
-    (["--init-sound", "ok.wav", "--mask", "0.5-9"], "--mask 0.5-9: of sounds, two times .* at most 1.024"),
+    (["--init-sound", "ok.wav", "--mask", "0.5-9"],
+     "--mask 0.5-9: ends after the sound, of 1.024 seconds; for a longer one, give --seconds"),
     (["--init-sound", "ok.wav", "--mask", "white.png"], "--mask white.png: of sounds, two times"),
 ])
 def test_what_sounds_do_not_take(place, words, message):

@@ -130,13 +130,13 @@ def bad(path):
     (path / "whole.wav").unlink()
     return {"cut": "cut off: 700 of 800 bytes are there", "empty": "an empty file",
             "none": "holds no samples", "silent": "silent", "hiss": "silent",
-            "picture": "not a sound of a format that is opened (WAV,",
+            "picture": "neither a WAV nor a FLAC, Ogg or MP3 file",
             "long": "50 minutes long, of at most 10: cut it into sounds first"}
 
 
 def test_bad_sounds_are_skipped_and_named_once(tmp_path, capsys):
     reasons = bad(tmp_path / "p")
-    with pytest.raises(ValueError, match="none of its 7 sounds can be decoded"):
+    with pytest.raises(ValueError, match="none of its 7 sounds can be used"):
         opened(tmp_path / "p", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()                    # nothing is created for nothing
     capsys.readouterr()
