@@ -76,14 +76,15 @@ def comparison_table(m: Measured) -> str:
 
 # ---- tables and figures of the studies
 
-def seeds_of(m: Measured, study: str) -> str:
-    """How many seeds the cells of a study have, in words."""
+def seeds_of(m: Measured, study: str, ranges: bool = True) -> str:
+    """How many seeds the cells of a study have, in words. ranges: whether its table gives them."""
     counts = {}
     for record in m.records:
         if record["study"] == study:
             counts.setdefault(record["cell"], set()).add(record["seed"])
     sizes = sorted({len(seeds) for seeds in counts.values()})
-    return f"{' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} seed{'s' * (sizes != [1])} per cell"
+    words = f"{' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} seed{'s' * (sizes != [1])} per cell"
+    return words + ", where no range is given one" * (ranges and sizes[0] == 1 < sizes[-1])
 
 
 def made_with(m: Measured, study: str) -> str:
@@ -95,9 +96,15 @@ def made_with(m: Measured, study: str) -> str:
     return f"{', '.join(devices)}; {when}; commit {', '.join(commits)}"
 
 
-def mean_of(m: Measured, study: str, cell: str, get: Callable[[dict], float | None], digits: int) -> str:
-    values = m.values(study, cell, get)
+def shown(values: list[float], digits: int) -> str:
+    """In a study's table, which says below how many seeds there are: "" of none, and of one just the figure."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return ladder.spread(values, digits) if values else ""
+
+
+def mean_of(m: Measured, study: str, cell: str, get: Callable[[dict], float | None], digits: int) -> str:
+    return shown(m.values(study, cell, get), digits)
 
 
 def grid_table(m: Measured) -> str:
@@ -203,8 +210,8 @@ def staircase_table(m: Measured) -> str:
     rows = ["| change | cell | Fréchet | agreement |", "|---|---|---|---|"]
     for i, ((change, cell, values), agreement) in enumerate(zip(steps, agreements)):
         first = "" if i == 0 else "+ "
-        rows.append(f"| {first}{change} | {cell} | {ladder.spread(values, 2)} "
-                    f"| {ladder.spread(agreement, 3)} |")
+        rows.append(f"| {first}{change} | {cell} | {shown(values, 2)} "
+                    f"| {shown(agreement, 3)} |")
     return "\n".join(rows)
 
 
@@ -222,7 +229,7 @@ def steps_table(m: Measured) -> str:
     if len(rows) == 2:
         return ""
     notes = ("Fréchet distance of the best solver without guidance, means over the seeds. Needed: the fewest "
-             f"evaluations within 10 % of the best distance. {seeds_of(m, 'steps')}; "
+             f"evaluations within 10 % of the best distance. {seeds_of(m, 'steps', ranges=False)}; "
              f"{made_with(m, 'steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('steps', 'Distance against evaluations')}"
 
@@ -261,7 +268,7 @@ def guidance_table(m: Measured) -> str:
     head = ["| guidance | " + " | ".join(f"{scale:g}" for scale in scales) + " |",
             "|---" * (len(scales) + 1) + "|"]
     return "\n".join(head + rows) + ("\n\nFréchet distance, then agreement; means over the seeds. "
-                                     f"{seeds_of(m, 'guidance')}; {made_with(m, 'guidance')}.")
+                                     f"{seeds_of(m, 'guidance', ranges=False)}; {made_with(m, 'guidance')}.")
 
 
 def noise_table(m: Measured) -> str:
@@ -296,7 +303,7 @@ def shift_table(m: Measured) -> str:
     for side in (32, 64):
         for steps in SHIFT_STEPS:
             for where, by_shift in shift_rows(m, side, steps).items():
-                texts = [ladder.spread(values, 2) if values else "" for values in by_shift.values()]
+                texts = [shown(values, 2) for values in by_shift.values()]
                 if any(texts):
                     rows.append(f"| {side} px, {steps} Euler steps, {where} | {' | '.join(texts)} |")
     if len(rows) == 2:
@@ -465,7 +472,7 @@ def cells_and_costs(m: Measured, study: str, head: list[str], texts_of: Callable
 
 def prompt_table(m: Measured) -> str:
     rows = cells_and_costs(m, "prompts", ["share that shows all of its prompt", *PROMPT_KINDS.values()],
-                           lambda cell: [ladder.spread(values, 3) for values in prompt_columns(m, cell)])
+                           lambda cell: [shown(values, 3) for values in prompt_columns(m, cell)])
     if not rows:
         return ""
     floors = [record["evaluations"][0]["agreement"] for record in m.of("floor", "scenes")]
@@ -491,8 +498,8 @@ def speed_table(m: Measured) -> str:
     head = ["milliseconds per picture, in batches of", "evaluations", *map(str, batches)]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell, each in found.items():
-        texts = [ladder.spread([pace.milliseconds[batch] for pace in each], 1) for batch in batches]
-        calls = ladder.spread([pace.evaluations for pace in each], 0)
+        texts = [shown([pace.milliseconds[batch] for pace in each], 1) for batch in batches]
+        calls = shown([pace.evaluations for pace in each], 0)
         rows.append(f"| {cell} | {calls} | {' | '.join(texts)} |")
     notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
              "best of the network that is worse. Of the network alone, without the VAE, in bf16. "
