@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from pictures import caption_font
 
@@ -26,7 +26,7 @@ MARKS = ("circle", "square", "triangle", "diamond")
 class Series(NamedTuple):
     name: str                        # "": not in the legend
     x: list                          # numbers, or names of places
-    y: list[list[float]]             # per x, one value or those of all seeds
+    y: list[list[float]]             # per x, one value or those of all seeds; none: a gap in the line
     colour: str | None = None        # None: that of its place among the series
     mark: str | None = None          # None: likewise; "": without marks
     width: float = 1.0               # of the line, relative
@@ -117,6 +117,13 @@ def look(i: int, series: Series) -> tuple[str, str]:
     return colour, kind
 
 
+def font_of(chart: Chart, size: int) -> ImageFont.FreeTypeFont:
+    """The same one for all that is written in a chart."""
+    places = (str(x) for series in chart.series for x in series.x)
+    names = (series.name for series in chart.series)
+    return caption_font("".join((chart.title, chart.x, chart.y, *places, *names)), size)
+
+
 def draw_mark(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, colour: str, size: float) -> None:
     if kind == "circle":
         pen.ellipse((x - size, y - size, x + size, y + size), fill=colour)
@@ -145,23 +152,29 @@ def draw(chart: Chart) -> Image.Image:
     up = Axis(values, frame.bottom, frame.top, chart.log_y)
     draw_axes(picture, chart, across, up, places if named else [])
     thick = chart.text / 6
-    points = []                                        # of all series, in pixels
+    points = []                                        # of all marks and along all lines, in pixels
     for i, series in enumerate(chart.series):
         if not series.x:
             continue
         colour, kind = look(i, series)
         aside = (i - (len(chart.series) - 1) / 2) * 0.12 if named else 0.0
-        corners = []
+        pieces = [[]]
         for x, seeds in zip(series.x, series.y):
+            if not seeds:
+                pieces.append([])
+                continue
             where = across(places.index(x) + aside if named else x)
-            corners.append((where, up(float(np.mean(seeds)))))
+            pieces[-1].append((where, up(float(np.mean(seeds)))))
             if len(seeds) > 1:
                 pen.line((where, up(min(seeds)), where, up(max(seeds))), colour, round(thick))
-        if not named:
-            pen.line(corners, colour, max(1, round(thick * series.width)), joint="curve")
-        for x, y in corners:
-            draw_mark(pen, kind, x, y, colour, 2.2 * thick)
-        points += corners
+        for corners in pieces:
+            if not named and len(corners) > 1:
+                pen.line(corners, colour, max(1, round(thick * series.width)), joint="curve")
+                for (x0, y0), (x1, y1) in zip(corners, corners[1:]):
+                    points += [(x0 + (x1 - x0) * k / 20, y0 + (y1 - y0) * k / 20) for k in range(1, 20)]
+            for x, y in corners:
+                draw_mark(pen, kind, x, y, colour, 2.2 * thick)
+            points += corners
     draw_legend(pen, chart, frame, points)
     return picture
 
@@ -172,7 +185,7 @@ def draw_axes(picture: Image.Image, chart: Chart, across: Axis, up: Axis, places
     left, right, top, bottom = frame_of(chart)
     width, height = chart.size
     text = chart.text
-    font = caption_font(chart.title + chart.x + chart.y, text)
+    font = font_of(chart, text)
     for value in up.ticks():
         y = up(value)
         pen.line((left, y, right, y), "#dddddd", text // 15)
@@ -182,8 +195,7 @@ def draw_axes(picture: Image.Image, chart: Chart, across: Axis, up: Axis, places
         pen.line((x, bottom, x, bottom + text // 3), "black", text // 15)
         pen.text((x, bottom + text // 2), name, "black", font, anchor="ma")
     pen.line([(left, top), (left, bottom), (right, bottom)], "black", text // 10)
-    pen.text((width / 2, text // 2), chart.title, "black", caption_font(chart.title, text + text // 8),
-             anchor="ma")
+    pen.text((width / 2, text // 2), chart.title, "black", font_of(chart, text + text // 8), anchor="ma")
     pen.text((width / 2, height - text // 2), chart.x, "black", font, anchor="md")
     # The name of the vertical axis is written along it: on a strip of its own, which is then turned.
     strip = Image.new("RGB", (bottom - top, text + text // 2), "white")
@@ -199,7 +211,7 @@ def draw_legend(pen: ImageDraw.ImageDraw, chart: Chart, frame: Frame,
     if not entries:
         return
     text = chart.text
-    font = caption_font("".join(series.name for _, series in entries), text - text // 15)
+    font = font_of(chart, text - text // 15)
     wide = max(pen.textlength(series.name, font) for _, series in entries) + 2.5 * text
     row = text + text // 3
     high = row * len(entries) + text // 2

@@ -97,7 +97,7 @@ def made_with(m: Measured, study: str) -> str:
 
 
 def shown(values: list[float], digits: int) -> str:
-    """In a study's table, which says below how many seeds there are: "" of none, and of one just the figure."""
+    """In a study's table, which says below how many seeds there are: of one just the figure, of none ""."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return ladder.spread(values, digits) if values else ""
@@ -443,9 +443,10 @@ def rate_table(m: Measured) -> str:
 def rate_chart(m: Measured) -> Chart | None:
     series = []
     for network, objective, _ in rate_rows(m):
-        series += series_of(f"{network} {objective}", {
-            factor: m.values("learning rates", f"{network} {objective} x {factor:g}",
-                             score(first_order(objective))) for factor in FACTORS})
+        found = [m.values("learning rates", f"{network} {objective} x {factor:g}",
+                          score(first_order(objective))) for factor in FACTORS]
+        if any(found):
+            series.append(Series(f"{network} {objective}", list(FACTORS), found))
     return Chart("Learning rates a factor of two apart: Fréchet distance",
                  "learning rate, relative to the default", "Fréchet distance", series,
                  log_x=True, log_y=True) if series else None

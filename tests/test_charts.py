@@ -30,6 +30,16 @@ def test_charts_show_every_value_where_its_axis_says():
         assert colour_at(picture, across(x), up(y)) == COLOURS[colour], (x, y)
 
 
+def test_a_missing_value_is_a_gap_in_the_line():
+    for middle in ([2.0], []):
+        chart = Chart("t", "x", "y", [Series("", [1, 2, 3, 4], [[3.0], middle, [2.0], [1.0]], charts.GREEN)])
+        picture = draw(chart)
+        across, up = axes(chart)
+        assert (colour_at(picture, across(1.5), up(2.5)) == charts.GREEN) == bool(middle)
+        assert (colour_at(picture, across(2.5), up(2.0)) == charts.GREEN) == bool(middle)
+        assert colour_at(picture, across(3.5), up(1.5)) == charts.GREEN
+
+
 def test_a_mark_is_the_mean_of_the_seeds_and_a_bar_their_range():
     chart = Chart("t", "x", "y", [Series("", [0.0, 1.0], [[1.0, 2.0, 6.0], [1.0]], charts.GREEN)])
     picture = draw(chart)
@@ -74,10 +84,12 @@ def test_what_is_not_finite_is_left_out_and_what_is_empty_is_not_named():
 @pytest.mark.parametrize("points, free", [
     ([(0, 0.0), (10, 1.0)], "left"),                       # rising: the upper right corner is taken
     ([(0, 1.0), (10, 0.0)], "right"),
+    ([(0, 0.0), (7.5, 1.0), (10, 0.9)], "left"),           # without a mark in that corner
 ])
 def test_the_legend_covers_no_line(points, free):
+    """Nor a mark; a line has marks at its ends alone."""
     dense = [(x, np.interp(x, *zip(*points))) for x in np.linspace(0, 10, 60)]
-    chart = Chart("t", "x", "y", [line("a name of some length", dense, COLOURS[0])])
+    chart = Chart("t", "x", "y", [line("a name of some length", points, COLOURS[0])])
     picture = draw(chart)
     across, up = axes(chart)
     assert all(colour_at(picture, across(x), up(y)) == COLOURS[0] for x, y in dense[1:-1])
