@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import settings
+import machine
 from ahead import default_workers, in_processes
 from cache import pieces
 from cli import Flag, integer, make_parser, nonempty, one_of, program
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(set(names)) < len(names):
         raise ValueError(f"{args.source}: two shards have the same name; give each of these folders alone")
     local = os.environ.get("LOCAL_RANK")                   # of the processes that torchrun starts here
-    device = settings.pick_device(args.device, None if local is None else int(local))
+    device = machine.pick_device(args.device, None if local is None else int(local))
     vae = load_vae(args.vae).to(device)
     if medium_of(vae.config).rate is not None:
         raise ValueError(f"--vae {args.vae}: is for sounds, and shards hold pictures; give another")

@@ -43,13 +43,13 @@ from cache import LatentCache
 from cli import Flag, folder_name, integer, make_parser, nonempty, number, one_of, program, signals
 from data import batch_indices
 from files import check_writable, digest
+from machine import has_bf16, pick_device
 from media import medium_of
 from mmdit import MMDiTConfig
 from rectified_flow import RectifiedFlow
 from run import (Run, State, build_model, build_path, encoder_fingerprint, load_checkpoint, load_vae,
                  pack_vae, unpack_vae)
 from samplers import SAMPLERS, guided, noise_like
-from settings import has_bf16, pick_device
 from tasks import posteriors
 from text import TextConfig
 from toys import SHAPE_CLASSES, draw_shape, read_shape

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 import conditioning
 import ema
+import machine
 import moe
 import published
 import settings
@@ -94,10 +95,10 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
     begun = run.load()
     if begun:
         check_begun(args, run, begun)
-    device = settings.pick_device(args.device, ranks.local)
+    device = machine.pick_device(args.device, ranks.local)
     if args.compile:
-        settings.check_compiler(device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and settings.has_bf16(device))
+        machine.check_compiler(device)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and machine.has_bf16(device))
     words = None
     if args.cond == "text":
         words = "embeddings" if args.text_encoder == "none" else "captions"
@@ -646,7 +647,7 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
     pictures = {f"{count:,} pictures of {height} x {width}": count * pixels}
     if args.rate:
         pictures = {f"{count:,} sounds of {args.seconds:g} s": 2 * count * width}
-    have = settings.memory(plan.device)
+    have = machine.memory(plan.device)
 
     # ---- memory of the device: 4 bytes a weight for value, gradient, AdamW's two moments, and each average
     for trained, model in ((plan.vae_args, autoencoder), (args, network)):
@@ -670,10 +671,10 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
             need |= pictures
         plan.memory = sum(need.values())
         what = "this training" if trained is args else "training the VAE first"
-        settings.check_room(what, need, have, f"memory ({plan.device.type})",
+        machine.check_room(what, need, have, f"memory ({plan.device.type})",
                             "give a smaller --image-size, --batch-size or network")
     if not plan.folder:
-        settings.check_room("this training", pictures, settings.memory(torch.device("cpu")), "memory",
+        machine.check_room("this training", pictures, machine.memory(torch.device("cpu")), "memory",
                             "give a smaller --image-size")
 
     # ---- the disk: a checkpoint is replaced by a second one, and caches are kept
@@ -691,7 +692,7 @@ def check_size(args: argparse.Namespace, plan: Plan, autoencoder: VAE, network: 
         captions = len(set(plan.folder.words))
         need[f"{captions:,} encoded captions"] = 2 * captions * rows * plan.conditioning.widths.context
     place = nearest_folder(plan.cache_dir)
-    settings.check_room("this training", need, shutil.disk_usage(place).free, f"the disk of {place}",
+    machine.check_room("this training", need, shutil.disk_usage(place).free, f"the disk of {place}",
                         "give another --runs-dir or --cache-dir, or a smaller --image-size")
 
 

@@ -39,6 +39,7 @@ from conditioning import Asked
 from draw import draw_batches, in_own_dtype, picture_bar
 from files import digest, fingerprint_tensors
 from guidance import build_guide, guidance_of, guidance_options, read_guide
+from machine import check_compiler, check_room, memory, pick_device
 from media import medium_of
 from offload import Resident, Stage, visit_blocks
 from output import check_size, write
@@ -48,7 +49,7 @@ from run import (average_of_width, build_model, build_path, config_of_vae, graph
                  load_published, unpack_vae)
 from sample_settings import (FLAGS, check_flags, check_medium, choose_sampler, chosen_size, fill_defaults,
                              multiple_of, parse_args, sampling_of, sampling_path)
-from settings import ALL_ARCHITECTURES, check_compiler, check_room, memory, pick_device
+from settings import ALL_ARCHITECTURES
 from sound import write_wav
 from times import TIMES
 from vae import VAE

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import conditioning
 import ema
+import machine
 import settings
 from cli import program, signals
 from data import Dataset, load_data
@@ -442,7 +443,7 @@ def forecast(seconds: float, steps: int, device: torch.device, rest: str) -> str
         duration = f"{left / 60:.0f} minutes"
     if left > 2 * 3600:
         duration = f"{left / 3600:.1f} hours"
-    peak = settings.peak_memory(device)
+    peak = machine.peak_memory(device)
     memory = f", {peak / 2**20:,.0f} MiB of memory" if peak else ""
     return f"{seconds:.2g} s a step{memory}: about {duration} are left, {rest}"
 

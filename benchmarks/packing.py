@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import settings
+import machine
 from cli import Flag, integer, make_parser, nonempty, one_of, program
 from data import packed_indices
 from dit import PRESETS, DiT, DiTConfig
@@ -89,14 +89,14 @@ def text_share(captions: list[str], batches: list[np.ndarray]) -> float:
 
 def measure(args: argparse.Namespace, grids: np.ndarray, packed: list[np.ndarray],
             buckets: list[np.ndarray]) -> None:
-    device = settings.pick_device(args.device)
+    device = machine.pick_device(args.device)
     torch.manual_seed(0)
     model = DiT(DiTConfig(channels=CHANNELS, **PRESETS[args.preset])).to(device)
     p, q = model.config.patch
     path = RectifiedFlow()
 
     def step(x0) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.has_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=machine.has_bf16(device)):
             loss = path.loss(model, x0).mean()
         loss.backward()
         model.zero_grad(set_to_none=True)

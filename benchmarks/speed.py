@@ -52,10 +52,10 @@ import dit
 import unet
 from cli import Parser, number, one_of, program
 from files import write_atomically
+from machine import has_bf16
 from rectified_flow import RectifiedFlow
 from run import compile_blocks, graphed
 from samplers import SAMPLERS, guided
-from settings import has_bf16
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

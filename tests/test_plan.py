@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import DONE, ON_VAE, QUICK, altered, contents, picture, same
 
+import machine
 import plan
 import run
-import settings
 import train
 from plan import prepare
 from settings import parse
@@ -77,7 +77,7 @@ def test_absurd_sizes_are_refused_with_an_estimate(tmp_path, monkeypatch, flags,
 ])
 def test_sane_sizes_pass_on_a_small_machine(tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "memory", lambda device: 4 * 2**30)
+    monkeypatch.setattr(machine, "memory", lambda device: 4 * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: argparse.Namespace(free=8 * 2**30))
     planned = prepare(parse(flags))
     if planned.vae_args:

@@ -11,6 +11,7 @@ import torch
 import conditioning
 import ddpm
 import dit
+import machine
 import run
 import sample_settings
 import settings
@@ -350,21 +351,21 @@ def test_widths_that_the_groups_of_a_vae_do_not_divide():
 
 
 def test_memory_is_what_a_container_may_use(tmp_path, monkeypatch):
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     file = tmp_path / "limit"
-    monkeypatch.setattr(settings, "CGROUPS", (str(tmp_path / "none"), str(file)))
-    for content, expected in ((None, machine), ("max\n", machine), ("1048576\n", 2**20),
-                              (f"{2**63 - 4096}\n", machine)):
+    monkeypatch.setattr(machine, "CGROUPS", (str(tmp_path / "none"), str(file)))
+    for content, expected in ((None, whole), ("max\n", whole), ("1048576\n", 2**20),
+                              (f"{2**63 - 4096}\n", whole)):
         if content:
             file.write_text(content)
-        assert settings.memory(torch.device("cpu")) == expected
+        assert machine.memory(torch.device("cpu")) == expected
 
 
 def test_bytes_in_words():
     sizes = {300_000: "0.3 MiB", 5 * 2**20: "5.0 MiB", 2**30: "1.0 GiB", 2500 * 2**30: "2,500.0 GiB"}
-    assert {size: settings.in_words(size) for size in sizes} == sizes
+    assert {size: machine.in_words(size) for size in sizes} == sizes
     with pytest.raises(ValueError, match="^x needs at least 2.0 GiB of m .*a 2.0 GiB., where 5.0 MiB are"):
-        settings.check_room("x", {"a": 2**31}, 5 * 2**20, "m", "y")
+        machine.check_room("x", {"a": 2**31}, 5 * 2**20, "m", "y")
 
 
 def test_a_switch_that_is_off_is_the_default_of_its_path():
