@@ -183,10 +183,13 @@ def guidance_cells() -> Iterator[Cell]:
             Evaluation(solver, count, scale) for scale in (1.0, 1.5, 2.0, 3.0) for count in counts))
 
 
+NOISY = ("ddpm", "reverse_sde", "dpmpp_2m_sde")      # samplers that add noise of their own
+
+
 def noise_cells() -> Iterator[Cell]:
     """The headlines by the first-order solver, and by samplers that add noise, which either path allows."""
     for network, objective in HEADLINES:
-        solvers = (FIRST[objective.split()[0]], "ddpm", "reverse_sde", "dpmpp_2m_sde")
+        solvers = (FIRST[objective.split()[0]], *NOISY)
         yield grid_cell("noise", network, objective, tuple(
             Evaluation(solver, steps) for solver in solvers for steps in (10, 20, 50)))
 
