@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, VERDICTS, Claim, Comparison, Measured, answer_to, best_within,
-                               counted, crossover, distance, exponents, first_order, needed,
-                               paces, score, sizes, typical, verdict)
+                               counted, crossover, distance, exponents, first_order, needed, paces, score,
+                               sizes, typical, verdict)
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
@@ -228,9 +228,9 @@ def steps_table(m: Measured) -> str:
         rows.append(f"| {cell.name} | {' | '.join(texts)} | {mean_of(m, 'steps', cell.name, needed, 0)} |")
     if len(rows) == 2:
         return ""
-    notes = ("Fréchet distance of the best solver that adds no noise, without guidance; means over the seeds. "
-             "As it is the best with at most so many evaluations, it never rises, though that of a single "
-             "solver may. Needed: the fewest evaluations within 10 % of the best distance. "
+    notes = ("Fréchet distance of the best solver that adds no noise, without guidance; means over the "
+             "seeds. As it is the best with at most so many evaluations, it never rises, though that of a "
+             "single solver may. Needed: the fewest evaluations within 10 % of the best distance. "
              f"{seeds_of(m, 'steps', ranges=False)}; {made_with(m, 'steps')}.")
     return "\n".join(rows) + f"\n\n{notes}\n\n{picture('steps', 'Distance against evaluations')}"
 
