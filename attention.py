@@ -201,7 +201,7 @@ class Blocks(NamedTuple):
     stages: int      # depth of the pipeline that loads blocks ahead of their use
 
 
-# 96 KiB of shared memory at most, in float32 with 128 channels; a GPU since 2020 has 99 or more.
+# At most 96 KiB of shared memory, in float32 with 128 channels; NVIDIA GPUs since 2020 have 99 or more.
 SMALLEST = Blocks(32, 32, warps=4, stages=2)
 
 

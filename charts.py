@@ -158,7 +158,7 @@ def draw(chart: Chart) -> Image.Image:
             continue
         colour, kind = look(i, series)
         aside = (i - (len(chart.series) - 1) / 2) * 0.12 if named else 0.0
-        pieces = [[]]
+        pieces = [[]]                                  # of the line, between its gaps
         for x, seeds in zip(series.x, series.y):
             if not seeds:
                 pieces.append([])

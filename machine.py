@@ -106,7 +106,8 @@ def check_compiler(device: torch.device) -> None:
 
 def demo() -> None:
     """Print the device that "auto" takes, and its memory."""
-    device, size = pick_device(), memory(pick_device())
+    device = pick_device()
+    size = memory(device)
     print(f"{device}: {'bf16' if has_bf16(device) else 'no bf16'}, "
           f"{'memory not known' if size is None else in_words(size)}")
 
