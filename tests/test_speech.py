@@ -214,7 +214,8 @@ def test_with_neither(here, monkeypatch):
     assert not (here / "speech").exists()
 
 
-@pytest.mark.parametrize("content, message", [(b"RIFF", "0.wav: neither a WAV"), (b"", "0.wav: an empty file")])
+@pytest.mark.parametrize("content, message", [(b"RIFF", "0.wav: neither a WAV"),
+                                              (b"", "0.wav: an empty file")])
 def test_a_damaged_recording_is_named(here, content, message):
     (here / "speech/digits/0.wav").write_bytes(content)
     with pytest.raises(ValueError, match=message):
