@@ -320,8 +320,10 @@ class Comparison:
         # The last one stays for other cells of this run.
         for file in run.glob("checkpoint-*.pt" if self.keep_runs else "checkpoint*.pt"):
             file.unlink()
-        return found | {"evaluations": [scores[evaluation.label] for evaluation in cell.evaluations],
-                        **known["training"]}
+        found |= {"evaluations": [scores[evaluation.label] for evaluation in cell.evaluations],
+                  **known["training"]}
+        # Scores have the stamp of the training, but a time belongs to the machine that took it.
+        return found | (stamp() if cell.batches else {})
 
     def train(self, cell: Cell, seed: int, run: Path, known: dict) -> None:
         """Train, or go on, and measure what does not depend on a sampler. A training that diverges leaves

@@ -450,7 +450,10 @@ def test_samples_of_the_grid_side_by_side(tiny, monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
+    timed, speed = [], compare.measures.speed
     monkeypatch.setattr(compare, "STUDIES", CHILDREN)
+    monkeypatch.setattr(compare.measures, "speed", lambda *inputs: timed.append(1) or speed(*inputs))
+    monkeypatch.setattr(compare, "device_name", lambda: "times" if timed else "trains")
     assert compare.main([*FLAGS, "--only", "few"]) == 0
     trained = [command[command.index("--name") + 1] for command in tiny if command[0] == "train.py"]
     assert trained == ["fashion-mnist-vae", "dit-0", "meanflow-0", "reflow-0", "twice-0"]
@@ -461,6 +464,8 @@ def test_what_begins_from_another_run_has_it_trained_first(tiny, monkeypatch):
     assert found["meanflow"]["evaluations"][0]["nfe"] == 1
     assert [row["batch"] for row in found["dit"]["speed"]] == [1, 3]
     assert all(row["seconds"] > 0 for row in found["dit"]["speed"]) and "speed" not in found["reflow"]
+    # scores belong to the machine of the training, times to that which took them
+    assert [found[name]["device"] for name in ("meanflow", "dit")] == ["trains", "times"]
 
 
 @pytest.mark.long
