@@ -42,6 +42,7 @@ from files import locked, read_stamp, write_atomically, write_stamp
 from run import Run, build_path
 
 RESULTS = Path(__file__).with_name("results")
+OF_A_CELL = ("study", "cell", "seed", "budget", "commands", "evaluations")     # not of its training
 
 
 # ---- the results
@@ -128,6 +129,11 @@ def diverged_at(error: Stopped) -> int | None:
 
 def as_typed(command: list[str]) -> str:
     return shlex.join(["python", *command])
+
+
+def trainings(commands: list[str]) -> list[str]:
+    """Of the commands of a cell, those without which it would be another training."""
+    return [command for command in commands if command.startswith("python train.py ")]
 
 
 class Spent(NamedTuple):
@@ -303,6 +309,9 @@ class Comparison:
         scores = known.setdefault("scores", {})
         found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
                  "commands": [as_typed(command) for command in self.commands(cell, seed)]}
+        measured = self.measured_before(cell, found["commands"])
+        if measured is not None:
+            return found | measured
         missing = [self.source(cell, seed, each) for each in cell.evaluations if each.label not in scores]
         if cell.batches:
             missing.append(run / "checkpoint.pt")
@@ -325,6 +334,21 @@ class Comparison:
         # Scores have the stamp of the training, but a time belongs to the machine that took it.
         return found | (stamp() if cell.batches else {})
 
+    def measured_before(self, cell: Cell, commands: list[str]) -> dict | None:
+        """What the line of another study has of the same training and samples, whose run may be gone."""
+        for record in self.results.read():
+            if trainings(record.get("commands", [])) != trainings(commands):
+                continue
+            if cell.batches or "speed" in record:          # times are taken for each cell
+                continue
+            figures = {name: value for name, value in record.items() if name not in OF_A_CELL}
+            if "diverged" in record:
+                return figures
+            scores = {row["label"]: row for row in record["evaluations"]}
+            if all(each.label in scores for each in cell.evaluations):
+                return figures | {"evaluations": [scores[each.label] for each in cell.evaluations]}
+        return None
+
     def train(self, cell: Cell, seed: int, run: Path, known: dict) -> None:
         """Train, or go on, and measure what does not depend on a sampler. A training that diverges leaves
         the step of it instead."""
@@ -332,9 +356,10 @@ class Comparison:
             self.train_parent(cell, seed)
         command = self.train_command(cell, seed)
         print(as_typed(command), flush=True)
-        known.setdefault("stamp", stamp())                               # of the code that begins it
-        write_stamp(run / "compare.json", known)
         started = last_step(run)
+        if started == 0 or "stamp" not in known:
+            known["stamp"] = stamp()                                     # of the code that begins it
+        write_stamp(run / "compare.json", known)
         try:
             spent = call(command, run / "compare.log")
         except Stopped as error:

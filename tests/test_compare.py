@@ -573,6 +573,27 @@ def test_weights_that_were_dropped_are_trained_again(stub):
             if command[0] == "train.py"] == ["fashion-mnist-vae", "dit-0", "unet-0", "dit-0"]
 
 
+def test_what_another_study_has_measured_is_taken_from_its_line(stub, monkeypatch):
+    grid = CELLS["grid"].cells[0]
+    one = grid._replace(study="more", name="one", evaluations=grid.evaluations[1:])
+    studied = {"grid": CELLS["grid"], "more": studies.Study("", (
+        one, one._replace(name="other samples", evaluations=(compare.Evaluation("euler", 2),)),
+        one._replace(name="other training", run="b", train=(*one.train, "--warmup", "2"))))}
+    monkeypatch.setattr(compare, "STUDIES", studied)
+    assert compare.main([*FLAGS, "--only", "grid", "--drop-runs"]) == 0
+    stub.commands.clear()
+    monkeypatch.setattr(compare, "device_name", lambda: "another")
+    assert compare.main([*FLAGS, "--only", "more"]) == 0
+    found = {(r["study"], r["cell"]): r for r in lines()}
+    parent, taken = found["grid", "dit"], found["more", "one"]
+    assert taken["evaluations"] == parent["evaluations"][1:] and taken["device"] == parent["device"]
+    assert len(taken["commands"]) == 3 and taken["steps"] == 8
+    # the others are trained, as their samples are missing, or their training is another
+    assert [command[command.index("--name") + 1] for command in stub.commands
+            if command[0] == "train.py"] == ["dit-0", "b-0"]
+    assert all(found["more", f"other {what}"]["device"] == "another" for what in ("samples", "training"))
+
+
 @pytest.mark.parametrize("flags, words", [(["--only", "speed"], "--only speed: must be one of grid, steps")])
 def test_bad_flags_are_refused_in_one_line(stub, flags, words):
     with pytest.raises(ValueError, match=words):
