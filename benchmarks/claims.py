@@ -424,7 +424,7 @@ class Claim(NamedTuple):
 
 CLAIMS = [
     Claim("1", "rectified flow trains more easily than diffusion: its schedule matters less, and more "
-               "learning rates work", easier_training, 2, "learning-rates"),
+               "learning rates work", easier_training, 2, "learning rates"),
     Claim("1a", "rectified flow's gradients are calmer than diffusion's: spread of the gradient norm",
           calmer_gradients, 2, "grid"),
     Claim("2", "straight path + velocity beats eps, v and x0 on the diffusion path, at equal training and "
@@ -450,7 +450,7 @@ CLAIMS = [
     Claim("8", "the transformer with rectified flow draws faster than the U-Net with diffusion, at equal "
                "quality: milliseconds per picture", faster, 1, "speed"),
     Claim("9", "straightening makes few steps enough: Fréchet distance after reflow, and how curved the "
-               "paths still are", straightened, 2, "few-steps"),
+               "paths still are", straightened, 2, "few steps"),
     Claim("9a", "one step is enough: Fréchet distance of MeanFlow, within 1.5 times its parent's", one_step,
-          2, "few-steps"),
+          2, "few steps"),
 ]

@@ -43,8 +43,9 @@ def claims_table(m: Measured) -> str:
         if found != "not measured yet":
             one = typical(comparisons)
             first = f"{one.what}: {compared(claim, one)}"
-            shows = f"[{claim.figure}](benchmarks/pictures/compare-{claim.figure}.png)"
             found = f"**{found}** ({counted(comparisons)})"
+        if SECTIONS[f"compare: {claim.figure}"].chart(m):
+            shows = f"[{claim.figure}]({picture(f'compare: {claim.figure}')})"
         rows.append((rank, f"| {claim.number} | {claim.text} | {first} | {found} | {shows} |"))
     if all(rank == len(VERDICTS) - 1 for rank, _ in rows):
         return ""
@@ -136,7 +137,7 @@ def grid_table(m: Measured) -> str:
              "noise levels for every cell. Curvature: mean square of the velocity's distance from "
              "the chord of a sampled trajectory, 0 if all are straight. Spread: interquartile range over "
              f"median. Guidance 1.5: with DDIM 50 or Heun 10. {seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
-    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('grid', 'Fréchet distance of every cell')}{floor(m)}"
+    return "\n".join(rows) + f"\n\n{notes}{floor(m)}"
 
 
 def floor(m: Measured) -> str:
@@ -176,10 +177,6 @@ def error_chart(m: Measured) -> Chart | None:
             series += series_of(f"{network} {objective}", dict(sorted(points.items())), colour, mark)
     return Chart("One currency for all losses: error of the velocity on held-out latents", "training step",
                  "mean squared error", series, log_y=True) if series else None
-
-
-def error_section(m: Measured) -> str:
-    return picture("errors", "Error of the velocity over the training") if error_chart(m) else ""
 
 
 # One change at a time: (what changes, network, objective, label of the evaluation).
@@ -232,7 +229,7 @@ def steps_table(m: Measured) -> str:
              "seeds. As it is the best with at most so many evaluations, it never rises, though that of a "
              "single solver may. Needed: the fewest evaluations within 10 % of the best distance. "
              f"{seeds_of(m, 'steps', ranges=False)}; {made_with(m, 'steps')}.")
-    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('steps', 'Distance against evaluations')}"
+    return "\n".join(rows) + f"\n\n{notes}"
 
 
 def steps_chart(m: Measured) -> Chart | None:
@@ -312,7 +309,7 @@ def shift_table(m: Measured) -> str:
     notes = ("Fréchet distance without guidance. Pictures of 64 pixels are scaled down to 32, by the mean of "
              "each 2 x 2 pixels, and judged by the same classifier. "
              f"{seeds_of(m, 'shift')}; {made_with(m, 'shift')}.")
-    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('shift', 'Distance against the shift')}"
+    return "\n".join(rows) + f"\n\n{notes}"
 
 
 def shift_chart(m: Measured) -> Chart | None:
@@ -343,8 +340,7 @@ def size_table(m: Measured) -> str:
         point = crossover(m, "frechet")
         where = f"the lines cross at {point / 1e12:.0f} TFLOP" if point else "no crossover near these sizes"
         law = f"Exponents of the distance: {', '.join(parts)}; {where}. "
-    return "\n".join(rows) + (f"\n\n{law}{seeds_of(m, 'sizes')}; {made_with(m, 'sizes')}.\n\n"
-                              + picture("sizes", "Distance against training FLOPs"))
+    return "\n".join(rows) + f"\n\n{law}{seeds_of(m, 'sizes')}; {made_with(m, 'sizes')}."
 
 
 def size_chart(m: Measured) -> Chart | None:
@@ -376,7 +372,7 @@ def corner_table(m: Measured) -> str:
              "how much of the training is done; of pictures that the VAE has encoded and decoded: "
              f"{', '.join(f'{value:.3f}' for value in best)}. All networks have equal training FLOPs. "
              f"{seeds_of(m, 'corners')}; {made_with(m, 'corners')}.")
-    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('corners', 'Agreement against training')}"
+    return "\n".join(rows) + f"\n\n{notes}"
 
 
 def corner_chart(m: Measured) -> Chart | None:
@@ -437,8 +433,7 @@ def rate_table(m: Measured) -> str:
     defaults = ", ".join(f"{network} {rate:g}" for network, rate in RATES.items())
     return "\n".join(rows) + (
         f"\n\nFréchet distance, 50 first-order steps; defaults: {defaults}. {seeds_of(m, 'learning rates')}; "
-        f"{made_with(m, 'learning rates')}.\n\n"
-        + picture("learning-rates", "Distance against the learning rate"))
+        f"{made_with(m, 'learning rates')}.")
 
 
 def rate_chart(m: Measured) -> Chart | None:
@@ -482,7 +477,7 @@ def prompt_table(m: Measured) -> str:
              f"{', '.join(f'{value:.3f}' for value in floors)}. MFLOP per example, forward and backward, "
              f"without the text encoder, which is the same. {seeds_of(m, 'prompts')}; "
              f"{made_with(m, 'prompts')}.")
-    return rows + f"\n\n{notes}\n\n{picture('prompts', 'Which prompts are followed')}"
+    return rows + f"\n\n{notes}"
 
 
 def prompt_chart(m: Measured) -> Chart | None:
@@ -506,7 +501,7 @@ def speed_table(m: Measured) -> str:
     notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
              "best of the network that is worse. Of the network alone, without the VAE, in bf16. "
              f"{seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
-    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('speed', 'Time per picture against the batch')}"
+    return "\n".join(rows) + f"\n\n{notes}"
 
 
 def speed_chart(m: Measured) -> Chart | None:
@@ -545,7 +540,7 @@ def few_step_table(m: Measured) -> str:
              f"reflow have learned guidance {GUIDANCE:g}. Their minutes exclude the parent's training and "
              f"include the drawing of reflow's pairs. {seeds_of(m, 'few steps')}; "
              f"{made_with(m, 'few steps')}.")
-    return "\n".join(rows) + f"\n\n{notes}\n\n{picture('few-steps', 'Distance at 1 to 8 evaluations')}"
+    return "\n".join(rows) + f"\n\n{notes}"
 
 
 def few_step_chart(m: Measured) -> Chart | None:
@@ -574,37 +569,55 @@ def expert_table(m: Measured) -> str:
         f"{seeds_of(m, 'experts')}; {made_with(m, 'experts')}.")
 
 
-def picture(name: str, text: str) -> str:
-    return f"![{text}](benchmarks/pictures/compare-{name}.png)"
-
-
 # ---- the README
 
 class Section(NamedTuple):
-    """What stands between <!-- NAME --> and <!-- end -->."""
-    text: Callable[[Measured], str]
+    """What stands between <!-- NAME --> and <!-- end -->: a table, a chart, or both."""
+    table: Callable[[Measured], str]
     command: str                                     # which measures it
-    chart: Callable[[Measured], Chart | None] | None = None
+    chart: Callable[[Measured], Chart | None] = lambda m: None
+    caption: str = ""                                # of the chart
+
+    def text(self, name: str, m: Measured) -> str:
+        parts = [self.table(m)]
+        if self.chart(m):
+            parts.append(f"![{self.caption}]({picture(name)})")
+        return "\n\n".join(filter(None, parts)) or f"Not measured yet: `{self.command}`."
+
+
+def picture(section: str) -> str:
+    """The file of a section's chart, from the README."""
+    return f"benchmarks/pictures/{section.replace(': ', '-').replace(' ', '-')}.png"
 
 
 COMPARE = "python benchmarks/compare.py --budget cpu"
 SECTIONS = {
     "compare: claims": Section(claims_table, COMPARE),
     "compare: comparisons": Section(comparison_table, COMPARE),
-    "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart),
-    "compare: errors": Section(error_section, f"{COMPARE} --only grid", error_chart),
+    "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart,
+                             "Fréchet distance of every cell"),
+    "compare: errors": Section(lambda m: "", f"{COMPARE} --only grid", error_chart,
+                               "Error of the velocity over the training"),
     "compare: staircase": Section(staircase_table, f"{COMPARE} --only grid"),
-    "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart),
+    "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart,
+                              "Distance against evaluations"),
     "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance"),
     "compare: noise": Section(noise_table, f"{COMPARE} --only noise"),
     "compare: schedules": Section(schedule_table, f"{COMPARE} --only schedules"),
-    "compare: learning rates": Section(rate_table, f"{COMPARE} --only 'learning rates'", rate_chart),
-    "compare: sizes": Section(size_table, f"{COMPARE} --only sizes", size_chart),
-    "compare: corners": Section(corner_table, f"{COMPARE} --only corners", corner_chart),
-    "compare: shift": Section(shift_table, f"{COMPARE} --only shift", shift_chart),
-    "compare: prompts": Section(prompt_table, f"{COMPARE} --only prompts", prompt_chart),
-    "compare: speed": Section(speed_table, f"{COMPARE} --only speed", speed_chart),
-    "compare: few steps": Section(few_step_table, f"{COMPARE} --only 'few steps'", few_step_chart),
+    "compare: learning rates": Section(rate_table, f"{COMPARE} --only 'learning rates'", rate_chart,
+                                       "Distance against the learning rate"),
+    "compare: sizes": Section(size_table, f"{COMPARE} --only sizes", size_chart,
+                              "Distance against training FLOPs"),
+    "compare: corners": Section(corner_table, f"{COMPARE} --only corners", corner_chart,
+                                "Agreement against training"),
+    "compare: shift": Section(shift_table, f"{COMPARE} --only shift", shift_chart,
+                              "Distance against the shift"),
+    "compare: prompts": Section(prompt_table, f"{COMPARE} --only prompts", prompt_chart,
+                                "Which prompts are followed"),
+    "compare: speed": Section(speed_table, f"{COMPARE} --only speed", speed_chart,
+                              "Time per picture against the batch"),
+    "compare: few steps": Section(few_step_table, f"{COMPARE} --only 'few steps'", few_step_chart,
+                                  "Distance at 1 to 8 evaluations"),
     "compare: experts": Section(expert_table, f"{COMPARE} --only experts"),
 }
 
@@ -625,7 +638,7 @@ def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
     m = Measured(records)
     found = {}
     for name, section in SECTIONS.items():
-        found[name] = section.text(m) or f"Not measured yet: `{section.command}`."
+        found[name] = section.text(name, m)
     for base in ladder.BASES:
         table = ladder.table(rungs, base)
         empty = len(table.splitlines()) == 2
@@ -639,9 +652,9 @@ def charts(records: list[dict]) -> dict[str, Chart]:
     m = Measured(records)
     found = {}
     for name, section in SECTIONS.items():
-        chart = section.chart(m) if section.chart else None
+        chart = section.chart(m)
         if chart:
-            found[f"compare-{name.removeprefix('compare: ').replace(' ', '-')}.png"] = chart
+            found[Path(picture(name)).name] = chart
     return found
 
 
