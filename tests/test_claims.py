@@ -141,7 +141,7 @@ def test_evaluations_needed_are_the_fewest_within_a_tenth_of_the_best():
 
 def test_easier_training_counts_schedules_and_rates():
     """Distances by schedule 4, 4.4, .. and by learning rate: known deviations, and known usable rates."""
-    level = {"rf mode": 1.1, "ddpm linear": 2.0, "x 4": 1.6, "x 2": 1.4}
+    level = {"rf mode": 1.1, "ddpm linear": 2.0, "ddpm cosine": 6.0, "x 4": 1.6, "x 2": 1.4}
 
     def distance(cell, *more):
         return 4.0 * math.prod(factor for name, factor in level.items() if name in cell)
@@ -153,7 +153,9 @@ def test_easier_training_counts_schedules_and_rates():
     found = {c.what: c for c in claims.easier_training(Measured(records))}
     schedules = found["dit, relative deviation of the distance over its schedules"]
     assert schedules.ours[0] == pytest.approx(np.std([4, 4, 4.4, 4], ddof=1) / 4.1)
-    assert schedules.theirs[0] == pytest.approx(np.std([4, 8, 4], ddof=1) / (16 / 3))
+    assert schedules.theirs[0] == pytest.approx(np.std([4, 8, 24], ddof=1) / 12)
+    milder = found["dit, relative deviation of the distance over its schedules but the cosine one"]
+    assert milder.ours == schedules.ours and milder.theirs[0] == pytest.approx(np.std([4, 8], ddof=1) / 6)
     assert found["dit, usable learning rates of 5"].ours == [4, 4, 4]
     assert found["unet, usable learning rates of 5"].theirs == [4, 3, 4]
     assert decide(schedules) is True and decide(found["dit, usable learning rates of 5"]) is None
