@@ -290,6 +290,7 @@ def check_grid(kind: str, n: int, size: Size, columns: int | None, zoom: int, fr
         raise ValueError(f"a grid of {width:,} x {height:,} pixels is more than {kind} or the memory holds; "
                          "draw fewer pictures, or write to a folder or an .npz")
 
+
 def demo() -> None:
     """Write eight captioned gradients as one picture, and read it back."""
     ramp = np.linspace(0, 255, 64).astype(np.uint8)

@@ -40,13 +40,13 @@ from draw import draw_batches, in_own_dtype, picture_bar
 from files import digest, fingerprint_tensors
 from guidance import build_guide, guidance_of, guidance_options, read_guide
 from machine import check_compiler, check_room, memory, pick_device
-from media import medium_of
+from media import Medium, medium_of
 from offload import Resident, Stage, visit_blocks
 from output import check_size, write
 from pictures import PICTURES, check_grid, enlargement, write_picture
 from ranks import Ranks, launched
-from run import (average_of_width, build_model, build_path, config_of_vae, graphed, load_checkpoint,
-                 load_published, unpack_vae)
+from run import (average_of_width, build_model, build_path, graphed, load_checkpoint, load_published,
+                 unpack_vae)
 from sample_settings import (FLAGS, check_flags, check_medium, choose_sampler, chosen_size, fill_defaults,
                              multiple_of, parse_args, sampling_of, sampling_path)
 from settings import ALL_ARCHITECTURES
@@ -198,54 +198,64 @@ def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, aske
     return found | {"distilled": distilled, "tile": args.tile}
 
 
-def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
-    """What sample.py does with the run of a VAE: every --init-image, and its reconstruction beside it."""
-    config = config_of_vae(checkpoint["config"])
-    medium = medium_of(config)
-    check_medium(args, medium)
-    begins = "--init-image" if medium.rate is None else "--init-sound"
-    given = args.init_image or args.init_sound
+# ---- the run of a VAE, which draws nothing by itself
+
+def files_to_reconstruct(args: argparse.Namespace, medium: Medium, size: tuple[int, int],
+                         vae: VAE) -> list[str]:
+    """Those of --init-image or --init-sound. Refuses all flags that only drawing has, and more than --out can
+    hold."""
+    begins, kinds, endings = "--init-image", [*PICTURES], ".png, .jpg or .webp"
+    if medium.rate is not None:
+        begins, kinds, endings = "--init-sound", [".wav", *PICTURES], f".wav, {endings}"
     taken = ("run", "raw", "init_image", "init_sound", "size", "out", "device")
     for flag in (flag for group in FLAGS.values() for flag in group):
         if flag.key not in taken and cli.given(flag, args) and getattr(args, flag.key) != flag.default:
             raise ValueError(f"{flag.name}: this run is a VAE, which reconstructs but does not draw; leave "
                              "it out")
-    if not given:
+    files = args.init_image or args.init_sound
+    if not files:
         raise ValueError(f"{args.run}: this run is a VAE, which reconstructs but does not draw; give it "
                          f"{medium.name} by {begins} FILE, or give a run that draws")
     kind = Path(args.out).suffix.lower()
-    heard = medium.rate is not None and kind == ".wav"
-    if kind not in PICTURES and not heard:
-        endings = ".png, .jpg or .webp" if medium.rate is None else ".wav, .png, .jpg or .webp"
+    if kind not in kinds:
         raise ValueError(f"--out {args.out}: a VAE's reconstruction is a {endings}")
+    try:
+        if kind in PICTURES:
+            check_grid(kind, 2 * len(files), medium.cell(medium.shape(vae, size), True), 2, 1, 1)
+    except ValueError:
+        raise ValueError(f"--out {args.out}: {len(files):,} {medium.name} and their reconstructions are more "
+                         f"than {kind} or the memory holds; give fewer by {begins}") from None
+    return files
+
+
+def reconstruct(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
+    """Write each picture or sound that is given, and its reconstruction beside it."""
     vae = unpack_vae({"config": checkpoint["config"], "state": checkpoint["model" if args.raw else "ema"]})
+    medium = medium_of(vae.config)
+    check_medium(args, medium)
     size = tuple(checkpoint["data"]["size"])
     if medium.rate is None:
         size, _ = chosen_size(args, checkpoint, vae.factors, medium)
-    shape = medium.shape(vae, size)
-    try:
-        if kind in PICTURES:
-            check_grid(kind, 2 * len(given), medium.cell(shape, True), 2, 1, 1)
-    except ValueError:
-        raise ValueError(f"--out {args.out}: {len(given):,} {medium.name} and their reconstructions are more "
-                         f"than {kind} or the memory holds; give fewer by {begins}") from None
-    vae = vae.to(device)
+    files = files_to_reconstruct(args, medium, size, vae)
     if medium.rate is None:
-        inputs = [read_image(file, size, vae.config.image_channels) for file in given]
+        inputs = [read_image(file, size, vae.config.image_channels) for file in files]
     else:
-        inputs = [read_init_sound(file, size[1], medium) for file in given]
+        inputs = [read_init_sound(file, size[1], medium) for file in files]
+    vae.to(device)
     pairs = []
     with torch.no_grad():
         for x in tqdm(inputs, desc="reconstruct", unit=medium.unit, delay=2, leave=False):
             pairs += [x, vae.decode(vae.encode(x.to(device)).mean).cpu()]
     arrays = medium.to_array(torch.cat(pairs))
-    if heard:                                              # one after another, each with its reconstruction
-        write_wav(Path(args.out), np.concatenate(arrays), medium.rate)
-    elif medium.rate is None:
-        zoom = enlargement(size[1])
-        write_picture(Path(args.out), medium.show(arrays.repeat(zoom, 1).repeat(zoom, 2), 2))
+
+    out = Path(args.out)
+    if out.suffix.lower() == ".wav":                       # one after another, each with its reconstruction
+        write_wav(out, np.concatenate(arrays), medium.rate)
     else:
-        write_picture(Path(args.out), medium.show(arrays, 2))
+        if medium.rate is None:
+            zoom = enlargement(size[1])
+            arrays = arrays.repeat(zoom, 1).repeat(zoom, 2)
+        write_picture(out, medium.show(arrays, 2))
     print(args.out)
 
 
