@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (CLAIMS, RULE, VERDICTS, Claim, Comparison, Measured, answer_to, best_within,
-                               counted, crossover, distance, exponents, first_order, needed, paces, score,
-                               sizes, typical, verdict)
+from benchmarks.claims import (CLAIMS, RULE, USABLE, VERDICTS, Claim, Comparison, Measured, answer_to,
+                               best_within, counted, crossover, distance, exponents, first_order, needed,
+                               paces, score, sizes, typical, verdict)
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
@@ -432,7 +432,8 @@ def rate_table(m: Measured) -> str:
         return ""
     defaults = ", ".join(f"{network} {rate:g}" for network, rate in RATES.items())
     return "\n".join(rows) + (
-        f"\n\nFréchet distance, 50 first-order steps; defaults: {defaults}. {seeds_of(m, 'learning rates')}; "
+        f"\n\nFréchet distance, 50 first-order steps; defaults: {defaults}. A rate counts as usable if its "
+        f"distance is at most {USABLE:g} times the best one. {seeds_of(m, 'learning rates')}; "
         f"{made_with(m, 'learning rates')}.")
 
 
