@@ -75,10 +75,11 @@ def announced(args: argparse.Namespace, what: str) -> Iterator[None]:
 
 def check_decoding(args: argparse.Namespace, size: tuple[int, int], vae: VAE, device: torch.device) -> None:
     """Refuse a batch that the VAE cannot decode in the memory of the device."""
-    # Input and output, in fp32, of a convolution of the decoder's last level: the very least.
+    # Input and output, in fp32, of a convolution of the decoder's last level: the very least. An estimate
+    # that is too low lets a large batch fail later; one that is too high would refuse what works.
     at_once = min(args.batch_size, args.n)
     pixels = at_once * math.prod(size)
-    if args.tile:
+    if args.tile:                                          # then one tile of one picture at a time
         pixels = min(pixels, args.tile**2)
     need = {f"decoding {at_once:,} {medium_of(vae.config).name}": pixels * vae.config.widths[0] * 2 * 4}
     remedy = "give a smaller one"
@@ -134,7 +135,7 @@ def check_encoders(args: argparse.Namespace, condition: conditioning.Conditionin
     if not isinstance(condition, conditioning.PublishedWords):
         return
     need = condition.encoder_bytes(args)                   # which also refuses what is not in the files
-    if args.offload == "blocks":
+    if args.offload == "blocks":                           # one block at a time, which fits anywhere
         return
     remedy = "give --offload parts, or blocks"
     if args.offload == "parts" and need:                   # one at a time, so the largest decides
@@ -186,9 +187,11 @@ def callable_network(args: argparse.Namespace, model: torch.nn.Module, distilled
 def settings_of(args: argparse.Namespace, model: torch.nn.Module, vae: VAE, asked: Asked,
                 distilled: float | None) -> dict:
     """What decides the pictures besides the sampling: only with the same settings may they be continued."""
+    # The batch size changes the last bits of a matrix product, and so may the compiler.
     flags = ("n", "seed", "batch_size", "precision", "compile", "negative_prompt", "shift")
     found = {flag: getattr(args, flag) for flag in flags}
     parts = [*asked.every.values(), *asked.each.values()]
+    # What the files hold, not their names: a run that has been trained further is another network.
     found |= {"weights": fingerprint_tensors(model.state_dict()),
               "VAE": fingerprint_tensors(vae.state_dict()),
               "conditions": digest(asked.names, asked.turn.numpy(), *(part.cpu().numpy() for part in parts))}
@@ -207,6 +210,7 @@ def files_to_reconstruct(args: argparse.Namespace, medium: Medium, size: tuple[i
     begins, kinds, endings = "--init-image", [*PICTURES], ".png, .jpg or .webp"
     if medium.rate is not None:
         begins, kinds, endings = "--init-sound", [".wav", *PICTURES], f".wav, {endings}"
+    # A flag without effect would be taken for one that works.
     taken = ("run", "raw", "init_image", "init_sound", "size", "out", "device")
     for flag in (flag for group in FLAGS.values() for flag in group):
         if flag.key not in taken and cli.given(flag, args) and getattr(args, flag.key) != flag.default:
@@ -220,7 +224,7 @@ def files_to_reconstruct(args: argparse.Namespace, medium: Medium, size: tuple[i
     if kind not in kinds:
         raise ValueError(f"--out {args.out}: a VAE's reconstruction is a {endings}")
     try:
-        if kind in PICTURES:
+        if kind in PICTURES:                               # a row of two for each file
             check_grid(kind, 2 * len(files), medium.cell(medium.shape(vae, size), True), 2, 1, 1)
     except ValueError:
         raise ValueError(f"--out {args.out}: {len(files):,} {medium.name} and their reconstructions are more "
@@ -269,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     """This process's part of the command."""
     args = parse_args(argv)
-    check_flags(args, ranks)
+    check_flags(args, ranks)                               # what needs no file to be refused
     device = pick_device(args.device, ranks.local)
     if args.compile:
         check_compiler(device)
@@ -278,7 +282,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     what = args.run or args.weights
     with announced(args, f"reading {what}"):
         checkpoint = read_network(args)
-    if checkpoint["arch"] == "vae":
+    if checkpoint["arch"] == "vae":                        # so few pictures that one process does them
         if ranks.first:
             reconstruct(args, checkpoint, device)
         return
@@ -288,14 +292,14 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     check_beginning(args, medium)
     condition = conditioning.of_checkpoint(checkpoint, device)
     conditioning.check_flags(condition, args)
-    fill_defaults(args, checkpoint, medium)
+    fill_defaults(args, checkpoint, medium)                # those of the objective or the published model
     scale, distilled = guidance_of(args, condition, sampling_of(checkpoint))
     sampler, options = choose_sampler(args, checkpoint)
     size, tokens = chosen_size(args, checkpoint, multiple_of(checkpoint, vae), medium)
-    condition.size = size
+    condition.size = size                                  # SDXL is conditioned on it
     path = build_path(sampling_path(args, checkpoint, tokens))
     times = TIMES[args.times](path, args.steps)            # refuses more steps than the path has
-    weaker = read_guide(args, checkpoint, vae)
+    weaker = read_guide(args, checkpoint, vae)             # autoguidance: the checkpoint of --guide
     guidance = guidance_options(args, checkpoint, vae, times)
     check_size(args, medium.shape(vae, size), medium, args.steps)
     check_decoding(args, size, vae, device)
@@ -307,14 +311,15 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     image, mask = read_beginning(args, size, vae, medium)
     with torch.no_grad(), announced(args, "loading text encoders"):
         asked = condition.ask(args, model)                 # encoders are gone before the rest needs room
-    asked = condition.with_lengths(asked, args.seconds)
+    asked = condition.with_lengths(asked, args.seconds)    # of sounds
     with announced(args, f"loading the network to {device}"):
         stage = set_stage(args, checkpoint, model, vae, device)
+    # Again, as only now the columns of the grid are known, and whether its pictures have captions.
     check_size(args, medium.shape(vae, size), medium, args.steps, asked.columns, bool(asked.captions))
     network = callable_network(args, model, distilled)
     guide = build_guide(args, weaker, condition, asked, device)
     skipped = None
-    if args.skip_layers:
+    if args.skip_layers:                                   # guidance away from the network without them
         skipped = callable_network(args, model.without(tuple(args.skip_layers)), distilled)
     how = dict(sampler=sampler, steps=args.steps, scale=scale, rescale=args.rescale,
                interval=tuple(args.interval), times=args.times, strength=args.strength, **guidance, **options)
@@ -331,6 +336,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
         with (picture_bar(args.n, first, desc=f"{sampler} x {args.steps}, guidance {shown:g}",
                           unit=medium.unit) as bar,
               torch.autocast(device.type, torch.bfloat16, enabled=autocast)):
+            # Of each picture, the noise is drawn from its own seed, in whichever batch and process it is.
             for images in draw_batches(network, vae, path, shape, asked, seeds, args.batch_size, first,
                                        progress=lambda done: bar.update(done - bar.n),
                                        image=image, mask=mask, on_step=on_step, guide=guide,
