@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import settings
-from benchmarks import figures, measures
+from benchmarks import fashion_mnist, figures, measures
 from benchmarks.studies import (BUDGETS, CHECKPOINTS, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
                                 Evaluation)
 from cli import Parser, integer, one_of, program
@@ -48,20 +48,22 @@ OF_A_CELL = ("study", "cell", "seed", "budget", "commands", "evaluations")     #
 # ---- the results
 
 class Results:
-    """The lines of a JSONL file, one per finished cell."""
+    """The lines of a JSONL file, one per finished cell. Those with scores by another classifier than the one
+    in use are ignored, so that such a cell is measured again."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> list[dict]:
-        records = []
+        records, judges = [], (None, fashion_mnist.classifier_in_use())
         for line in self.path.read_text().splitlines() if self.path.is_file() else []:
             try:
                 record = json.loads(line)
                 record["study"], record["cell"], record["seed"]
             except (ValueError, TypeError, KeyError):
                 continue                 # cut off by a kill; the cell is measured again
-            records.append(record)
+            if record.get("judge") in judges:
+                records.append(record)
         return records
 
     def has(self, study: str, cell: str, seed: int) -> bool:
@@ -210,7 +212,9 @@ class Comparison:
         flags = [str(self.runs / f"{cell.parent}-{seed}") if flag == PARENT else flag for flag in cell.train]
         return ["train.py", *flags, *PICTURES[cell.data].flags, *self.data_flags,
                 "--vae", str(self.vae_run(cell.data)), *self.budget.train, "--steps", steps,
-                "--seed", str(seed), "--val-every", every, "--save-every", every, "--keep", str(CHECKPOINTS),
+                "--seed", str(seed), "--val-every", every, "--save-every", every,
+                # more than CHECKPOINTS, as a training that is interrupted saves at other steps, too
+                "--keep", str(2 * CHECKPOINTS),
                 "--preview-every", steps, "--runs-dir", str(self.runs),
                 "--name", self.run_folder(cell, seed).name]
 
@@ -297,17 +301,25 @@ class Comparison:
                 rows = self.judges[data].floor(folder, self.budget.n)
                 self.results.append({"study": "floor", "cell": data, "seed": 0, "budget": self.name,
                                      "commands": [as_typed(command)], "evaluations": rows,
-                                     **stamp()})
+                                     **self.judge_of(data), **stamp()})
         self.held_out[data] = measures.examples(pictures.source, pictures.side, self.data_dir, folder,
                                                 captioned=pictures.cond == "text")
+
+    def judge_of(self, data: str) -> dict:
+        """The entry of a record that says which classifier its scores are by, where there is one."""
+        fingerprint = self.judges[data].fingerprint
+        return {"judge": fingerprint} if fingerprint else {}
 
     def record(self, cell: Cell, seed: int, run: Path) -> dict:
         """All that is known of a cell. What is measured on the way is kept in compare.json in the run's
         folder, for a later process and for other cells of the same run."""
         run.mkdir(exist_ok=True)
         known = read_stamp(run / "compare.json")
+        judge = self.judge_of(cell.data)
+        if known.get("judge") != judge.get("judge"):       # scores by another classifier
+            known |= {"scores": {}, **judge}
         scores = known.setdefault("scores", {})
-        found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
+        found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name, **judge,
                  "commands": [as_typed(command) for command in self.commands(cell, seed)]}
         measured = self.measured_before(cell, found["commands"])
         if measured is not None:
@@ -393,9 +405,11 @@ class Comparison:
         records = Run(run).read_metrics()
         held_out = self.held_out[cell.data]
         curve = []
-        for file in sorted(run.glob("checkpoint-*.pt")):
-            trained = measures.load_trained(file)
-            curve.append({"step": trained.step} | measures.errors(trained, held_out))
+        for part in range(1, CHECKPOINTS + 1):
+            file = run / f"checkpoint-{self.step(cell, part):06d}.pt"
+            if file.is_file():
+                trained = measures.load_trained(file)
+                curve.append({"step": trained.step} | measures.errors(trained, held_out))
         trained = measures.load_trained(run / "checkpoint.pt")
         validations = [record for record in records if "val_loss" in record]
         straight = measures.straightness(trained, held_out, self.budget.straight)

@@ -219,9 +219,9 @@ class Ladder:
     def floor(self, vae: Path) -> dict:
         """What no network on this VAE can exceed."""
         known = read_stamp(vae / "ladder.json")
-        if "floor" not in known:
+        if known.get("judge") != self.judge.fingerprint:           # or by another classifier
             rows = self.judge.floor(vae, self.n)
-            known["floor"] = next(row for row in rows if "psnr" in row)
+            known |= {"floor": next(row for row in rows if "psnr" in row), "judge": self.judge.fingerprint}
             write_stamp(vae / "ladder.json", known)
         return known["floor"]
 
@@ -233,6 +233,7 @@ class Ladder:
         figures = self.judge.score(np.load(out)["arr_0"])
         out.unlink()
         self.results.append({"study": self.name, "cell": name, "seed": seed, "n": self.n, **figures, **spent,
+                             "judge": self.judge.fingerprint,
                              "commands": [as_typed(each) for each in self.commands(rung, seed)], **stamp()})
         print("  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
 

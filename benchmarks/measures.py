@@ -217,6 +217,7 @@ class FashionMNIST:
             raise ValueError(f"side {side}: must be a multiple of 32, the side of the classifier's pictures")
         self.side = side
         self.classifier = fashion_mnist.load_classifier(data_dir)
+        self.fingerprint = fashion_mnist.classifier_in_use()
         self.test = load_mnist("fashion-mnist", "val", (32, 32), data_dir)
         self.reference, self.predicted = fashion_mnist.classify(self.classifier, self.test.images)
         self.data_dir = data_dir
@@ -255,6 +256,8 @@ class FashionMNIST:
 class Corners:
     """How many samples have the same shape in both corners, as `toys.read_corners` reads them."""
 
+    fingerprint = None                   # no weights decide
+
     def __init__(self, data_dir: Path, side: int = 32):
         self.side = side
 
@@ -278,6 +281,7 @@ class Scenes:
     """How much of its prompt each picture shows, by benchmarks/scenes.py: prompts with one shape and with
     two, of combinations that training contains and of others, in turn."""
 
+    fingerprint = None
     kinds = [(count, unseen) for count in (1, 2) for unseen in (False, True)]
 
     def __init__(self, data_dir: Path, side: int = 32):

@@ -433,7 +433,8 @@ def rate_table(m: Measured) -> str:
     defaults = ", ".join(f"{network} {rate:g}" for network, rate in RATES.items())
     return "\n".join(rows) + (
         f"\n\nFréchet distance, 50 first-order steps; defaults: {defaults}. A rate counts as usable if its "
-        f"distance is at most {USABLE:g} times the best one. {seeds_of(m, 'learning rates')}; "
+        f"distance is at most {USABLE:g} times the best of any rate and objective of its network. "
+        f"{seeds_of(m, 'learning rates')}; "
         f"{made_with(m, 'learning rates')}.")
 
 
@@ -474,8 +475,8 @@ def prompt_table(m: Measured) -> str:
     if not rows:
         return ""
     floors = [record["evaluations"][0]["agreement"] for record in m.of("floor", "scenes")]
-    notes = (f"With guidance 3, 19 times two evaluations. The VAE's reconstructions are read as "
-             f"{', '.join(f'{value:.3f}' for value in floors)}. MFLOP per example, forward and backward, "
+    notes = (f"With guidance 3: 19 evaluations, doubled by guidance. Of the VAE's reconstructions, a share of "
+             f"{', '.join(f'{value:.3f}' for value in floors)} is read correctly. MFLOP per example, forward and backward, "
              f"without the text encoder, which is the same. {seeds_of(m, 'prompts')}; "
              f"{made_with(m, 'prompts')}.")
     return rows + f"\n\n{notes}"
@@ -532,8 +533,9 @@ def few_step_table(m: Measured) -> str:
     for name, cell, scale in FEW_STEPS:
         if m.of("few steps", cell):
             texts = [mean_of(m, "few steps", cell, best_within(count, (scale,)), 1) for count in counts]
-            texts += [mean_of(m, "few steps", cell, lambda r: r["straightness"], 3),
-                      mean_of(m, "few steps", cell, lambda r: r["processor_seconds"] / 60, 1)]
+            # measured without guidance, as the network was trained
+            curved = mean_of(m, "few steps", cell, lambda r: r["straightness"], 3) if scale == 1 else ""
+            texts += [curved, mean_of(m, "few steps", cell, lambda r: r["processor_seconds"] / 60, 1)]
             rows.append(f"| {name} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""

@@ -46,8 +46,10 @@ OPEN = Comparison("c", [1.0, 9.0], [2.0, 8.0])
 
 
 @pytest.mark.parametrize("comparisons, words", [
-    ([YES, YES], "true"), ([NO, NO], "false"), ([NO, OPEN], "false"), ([YES, NO], "depends"),
-    ([YES, OPEN], "depends"), ([OPEN], "no difference shown"), ([], "not measured yet"),
+    ([YES, YES], "true"), ([NO, NO], "false"), ([YES, NO], "depends"), ([OPEN], "not shown"),
+    ([YES, YES, OPEN], "true"), ([NO, NO, OPEN], "false"),       # alike in both directions
+    ([YES, OPEN], "not shown"), ([NO, OPEN], "not shown"), ([YES, YES, YES, NO], "depends"),
+    ([], "not measured yet"),
     ([YES._replace(ours=[1.0])], "not decided yet"),             # one seed decides nothing
     ([YES, NO._replace(theirs=[])], "not decided yet"),          # nor does a part
     ([NO._replace(theirs=[]), OPEN._replace(ours=[])], "not measured yet"),
@@ -82,7 +84,7 @@ def record(study, cell, seed, rows, **more):
                       "steps": evaluation.steps, "guidance": evaluation.scale, "n": 2000,
                       "nfe": evaluations(evaluation), "frechet": frechet, "agreement": 0.9})
     curve = [{"step": step, "x0": 0.1, "velocity": velocity, "velocity_by_time": [velocity] * 4}
-             for step, velocity in ((200, 1.0), (1600, 0.5))]
+             for step, velocity in ((200, 2.0), (400, 1.0), (1600, 0.5))]
     return {"study": study, "cell": cell, "seed": seed, "budget": "cpu", "evaluations": found,
             "errors": curve, "straightness": 0.2, "grad_norm": {"median": 1.0, "spread": 0.3, "max": 4.0},
             "steps": 1600, "batch_size": 64, "flops_per_example": 476e6, "parameters": 7.4e6,
@@ -101,7 +103,7 @@ def made_up(distance, seeds=(0, 1, 2)):
                         for each in cell.evaluations]
                 more = {}
                 if cell.study == "speed":
-                    more = {"speed": [{"batch": batch, "seconds": 0.01 * batch} for batch in (1, 64)]}
+                    more = {"speed": [{"batch": batch, "seconds": 0.01 * batch} for batch in (1, 256)]}
                 if cell.study == "sizes":
                     more = {"flops_per_example": 1e8 * 2.0 ** int(cell.name.partition("size ")[2][0])}
                 records.append(record(cell.study, cell.name, seed, rows, **more))
@@ -122,7 +124,7 @@ def by_number(records):
 
 def test_claims_follow_from_the_records():
     found = by_number(made_up(plain))
-    assert found["2"] == found["3"] == found["3a"] == "true" and found["2a"] == "no difference shown"
+    assert found["2"] == found["3"] == found["3a"] == "true" and found["2a"] == "not shown"
     upside_down = by_number(made_up(lambda cell, *more: 30.0 if " rf " in cell else plain(cell, *more)))
     assert upside_down["2"] == "false"
     assert set(by_number(made_up(plain, seeds=(0,))).values()) == {"not decided yet"}
@@ -154,11 +156,17 @@ def test_easier_training_counts_schedules_and_rates():
     schedules = found["dit, relative deviation of the distance over its schedules"]
     assert schedules.ours[0] == pytest.approx(np.std([4, 4, 4.4, 4], ddof=1) / 4.1)
     assert schedules.theirs[0] == pytest.approx(np.std([4, 8, 24], ddof=1) / 12)
-    milder = found["dit, relative deviation of the distance over its schedules but the cosine one"]
+    milder = found["dit, relative deviation of the distance over its schedules, diffusion without the cosine one"]
     assert milder.ours == schedules.ours and milder.theirs[0] == pytest.approx(np.std([4, 8], ddof=1) / 6)
     assert found["dit, usable learning rates of 5"].ours == [4, 4, 4]
     assert found["unet, usable learning rates of 5"].theirs == [4, 3, 4]
     assert decide(schedules) is True and decide(found["dit, usable learning rates of 5"]) is None
+    # what is usable is measured against the best of both objectives
+    for r in records:
+        if r["study"] == "learning rates" and "dit ddpm" in r["cell"]:
+            r["evaluations"][0]["frechet"] *= 1.2
+    rates = claims.usable_rates(Measured(records), "dit", ("rf logit-normal", "ddpm eps"))
+    assert rates == [[4, 4, 4], [3, 3, 3]]
     assert "1 of 3 diverged" in tables.rate_table(Measured(records))
     dit_only = [r for r in records if not r["cell"].startswith("unet")]
     assert {c.what[:3] for c in claims.easier_training(Measured(dit_only))} == {"dit"}
@@ -181,7 +189,18 @@ def test_shifts_are_compared_in_training_in_sampling_and_in_both():
         "in both": 3.01, "in sampling only": 3.51, "in training only": 5.01}
 
 
-def test_few_steps_are_compared_with_the_parent_at_8_evaluations():
+def test_what_is_early_is_read_at_its_step():
+    """A training that was interrupted may lack that checkpoint: it then has no value, not another's."""
+    records = made_up(plain)
+    for r in records:
+        if r["cell"] == "dit ddpm v" and r["seed"] == 1:
+            r["errors"] = [row | {"step": 401} if row["step"] == 400 else row for row in r["errors"]]
+    found = {c.what: c for c in claims.early(Measured(records))}
+    assert found["ddpm v, unet against dit"].theirs == [1.0, 1.0]
+    assert found["ddpm v, unet against dit"].ours == [1.0, 1.0, 1.0]
+
+
+def test_few_steps_are_compared_with_the_parent():
     distances = {"reflow": 3.0, "reflow twice": 5.0, "meanflow": 5.5}
 
     def distance(cell, evaluation, nfe):
@@ -196,11 +215,13 @@ def test_few_steps_are_compared_with_the_parent_at_8_evaluations():
         if r["cell"] == "reflow":
             r["straightness"] = 0.1 + 0.01 * r["seed"]
     m = Measured(records)
-    found = {c.what: decide(c) for c in claims.straightened(m)}
-    assert found == {"reflow, 4 evaluations, against its parent's 8": True, "reflow, curvature": True,
+    found = {c.what: decide(c) for c in claims.few_steps_after_reflow(m) + claims.straightened(m)}
+    assert found == {"reflow, 4 evaluations, against its parent's 8": True,
+                     "reflow, 4 evaluations, against its parent's 4": True,
                      "reflow twice, 4 evaluations, against its parent's 8": False,
-                     "reflow twice, curvature": None}
-    assert claims.parent_at_8(m) == [4.0, 4.01, 4.02] and decide(claims.one_step(m)[0]) is True
+                     "reflow twice, 4 evaluations, against its parent's 4": False,
+                     "reflow, against its parent": True, "reflow twice, against its parent": None}
+    assert claims.parent(m, 8) == [4.0, 4.01, 4.02] and decide(claims.one_step(m)[0]) is True
     text = tables.few_step_table(m)
     assert "| the parent, guidance 1.5 |  | 4.0 (4.0 to 4.0) |" in text       # guided: two at least
     assert "| MeanFlow | 5.5 (5.5 to 5.5) |" in text
@@ -239,7 +260,7 @@ def test_errors_of_all_cells_are_in_one_chart():
     chart = tables.error_chart(Measured(records))
     assert len(chart.series) == 9 and chart.log_y
     one = next(series for series in chart.series if series.name == "dit rf uniform")
-    assert one.x == [200, 1600] and one.y == [[1.0] * 3, [0.5] * 3]
+    assert one.x == [200, 400, 1600] and one.y == [[2.0] * 3, [1.0] * 3, [0.5] * 3]
     assert len({(series.colour, series.mark) for series in chart.series}) == 9
 
 
@@ -255,27 +276,33 @@ def test_speed_is_compared_at_a_distance_that_both_reach():
         if r["study"] == "speed":
             alone = 0.004 if "dit" in r["cell"] else 0.002
             r["speed"] = [{"batch": batch, "seconds": alone * (1 + r["seed"]) * batch ** 0.5}
-                          for batch in (1, 64)]
+                          for batch in (1, 256)]
     m = Measured(records)
     found = claims.paces(m)
     assert [pace.evaluations for pace in found["dit rf logit-normal"]] == [4] * 3
     assert [pace.evaluations for pace in found["unet ddpm eps"]] == [20] * 3
-    assert found["unet ddpm eps"][1].milliseconds == pytest.approx({1: 80.0, 64: 10.0})
+    assert found["unet ddpm eps"][1].milliseconds == pytest.approx({1: 80.0, 256: 5.0})
     alone, many = claims.faster(m)
     assert alone.ours == pytest.approx([16, 32, 48]) and alone.theirs == pytest.approx([40, 80, 120])
-    assert many.ours == pytest.approx([2, 4, 6])
+    assert many.ours == pytest.approx([1, 2, 3])
+    calls = claims.few_evaluations(m)[3]                   # the same evaluations, without their time
+    assert calls.what.endswith("dit rf logit-normal against unet ddpm eps")
+    assert (calls.ours, calls.theirs) == ([4] * 3, [20] * 3)
     assert "| unet ddpm eps | 20 (20 to 20) | 80.0 (40.0 to 120.0) |" in tables.speed_table(m)
 
 
-def test_corners_are_compared_at_the_end_of_the_training():
+def test_corners_are_compared_early_and_at_the_end():
     records = made_up(plain)
     for r in records:
         if r["study"] == "corners":
             for row in r["evaluations"]:
-                at_end = "trained" not in row["label"]
-                row["agreement"] = 0.9 if at_end and r["cell"] == "dit" else 0.5 + 0.01 * r["seed"]
+                ahead = {"dit": "trained" not in row["label"],
+                         "unet, attention everywhere": "2 of 8 trained" in row["label"]}
+                row["agreement"] = 0.9 if ahead.get(r["cell"]) else 0.5 + 0.01 * r["seed"]
     found = {c.what: decide(c) for c in claims.far_corners(Measured(records))}
-    assert found == {"unet, attention at the bottom": None, "unet, attention everywhere": None, "dit": True}
+    assert {what for what, answer in found.items() if answer} == {
+        "dit, at the end", "unet, attention everywhere, after a quarter"}
+    assert len(found) == 6 and False not in found.values()
 
 
 def test_sizes_follow_power_laws_that_cross_where_they_should():

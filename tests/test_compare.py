@@ -355,9 +355,11 @@ def stub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(compare.BUDGETS, "minutes", TINY)
     monkeypatch.setattr(compare, "STUDIES", CELLS)
-    judge = SimpleNamespace(score=lambda images: {"frechet": 1.0, "agreement": 0.5},
-                            floor=lambda *more: [{"label": "a", "n": 20, "frechet": 0.1}])
-    monkeypatch.setitem(measures.JUDGES, "fashion-mnist", lambda *more: judge)
+    monkeypatch.setattr(fashion_mnist, "classifier_in_use", lambda: "one classifier")
+    monkeypatch.setitem(measures.JUDGES, "fashion-mnist", lambda *more: SimpleNamespace(
+        fingerprint=fashion_mnist.classifier_in_use(),
+        score=lambda images: {"frechet": 1.0, "agreement": 0.5},
+        floor=lambda *more: [{"label": "a", "n": 20, "frechet": 0.1}]))
     monkeypatch.setattr(measures, "examples", lambda *more, **named: None)
     monkeypatch.setattr(compare.Comparison, "figures", lambda *more: {"steps": 8})
     programs = SimpleNamespace(commands=[], before=lambda command: None)
@@ -592,6 +594,32 @@ def test_what_another_study_has_measured_is_taken_from_its_line(stub, monkeypatc
     assert [command[command.index("--name") + 1] for command in stub.commands
             if command[0] == "train.py"] == ["dit-0", "b-0"]
     assert all(found["more", f"other {what}"]["device"] == "another" for what in ("samples", "training"))
+
+
+def test_scores_by_another_classifier_are_measured_again(stub, monkeypatch):
+    """From the runs that are there; the lines by the other one stay, and are ignored."""
+    assert compare.main([*FLAGS, "--only", "grid"]) == 0
+    before, trained = lines(), [command for command in stub.commands if command[0] == "train.py"]
+    assert {record["judge"] for record in before} == {"one classifier"}
+    monkeypatch.setattr(fashion_mnist, "classifier_in_use", lambda: "another")
+    assert compare.Results(compare.Path("results/r.jsonl")).read() == []
+    stub.commands.clear()
+    assert compare.main([*FLAGS, "--only", "grid"]) == 0
+    drawn = [command for command in stub.commands if command[0] == "sample.py"]
+    assert len(drawn) == 3 and not [c for c in stub.commands if c in trained and "vae" not in c]
+    assert lines()[:3] == before and {record["judge"] for record in lines()[3:]} == {"another"}
+    assert [r["cell"] for r in lines()] == 2 * ["fashion-mnist", "dit", "unet"]
+    assert compare.Results(compare.Path("results/r.jsonl")).read() == lines()[3:]
+
+
+def test_the_results_are_by_the_classifier_that_is_shipped():
+    """Most of them: what is not is to be measured again. Corners and scenes are read without one."""
+    used = fashion_mnist.classifier_in_use()
+    records = [r for r in lines(compare.RESULTS / "compare-cpu.jsonl") if r["study"] != "speed"]
+    data = {(cell.study, cell.name): cell.data for study in compare.STUDIES.values() for cell in study.cells}
+    ours = [r for r in records if data.get((r["study"], r["cell"]), r["cell"]).startswith("fashion-mnist")]
+    assert all("judge" in r for r in ours) and not any("judge" in r for r in records if r not in ours)
+    assert sum(r["judge"] == used for r in ours) > len(ours) / 2
 
 
 @pytest.mark.parametrize("flags, words", [(["--only", "speed"], "--only speed: must be one of grid, steps")])
