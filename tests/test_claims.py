@@ -156,7 +156,7 @@ def test_easier_training_counts_schedules_and_rates():
     schedules = found["dit, relative deviation of the distance over its schedules"]
     assert schedules.ours[0] == pytest.approx(np.std([4, 4, 4.4, 4], ddof=1) / 4.1)
     assert schedules.theirs[0] == pytest.approx(np.std([4, 8, 24], ddof=1) / 12)
-    milder = found["dit, relative deviation of the distance over its schedules, diffusion without the cosine one"]
+    milder = found[f"{schedules.what}, diffusion without the cosine one"]
     assert milder.ours == schedules.ours and milder.theirs[0] == pytest.approx(np.std([4, 8], ddof=1) / 6)
     assert found["dit, usable learning rates of 5"].ours == [4, 4, 4]
     assert found["unet, usable learning rates of 5"].theirs == [4, 3, 4]
