@@ -475,10 +475,10 @@ def prompt_table(m: Measured) -> str:
     if not rows:
         return ""
     floors = [record["evaluations"][0]["agreement"] for record in m.of("floor", "scenes")]
-    notes = (f"With guidance 3: 19 evaluations, doubled by guidance. Of the VAE's reconstructions, a share of "
-             f"{', '.join(f'{value:.3f}' for value in floors)} is read correctly. MFLOP per example, forward and backward, "
-             f"without the text encoder, which is the same. {seeds_of(m, 'prompts')}; "
-             f"{made_with(m, 'prompts')}.")
+    notes = ("With guidance 3: 19 evaluations, doubled by guidance. Of the VAE's reconstructions, a share of "
+             f"{', '.join(f'{value:.3f}' for value in floors)} is read correctly. MFLOP per example, forward "
+             "and backward, without the text encoder, which is the same. "
+             f"{seeds_of(m, 'prompts')}; {made_with(m, 'prompts')}.")
     return rows + f"\n\n{notes}"
 
 
