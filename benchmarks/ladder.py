@@ -260,8 +260,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def table(records: list[dict], base: str) -> str:
     """Markdown: a row per rung that is measured, the default first."""
-    heads = ["change", "processor minutes", "on two cores", "agreement", "Fréchet", "floor", "quality met",
-             "commit"]
+    heads = ["change", "processor minutes", "agreement", "Fréchet", "floor", "quality met", "commit"]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     goal = BASES[base]
     for name, rung in RUNGS.items():
@@ -279,9 +278,10 @@ def table(records: list[dict], base: str) -> str:
             flags.append(f"drawn with `{shlex.join(rung.sample)}`")
         what = f"{rung.what} ({', '.join(flags)})" if flags else rung.what
         wall = [minutes(record, "wall") for record in found if had_two_cores(record)]
-        two_cores = f"{np.mean(wall):.1f}" if wall else ""
-        rows.append(f"| {what} | {np.mean([minutes(record, 'processor') for record in found]):.0f} "
-                    f"| {two_cores} "
+        spent = f"{np.mean([minutes(record, 'processor') for record in found]):.0f}"
+        if wall:
+            spent += f" ({np.mean(wall):.1f} on two cores)"
+        rows.append(f"| {what} | {spent} "
                     f"| {spread([record['agreement'] for record in found], 3)} "
                     f"| {spread([record['frechet'] for record in found], 2)} "
                     f"| {np.mean([record['floor']['frechet'] for record in found]):.2f} "
