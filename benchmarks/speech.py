@@ -5,9 +5,10 @@ they from held-out voices, and are they copies?
     python benchmarks/speech.py runs/speech-dit-rf --cfg 2 --neighbours pairs.png --listen
 
 The classifier is trained here, once, independently of any autoencoder or run, on the voices of espeak-ng in
-the training part alone (about 2 minutes on one core; kept in benchmarks/speech_classifier.pt). No recording
-is among its sounds: its accuracy is measured on all of them, whose voice is new to it, and on the validation
-part's voices of espeak-ng, of which nothing is in training either. For each guidance scale:
+the training part alone (about 2 minutes on one core; kept in benchmarks/speech_classifier.pt). Scores by two
+of them do not compare, and another number of threads makes another one. No recording is among its sounds: its
+accuracy is measured on all of them, whose voice is new to it, and on the validation part's voices of
+espeak-ng, of which nothing is in training either. For each guidance scale:
 
   agreement   share of samples that are heard as the word asked for
   frechet     distance between Gaussians fitted to the classifier's last 64 features, for the samples and for
@@ -117,7 +118,7 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(sounds: np.ndarray, labels: np.ndarray, words: int, steps: int = 800,
                      batch: int = 64) -> Classifier:
     """From int16 (N, LENGTH) and their labels (N,)."""
-    torch.manual_seed(0)            # the same classifier on every machine, as far as floating point allows
+    torch.manual_seed(0)            # the same classifier wherever as many threads train it
     generator = torch.Generator().manual_seed(0)
     model = Classifier(words)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
