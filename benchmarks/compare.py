@@ -134,8 +134,9 @@ def as_typed(command: list[str]) -> str:
 
 
 def trainings(commands: list[str]) -> list[str]:
-    """Of the commands of a cell, those without which it would be another training."""
-    return [command for command in commands if command.startswith("python train.py ")]
+    """Those of a cell's commands that train. How many checkpoints they keep makes no other training."""
+    return [re.sub(r" --keep \d+", "", command) for command in commands
+            if command.startswith("python train.py ")]
 
 
 class Spent(NamedTuple):

@@ -584,6 +584,9 @@ def test_what_another_study_has_measured_is_taken_from_its_line(stub, monkeypatc
     monkeypatch.setattr(compare, "STUDIES", studied)
     assert compare.main([*FLAGS, "--only", "grid", "--drop-runs"]) == 0
     stub.commands.clear()
+    text = compare.Path("results/r.jsonl").read_text()     # of a time when fewer checkpoints were kept
+    assert text.count("--keep 16") == 2
+    compare.Path("results/r.jsonl").write_text(text.replace("--keep 16", "--keep 8"))
     monkeypatch.setattr(compare, "device_name", lambda: "another")
     assert compare.main([*FLAGS, "--only", "more"]) == 0
     found = {(r["study"], r["cell"]): r for r in lines()}
