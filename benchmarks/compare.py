@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/compare.py --budget cpu       # two of them, side by side
     python benchmarks/compare.py --budget cpu --list         # the cells, done or not, and their commands
     python benchmarks/compare.py --budget cpu --only steps --seeds 0
-    python benchmarks/compare.py --readme                    # writes the README's tables and figures
+    python benchmarks/compare.py --readme                    # writes all tables and figures
 
 Each finished cell is one line of benchmarks/results/compare-BUDGET.jsonl. The same command goes on after an
 interruption: a training from its last checkpoint, a cell from its last evaluation. Nothing is measured twice.
@@ -538,8 +538,8 @@ def main(argv: list[str] | None = None) -> int:
                    help="draw ten samples of each trained cell of the grid, into benchmarks/pictures, and "
                         "stop")
     p.add_argument("--readme", action="store_true",
-                   help="write the README's tables and figures from the results (default: of --budget cpu), "
-                        "and stop")
+                   help="write the tables and figures of README.md and benchmarks/RESULTS.md from the "
+                        "results (default: of --budget cpu), and stop")
     p.add_argument("--runs-dir", help="(default: runs/compare-BUDGET)")
     p.add_argument("--results", help="(default: benchmarks/results/compare-BUDGET.jsonl)")
     p.add_argument("--data-dir", default="data", help="folder of the IDX files (default: data)")
@@ -550,8 +550,7 @@ def main(argv: list[str] | None = None) -> int:
         # here, because it reads what this program writes
         from benchmarks import ladder, tables
         results = Path(args.results or RESULTS / f"compare-{args.budget or 'cpu'}.jsonl")
-        tables.write(ROOT / "README.md", RESULTS.with_name("pictures"), Results(results).read(),
-                     Results(ladder.RESULTS).read())
+        tables.write(ROOT, Results(results).read(), Results(ladder.RESULTS).read())
         return 0
     if args.budget is None:
         p.error("--budget is required: " + ", ".join(BUDGETS))

@@ -1,4 +1,4 @@
-"""The README's pictures of the comparison: charts, each with a digest of its figures, and rows of samples.
+"""The pictures of the comparison: charts, each with a digest of its figures, and rows of samples.
 
 A chart's file holds the digest, by which a test knows whether it was drawn from the present results.
 """

@@ -1,4 +1,4 @@
-"""The README's picture of prompts: half of them captions of training pictures, half new combinations, and
+"""The picture of prompts in RESULTS.md: half of them captions of training pictures, half new combinations, and
 below each sample the training picture that is nearest to it.
 
     python benchmarks/gallery.py runs/emoji-64x64-mmdit-rf gallery.png --cfg 3 (from the repository's root)

@@ -1,8 +1,8 @@
-"""From the results of benchmarks/compare.py to the README: tables, figures and verdicts.
+"""From the results of benchmarks/compare.py to README.md and RESULTS.md: tables, figures and verdicts.
 
     python benchmarks/compare.py --readme                    # (from the root)
 
-Nothing in the README between two markers is typed by hand, and what has no results is one line that names the
+Nothing in them between two markers is typed by hand, and what has no results is one line that names the
 command that measures it.
 """
 
@@ -120,8 +120,8 @@ def grid_table(m: Measured) -> str:
         _, guided = (each.label for each in DEFAULT_SAMPLERS[objective.split()[0]][:2])
         plain = first_order(objective)
         columns = [(lambda r: r["errors"][-1]["velocity"], 3), (lambda r: r["straightness"], 3),
-                   (lambda r: r["grad_norm"].get("spread"), 2), (score(plain), 2),
-                   (score(plain, "agreement"), 3), (score(guided), 2), (score(guided, "agreement"), 3),
+                   (lambda r: r["grad_norm"].get("spread"), 2), (score(plain), 1),
+                   (score(plain, "agreement"), 3), (score(guided), 1), (score(guided, "agreement"), 3),
                    (lambda r: r["processor_seconds"] / 60, 0)]
         texts = [mean_of(m, "grid", f"{network} {objective}", get, digits) for get, digits in columns]
         rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
@@ -208,7 +208,7 @@ def staircase_table(m: Measured) -> str:
     rows = ["| change | cell | Fréchet | agreement |", "|---|---|---|---|"]
     for i, ((change, cell, values), agreement) in enumerate(zip(steps, agreements)):
         first = "" if i == 0 else "+ "
-        rows.append(f"| {first}{change} | {cell} | {shown(values, 2)} | {shown(agreement, 3)} |")
+        rows.append(f"| {first}{change} | {cell} | {shown(values, 1)} | {shown(agreement, 3)} |")
     return "\n".join(rows)
 
 
@@ -258,7 +258,7 @@ def guidance_table(m: Measured) -> str:
             for evaluation in sorted(each, key=lambda e: e.scale):
                 pair = [m.values("guidance", cell.name, score(evaluation.label, name))
                         for name in ("frechet", "agreement")]
-                texts.append(f"{np.mean(pair[0]):.2f}, {np.mean(pair[1]):.3f}" if pair[0] else "")
+                texts.append(f"{np.mean(pair[0]):.1f}, {np.mean(pair[1]):.3f}" if pair[0] else "")
             if any(texts):
                 rows.append(f"| {cell.name}, {each[0].sampler} {steps} | {' | '.join(texts)} |")
     if not rows:
@@ -301,7 +301,7 @@ def shift_table(m: Measured) -> str:
     for side in (32, 64):
         for steps in SHIFT_STEPS:
             for where, by_shift in shift_rows(m, side, steps).items():
-                texts = [shown(values, 2) for values in by_shift.values()]
+                texts = [shown(values, 1) for values in by_shift.values()]
                 if any(texts):
                     rows.append(f"| {side} px, {steps} Euler steps, {where} | {' | '.join(texts)} |")
     if len(rows) == 2:
@@ -330,7 +330,7 @@ def size_table(m: Measured) -> str:
             cost = first["flops_per_example"] * first["steps"] * first["batch_size"] / 1e12
             rows.append(f"| {cell.name} | {cost:.0f} "
                         f"| {mean_of(m, 'sizes', cell.name, lambda r: r['errors'][-1]['velocity'], 3)} "
-                        f"| {mean_of(m, 'sizes', cell.name, score(first_order('rf')), 2)} |")
+                        f"| {mean_of(m, 'sizes', cell.name, score(first_order('rf')), 1)} |")
     if len(rows) == 2:
         return ""
     law = ""
@@ -394,7 +394,7 @@ def cosine_end() -> float:
 def schedule_table(m: Measured) -> str:
     rows = ["| | " + " | ".join(NETWORKS) + " |", "|---" * (len(NETWORKS) + 1) + "|"]
     for objective in SCHEDULES:
-        texts = [mean_of(m, "schedules", f"{network} {objective}", score(first_order(objective)), 2)
+        texts = [mean_of(m, "schedules", f"{network} {objective}", score(first_order(objective)), 1)
                  for network in NETWORKS]
         if any(texts):
             rows.append(f"| {objective} | {' | '.join(texts)} |")
@@ -424,7 +424,7 @@ def rate_table(m: Measured) -> str:
         texts = []
         for factor, records in zip(FACTORS, by_factor):
             text = mean_of(m, "learning rates", f"{network} {objective} x {factor:g}",
-                           score(first_order(objective)), 2)
+                           score(first_order(objective)), 1)
             lost = sum("diverged" in record for record in records)
             texts.append(text + f" {lost} of {len(records)} diverged" * (lost > 0))
         rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
@@ -560,8 +560,8 @@ def expert_table(m: Measured) -> str:
             "agreement"]
     plain = first_order("rf logit-normal")
     guided = DEFAULT_SAMPLERS["rf"][1].label
-    columns = [(lambda r: r["errors"][-1]["velocity"], 3), (score(plain), 2), (score(plain, "agreement"), 3),
-               (score(guided), 2), (score(guided, "agreement"), 3)]
+    columns = [(lambda r: r["errors"][-1]["velocity"], 3), (score(plain), 1), (score(plain, "agreement"), 3),
+               (score(guided), 1), (score(guided, "agreement"), 3)]
     rows = cells_and_costs(m, "experts", head, lambda cell: [mean_of(m, "experts", cell, get, digits)
                                                              for get, digits in columns])
     if not rows:
@@ -572,7 +572,10 @@ def expert_table(m: Measured) -> str:
         f"{seeds_of(m, 'experts')}; {made_with(m, 'experts')}.")
 
 
-# ---- the README
+# ---- the documents
+
+DOCUMENTS = ("README.md", "benchmarks/RESULTS.md")
+
 
 class Section(NamedTuple):
     """What stands between <!-- NAME --> and <!-- end -->: a table, a chart, or both."""
@@ -589,7 +592,7 @@ class Section(NamedTuple):
 
 
 def picture(section: str) -> str:
-    """The file of a section's chart, from the README."""
+    """The file of a section's chart, from the root."""
     return f"benchmarks/pictures/{section.replace(': ', '-').replace(' ', '-')}.png"
 
 
@@ -625,15 +628,22 @@ SECTIONS = {
 }
 
 
-def fill(text: str, sections: dict[str, str]) -> str:
-    """The README with each section's text between its markers. Raises ValueError for markers that lack."""
+def fill(documents: dict[str, str], sections: dict[str, str]) -> dict[str, str]:
+    """The documents, by their files from the root, with each section's text between its markers. Raises
+    ValueError for a section whose markers are in none of them, or in several places."""
+    filled = dict(documents)
     for name, content in sections.items():
         begin, end = f"<!-- {name} -->", "<!-- end -->"
         pattern = re.escape(begin) + r"\n.*?" + re.escape(end)
-        if len(re.findall(pattern, text, re.S)) != 1:
-            raise ValueError(f"README.md: needs exactly one line {begin} with a line {end} after it")
-        text = re.sub(pattern, lambda _: f"{begin}\n\n{content}\n\n{end}", text, flags=re.S)
-    return text
+        homes = [file for file, text in documents.items() for _ in re.findall(pattern, text, re.S)]
+        if len(homes) != 1:
+            raise ValueError(f"{' or '.join(documents)}: needs exactly one line {begin} with a line {end} "
+                             "after it")
+        home = homes[0]
+        if home.startswith("benchmarks/"):           # links are relative to the document
+            content = content.replace("](benchmarks/", "](")
+        filled[home] = re.sub(pattern, lambda _: f"{begin}\n\n{content}\n\n{end}", filled[home], flags=re.S)
+    return filled
 
 
 def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
@@ -661,11 +671,11 @@ def charts(records: list[dict]) -> dict[str, Chart]:
     return found
 
 
-def write(readme: Path, pictures: Path, records: list[dict], rungs: list[dict]) -> None:
-    """Bring the README and its charts up to date with the results."""
-    text = fill(readme.read_text(), sections(records, rungs))
+def write(root: Path, records: list[dict], rungs: list[dict]) -> None:
+    """Bring the documents and their charts up to date with the results."""
+    texts = {file: (root / file).read_text() for file in DOCUMENTS}
+    filled = fill(texts, sections(records, rungs))
     for name, chart in charts(records).items():
-        figures.save(pictures / name, chart)
-    write_atomically(readme, lambda file: file.write(text.encode()))
-
-
+        figures.save(root / "benchmarks/pictures" / name, chart)
+    for file, text in filled.items():
+        write_atomically(root / file, lambda out, text=text: out.write(text.encode()))

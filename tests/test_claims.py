@@ -347,7 +347,7 @@ def test_what_contradicts_the_usual_telling_comes_first():
     verdicts = [line.split("|")[4].strip() for line in table.splitlines()[2:]]
     ranks = [claims.VERDICTS.index(text.partition(" (")[0].strip("*")) for text in verdicts]
     assert ranks == sorted(ranks) and ranks[0] == 0 and len(ranks) == len(claims.CLAIMS)
-    assert "unet against eps: 8.01 (8.00 to 8.02) against 5.41 (5.40 to 5.42) | **false** (6 no) |" in table
+    assert "unet against eps: 8.0 (8.0 to 8.0) against 5.4 (5.4 to 5.4) | **false** (6 no) |" in table
 
 
 def test_a_diverged_training_has_no_figures():
@@ -359,22 +359,23 @@ def test_a_diverged_training_has_no_figures():
     assert all(text for text in tables.sections(records, []).values())
 
 
-# ---- the README
+# ---- the documents
 
 def test_the_readme_agrees_with_the_results():
     """Written again from the results, it does not change, and its figures were drawn from them."""
     records = compare.Results(compare.RESULTS / "compare-cpu.jsonl").read()
-    text = (ROOT / "README.md").read_text()
+    texts = {file: (ROOT / file).read_text() for file in tables.DOCUMENTS}
     remedy = "run python benchmarks/compare.py --readme"
-    assert tables.fill(text, tables.sections(records, compare.Results(ladder.RESULTS).read())) == text, remedy
+    sections = tables.sections(records, compare.Results(ladder.RESULTS).read())
+    assert tables.fill(texts, sections) == texts, remedy
     for name, chart in tables.charts(records).items():
         assert figures.drawn_from(ROOT / "benchmarks/pictures" / name) == figures.chart_digest(chart), remedy
     files = {file.name for file in (ROOT / "benchmarks/pictures").glob("compare-*.png")}
-    assert files == set(tables.charts(records)) == charts_named_in(text), remedy
+    assert files == set(tables.charts(records)) == charts_named_in("".join(texts.values())), remedy
 
 
 def charts_named_in(text):
-    return set(re.findall(r"benchmarks/pictures/(compare-[\w-]+\.png)", text))
+    return set(re.findall(r"pictures/(compare-[\w-]+\.png)", text))
 
 
 def test_a_study_that_is_half_measured_names_no_missing_chart():
@@ -385,36 +386,50 @@ def test_a_study_that_is_half_measured_names_no_missing_chart():
     assert charts_named_in(text) == set(tables.charts(records)) and "compare-sizes.png" not in text
 
 
-def test_a_readme_is_filled_from_results(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    tables.write(readme, tmp_path, [], [])
-    empty = readme.read_text()
-    assert empty.count("Not measured yet: `python benchmarks/compare.py --budget cpu") == len(tables.SECTIONS)
-    assert not list(tmp_path.glob("*.png"))
+def test_documents_are_filled_from_results(tmp_path):
+    (tmp_path / "benchmarks/pictures").mkdir(parents=True)
+    for file in tables.DOCUMENTS:
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    pictures = tmp_path / "benchmarks/pictures"
+
+    def texts():
+        return [(tmp_path / file).read_text() for file in tables.DOCUMENTS]
+
+    tables.write(tmp_path, [], [])
+    empty = texts()
+    lacking = "Not measured yet: `python benchmarks/compare.py --budget cpu"
+    assert "".join(empty).count(lacking) == len(tables.SECTIONS)
+    assert not list(pictures.glob("*.png"))
     records = made_up(plain)
-    tables.write(readme, tmp_path, records, [])
-    text = readme.read_text()
-    assert "Not measured yet: `python benchmarks/compare" not in text
-    assert "| dit rf logit-normal | 0.500 (0.500 to 0.500) |" in text
-    assert "| + transformer | dit, rf logit-normal, euler 50 | 4.01 (4.00 to 4.02) |" in text
+    tables.write(tmp_path, records, [])
+    readme, results = texts()
+    assert "Not measured yet: `python benchmarks/compare" not in readme + results
+    assert "| dit rf logit-normal | 0.500 (0.500 to 0.500) |" in readme
+    assert "| + transformer | dit, rf logit-normal, euler 50 | 4.0 (4.0 to 4.0) |" in readme
     drawn = tables.charts(records)
-    assert {file.name for file in tmp_path.glob("*.png")} == set(drawn)
+    assert {file.name for file in pictures.glob("*.png")} == set(drawn)
     for name, chart in drawn.items():
-        assert figures.drawn_from(tmp_path / name) == figures.chart_digest(chart)
-        assert f"pictures/{name}" in text
-    before = (tmp_path / "compare-grid.png").stat().st_mtime_ns
-    tables.write(readme, tmp_path, records, [])                         # again: nothing to do
-    assert readme.read_text() == text and (tmp_path / "compare-grid.png").stat().st_mtime_ns == before
+        assert figures.drawn_from(pictures / name) == figures.chart_digest(chart)
+        assert f"](benchmarks/pictures/{name})" in readme or f"](pictures/{name})" in results
+    assert "](benchmarks/pictures/compare-sizes.png)" in readme        # a claim's, from the root
+    assert "](pictures/compare-sizes.png)" in results and "](benchmarks/" not in results
+    before = (pictures / "compare-grid.png").stat().st_mtime_ns
+    tables.write(tmp_path, records, [])                                 # again: nothing to do
+    assert texts() == [readme, results] and (pictures / "compare-grid.png").stat().st_mtime_ns == before
     records[0]["evaluations"][2 if "rf" in records[0]["cell"] else 0]["frechet"] = 77.0
     assert tables.charts(records)["compare-grid.png"] != drawn["compare-grid.png"]
-    tables.write(readme, tmp_path, [], [])                              # and back
-    assert readme.read_text() == empty
+    tables.write(tmp_path, [], [])                                      # and back
+    assert texts() == empty
 
 
-def test_markers_that_lack_are_named():
-    with pytest.raises(ValueError, match="README.md: needs exactly one line <!-- compare: grid -->"):
-        tables.fill("# Title\n", {"compare: grid": "a table"})
+def test_markers_that_lack_or_repeat_are_named():
+    message = "A.md or B.md: needs exactly one line <!-- compare: grid -->"
+    marked = "<!-- compare: grid -->\n<!-- end -->\n"
+    for texts in ("# Title\n", ""), (marked, marked), (marked * 2, ""):
+        with pytest.raises(ValueError, match=message):
+            tables.fill(dict(zip(("A.md", "B.md"), texts)), {"compare: grid": "a table"})
+    filled = tables.fill({"A.md": "# Title\n", "B.md": marked}, {"compare: grid": "a table"})
+    assert filled == {"A.md": "# Title\n", "B.md": "<!-- compare: grid -->\n\na table\n\n<!-- end -->\n"}
 
 
 def test_the_quantiles_are_those_of_student():

@@ -238,8 +238,12 @@ def test_every_flag_has_a_help_text(module, capsys):
     assert all(flag.name in printed for flag in flags)
 
 
+def documents():
+    return [ROOT / "README.md", ROOT / "benchmarks/RESULTS.md", ROOT / "benchmarks/NOTES.md"]
+
+
 def readme_commands():
-    text = (ROOT / "README.md").read_text()
+    text = "\n".join(document.read_text() for document in documents())
     for block in (re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.S)
                   + re.findall(r"(?:^    .*\n)+", text, re.M)):
         for line in block.replace("\\\n", " ").splitlines():
@@ -271,6 +275,23 @@ def test_readme_commands_of_torchrun_are_accepted():
     for command in commands:
         found = torchrun.parse_args(shlex.split(command))
         assert found.training_script in ("train.py", "sample.py") and found.training_script_args
+
+
+def anchors_of(document):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
+def test_links_between_documents_lead_somewhere(document):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
 
 
 def source_files():
