@@ -34,11 +34,12 @@ from tqdm import tqdm
 import machine
 from ahead import default_workers, in_processes
 from cache import pieces
+from checkpoints import load_vae
 from cli import Flag, integer, make_parser, nonempty, one_of, program
 from files import locked, shortened, write_atomically, write_stamp
 from media import medium_of
+from networks import encoder_fingerprint
 from pictures import Size, cover, read_image, to_tensor
-from run import encoder_fingerprint, load_vae
 from shards import (MANIFEST, VAE_FILE, Named, Place, find_shards, members_of, npy_bytes, open_index,
                     read_manifest, write_shard)
 from vae import VAE

@@ -36,6 +36,7 @@ from torch import Tensor
 
 import dit
 import published
+from checkpoints import load_checkpoint
 from cli import Flag, make_parser, nonempty, program
 from ddpm import DDPM
 from dit import DiTConfig
@@ -43,7 +44,7 @@ from files import check_writable, write_atomically
 from media import medium_of
 from mmdit import MMDiTConfig
 from names import DIT_NAMES, MMDIT_NAMES, UNET_NAMES, mmdit_layers_without_gate, rename, separate
-from run import build_model, build_path, load_checkpoint, unpack_vae
+from networks import build_model, build_path, unpack_vae
 from unet import UNetConfig
 from vae import PRESETS, VAE, VAEConfig
 from weights import check_weights

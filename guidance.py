@@ -11,9 +11,10 @@ import argparse
 import torch
 from torch import Tensor
 
+from checkpoints import load_checkpoint
 from conditioning import Asked, Conditioning, guidance_scale
 from draw import Guide, Skip
-from run import build_model, build_path, graphed, latent_space, load_checkpoint, unpack_vae
+from networks import build_model, build_path, graphed, latent_space, unpack_vae
 from times import interval_of_steps
 from vae import VAE
 from weights import load_weights

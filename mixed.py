@@ -32,10 +32,10 @@ from data import (Dataset, Order, grouped_indices, load_drawn, packed_indices, s
                   some_pictures)
 from draw import draw_batches, picture_bar
 from media import medium_at
+from networks import encoder_fingerprint
 from pictures import grid, to_tensor, to_uint8
 from plan import Plan, prepare
 from ragged import Ragged, groups_of_equal
-from run import encoder_fingerprint
 from settings import OBJECTIVES
 from tasks import Autoencoding, Denoising, Interrupted, even_times, posteriors, watched
 from vae import VAE

@@ -40,16 +40,18 @@ import sound
 import tones
 from beginning import read_picture, read_samples
 from cache import LatentCache
+from checkpoints import load_checkpoint, load_vae
 from cli import Flag, folder_name, integer, make_parser, nonempty, number, one_of, program, signals
 from data import batch_indices
 from files import check_writable, digest
 from machine import has_bf16, pick_device
 from media import medium_of
 from mmdit import MMDiTConfig
+from networks import build_model, build_path, encoder_fingerprint, pack_vae, unpack_vae
 from rectified_flow import RectifiedFlow
-from run import (Run, State, build_model, build_path, encoder_fingerprint, load_checkpoint, load_vae,
-                 pack_vae, unpack_vae)
+from run import Run
 from samplers import SAMPLERS, guided, noise_like
+from state import State
 from tasks import posteriors
 from text import TextConfig
 from toys import SHAPE_CLASSES, draw_shape, read_shape

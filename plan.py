@@ -33,17 +33,19 @@ import published
 import settings
 from ahead import default_workers
 from cache import PIECE
+from checkpoints import load_checkpoint, load_vae
 from cli import program
 from conditioning import Conditioning
 from cuts import check_tensor_parallel
 from data import SOURCES, find_folder
 from files import fresh_file, nearest_folder
 from folder import RANDOM_CROPS, Folder
+from media import medium_of
+from networks import (build_model, build_path, checkpoint_blocks, config_of_vae, encoder_fingerprint,
+                      latent_space, make_config, unpack_vae)
 from ragged import fitted
 from ranks import ALONE, Ranks
-from media import medium_of
-from run import (Run, build_model, build_path, checkpoint_blocks, config_of_vae, encoder_fingerprint,
-                 latent_space, load_checkpoint, load_vae, make_config, unpack_vae)
+from run import Run
 from settings import ARCHITECTURES
 from shards import VAE_FILE, Shards
 from vae import VAE

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import conditioning
 import published
 from beginning import check_beginning, read_beginning, read_image, read_init_sound
+from checkpoints import average_of_width, load_checkpoint, load_published
 from cli import program
 from conditioning import Asked
 from draw import draw_batches, in_own_dtype, picture_bar
@@ -41,12 +42,11 @@ from files import digest, fingerprint_tensors
 from guidance import build_guide, guidance_of, guidance_options, read_guide
 from machine import check_compiler, check_room, memory, pick_device
 from media import Medium, medium_of
+from networks import build_model, build_path, graphed, unpack_vae
 from offload import Resident, Stage, visit_blocks
 from output import check_size, write
 from pictures import PICTURES, check_grid, enlargement, write_picture
 from ranks import Ranks, launched
-from run import (average_of_width, build_model, build_path, graphed, load_checkpoint, load_published,
-                 unpack_vae)
 from sample_settings import (FLAGS, check_flags, check_medium, choose_sampler, chosen_size, fill_defaults,
                              multiple_of, parse_args, sampling_of, sampling_path)
 from settings import ALL_ARCHITECTURES

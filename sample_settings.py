@@ -21,10 +21,10 @@ from cli import Flag, integer, make_parser, nonempty, number, one_of
 from ema import WIDEST
 from files import check_writable
 from media import Medium, Pictures, medium_of
+from networks import build_model
 from output import check_folders
 from pictures import PICTURES
 from ranks import ALONE, Ranks
-from run import build_model
 from samplers import SAMPLERS
 from settings import ALL_OBJECTIVES, SIZE, published_model
 from times import ONLY, TIMES, shift_of_tokens

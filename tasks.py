@@ -33,9 +33,9 @@ from data import Dataset, Order, load_drawn, order_of, send
 from draw import draw_batches, picture_bar
 from files import fingerprint_tensors
 from media import medium_at, medium_of
+from networks import build_model, build_path, encoder_fingerprint
 from plan import Plan, prepare, reflow_scale
 from ranks import Ranks
-from run import build_model, build_path, encoder_fingerprint
 from samplers import SAMPLERS, guided
 from settings import OBJECTIVES
 from shards import ShardLatents, ShardOrder, ShardPictures

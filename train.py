@@ -37,16 +37,18 @@ import conditioning
 import ema
 import machine
 import settings
+from checkpoints import load_checkpoint, load_vae
 from cli import program, signals
 from data import Dataset, load_data
 from deferred import deferred
 from mixed import MixedAutoencoding, MixedDenoising
+from networks import checkpoint_blocks, compile_blocks, pack_vae, unpack_vae
 from parallel import Sharding, replicate, synchronised
 from plan import Plan, data_changed, fit_weights, prepare
 from ranks import Ranks, launched
-from run import (Run, State, checkpoint_blocks, compile_blocks, describe, load_checkpoint, load_vae, pack_vae,
-                 unpack_vae)
+from run import Run, describe
 from settings import ARCHITECTURES, BLOCKS, CHANGEABLE, OBJECTIVES
+from state import State
 from tasks import Autoencoding, Denoising, Interrupted, Task
 from weights import load_weights
 

@@ -39,7 +39,8 @@ from benchmarks.studies import (BUDGETS, CHECKPOINTS, PARENT, PICTURES, STUDIES,
                                 Evaluation)
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_atomically, write_stamp
-from run import Run, build_path
+from networks import build_path
+from run import Run
 
 RESULTS = Path(__file__).with_name("results")
 OF_A_CELL = ("study", "cell", "seed", "budget", "commands", "evaluations")     # not of its training

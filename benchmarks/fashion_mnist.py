@@ -36,11 +36,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.samples import check_out, drawn
+from checkpoints import load_checkpoint, load_vae
 from cli import Parser, integer, number, one_of, program
 from data import batch_indices, load_mnist
 from files import fingerprint_tensors
 from pictures import to_tensor, to_uint8
-from run import load_checkpoint, load_vae
 from vae import VAE
 
 FILE = Path(__file__).with_name("results") / "fashion-mnist-classifier.pt"

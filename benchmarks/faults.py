@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 from PIL import Image
 
+import checkpoints
 import cli
-import run
 import toys
 from benchmarks.processes import Launch, Server
 from cli import Flag, integer
@@ -79,7 +79,7 @@ def moments_of(folder: Path, checkpoint: dict) -> dict:
 
 def equal(folder: Path, other: Path) -> bool:
     """Whether two runs have the same checkpoint, with its optimizer."""
-    found, wanted = (run.load_checkpoint(path) for path in (folder, other))
+    found, wanted = (checkpoints.load_checkpoint(path) for path in (folder, other))
     if not same(moments_of(folder, found), moments_of(other, wanted)):
         return False
     for checkpoint in (found, wanted):
@@ -152,10 +152,10 @@ class Victim:
         if not file.exists():
             return "the checkpoint is gone" if self.step >= 0 else ""
         try:
-            checkpoint = run.load_checkpoint(file)
+            checkpoint = checkpoints.load_checkpoint(file)
         except ValueError as error:
             return str(error)
-        damage = run.damage(file)
+        damage = checkpoints.damage(file)
         if damage or checkpoint["step"] < self.step:
             return damage or f"step {checkpoint['step']} after {self.step}"
         self.step = checkpoint["step"]

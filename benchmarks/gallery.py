@@ -1,4 +1,4 @@
-"""The picture of prompts in RESULTS.md: half of them captions of training pictures, half new combinations, and
+"""RESULTS.md's picture of prompts: half of them captions of training pictures, half new combinations, and
 below each sample the training picture that is nearest to it.
 
     python benchmarks/gallery.py runs/emoji-64x64-mmdit-rf gallery.png --cfg 3 (from the repository's root)
@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
 from benchmarks.neighbours import compare, nearest, of_array
 from benchmarks.samples import check_out, drawn
+from checkpoints import load_checkpoint
 from cli import Parser, program
 from data import Dataset, load_data
 from pictures import PICTURES, grid
-from run import Run, load_checkpoint
+from run import Run
 
 COLUMNS = 8
 PROMPTS = {         # rows of COLUMNS: trained, NEW, trained, NEW

@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
 from benchmarks.compare import git_commit
+from checkpoints import load_checkpoint
 from files import write_atomically
-from run import Run, latent_space, load_checkpoint, unpack_vae
+from networks import latent_space, unpack_vae
+from run import Run
 
 RESULTS = Path(__file__).with_name("results")
 SAME = ("data", "objective", "conditioning")       # of a reference: what makes losses comparable

@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fashion_mnist
 from benchmarks.scenes import score_scene
+from checkpoints import load_checkpoint, load_vae
 from conditioning import network_inputs
 from data import load_data, load_drawn, load_mnist
+from networks import build_model, build_path, unpack_vae
 from pictures import to_tensor
-from run import build_model, build_path, load_checkpoint, load_vae, unpack_vae
 from samplers import SAMPLERS, guided, noise_like
 from toys import Scene, describe_scene, draw_scene, read_corners
 from weights import load_weights

@@ -39,11 +39,13 @@ from benchmarks.fashion_mnist import classify, frechet, frechet_limit, load_clas
 from benchmarks.neighbours import Vectors
 from benchmarks.report_picture import draw_report
 from benchmarks.samples import check_out
+from checkpoints import load_checkpoint
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from data import CLASSES, Dataset, load_data, load_mnist
 from files import digest, fingerprint_tensors, open_array, read_stamp, write_atomically
 from media import medium_of
-from run import Run, encoder_fingerprint, load_checkpoint, unpack_vae
+from networks import encoder_fingerprint, unpack_vae
+from run import Run
 from samplers import SAMPLERS
 from settings import OBJECTIVES
 from times import TIMES

@@ -14,8 +14,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
+from checkpoints import load_checkpoint
 from files import check_writable
-from run import load_checkpoint
 
 
 def drawn(flags: Sequence[str]) -> np.ndarray:

@@ -40,10 +40,11 @@ from cuts import Cut, check_tensor_parallel, cuts_of, tensor_plan
 from deferred import deferred
 from dit import Block
 from mmdit import JointBlock, SingleBlock
+from networks import build_model, checkpoint_blocks
 from parallel import Sharding, local, replicate
 from plan import kept_bytes
 from ranks import Ranks, environments, launched
-from run import State, build_model, checkpoint_blocks
+from state import State
 
 GIB = 2**30
 MIB = 2**20

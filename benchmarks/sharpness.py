@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
 from benchmarks.samples import check_out
+from checkpoints import load_vae
 from cli import Parser, integer, number, program
 from data import load_data
 from media import medium_of
 from pictures import PICTURES, grid, to_tensor, to_uint8
-from run import Run, load_vae
+from run import Run
 
 CUT = 0.25      # cycles a pixel; the finest wave that pixels can show has 0.5
 

@@ -43,11 +43,11 @@ from benchmarks import listen, neighbours
 from benchmarks.fashion_mnist import describe, draw_samples, frechet, frechet_limit
 from benchmarks.report import latents_of, through
 from benchmarks.samples import check_out
+from checkpoints import load_checkpoint, load_vae
 from cli import Parser, integer, nonempty, number, one_of, program
 from data import batch_indices
 from files import write_atomically
 from pictures import PICTURES, write_picture
-from run import load_checkpoint, load_vae
 from sound import log_mel, spectrograms, to_tensor
 from speech import RATE, WORDS, Speech, cut_to_speech, open_speech
 

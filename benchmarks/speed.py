@@ -53,8 +53,8 @@ import unet
 from cli import Parser, number, one_of, program
 from files import write_atomically
 from machine import has_bf16
+from networks import compile_blocks, graphed
 from rectified_flow import RectifiedFlow
-from run import compile_blocks, graphed
 from samplers import SAMPLERS, guided
 
 CUDA = torch.cuda.is_available()

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")     # read when attention.py is imported
 
+import checkpoints
 import decoded
 import plan
 import run
@@ -161,7 +162,7 @@ def contents(folder: Path) -> set[str]:
 
 
 def weights(folder, key="model"):
-    return run.load_checkpoint(folder)[key]
+    return checkpoints.load_checkpoint(folder)[key]
 
 
 def same(a, b):
@@ -193,7 +194,7 @@ def denoising(*flags):
     """The task of a DiT on shapes, and the VAE of `home`."""
     args = settings.parse(["--arch", "dit", *ON_VAE, *flags])
     planned = plan.prepare(args)
-    planned.vae = run.load_vae("runs/shapes-vae")
+    planned.vae = checkpoints.load_vae("runs/shapes-vae")
     data, val = datasets(args)
     planned.conditioning.attach(data, val, Path("runs/shapes-vae"), resumed=False)
     return train.Denoising(args, data, val, planned, Path("runs/shapes-vae"))

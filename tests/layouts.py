@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 import moe
+import networks
 import parallel
 import rectified_flow
-import run
 import settings
 
 NETWORKS = {
@@ -77,7 +77,7 @@ class Check:
         self.experts = "experts" in network
         torch.manual_seed(0)
         text = {"encoder": "bytes", "config": dict(width=8, depth=1, heads=2)} if "text" in network else None
-        self.whole = run.build_model(self.arch, NETWORKS[network], text)
+        self.whole = networks.build_model(self.arch, NETWORKS[network], text)
         for weight in self.whole.parameters():             # networks begin with closed gates
             torch.nn.init.normal_(weight, std=0.1)
         self.loss = loss(self.whole, self.arch, slice(None))
@@ -91,7 +91,7 @@ class Check:
         model.zero_grad()
         if how == "compiled":
             torch._dynamo.reset()                          # forget what was compiled for other cuts
-            run.compile_blocks(model, backend="aot_eager")
+            networks.compile_blocks(model, backend="aot_eager")
         groups = size // max(1, tensor)
         number = rank // max(1, tensor)
         part = slice(8 // groups * number, 8 // groups * (number + 1))

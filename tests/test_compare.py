@@ -22,8 +22,8 @@ import unet
 from data import load_drawn
 from ddpm import DDPM
 from files import locked
+from networks import build_model
 from rectified_flow import RectifiedFlow
-from run import build_model
 from text import TextConfig
 from toys import Scene, describe_corners, draw_corners, draw_scene
 

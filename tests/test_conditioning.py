@@ -15,10 +15,10 @@ import torch
 from conftest import ON_VAE, QUICK, Recorder, datasets, denoising, draw_two, in_precision
 from PIL import Image
 
+import checkpoints
 import conditioning
 import encoders
 import plan
-import run
 import sample
 import sample_settings
 import settings
@@ -352,7 +352,7 @@ def test_a_batch_has_each_pictures_own_caption(monkeypatch):
 def test_prompt_dropout_is_per_example_and_once(cwd, text_runs, monkeypatch, tmp_path):
     args = settings.parse(["--arch", "mmdit", "--data", "scenes", *ON_VAE, "--label-dropout", "0.3"])
     planned = plan.prepare(args)
-    planned.vae = run.load_vae("runs/scenes-vae")
+    planned.vae = checkpoints.load_vae("runs/scenes-vae")
     parts = datasets(args, words="captions")
     planned.conditioning.attach(*parts, tmp_path, resumed=True)
     task = train.Denoising(args, *parts, planned, Path("runs/scenes-vae"))
@@ -605,7 +605,7 @@ def test_vectors_of_differing_widths_are_refused_at_the_start(tmp_path, monkeypa
 @pytest.mark.parametrize("which", [0, 1])
 def test_prompts(cwd, text_runs, which, capsys):
     folder = text_runs[which]
-    stored = run.load_checkpoint(folder)
+    stored = checkpoints.load_checkpoint(folder)
     assert stored["text"]["encoder"] == "bytes" and len(stored["data"]["prompts"]) == 10
     assert stored["label_dropout"] == 0.1 and any(name.startswith("text.") for name in stored["ema"])
     losses = [line["loss"] for line in map(json.loads, open(f"{folder}/metrics.jsonl")) if "loss" in line]
@@ -649,7 +649,7 @@ def test_precomputed_vectors_train_and_draw(cwd, text_runs):
              "--vae", "runs/shapes-vae"]
     for arch in ("mmdit", "unet"):
         train.main(["--arch", arch, *flags, "--name", f"vectors-{arch}"])
-        config = run.load_checkpoint(f"runs/vectors-{arch}")["config"]
+        config = checkpoints.load_checkpoint(f"runs/vectors-{arch}")["config"]
         assert config["context_width"] == 5 and config.get("pooled_width", 3) == 3
         a = draw_two(f"runs/vectors-{arch}", "--embedding", "vectors/1.npz")
         assert a.shape == (2, 32, 32, 3)
@@ -699,7 +699,7 @@ def test_frozen_encoder_trains_and_draws(cwd, text_runs, published, capsys):
     for kind, arch, pooled in (("clip", "mmdit", 12), ("t5", "mmdit", None), ("clip", "unet", 12)):
         name = f"{kind}-{arch}"
         train.main(["--arch", arch, *flags, "--text-encoder", f"{kind}:{published / kind}", "--name", name])
-        stored = run.load_checkpoint(f"runs/{name}")
+        stored = checkpoints.load_checkpoint(f"runs/{name}")
         assert stored["text"] == {"encoder": kind, "path": str(published / kind)}
         config = stored["config"]
         assert config["context_width"] == 16 and config.get("pooled_width", pooled) == pooled
@@ -733,7 +733,7 @@ def test_recipes_train_and_draw(cwd, text_runs, pipelines, capsys):
         name = "-".join([kind, *more])
         command = ["--arch", arch, *flags, "--text-encoder", f"{kind}:{folder}", *more, "--name", name]
         train.main(command)
-        stored = run.load_checkpoint(f"runs/{name}")
+        stored = checkpoints.load_checkpoint(f"runs/{name}")
         assert stored["text"] == {"encoder": kind, "path": folder} | ({"no_t5": True} if more else {})
         assert stored["config"]["context_width"] == width and stored["config"]["pooled_width"] == pooled
         asked = argparse.Namespace(text_encoder=None)

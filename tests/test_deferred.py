@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import moe
-import run
+import networks
 from deferred import deferred
 
 TEXT = {"encoder": "bytes", "config": {}}
@@ -23,10 +23,10 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_the_one_that_its_constructor_makes(name):
     torch.manual_seed(3)
-    whole = run.build_model(*NETWORKS[name])
+    whole = networks.build_model(*NETWORKS[name])
     after = torch.get_rng_state()
     torch.manual_seed(3)
-    model, initial = deferred(lambda: run.build_model(*NETWORKS[name]))
+    model, initial = deferred(lambda: networks.build_model(*NETWORKS[name]))
     assert torch.equal(torch.get_rng_state(), after)
     assert all(weight.is_meta for weight in model.state_dict().values())
     assert list(initial) == list(whole.state_dict()) and len(initial) == len(whole.state_dict())
@@ -79,12 +79,12 @@ def test_what_is_computed_from_other_tensors_is_refused():
 
 def test_dense_weights_become_experts_without_a_network_in_memory():
     torch.manual_seed(0)
-    dense = run.build_model("dit", dict(width=32, depth=2, heads=4)).state_dict()
+    dense = networks.build_model("dit", dict(width=32, depth=2, heads=4)).state_dict()
     config = dict(width=32, depth=2, heads=4, experts=4, shared_experts=1, expert_ratio=4.0)
     torch.manual_seed(1)
-    whole = run.build_model("dit", config)
+    whole = networks.build_model("dit", config)
     torch.manual_seed(1)
-    model, initial = deferred(lambda: run.build_model("dit", config))
+    model, initial = deferred(lambda: networks.build_model("dit", config))
     wanted = moe.upcycled(whole, dense, whole.state_dict())
     found = moe.upcycled(model, dense, initial)
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)

@@ -7,10 +7,10 @@ import pytest
 from conftest import QUICK, same
 from PIL import Image, ImageDraw
 
+import checkpoints
 import data
 import drawings
 import pictures
-import run
 import train
 
 REAL = drawings.SYSTEM / "tuxpaint" / "stamps"
@@ -215,7 +215,8 @@ def test_train_and_sample_on_stamps(tmp_path, monkeypatch, quick):
     drawings.open_drawings.cache_clear()
     monkeypatch.setattr("decoded.read_image", lambda *_: pytest.fail("decoded again"))
     train.main([*flags, "--name", "second"])
-    first, second = (run.load_checkpoint(f"runs/{name}") for name in ("stamps-16x24-mmdit-rf", "second"))
+    first = checkpoints.load_checkpoint("runs/stamps-16x24-mmdit-rf")
+    second = checkpoints.load_checkpoint("runs/second")
     assert first["data"] == second["data"] and same(first["model"], second["model"])
 
 

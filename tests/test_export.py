@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import dit
 import export
 import files
 import mmdit
 import names
+import networks
 import published
-import run
 import unet
 from samplers import ddim, euler, guided
 from text import TextConfig
@@ -66,10 +67,10 @@ def make_vae(seed=0, **config):
 def write_run(folder, arch, config, objective, text=None, vae=None, size=SIZE, **more):
     """A run folder with random weights, of which the averaged ones differ from the raw ones."""
     folder.mkdir()
-    model, ema = (randomize(run.build_model(arch, config, text), seed) for seed in (1, 2))
+    model, ema = (randomize(networks.build_model(arch, config, text), seed) for seed in (1, 2))
     for state in (model, ema) if arch == "vae" else ():
         state.set_latent_statistics(torch.linspace(-1, 2, 4), torch.linspace(0.05, 9, 4))
-    autoencoder = None if arch == "vae" else run.pack_vae(vae or make_vae())
+    autoencoder = None if arch == "vae" else networks.pack_vae(vae or make_vae())
     data = {"source": "test", "size": list(size), "classes": [] if text or arch == "vae" else CLASSES}
     count = config.get("num_classes", 0)
     data["classes"] = [*data["classes"], *(f"class {i}" for i in range(3, count))][:count]
@@ -85,7 +86,7 @@ def network_run(tmp_path, name, **more):
 
 
 def rebuilt(checkpoint, weights="ema"):
-    model = run.build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
+    model = networks.build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
     return load_weights(model, checkpoint[weights], "test").eval().requires_grad_(False)
 
 
@@ -119,7 +120,7 @@ def packaged(monkeypatch):
 def test_the_way_back_and_the_way_forward_are_inverse(name):
     """Names by the two tables alone, then whole states, bit for bit."""
     arch, config, _, _ = NETWORKS[name]
-    model = randomize(run.build_model(arch, config | {"channels": 6}))
+    model = randomize(networks.build_model(arch, config | {"channels": 6}))
     config, state = model.config, model.state_dict()
     if name == "dit":
         there, again, table = export.dit_to_diffusers(state, config), names.dit_weights, names.DIT_NAMES
@@ -185,7 +186,7 @@ def test_a_file_rebuilds_the_network_and_its_vae(tmp_path, name, raw):
     source = network_run(tmp_path, name)
     out = tmp_path / "weights.pt"
     export.main([source, str(out)] + ["--raw"] * raw)
-    checkpoint = run.load_checkpoint(source)
+    checkpoint = checkpoints.load_checkpoint(source)
     got = published.read_export(out)
     for key in ("arch", "config", "objective", "step", "text", "label_dropout"):
         assert got[key] == checkpoint[key], key
@@ -198,7 +199,7 @@ def test_a_file_rebuilds_the_network_and_its_vae(tmp_path, name, raw):
     assert torch.equal(ours(x, t, **cond), again(x, t, **cond))
     if name == "bytes":
         assert torch.equal(ours.text(["a cat"])["context"], again.text(["a cat"])["context"])
-    vae, again = run.unpack_vae(checkpoint["vae"]), run.unpack_vae(got["vae"])
+    vae, again = networks.unpack_vae(checkpoint["vae"]), networks.unpack_vae(got["vae"])
     assert torch.equal(vae.decode(vae.denormalize(x)), again.decode(again.denormalize(x)))
 
 
@@ -244,12 +245,12 @@ def test_an_exported_vae_keeps_its_scale(tmp_path, of):
     """Where a published file would be read, whose scale is assumed to be Stable Diffusion's."""
     if of == "vae":
         source = write_run(tmp_path / "run", "vae", SMALL_VAE | {"shortcut": True}, {"name": "vae"})
-        want = run.load_vae(source)
+        want = checkpoints.load_vae(source)
     else:
         source = network_run(tmp_path, "unet")
         want = make_vae()
     export.main([source, str(tmp_path / "vae.pt")])
-    for load in (published.load_vae, run.load_vae):
+    for load in (published.load_vae, checkpoints.load_vae):
         got = load(tmp_path / "vae.pt")
         assert got.config == want.config and not got.training
         for name, weight in want.state_dict().items():
@@ -520,8 +521,8 @@ def test_diffusers_draws_the_same(tmp_path, diffusers, case):
                        make_vae(latent_channels=channels))
     out = tmp_path / "out"
     export.main([source, f"{out}/"] + ["--with-correction"] * (arch == "dit"))
-    checkpoint = run.load_checkpoint(source)
-    ours, path = rebuilt(checkpoint), run.build_path(objective)
+    checkpoint = checkpoints.load_checkpoint(source)
+    ours, path = rebuilt(checkpoint), networks.build_path(objective)
     theirs = network_of(diffusers, name, out)
     cond = conditions(ours.config)
 
@@ -549,7 +550,7 @@ def test_diffusers_draws_the_same(tmp_path, diffusers, case):
     want = sampler(guided(ours, path, cond), path, x, path.times(steps))
     assert distance(latents, want) < 1e-4 and want.isfinite().all()
 
-    vae = run.unpack_vae(checkpoint["vae"])
+    vae = networks.unpack_vae(checkpoint["vae"])
     theirs = load(diffusers.AutoencoderKL, out, "vae")
     assert (theirs.config.scaling_factor, theirs.config.shift_factor) == (1, 0)
     images = torch.rand(2, 3, *SIZE) * 2 - 1
@@ -567,13 +568,13 @@ def test_diffusers_draws_the_same(tmp_path, diffusers, case):
 def test_schedules_are_the_same_curve(diffusers, schedule, zero):
     objective = {"name": "ddpm", "prediction": "v", "schedule": schedule, "zero_terminal_snr": zero}
     scheduler = diffusers.DDIMScheduler.from_config(export.scheduler_config(objective))
-    table = run.build_path(objective).table
+    table = networks.build_path(objective).table
     # theirs is a product of a thousand numbers in float32
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), table[0, 1:], rtol=1e-4, atol=1e-6)
     assert scheduler.final_alpha_cumprod == 1 and not scheduler.config.clip_sample
     scheduler.set_timesteps(20)
     assert ((scheduler.timesteps + 1) / 1000).tolist() == \
-        pytest.approx(run.build_path(objective).times(20)[:-1].tolist())
+        pytest.approx(networks.build_path(objective).times(20)[:-1].tolist())
 
 
 @pytest.mark.optional
@@ -596,8 +597,8 @@ def test_a_whole_pipeline_draws_the_same_pictures(tmp_path, diffusers, scale):
     as_is = draw()
     correct(pipe.transformer)
     got = draw()
-    checkpoint = run.load_checkpoint(source)
-    vae, path = run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"])
+    checkpoint = checkpoints.load_checkpoint(source)
+    vae, path = networks.unpack_vae(checkpoint["vae"]), networks.build_path(checkpoint["objective"])
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     cond, uncond = {"y": torch.tensor(labels)}, {"y": torch.tensor([3, 3])}
     denoise = guided(rebuilt(checkpoint), path, cond, uncond, scale)
@@ -616,7 +617,7 @@ def test_a_whole_pipeline_draws_the_same_pictures(tmp_path, diffusers, scale):
 def test_a_vae_alone(tmp_path, diffusers, config):
     source = write_run(tmp_path / "run", "vae", SMALL_VAE | config, {"name": "vae"})
     export.main([source, f"{tmp_path}/out"])
-    model = run.load_vae(source)
+    model = checkpoints.load_vae(source)
     theirs = load(diffusers.AutoencoderKL, tmp_path, "out")
     side = 16 // model.factor
     images, z = torch.rand(2, model.config.image_channels, 16, 16) * 2 - 1, torch.randn(2, 4, side, side)
@@ -641,7 +642,7 @@ def test_presets_have_every_weight_of_diffusers(diffusers, name, arch, config):
     layout = export.LAYOUTS[arch]
     assert layout.kind == name
     with torch.device("meta"):
-        model = run.build_model("mmdit" if arch in ("sd3", "flux") else arch, config)
+        model = networks.build_model("mmdit" if arch in ("sd3", "flux") else arch, config)
         state = layout.weights(model.state_dict(), model.config, 0.0)
         theirs = getattr(diffusers, name)(**layout.config(model.config, (32, 32))).state_dict()
     assert {key: tuple(weight.shape) for key, weight in state.items()} == \

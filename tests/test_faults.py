@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import damage
 
+import checkpoints
 import moments
 import ranks
 import run
@@ -141,8 +142,8 @@ def test_killed_before_a_checkpoint_names_the_folder_of_its_optimizer(server, pl
     for rank in (0, 1):
         launch.kill(rank)
     launch.end()
-    assert run.load_checkpoint(folder / RUN)["step"] == 4
-    assert run.damage(folder / RUN / "checkpoint.pt") is None
+    assert checkpoints.load_checkpoint(folder / RUN)["step"] == 4
+    assert checkpoints.damage(folder / RUN / "checkpoint.pt") is None
     torn = folder / RUN / "optimizer-000008"
     torn.mkdir()
     (torn / "__1_0.distcp").write_bytes(b"half of it")
@@ -165,7 +166,7 @@ def test_a_rank_that_hangs_is_named(server, place, tmp_path, layout, kind, rank,
     statuses, printed = launch.end()
     assert statuses[1 - rank] == 2 and statuses[rank] != 0
     assert len(launch.errors()) == 1 and message in launch.errors()[0], printed
-    assert "Traceback" not in "".join(printed) and run.load_checkpoint(folder / RUN)["step"] == 4
+    assert "Traceback" not in "".join(printed) and checkpoints.load_checkpoint(folder / RUN)["step"] == 4
     goes_on(server, place, folder, layout)
 
 
@@ -201,7 +202,7 @@ def test_sigterm_to_all_saves_a_sharded_run(server, place, tmp_path):
         launch.kill(rank, signal.SIGTERM)
     statuses, printed = launch.end()
     assert statuses == [143, 143] and "Traceback" not in "".join(printed)
-    step = run.load_checkpoint(folder / RUN)["step"]
+    step = checkpoints.load_checkpoint(folder / RUN)["step"]
     logged = max(json.loads(line)["step"] for line in open(folder / RUN / "metrics.jsonl"))
     assert 5 <= step == logged < 12 and f"stopped at step {step} of 12, saved" in printed[0]
     goes_on(server, place, folder, "shard")
@@ -213,7 +214,7 @@ def test_sigterm_to_one_rank_ends_all_with_the_step_that_it_comes_in(server, pla
     launch = start(server, folder, LAYOUTS[layout], FAULT=f"term:{rank}:6")
     statuses, printed = launch.end()
     assert statuses == [143, 143] and "Traceback" not in "".join(printed)
-    assert run.load_checkpoint(folder / RUN)["step"] == 6
+    assert checkpoints.load_checkpoint(folder / RUN)["step"] == 6
     goes_on(server, place, folder, layout)
 
 
@@ -230,7 +231,7 @@ def test_a_full_disk_ends_all_and_keeps_the_checkpoint(server, place, tmp_path, 
     folder = begin(place, tmp_path)
     launch = start(server, folder, LAYOUTS[layout], FAULT=f"full:{rank}:6")
     one_line(launch, "cannot write ")
-    assert run.load_checkpoint(folder / RUN)["step"] == 4
+    assert checkpoints.load_checkpoint(folder / RUN)["step"] == 4
     goes_on(server, place, folder, layout)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import ON_VAE, draw_two, same, weights
 
+import checkpoints
 import dit
 import draw
-import run
+import networks
 import sample
 import settings
 import tasks
@@ -286,8 +287,8 @@ MEAN = ["--arch", "dit", *ON_VAE, "--objective", "meanflow", "--init-from", "run
 
 def test_a_run_begins_with_the_velocity_of_its_parent(cwd):
     train.main([*MEAN, "--steps", "1", "--lr", "1e-12", "--name", "begun"])
-    parent, child = [run.load_checkpoint(f"runs/{name}") for name in ("done", "begun")]
-    before, after = [run.build_model(c["arch"], c["config"]) for c in (parent, child)]
+    parent, child = [checkpoints.load_checkpoint(f"runs/{name}") for name in ("done", "begun")]
+    before, after = [networks.build_model(c["arch"], c["config"]) for c in (parent, child)]
     before.load_state_dict(parent["ema"])
     after.load_state_dict(child["model"])
     xt, t, y = torch.randn(5, 4, 8, 8), torch.rand(5), torch.arange(5)
@@ -446,20 +447,20 @@ def test_reflow_from_pairs_that_sample_draws(cwd, monkeypatch):
     assert stamp["guidance"] == 1.5 and stamp["shape"][0] == 44 + VALIDATED and "done" not in stamp
     pairs = PairCache(cwd / "runs/reflowed/pairs.npy", 44 + VALIDATED, (4, 8, 8), None,
                       {name: value for name, value in stamp.items() if name != "shape"})
-    vae = run.load_vae("runs/done")
+    vae = checkpoints.load_vae("runs/done")
     decoded = vae.decode(vae.denormalize(torch.from_numpy(pairs.samples[:12].astype(np.float32))))
     sample.main(["runs/done", "--n", "12", "--cfg", "1.5", "--steps", "3", "--out", "drawn.npz"])
     drawn = torch.from_numpy(np.load("drawn.npz")["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
     assert (decoded.clamp(-1, 1) - drawn).abs().max() < 0.02           # float16, and rounding to 8 bits
 
     everything, noise = pairs.batch(np.arange(44 + VALIDATED))
-    classes = len(run.load_checkpoint("runs/done")["data"]["classes"])
+    classes = len(checkpoints.load_checkpoint("runs/done")["data"]["classes"])
     for x0, more in seen:
         numbers = [(everything == row).flatten(1).all(1).nonzero().item() for row in x0]
         assert torch.equal(more["eps"], noise[numbers])
         assert more["y"].tolist() == [i % classes for i in numbers]    # no label is dropped
     trained = [i for x0, _ in seen if len(x0) == 32 for i in range(len(x0))]
-    assert trained and run.load_checkpoint("runs/reflowed")["label_dropout"] == 0
+    assert trained and checkpoints.load_checkpoint("runs/reflowed")["label_dropout"] == 0
 
     # the parent's averaged weights are where it began
     train.main([*REFLOW, "--steps", "1", "--lr", "1e-12", "--name", "reflow-begun"])

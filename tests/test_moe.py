@@ -14,12 +14,12 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+import checkpoints
 import dit
 import export
 import mmdit
 import moe
 import plan
-import run
 import sample
 import settings
 import train
@@ -369,7 +369,7 @@ EXPERTS = ["--arch", "dit", *ON_VAE, "--steps", "8", "--save-every", "4", "--kee
 def test_a_run_with_experts(cwd, capsys):
     train.main([*EXPERTS, "--name", "moe"])
     assert "loads of the experts" in capsys.readouterr().out
-    config = run.load_checkpoint("runs/moe")["config"]
+    config = checkpoints.load_checkpoint("runs/moe")["config"]
     assert config["experts"] == 4 and config["top_k"] == 1
     records = [json.loads(line) for line in open("runs/moe/metrics.jsonl")]
     loads = [record["expert_load"] for record in records if "val_loss" in record]

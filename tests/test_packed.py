@@ -9,14 +9,15 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+import checkpoints
 import conditioning
 import data
 import dit
 import mixed
 import mmdit
 import moe
+import networks
 import plan
-import run
 import sample
 import sample_settings
 import settings
@@ -30,6 +31,7 @@ from ddpm import DDPM
 from pictures import cover, read_image, to_tensor
 from ragged import fitted, groups_of_equal, open_ragged, ragged, write_ragged
 from rectified_flow import RectifiedFlow, shift_time
+from state import State
 from test_parallel import assert_close
 from vae import VAE, VAEConfig
 
@@ -45,7 +47,7 @@ def randomized(model, dtype=torch.float32):
     return model.to(dtype)
 
 
-def networks():
+def small_networks():
     plain = dit.DiTConfig(width=32, depth=2, heads=2, num_classes=3)
     yield "dit", dit.DiT(plain)
     yield "dit published", dit.DiT(dit.DiTConfig(width=32, depth=2, heads=2, num_classes=3,
@@ -55,7 +57,7 @@ def networks():
         yield name, mmdit.MMDiT(mmdit.MMDiTConfig(**TEXT | more))
 
 
-NETWORKS = dict(networks())
+NETWORKS = dict(small_networks())
 
 
 def inputs(name, dtype=torch.float32):
@@ -403,7 +405,7 @@ def test_a_run_resumes_bit_for_bit(folder, monkeypatch, arch, more):
     train.main([*command, "--name", "whole"])
     interrupted(monkeypatch, [*command, "--name", "cut"], 3)
     assert same(weights("runs/whole"), weights("runs/cut"))
-    checkpoint = run.load_checkpoint("runs/cut")
+    checkpoint = checkpoints.load_checkpoint("runs/cut")
     assert checkpoint["data"]["size"] == [32, 32]
     assert checkpoint["data"]["aspect"] == {"pixels": 1024, "multiple": [8, 8], "smallest": [16, 24],
                                             "largest": [40, 48]}
@@ -444,7 +446,7 @@ def mixed_task(folder, *flags):
     args = settings.parse(["--arch", "dit", "--aspect", "--data", "pictures", "--preset", "tiny",
                            "--vae-preset", "tiny", *flags])
     planned = plan.prepare(args)
-    planned.vae = run.build_model("vae", settings.vae_config(planned.vae_args, 3)).eval()
+    planned.vae = networks.build_model("vae", settings.vae_config(planned.vae_args, 3)).eval()
     parts = [data.load_data("pictures", split, (32, 32), folder, folder, multiple=planned.multiple)
              for split in ("train", "val")]
     planned.conditioning.attach(*parts, folder, resumed=False)
@@ -461,7 +463,7 @@ def test_a_step_and_its_pieces(folder):
     assert len(parts) == 3 and np.array_equal(np.concatenate(parts), batch)
     model = randomized(task.build())
     args = settings.parse(["--arch", "dit", "--accumulate", "4"])
-    state = run.State(model, {}, torch.device("cpu"), torch.optim.SGD(model.parameters(), 0.0))
+    state = State(model, {}, torch.device("cpu"), torch.optim.SGD(model.parameters(), 0.0))
     norms = []
     for pieces in (parts, [batch]):
         def loss(model, indices):

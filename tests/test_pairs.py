@@ -11,8 +11,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import checkpoints
 import export
 import mmdit
+import networks
 import pairs
 import run
 import sample
@@ -270,8 +272,8 @@ def test_loss_only_on_what_is_drawn():
 
 def tiny_network():
     config = mmdit.MMDiTConfig(**SMALL | dict(context_width=16, pooled_width=16))
-    model = run.build_model("mmdit", dataclasses.asdict(config),
-                            {"encoder": "bytes", "config": dict(width=16, depth=1, heads=2)})
+    model = networks.build_model("mmdit", dataclasses.asdict(config),
+                                 {"encoder": "bytes", "config": dict(width=16, depth=1, heads=2)})
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
     return model.eval()
@@ -418,7 +420,7 @@ def test_resumes_bit_for_bit(trained, vaes, tmp_path, monkeypatch, signalled, ca
     (tmp_path / "moved").mkdir()
     # It goes on with the autoencoders that it began with.
     assert train(tmp_path, tmp_path / "moved") == 0
-    found, wanted = (run.load_checkpoint(folder) for folder in (tmp_path / "pairs", trained))
+    found, wanted = (checkpoints.load_checkpoint(folder) for folder in (tmp_path / "pairs", trained))
     assert found["step"] == 6 and found["training"]["finished"]
     for part in ("model", "ema", "sound_vae"):
         a, b = (checkpoint[part].get("state", checkpoint[part]) for checkpoint in (found, wanted))
@@ -454,7 +456,8 @@ def test_caches_are_used_again(trained, vaes, tmp_path, monkeypatch):
             (tmp_path / "pairs" / (name + suffix)).write_bytes((trained / (name + suffix)).read_bytes())
     monkeypatch.setattr(pairs, "posteriors", lambda *args: None)              # fails where it is called
     assert train(tmp_path, vaes) == 0
-    assert same(run.load_checkpoint(tmp_path / "pairs")["model"], run.load_checkpoint(trained)["model"])
+    again = checkpoints.load_checkpoint(tmp_path / "pairs")
+    assert same(again["model"], checkpoints.load_checkpoint(trained)["model"])
 
 
 def test_sample_writes_pairs(trained, tmp_path, capsys):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import FEW, ON_VAE, QUICK, ROOT, datasets, same
 
+import networks
 import plan
-import run
 import settings
 import train
 from ranks import ALONE, Ranks, environments, join
@@ -133,7 +133,7 @@ def test_every_parameter_gets_a_gradient(cwd, tmp_path, name):
 
 def test_a_vae_draws_the_noise_of_the_whole_batch():
     torch.manual_seed(0)
-    model = run.build_model("vae", {"widths": (8, 16), "groups": 4})
+    model = networks.build_model("vae", {"widths": (8, 16), "groups": 4})
     x = torch.rand(6, 3, 8, 8) * 2 - 1
     torch.manual_seed(1)
     wanted, _ = model.loss(x, 1e-3)

@@ -18,14 +18,15 @@ from conftest import closed_to_us, few_samples
 from test_encoders import LONG
 from test_names import compvis_unet, flux_names, original_sd3
 
+import checkpoints
 import conditioning
 import encoders
 import mmdit
 import names
+import networks
 import offload
 import plan
 import published
-import run
 import sample
 import settings
 import tasks
@@ -985,7 +986,7 @@ def test_a_class_model_takes_no_prompt(model, drawn, tmp_path, monkeypatch):
     row = published.MODELS["dit-s-8-256"]
     row = row._replace(config=row.config | dict(width=96, depth=1, heads=3))
     monkeypatch.setitem(published.MODELS, "dit-s-8-256", row)
-    network = shake(run.build_model("dit", row.config), 3)
+    network = shake(networks.build_model("dit", row.config), 3)
     table = torch.zeros(1, 16, 96)
     torch.save(network.state_dict() | {"pos_embed": table}, tmp_path / "dit.pt")
     flags = ["--vae", str(model("sd1.5").folder)]
@@ -1079,11 +1080,12 @@ def test_fine_tuning(model, drawn, pictures, tmp_path, monkeypatch, name):
     torch.testing.assert_close(loss, their_loss(name, pipe, *inputs), rtol=1e-4, atol=1e-5)
     assert loss.shape == (4,) and loss.isfinite().all()
 
-    checkpoint = run.load_checkpoint(tmp_path / "runs" / name)
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "runs" / name)
     begun = published.read_network(name, folder)
     change = max((checkpoint["model"][key] - weight).abs().max() for key, weight in begun.items())
     assert 0 < change < 1e-3                                # one step at the rate of fine-tuning, 1e-4
-    config = run.make_config(name, settings.ARCHITECTURES[checkpoint["arch"]].config, checkpoint["config"])
+    config = networks.make_config(name, settings.ARCHITECTURES[checkpoint["arch"]].config,
+                                  checkpoint["config"])
     assert config == published.build_network(name).config
     out = tmp_path / "tuned.npz"
     sample.main([str(tmp_path / "runs" / name), "--prompt", *PROMPTS, "--n", "2", "--steps", "3", "--out",

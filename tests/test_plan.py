@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import DONE, ON_VAE, QUICK, altered, contents, picture, same
 
+import checkpoints
 import machine
+import networks
 import plan
 import run
 import train
@@ -176,7 +178,7 @@ def test_a_vae_of_other_settings_is_never_taken_without_a_word(cwd):
     # by its name it is taken as it is, and its latents are shared
     for spelling in ("runs/shapes-vae/", "runs/shapes-vae/checkpoint.pt"):
         planned = prepare(parse(["--arch", "dit", *QUICK, "--vae", spelling, "--name", "new"]))
-        assert same(planned.vae.state_dict(), run.load_vae("runs/shapes-vae").state_dict())
+        assert same(planned.vae.state_dict(), checkpoints.load_vae("runs/shapes-vae").state_dict())
         assert planned.cache_dir == Path("runs/shapes-vae") and contents(cwd) == before
     # and it may be trained for longer
     planned = prepare(parse(["--arch", "dit", *ON_VAE, "--vae-steps", "41", "--name", "new"]))
@@ -247,7 +249,7 @@ def test_a_run_that_moved_goes_on_with_the_vae_in_its_checkpoint(cwd, tmp_path):
     torch.save(checkpoint, tmp_path / "done/checkpoint.pt")
     planned = prepare(parse(flags))
     assert not planned.finished and planned.vae_args is None and planned.cache_dir == tmp_path / "done"
-    assert same(planned.vae.state_dict(), run.load_vae("runs/shapes-vae").state_dict())
+    assert same(planned.vae.state_dict(), checkpoints.load_vae("runs/shapes-vae").state_dict())
 
 
 # ---- --init-from
@@ -274,7 +276,7 @@ def test_init_from_a_run_whose_weights_mean_something_else(cwd, flags, message):
                                          ("unet", "class_embedding.weight")])
 def test_rows_of_classes_go_by_their_names(capsys, arch, table):
     config = {"dit": dict(width=32, depth=1, heads=2), "unet": dict(widths=(16, 32), groups=8)}[arch]
-    old, new = (run.build_model(arch, config | {"num_classes": n}) for n in (2, 3))
+    old, new = (networks.build_model(arch, config | {"num_classes": n}) for n in (2, 3))
     state, own = old.state_dict(), new.state_dict()
     found = plan.fit_weights(new, state, "w", ["cat", "dog"], ["ant", "cat", "dog"])
     assert torch.equal(found[table], torch.stack([own[table][0], *state[table]]))     # the null class last

@@ -13,13 +13,14 @@ import torch
 from conftest import few_samples, write_safetensors
 from PIL import Image
 
+import checkpoints
 import dit
 import draw
 import encoders
 import names
+import networks
 import plan
 import published
-import run
 import sample
 import train
 import vae
@@ -82,7 +83,7 @@ def by_hand(downloads, path, call, steps, sampler, **options):
     state = torch.load(downloads / "DiT-XS-8.pt", weights_only=True)
     del state["pos_embed"]
     network = weights.load_weights(dit.DiT(dit.DiTConfig(**config)).eval(), state, "by hand")
-    autoencoder = run.load_vae(downloads / "vae")
+    autoencoder = checkpoints.load_vae(downloads / "vae")
     label, no_label = ({"y": torch.tensor([y])} for y in (207, 1000))
     return draw.draw(lambda xt, t, y: call(network, xt, t, y), autoencoder, path, (4, 32, 32), range(0, 1),
                        label, no_label, sampler=sampler, steps=steps, scale=4.0, **options)[0]
@@ -115,7 +116,7 @@ def test_every_published_preset_takes_the_original_names(family):
         for patch in (2, 4, 8):
             row = published.MODELS[f"{family}-{size}-{patch}-256"]
             with torch.device("meta"):
-                model = run.build_model("dit", row.config)
+                model = networks.build_model("dit", row.config)
                 theirs = model.state_dict() | {"pos_embed": torch.empty(1, (32 // patch) ** 2, 1)}
                 state = published.our_weights(f"{family}-{size}-{patch}-256", theirs)
             weights.check_weights(model, state, "file")
@@ -129,20 +130,21 @@ def test_scale_of_a_published_vae(downloads, tmp_path):
     config, name = tmp_path / "vae/config.json", "diffusion_pytorch_model.bin"
     (tmp_path / "vae" / name).write_bytes((downloads / "vae" / name).read_bytes())
     config.write_text('{"norm_num_groups": 8, "scaling_factor": 0.13025}')
-    torch.testing.assert_close(run.load_vae(tmp_path / "vae").latent_std, torch.full((4,), 1 / 0.13025))
+    found = checkpoints.load_vae(tmp_path / "vae")
+    torch.testing.assert_close(found.latent_std, torch.full((4,), 1 / 0.13025))
     with pytest.raises(ValueError, match="scaled by 0.18215 .* this one has 4 at 1/8, scaled by 0.13025"):
         sample.main([*flags(downloads, autoencoder=str(tmp_path / "vae")), "--n", "1"])
     for damaged in ("{", "[3]"):
         config.write_text(damaged)
         with pytest.raises(ValueError, match="config.json: damaged"):
-            run.load_vae(tmp_path / "vae")
+            checkpoints.load_vae(tmp_path / "vae")
     # a file of such a folder has its config.json; one that is alone is refused, as XL's has the same shapes
-    assert run.load_vae(downloads / "vae" / name).latent_std[0].item() == pytest.approx(1 / 0.18215)
+    assert checkpoints.load_vae(downloads / "vae" / name).latent_std[0].item() == pytest.approx(1 / 0.18215)
     (tmp_path / name).write_bytes((downloads / "vae" / name).read_bytes())
     with pytest.raises(ValueError, match="a VAE alone, without the scale .*0.13025 in Stable Diffusion XL"):
-        run.load_vae(tmp_path / name)
+        checkpoints.load_vae(tmp_path / name)
     with pytest.raises(ValueError, match="groups = 32"):                 # of --published, without config.json
-        run.load_vae(tmp_path / name, "dit-xl-2-256")
+        checkpoints.load_vae(tmp_path / name, "dit-xl-2-256")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -188,7 +190,7 @@ def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch,
     objective, file = {"dit": ("ddpm", "DiT-XS-8.pt"), "sit": ("rf", "SiT-XS-8.ckpt")}[family]
     train.main([*FINE_TUNE, family, "--objective", objective, "--published", f"{family}-xs-8-256",
                 "--vae", "vae", "--init-from", file, "--lr", "1e-9"])
-    checkpoint = run.load_checkpoint(f"runs/{family}")
+    checkpoint = checkpoints.load_checkpoint(f"runs/{family}")
     original = torch.load("DiT-XS-8.pt", weights_only=True)
     for name in ("blocks.3.mlp.fc1.weight", "x_embedder.proj.weight", "final_layer.linear.weight"):
         sign = -1 if (family, name) == ("sit", "final_layer.linear.weight") else 1
@@ -198,7 +200,7 @@ def test_fine_tuning_begins_where_the_published_model_is(downloads, monkeypatch,
     # its own checkpoint goes on from where it is: nothing is read as a published layout twice
     train.main([*FINE_TUNE, f"{family}-again", "--objective", objective, "--published", f"{family}-xs-8-256",
                 "--vae", "vae", "--init-from", f"runs/{family}", "--lr", "1e-9"])
-    again = run.load_checkpoint(f"runs/{family}-again")["model"]
+    again = checkpoints.load_checkpoint(f"runs/{family}-again")["model"]
     torch.testing.assert_close(again, checkpoint["ema"], atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="is a run of train.py"):
         sample.main(flags(downloads, f"{family}-xs-8-256", f"runs/{family}/checkpoint.pt"))
@@ -215,7 +217,7 @@ def test_init_from_a_run_and_its_refusals(downloads, monkeypatch):
     own = [*FINE_TUNE[:-1], "--vae", "vae", "--preset", "tiny"]
     train.main([*own, "--name", "first"])
     train.main([*own, "--name", "second", "--init-from", "runs/first", "--lr", "1e-9"])
-    first, second = (run.load_checkpoint(f"runs/{name}") for name in ("first", "second"))
+    first, second = (checkpoints.load_checkpoint(f"runs/{name}") for name in ("first", "second"))
     for name, weight in first["ema"].items():
         torch.testing.assert_close(second["model"][name], weight, atol=1e-6, rtol=0)
     tuned = ["--published", "dit-xs-8-256", "--init-from", "DiT-XS-8.pt", "--vae", "vae", "--objective",
@@ -290,7 +292,7 @@ def test_a_whole_file_shows_the_scale_of_its_vae(tmp_path, eight_groups, others,
     whole = {f"first_stage_model.{name}": weight for name, weight in state.items()}
     torch.save({"state_dict": whole | {name: torch.ones(1) for name in others}}, tmp_path / "whole.ckpt")
     for name in (None, "dit-xl-2-256"):
-        found = run.load_vae(tmp_path / "whole.ckpt", name)
+        found = checkpoints.load_vae(tmp_path / "whole.ckpt", name)
         torch.testing.assert_close(found.latent_std, torch.full((channels,), 1 / latents.scale))
         torch.testing.assert_close(found.latent_mean, torch.full((channels,), latents.shift))
         for key, weight in state.items():
@@ -335,7 +337,7 @@ def test_means_and_deviations_of_latents(tmp_path):
     config = {"norm_num_groups": 8, "scaling_factor": 0.5, "latents_mean": WIDE,
               "latents_std": [1, 2, 4, 0.5]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = run.load_vae(tmp_path)
+    found = checkpoints.load_vae(tmp_path)
     z = torch.randn(2, 4, 3, 3)
     mean, std = (torch.tensor(config[f"latents_{name}"]).view(4, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close(found.normalize(z), (z - mean) / std * 0.5)
@@ -346,7 +348,7 @@ def test_means_and_deviations_of_latents(tmp_path):
                            ({"scaling_factor": "x", "latents_mean": None}, "config.json: damaged")):
         (tmp_path / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(ValueError, match=message):
-            run.load_vae(tmp_path)
+            checkpoints.load_vae(tmp_path)
 
 
 def test_a_folder_of_a_whole_pipeline(tmp_path):
@@ -366,7 +368,7 @@ def test_a_folder_of_a_whole_pipeline(tmp_path):
         published.load_vae(tmp_path, "dit-xs-8-256")
     torch.save(vae_state(), tmp_path / "vae/diffusion_pytorch_model.bin")
     (tmp_path / "vae/config.json").write_text('{"norm_num_groups": 8, "scaling_factor": 0.18215}')
-    assert run.load_vae(tmp_path).config == TINY_VAE
+    assert checkpoints.load_vae(tmp_path).config == TINY_VAE
     (tmp_path / "transformer/diffusion_pytorch_model.fp16.bin").unlink()
     with pytest.raises(ValueError, match="transformer: no files of weights in this folder"):
         published.load_network("dit-xs-8-256", tmp_path)
@@ -406,7 +408,7 @@ def test_a_network_that_is_trained_on(tmp_path, monkeypatch, name):
     row = published.MODELS[name]
     monkeypatch.setitem(published.MODELS, name, row._replace(config=row.config | TINY[name]))
     config = published.MODELS[name].config
-    state = shake(run.build_model(row.arch, config)).state_dict()
+    state = shake(networks.build_model(row.arch, config)).state_dict()
     torch.save({f"model.diffusion_model.{key}": weight for key, weight in state.items()}
                if row.arch == "unet" else state, tmp_path / "w.ckpt")
     if row.arch == "mmdit":                                # ours are the original's, but for these
@@ -417,7 +419,7 @@ def test_a_network_that_is_trained_on(tmp_path, monkeypatch, name):
         torch.save(original, tmp_path / "w.ckpt")
     args = SimpleNamespace(init_from=str(tmp_path / "w.ckpt"), published=name, arch=row.arch)
     found = plan.read_initial(args)["ema"]
-    network = run.build_model(row.arch, config)
+    network = networks.build_model(row.arch, config)
     weights.load_weights(network, plan.fit_weights(network, found, "w"), "w")
     for key, weight in network.state_dict().items():
         if name != "flux-dev" or not key.startswith("final_layer.linear"):     # rearranged; see test_names.py
@@ -430,7 +432,7 @@ def test_a_network_that_is_trained_on(tmp_path, monkeypatch, name):
 
 def test_every_row_is_complete():
     for name, row in published.MODELS.items():
-        path = run.build_path(row.objective)
+        path = networks.build_path(row.objective)
         assert row.arch in ("dit", "mmdit", "unet", "stable-audio") and row.steps > 0 and row.guidance >= 1
         channels = row.config.get("channels", 4)
         assert channels == row.latents.channels and row.side % max(64, row.latents.factor) == 0

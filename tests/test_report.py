@@ -17,7 +17,8 @@ from benchmarks import fashion_mnist, report
 from conftest import SHAPES
 from PIL import Image
 
-import run
+import checkpoints
+import networks
 import sample
 import sample_settings
 from data import load_data
@@ -100,7 +101,7 @@ def test_reference_of_several_seeds(cwd, tmp_path, monkeypatch):
     assert reference["runs"][1]["validation"] == losses.curve(Path(runs[1]))["validation"]
 
     # the run itself, of seed 0, lies 1 % below the lowest of them
-    found = losses.identity(Path("runs/done"), run.load_checkpoint("runs/done"))
+    found = losses.identity(Path("runs/done"), checkpoints.load_checkpoint("runs/done"))
     row = losses.compare(Path("runs/done"), found, losses.choose_reference(found, None))
     assert row["verdicts"]["validation"]["verdict"] == "below all of them by 1.0 %"
     assert row["verdicts"]["train"]["quantile"] == 0.0
@@ -212,9 +213,9 @@ def small_data(cwd, monkeypatch):
 
 
 def job_of(name, work):
-    checkpoint = run.load_checkpoint(name)
+    checkpoint = checkpoints.load_checkpoint(name)
     args = argparse.Namespace(data_dir="data")
-    return report.Job(args, name, checkpoint, run.unpack_vae(checkpoint["vae"]), report.Score(), work)
+    return report.Job(args, name, checkpoint, networks.unpack_vae(checkpoint["vae"]), report.Score(), work)
 
 
 def test_latents_from_the_cache_or_encoded(small_data, tmp_path):

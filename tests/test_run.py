@@ -11,13 +11,16 @@ import pytest
 import torch
 from conftest import DONE, ON_VAE, altered, contents, same
 
+import checkpoints
 import dit
+import networks
 import run
 import sample
 import settings
 import train
 import unet
 from files import locked
+from state import State
 
 
 # ---- the folder
@@ -249,7 +252,7 @@ def test_damaged_and_foreign_checkpoints(cwd, tmp_path):
         with pytest.raises(ValueError, match=f"{name}: not a checkpoint"):
             sample.main([str(tmp_path / name)])
     assert not flag.exists()
-    checkpoint = run.load_checkpoint("runs/done")
+    checkpoint = checkpoints.load_checkpoint("runs/done")
     name = next(iter(checkpoint["ema"]))
     checkpoint["ema"]["surplus.weight"] = checkpoint["ema"].pop(name)
     torch.save(checkpoint, tmp_path / "keys.pt")
@@ -262,30 +265,30 @@ def test_a_checkpoint_without_text_is_read(cwd, tmp_path):
     checkpoint = torch.load("runs/done/checkpoint.pt", weights_only=True)
     assert checkpoint.pop("text") is None
     torch.save(checkpoint, tmp_path / "old.pt")
-    assert run.load_checkpoint(tmp_path / "old.pt")["text"] is None
+    assert checkpoints.load_checkpoint(tmp_path / "old.pt")["text"] is None
 
 
 def test_a_setting_of_another_version():
     with pytest.raises(ValueError, match="dit has no setting 'wings'; this checkpoint is from another"):
-        run.build_model("dit", {"wings": 2})
+        networks.build_model("dit", {"wings": 2})
     with pytest.raises(ValueError, match="text encoder has no setting 'ears'"):
-        run.build_model("dit", {}, {"encoder": "bytes", "config": {"ears": 2}})
+        networks.build_model("dit", {}, {"encoder": "bytes", "config": {"ears": 2}})
 
 
 def test_load_vae(cwd, tmp_path):
     """The averaged weights of a VAE run, or the VAE inside another run; never one that is not finished."""
-    vae = run.load_vae("runs/shapes-vae")
-    checkpoint = run.load_checkpoint("runs/shapes-vae")
+    vae = checkpoints.load_vae("runs/shapes-vae")
+    checkpoint = checkpoints.load_checkpoint("runs/shapes-vae")
     assert same(vae.state_dict(), checkpoint["ema"]) and not vae.training
     assert not any(p.requires_grad for p in vae.parameters())
-    assert same(run.load_vae("runs/done").state_dict(), vae.state_dict())
-    assert same(run.load_vae("runs/done/checkpoint.pt").state_dict(), vae.state_dict())
+    assert same(checkpoints.load_vae("runs/done").state_dict(), vae.state_dict())
+    assert same(checkpoints.load_vae("runs/done/checkpoint.pt").state_dict(), vae.state_dict())
     checkpoint["training"]["finished"] = False
     torch.save(checkpoint, tmp_path / "unfinished.pt")
     with pytest.raises(ValueError, match=r"unfinished.pt: this VAE is not finished \(step 40\)"):
-        run.load_vae(tmp_path / "unfinished.pt")
+        checkpoints.load_vae(tmp_path / "unfinished.pt")
     with pytest.raises(ValueError, match="no checkpoint there"):
-        run.load_vae(tmp_path / "nowhere")
+        checkpoints.load_vae(tmp_path / "nowhere")
 
 
 # ---- compilation and gradient checkpointing
@@ -299,13 +302,13 @@ def test_blocks_compile_once_for_all_sizes():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     plain = copy.deepcopy(model)
-    run.compile_blocks(model, backend=counter)
+    networks.compile_blocks(model, backend=counter)
     assert same(model.state_dict(), plain.state_dict())                   # and the names stay as they are
     for side in (8, 12, 16, 10):
         x, t = torch.randn(2, 4, side, side), torch.rand(2)
         torch.testing.assert_close(model(x, t), plain(x, t))
     assert counter.frame_count == 2
-    run.checkpoint_blocks(model)                                          # compiled all the same
+    networks.checkpoint_blocks(model)                                          # compiled all the same
     torch._dynamo.reset()
     torch.testing.assert_close(model(x, t), plain(x, t))
     assert counter.frame_count == 3
@@ -321,7 +324,7 @@ def test_compiled_text_of_any_length(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "assume_static_by_default", False)
     block = unet.SpatialTransformer(16, 2, unet.UNetConfig(groups=8, context_width=8, positions=True))
     plain = copy.deepcopy(block)
-    run.compile_blocks(block)
+    networks.compile_blocks(block)
     for side, length in ((8, 5), (12, 7)):
         x, context = torch.randn(2, 16, side, side), torch.randn(2, length, 8)
         mask = torch.arange(length) < torch.tensor([[length], [2]])
@@ -350,13 +353,13 @@ def test_checkpointed_blocks_keep_less_and_change_nothing(arch):
                        pooled_width=None), {"context": torch.randn(2, 5, 8)}),
         "unet": (dict(widths=(16, 32), groups=8, heads=2), {}),
         "vae": (dict(widths=(8, 16), groups=4), None)}[arch]
-    model = run.build_model(arch, config)
+    model = networks.build_model(arch, config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x, t, results = torch.randn(2, 3 if arch == "vae" else 4, 8, 8), torch.rand(2), []
     for checkpointed in (False, True):
         if checkpointed:
-            run.checkpoint_blocks(model)
+            networks.checkpoint_blocks(model)
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x: kept.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
@@ -394,7 +397,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_noticed(cwd, tmp_path, position):
     content[int(position * len(content))] ^= 4
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path}/checkpoint.pt: .*damaged"):
-        run.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "vae"])
@@ -479,9 +482,9 @@ def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     for name in (tmp_path / "pipe", "/dev/null"):
         with pytest.raises(ValueError, match=f"{name}: no checkpoint there .*a pipe or a device, not a file"):
-            run.load_checkpoint(name)
+            checkpoints.load_checkpoint(name)
     with pytest.raises(ValueError, match="nnn: cannot be read .File name too long"):
-        run.load_checkpoint("n" * 300)
+        checkpoints.load_checkpoint("n" * 300)
     folder.settings.mkdir()
     folder.checkpoint.unlink()
     assert folder.read_settings() is None
@@ -510,13 +513,13 @@ def test_what_run_py_shows(cwd, capsys):
 ])
 def test_an_objective_of_another_version(objective, message):
     with pytest.raises(ValueError, match=message):
-        run.build_path(objective)
+        networks.build_path(objective)
 
 
 def test_a_network_that_only_its_configuration_shows_to_be_another():
-    model = run.build_model("dit", {"width": 32, "depth": 1, "heads": 2})
+    model = networks.build_model("dit", {"width": 32, "depth": 1, "heads": 2})
     averages = {0.1: copy.deepcopy(model), 0.2: copy.deepcopy(model)}
-    state = run.State(model, averages, torch.device("cpu"), torch.optim.AdamW(model.parameters()))
+    state = State(model, averages, torch.device("cpu"), torch.optim.AdamW(model.parameters()))
     saved = {"arch": "dit", "config": {"width": 32, "depth": 1, "heads": 2}, **copy.deepcopy(state.weights()),
              "training": state.training(None, 0)}
     state.restore(saved, "c.pt")                                   # a field that it lacks has its default

@@ -15,9 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import beginning
+import checkpoints
 import draw as draw_file
 import files
-import run
+import networks
 import sample
 import sample_settings
 import samplers
@@ -65,11 +66,11 @@ def test_the_length_of_the_average_is_chosen_afterwards(cwd):
     assert (drawn("runs/widths", "--ema", "0.1") == plain).all()
     assert (drawn("runs/widths", "--ema", "0.2") != plain).any()
     shutil.copy("runs/widths/checkpoint.pt", "alone.pt")
-    saved, direct = run.load_checkpoint("alone.pt"), run.load_checkpoint("runs/direct")["ema"]
+    saved, direct = checkpoints.load_checkpoint("alone.pt"), checkpoints.load_checkpoint("runs/direct")["ema"]
     # exact is what the running average gives; profiles are a continuous approximation to it
     errors = []
     for source in ("alone.pt", "runs/widths"):
-        made = run.average_of_width(source, saved, 0.13)
+        made = checkpoints.average_of_width(source, saved, 0.13)
         errors.append(max((made[name] - weight).abs().max() for name, weight in direct.items()))
     moved = max((saved["model"][name] - weight).abs().max() for name, weight in direct.items())
     assert errors[1] < errors[0] < 0.25 * moved
@@ -166,7 +167,7 @@ def test_output_kinds(cwd):
 def test_pictures_to_begin_with(cwd, text_runs, which, monkeypatch):
     """Strength 0 is the VAE's reconstruction; more of it, more change; a mask keeps what is outside."""
     folder = text_runs[which]
-    vae, picture = run.unpack_vae(run.load_checkpoint(folder)["vae"]), toys.draw_shape(3)
+    vae, picture = networks.unpack_vae(checkpoints.load_checkpoint(folder)["vae"]), toys.draw_shape(3)
     Image.fromarray(picture).save("begin.png")
     x = to_tensor(picture[None])
     through = to_uint8(vae.decode(vae.encode(x).mean))[0].astype(int)
@@ -280,7 +281,7 @@ def test_a_vae_reconstructs(cwd):
     Image.fromarray(picture).save("given.png")
     sample.main(["runs/shapes-vae", "--init-image", "given.png", "--out", "pair.png"])
     pair = np.asarray(Image.open("pair.png"))
-    vae = run.load_vae("runs/shapes-vae")
+    vae = checkpoints.load_vae("runs/shapes-vae")
     again = to_uint8(vae.decode(vae.encode(to_tensor(picture[None])).mean))[0]
     assert pair.shape == (132, 262, 3)                     # enlarged, as pictures with captions are
     assert (pair[2:130, 2:130] == picture.repeat(4, 0).repeat(4, 1)).all()
@@ -432,12 +433,12 @@ def test_the_bar_moves_with_every_step(cwd, monkeypatch):
 @pytest.mark.parametrize("name", OF_ONE_TIME)
 def test_a_share_is_told_after_each_step(cwd, name):
     shares = []
-    checkpoint = run.load_checkpoint("runs/done")
-    model = run.build_model("dit", checkpoint["config"]).eval()
+    checkpoint = checkpoints.load_checkpoint("runs/done")
+    model = networks.build_model("dit", checkpoint["config"]).eval()
     cond = {"y": torch.tensor([0])}
     how = dict(sampler=name, steps=4)
-    inputs = (model, run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"]), (4, 8, 8),
-              range(1), cond)
+    inputs = (model, networks.unpack_vae(checkpoint["vae"]), networks.build_path(checkpoint["objective"]),
+              (4, 8, 8), range(1), cond)
     told = draw_file.draw(*inputs, progress=shares.append, **how)
     assert shares == [0.2, 0.4, 0.6, 0.8] and (told == draw_file.draw(*inputs, **how)).all()
 
@@ -591,7 +592,7 @@ def test_guidance_needs_dropout(cwd):
 @pytest.fixture
 def weaker(cwd, tmp_path):
     """An earlier checkpoint of the run in `home`, whose network returns half of what the run's returns."""
-    checkpoint = run.load_checkpoint("runs/done")
+    checkpoint = checkpoints.load_checkpoint("runs/done")
     last = [name for name in checkpoint["ema"] if name.startswith("final_layer.linear")]
     assert last
     checkpoint["ema"] = checkpoint["ema"] | {name: checkpoint["ema"][name] / 2 for name in last}
@@ -606,13 +607,12 @@ def test_a_run_guides_itself(cwd, weaker):
     itself = draw(*flags, "--guide", "runs/done", "--cfg", "3", out="self.npz")
     assert np.abs(itself.astype(int) - plain).max() <= 1
 
-    checkpoint = run.load_checkpoint("runs/done")
-    model = run.build_model("dit", checkpoint["config"]).eval()
+    checkpoint = checkpoints.load_checkpoint("runs/done")
+    model = networks.build_model("dit", checkpoint["config"]).eval()
     model.load_state_dict(checkpoint["ema"])
-    expected = draw_file.draw(lambda *inputs, **cond: 2 * model(*inputs, **cond),
-                           run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"]),
-                           (4, 8, 8), range(3), {"y": torch.zeros(3, dtype=torch.long)}, sampler="heun",
-                           steps=3)
+    vae, path = networks.unpack_vae(checkpoint["vae"]), networks.build_path(checkpoint["objective"])
+    expected = draw_file.draw(lambda *inputs, **cond: 2 * model(*inputs, **cond), vae, path, (4, 8, 8),
+                              range(3), {"y": torch.zeros(3, dtype=torch.long)}, sampler="heun", steps=3)
     found = draw(*flags, "--guide", weaker, "--cfg", "3", out="guided.npz")
     assert np.abs(found.astype(int) - expected).max() <= 1 and np.abs(expected.astype(int) - plain).max() > 3
 
@@ -620,7 +620,7 @@ def test_a_run_guides_itself(cwd, weaker):
 def test_guidance_of_text_runs_has_its_own_encoder(cwd, text_runs, tmp_path):
     """Each network is given the prompt as its own encoder reads it, for few prompts and for many."""
     for folder in text_runs:
-        checkpoint = run.load_checkpoint(folder)
+        checkpoint = checkpoints.load_checkpoint(folder)
         shuffled = {name: weight.flip(0) if name.startswith("text.") else weight
                     for name, weight in checkpoint["ema"].items()}
         torch.save(checkpoint | {"ema": shuffled}, tmp_path / "other.pt")
@@ -671,7 +671,7 @@ def changed(name, value):
     (lambda c: c["vae"]["state"]["latent_mean"].add_(1), "on the latents of another VAE"),
 ])
 def test_a_guide_that_does_not_fit_is_refused(cwd, tmp_path, change, message):
-    checkpoint = run.load_checkpoint("runs/done")
+    checkpoint = checkpoints.load_checkpoint("runs/done")
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "guide.pt")
     before = contents(cwd)

@@ -14,8 +14,8 @@ from benchmarks.scale import Layout, Network
 from cli import program
 from cuts import cuts_of
 from dit import PUBLISHED_BLOCK
+from networks import build_model, checkpoint_blocks
 from parallel import Sharding
-from run import build_model, checkpoint_blocks
 
 WIDTH, DEPTH, CLASSES, TOKENS = 32, 3, 3, 144
 PUBLISHED = Network("dit", PUBLISHED_BLOCK | dict(width=WIDTH, depth=DEPTH, heads=4, num_classes=CLASSES,

@@ -12,7 +12,7 @@ import conditioning
 import ddpm
 import dit
 import machine
-import run
+import networks
 import sample_settings
 import settings
 import text
@@ -341,7 +341,7 @@ def test_the_command_of_settings(flags):
 def test_configuration_of_the_objective(flags, expected):
     config = settings.objective_config(parse(["--arch", "dit", *flags]))
     assert config == expected
-    run.build_path(config)
+    networks.build_path(config)
 
 
 def test_widths_that_the_groups_of_a_vae_do_not_divide():

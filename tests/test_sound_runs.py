@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from conftest import contents, same, weights
 from PIL import Image
 
+import checkpoints
 import conditioning
 import media
+import networks
 import output
-import run
 import sample
 import settings
 import sound
@@ -156,12 +157,12 @@ def test_a_vae_of_the_other_medium_is_refused(place, capsys):
 # ---- training
 
 def test_a_training_on_tones_and_its_checkpoint(place):
-    checkpoint = run.load_checkpoint("runs/dit")
+    checkpoint = checkpoints.load_checkpoint("runs/dit")
     assert checkpoint["data"]["size"] == [1, 8192] and checkpoint["data"]["classes"] == TONE_CLASSES
     assert checkpoint["data"]["longest"] == 1.024 and checkpoint["config"]["patch"] == (1, 2)
     first = 10**9 - 10**9 % len(TONE_CLASSES)           # the first validation sound
     assert checkpoint["data"]["seconds"] == pytest.approx([seconds_of_tone(first + i) for i in range(8 * 24)])
-    vae = run.unpack_vae(checkpoint["vae"])
+    vae = networks.unpack_vae(checkpoint["vae"])
     assert vae.config.rate == RATE and (vae.latent_std != 1).all()          # measured
     for name in ("samples.png", "loss.png"):
         Image.open(place / "runs/dit" / name).verify()
@@ -200,7 +201,7 @@ def test_captions_of_sounds(place, arch, objective):
     name = f"{arch}-{objective}"
     train.main(["--arch", arch, "--objective", objective, "--cond", "text", *ON_VAE, "--vae",
                 "runs/tones-vae", "--name", name])
-    checkpoint = run.load_checkpoint(f"runs/{name}")
+    checkpoint = checkpoints.load_checkpoint(f"runs/{name}")
     assert checkpoint["objective"]["name"] == objective and checkpoint["text"] is not None
     sample.main([f"runs/{name}", "--prompt", "a low square tone, then a high sine", "--n", "1", "--seconds",
                  "0.8", "--out", f"{name}.wav"])
@@ -214,7 +215,7 @@ def draw(*flags):
 
 
 def test_lengths_files_and_batches(place):
-    lengths = run.load_checkpoint("runs/dit")["data"]["seconds"]
+    lengths = checkpoints.load_checkpoint("runs/dit")["data"]["seconds"]
     draw("--n", "3", "--seed", "5", "--out", "all.npz")
     drawn = np.load("all.npz")["arr_0"]
     assert drawn.dtype == np.int16 and drawn.shape == (3, 8192)
@@ -289,7 +290,7 @@ def test_a_sound_is_continued_beyond_its_end(place, mask, seconds, samples):
 
 
 def test_strength_nought_is_the_reconstruction(place):
-    vae = run.load_vae("runs/tones-vae")
+    vae = checkpoints.load_vae("runs/tones-vae")
     draw("--n", "1", "--seconds", "1", "--out", "given.wav", "--seed", "3")
     draw("--n", "1", "--init-sound", "given.wav", "--strength", "0", "--out", "same.npz")
     given = np.pad(sound.read_sound("given.wav", RATE), (0, 192))[None]

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import conditioning
+import networks
 import published
-import run
 import sample
 import settings
 import sound
@@ -107,14 +108,14 @@ class SameNoise:
 @torch.no_grad()
 def drawn(weights, prompts, negative=None, seconds=None, scale=None, **places):
     """Latents and waveforms by our pieces, as sample.py puts them together."""
-    checkpoint = run.load_published(NAME, weights, places.pop("vae", None))
+    checkpoint = checkpoints.load_published(NAME, weights, places.pop("vae", None))
     args = settings_of_sample(prompts, negative, seconds, **places)
     condition = conditioning.of_checkpoint(checkpoint, torch.device("cpu"))
     how = checkpoint["sampling"]
-    network = run.build_model(checkpoint["arch"], checkpoint["config"])
+    network = networks.build_model(checkpoint["arch"], checkpoint["config"])
     network.load_state_dict(checkpoint["ema"])
-    autoencoder = run.unpack_vae(checkpoint["vae"])
-    path = run.build_path(checkpoint["objective"])
+    autoencoder = networks.unpack_vae(checkpoint["vae"])
+    path = networks.build_path(checkpoint["objective"])
     cond, uncond = condition.ask(args, network.eval()).batch(0, len(prompts))
     times = TIMES[how["times"]](path, how["steps"])
     generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import DONE
 
-import run
+import networks
 import train
 from ranks import ALONE
 
@@ -336,7 +336,7 @@ def test_training_says_that_it_compiles(monkeypatch, capsys, arch):
 
 def test_sampling_says_once_that_it_compiles(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda model, mode: model)
-    network = run.graphed(lambda x: x + 1)
+    network = networks.graphed(lambda x: x + 1)
     assert [network(torch.zeros(1)).item() for _ in range(3)] == [1, 1, 1]
     assert capsys.readouterr().err == (
         "--compile: the next step compiles the network, which can take minutes\n")

@@ -21,8 +21,10 @@ from conftest import (DONE, ON_VAE, QUICK, QUICK_VAE, ROOT, SHAPES, VAE, Recorde
                       denoising, draw_two, few_samples, same, weights, write_idx)
 from PIL import Image
 
+import checkpoints
 import data
 import draw
+import networks
 import plan
 import run
 import sample
@@ -34,6 +36,7 @@ import train
 import vae as vae_file
 from ema import gamma_of
 from ranks import ALONE
+from state import State
 
 TINY_VAE = ["--vae-preset", "tiny", "--vae-steps", "2"]       # of tests that train one themselves
 KILLS = int(os.environ.get("KILLS", 2))   # KILLS=20 for the long version
@@ -54,7 +57,7 @@ def test_a_finished_run_leaves_what_it_promises(cwd, capsys):
     vae_lines = [json.loads(line) for line in open("runs/shapes-vae/metrics.jsonl")]
     assert {"psnr", "kl", "latent_std"} <= set(vae_lines[-1]) and len(vae_lines[-1]["latent_std"]) == 4
     assert json.load(open("runs/done/settings.json"))["arch"] == "dit"
-    checkpoint = run.load_checkpoint("runs/done")                     # weights_only, on the CPU
+    checkpoint = checkpoints.load_checkpoint("runs/done")                     # weights_only, on the CPU
     assert not any(k.startswith(("_orig_mod", "module")) for k in checkpoint["model"])
     assert not same(checkpoint["model"], checkpoint["ema"])
     before = (cwd / "runs/done/checkpoint.pt").read_bytes()
@@ -64,7 +67,7 @@ def test_a_finished_run_leaves_what_it_promises(cwd, capsys):
 
 
 def test_latent_statistics_are_measured_once_over_the_training_set(cwd):
-    vae = run.load_vae("runs/shapes-vae")
+    vae = checkpoints.load_vae("runs/shapes-vae")
     latents = torch.from_numpy(np.load("runs/shapes-vae/latents.npy").astype(np.float64))
     assert len(latents) == SHAPES
     torch.testing.assert_close(vae.latent_mean.double(), latents[:, :, 0].mean((0, 1, 3, 4)),
@@ -72,7 +75,7 @@ def test_latent_statistics_are_measured_once_over_the_training_set(cwd):
     z = latents[:, 0, 0] + latents[:, 0, 1] * torch.randn(latents[:, 0, 0].shape, dtype=torch.float64)
     x0 = vae.normalize(z.float())
     assert x0.mean((0, 2, 3)).abs().max() < 0.01 and (x0.std((0, 2, 3)) - 1).abs().max() < 0.01
-    inside = run.unpack_vae(run.load_checkpoint("runs/done")["vae"])        # the run carries the same VAE
+    inside = networks.unpack_vae(checkpoints.load_checkpoint("runs/done")["vae"])    # the run carries it too
     assert same(inside.state_dict(), vae.state_dict())
 
 
@@ -83,14 +86,14 @@ def test_every_combination_trains_and_samples(cwd, arch, objective, prediction):
     name = f"{arch}-{objective}-{prediction}"
     train.main(["--arch", arch, "--objective", objective, *ON_VAE, "--name", name,
                 *(["--prediction", prediction] if prediction else [])])
-    checkpoint = run.load_checkpoint(f"runs/{name}")
+    checkpoint = checkpoints.load_checkpoint(f"runs/{name}")
     assert (checkpoint["objective"].get("prediction") == prediction
             and checkpoint["config"]["num_classes"] == 24)
     drawn = draw_two(f"runs/{name}", "--cfg", "2", out=f"{name}.npz")
     # and with every sampler, from one reading of the checkpoint
-    model = run.build_model(arch, checkpoint["config"])
+    model = networks.build_model(arch, checkpoint["config"])
     model.load_state_dict(checkpoint["ema"])
-    vae, path = run.unpack_vae(checkpoint["vae"]), run.build_path(checkpoint["objective"])
+    vae, path = networks.unpack_vae(checkpoint["vae"]), networks.build_path(checkpoint["objective"])
     cond, uncond = {"y": torch.tensor([0, 1])}, {"y": torch.tensor([24, 24])}
     for sampler in samplers.SAMPLERS:
         images = draw.draw(model.eval(), vae, path, (4, 8, 8), range(2), cond, uncond, sampler=sampler,
@@ -120,13 +123,13 @@ def test_own_pictures_of_any_size(tmp_path, monkeypatch, quick, arch, options, c
     folder = f"runs/pictures-16x24-{arch}-rf"
     sample.main([folder, "--n", "3", "--steps", "2", "--out", "x.npz"])
     assert np.load("x.npz")["arr_0"].shape == (3, 16, 24, 3)
-    assert run.load_checkpoint(folder)["data"]["classes"] == (["a", "b", "c"] if classes else [])
+    assert checkpoints.load_checkpoint(folder)["data"]["classes"] == (["a", "b", "c"] if classes else [])
     if not classes:
         with pytest.raises(ValueError, match="without conditions"):
             sample.main([folder, "--label", "0"])
     else:
         train.main([*flags, "--cond", "none", "--name", "plain"])
-        assert run.load_checkpoint("runs/plain")["config"]["num_classes"] == 0
+        assert checkpoints.load_checkpoint("runs/plain")["config"]["num_classes"] == 0
     # other pictures in the folder: a finished run stays finished, and a new one is refused
     Image.new("RGB", (30, 20)).save(next((tmp_path / "pictures").rglob("0.png")))
     train.main(flags)
@@ -147,7 +150,7 @@ def test_a_vae_trained_with_captions_serves_its_networks(tmp_path, monkeypatch, 
     before = Path("runs/pictures-16x24-vae/checkpoint.pt").read_bytes()
     for arch in ("mmdit", "dit"):
         train.main(["--arch", arch, *shared, *QUICK, *TINY_VAE])
-        assert run.load_checkpoint(f"runs/pictures-16x24-{arch}-rf")["training"]["finished"]
+        assert checkpoints.load_checkpoint(f"runs/pictures-16x24-{arch}-rf")["training"]["finished"]
     assert Path("runs/pictures-16x24-vae/checkpoint.pt").read_bytes() == before
 
 
@@ -222,7 +225,7 @@ def test_random_draws_of_the_loss_keep_their_order(cwd):
 
 def test_validation_is_fixed_and_leaves_the_generator_alone(cwd):
     task = denoising()
-    network = run.build_model("dit", run.load_checkpoint("runs/done")["config"])
+    network = networks.build_model("dit", checkpoints.load_checkpoint("runs/done")["config"])
     state = torch.get_rng_state()
     with torch.no_grad():
         first, second = task.validate(network, []), task.validate(network, [])
@@ -242,7 +245,7 @@ def test_memory_outside_training_steps_follows_the_batch(cwd, monkeypatch, flags
     monkeypatch.setattr(vae_file.VAE, "encode", lambda self, x: through_vae.append(len(x)) or encode(self, x))
     task = denoising(*flags)
     assert max(through_vae) == min(32, most) and sum(through_vae) == 256
-    network = run.build_model("dit", run.load_checkpoint("runs/done")["config"])
+    network = networks.build_model("dit", checkpoints.load_checkpoint("runs/done")["config"])
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
@@ -268,7 +271,7 @@ def autoencoding(*flags):
     args = settings.parse(["--arch", "vae", *QUICK_VAE, "--vae-preset", "tiny", *flags, "--name", "none"])
     pictures = datasets(settings.parse(["--arch", "dit", *ON_VAE]))
     task = train.Autoencoding(args, *pictures, plan.prepare(args), Path())
-    return task, run.load_vae("runs/shapes-vae")
+    return task, checkpoints.load_vae("runs/shapes-vae")
 
 
 def test_memory_of_the_vae_follows_the_batch(cwd, monkeypatch, tmp_path):
@@ -312,11 +315,11 @@ def test_averages_of_the_weights(cwd, length, shares):
         train.main(["--arch", "dit", *ON_VAE, "--steps", str(steps), "--cooldown", "0", "--warmup", "0",
                     "--ema", length, "--name", name])
         raws.append(weights(f"runs/{name}"))
-    saved = run.load_checkpoint(f"runs/{name}")
+    saved = checkpoints.load_checkpoint(f"runs/{name}")
     found = [average["state"] for average in saved.get("averages", [{"state": saved["ema"]}])]
     assert len(found) == len(shares) and same(found[0], saved["ema"])
     torch.manual_seed(0)
-    initial = {k: v.clone() for k, v in run.build_model("dit", saved["config"]).state_dict().items()}
+    initial = {k: v.clone() for k, v in networks.build_model("dit", saved["config"]).state_dict().items()}
     for state, remaining in zip(found, shares):
         want = initial
         for raw, share in zip(raws, remaining):
@@ -371,7 +374,7 @@ def whole(home):
         few_samples(patch)
         patch.chdir(home)
         train.main([*RESUME, *VAE, "--name", "whole"])
-    return run.load_checkpoint(home / "runs/whole")
+    return checkpoints.load_checkpoint(home / "runs/whole")
 
 
 @pytest.mark.long
@@ -390,9 +393,9 @@ def test_kill_9_at_random_moments(cwd):
         process.kill()
         process.wait()
         if Path("runs/killed/checkpoint.pt").is_file():
-            run.load_checkpoint("runs/killed")
+            checkpoints.load_checkpoint("runs/killed")
     train.main([*flags, "killed"])
-    want, found = (run.load_checkpoint(f"runs/{name}") for name in ("not-killed", "killed"))
+    want, found = (checkpoints.load_checkpoint(f"runs/{name}") for name in ("not-killed", "killed"))
     for key in ("model", "ema"):
         assert same(want[key], found[key])
     assert torch.equal(want["training"]["rng"], found["training"]["rng"])
@@ -425,7 +428,7 @@ def test_signals_finish_the_step_and_save(cwd, whole, monkeypatch, capsys, numbe
         signal_at(patch, 7, number)
         assert train.main(flags) == 128 + number
     assert signal.getsignal(number) is handler and "the same command continues" in capsys.readouterr().out
-    assert run.load_checkpoint(f"runs/{name}")["step"] == 7              # between two planned checkpoints
+    assert checkpoints.load_checkpoint(f"runs/{name}")["step"] == 7     # between two planned ones
     with open(f"runs/{name}/metrics.jsonl", "a") as out:
         out.write('{"step": 9, "lo')                                     # a line truncated by a kill
     assert train.main(flags) == 0
@@ -466,7 +469,7 @@ def test_a_signal_ends_a_validation_or_a_preview(cwd, monkeypatch, capsys, task,
     assert [r["step"] for r in records if "val_loss" in r] == ([2] if part == "preview" else [])
     assert {path.name for path in Path(f"runs/{name}").glob("*.png")} <= {"loss.png"}
     assert train.main(flags) == 0 and Path(f"runs/{name}/samples.png").is_file()
-    assert run.load_checkpoint(f"runs/{name}")["training"]["finished"]
+    assert checkpoints.load_checkpoint(f"runs/{name}")["training"]["finished"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of\nmemory"), OSError("no space"), ValueError("a font")])
@@ -475,14 +478,14 @@ def test_a_preview_that_fails_is_a_warning(cwd, monkeypatch, capsys, error):
     seen = []
 
     def fail(self, model, stop, rows=3):
-        seen.append(run.load_checkpoint("runs/unseen")["step"])
+        seen.append(checkpoints.load_checkpoint("runs/unseen")["step"])
         raise error
 
     shutil.rmtree("runs/unseen", ignore_errors=True)
     monkeypatch.setattr(train.Denoising, "preview", fail)
     monkeypatch.setattr(run, "loss_curve", lambda records: 1 / 0 if not records else Image.new("P", (1, 1)))
     assert train.main(["--arch", "dit", *ON_VAE, "--steps", "2", "--name", "unseen"]) == 0
-    assert seen == [2, 2, 2] and run.load_checkpoint("runs/unseen")["training"]["finished"]
+    assert seen == [2, 2, 2] and checkpoints.load_checkpoint("runs/unseen")["training"]["finished"]
     printed = capsys.readouterr()
     for name in ("preview-000002-ema.png", "preview-000002-raw.png", "samples.png"):
         assert f"warning: {name} could not be made ({' '.join(str(error).split())})\n" in printed.err
@@ -512,7 +515,7 @@ def test_text_runs_resume_bit_for_bit(cwd, text_runs, monkeypatch):
     train.main([*flags, "--name", "at-once"])
     calls = signal_at(monkeypatch, 2)
     train.main([*flags, "--name", "parts"])
-    assert run.load_checkpoint("runs/parts")["step"] == 2
+    assert checkpoints.load_checkpoint("runs/parts")["step"] == 2
     train.main([*flags, "--name", "parts"])
     assert same(weights("runs/at-once"), weights("runs/parts")) and len(calls) == 3
 
@@ -527,7 +530,7 @@ def test_a_run_of_an_earlier_version_resumes(cwd, monkeypatch):
         train.main([*flags, "--name", "earlier"])
     file = Path("runs/earlier/settings.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vae_name": "shapes-vae"}, indent=1))
-    checkpoint = run.load_checkpoint("runs/earlier")
+    checkpoint = checkpoints.load_checkpoint("runs/earlier")
     assert checkpoint["step"] == 2 and set(checkpoint) == {
         "arch", "config", "objective", "step", "data", "text", "label_dropout", "vae", "model", "ema",
         "training"}
@@ -543,14 +546,14 @@ def test_a_run_of_an_earlier_version_resumes(cwd, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_never_saved(cwd, monkeypatch, value):
     """The last update may overflow after a loss that was finite; the checkpoint before it stays."""
-    average = run.State.average
+    average = State.average
 
     def overflow(self, decay):
         average(self, decay)
         list(self.model.parameters())[0].data.view(-1)[0] = value
 
     name = f"overflow{value}"
-    monkeypatch.setattr(run.State, "average", overflow)
+    monkeypatch.setattr(State, "average", overflow)
     with pytest.raises(FloatingPointError, match=f"not finite after step 1, fp32: .*{name}.* last good "
                        "weights; repeat the command with a lower --lr: it continues from step 0$"):
         train.main(["--arch", "dit", *ON_VAE, "--save-every", "1", "--name", name])
@@ -569,7 +572,7 @@ def test_non_finite_loss_never_reaches_a_checkpoint(cwd, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"nan .* at step 13, times 0\.\d+ to 0\.\d+, fp32.*"
                        "lower --lr: it continues from step 10$"):
         train.main([*RESUME, *VAE, "--name", "nan"])
-    checkpoint = run.load_checkpoint("runs/nan")
+    checkpoint = checkpoints.load_checkpoint("runs/nan")
     assert checkpoint["step"] == 10 and all(torch.isfinite(v).all() for v in checkpoint["model"].values())
 
 
@@ -622,7 +625,7 @@ def test_a_finished_run_is_lengthened(cwd, monkeypatch, capsys):
     assert "before 4" not in capsys.readouterr().out
     found = [round(rate / 0.004, 6) for rate in rates("long-again")]
     assert found == [0.25, 0.5, 0.75, 0.5, 0.25, 0.5, 0.5, 0.25]
-    assert run.load_checkpoint("runs/long-again")["step"] == 8
+    assert checkpoints.load_checkpoint("runs/long-again")["step"] == 8
 
 
 @pytest.mark.parametrize("steps, saved, expected, rise", [
@@ -668,7 +671,8 @@ def test_keep_and_keep_best(cwd, monkeypatch):
     monkeypatch.setattr(train.Denoising, "validate", lambda self, model, stop: {"val_loss": next(losses)})
     train.main([*LONG, "--steps", "8", "--val-every", "2", "--save-every", "3", "--keep", "2", "--keep-best",
                 "--name", "long-kept"])
-    found = {path.name: run.load_checkpoint(path)["step"] for path in Path("runs/long-kept").glob("*.pt")}
+    found = {path.name: checkpoints.load_checkpoint(path)["step"]
+             for path in Path("runs/long-kept").glob("*.pt")}
     assert found == {"checkpoint.pt": 8, "checkpoint-000006.pt": 6, "checkpoint-000008.pt": 8, "best.pt": 4}
     assert draw_two("runs/long-kept/best.pt").shape == (2, 32, 32, 3)             # each is a checkpoint
 
@@ -724,5 +728,5 @@ def test_the_way_forward_with_other_pictures(tmp_path, monkeypatch, quick):
     train.main([*shlex.split(command), "--vae-preset", "tiny", "--steps", "2", "--batch-size", "8"])
     for i, vae in enumerate(re.findall(r"--vae ('.*?'|\S+)", message)):
         train.main([*network, *shlex.split(f"--vae {vae}"), "--name", f"other-{i}"])
-        assert run.load_checkpoint(f"runs/other-{i}")["training"]["finished"]
+        assert checkpoints.load_checkpoint(f"runs/other-{i}")["training"]["finished"]
     assert i == 1
