@@ -58,9 +58,11 @@ def line(name: str, points: list[tuple[float, float]], colour: str | None = None
     return Series(name, [x for x, _ in known], [[y] for _, y in known], colour, mark, width)
 
 
-def frame_of(chart: Chart) -> Frame:
+def frame_of(chart: Chart, beside: float = 0.0) -> Frame:
+    """beside: the width of a legend to the right of it."""
     width, height = chart.size
-    return Frame(5 * chart.text, width - 4 * chart.text // 3, 3 * chart.text, height - 13 * chart.text // 3)
+    return Frame(5 * chart.text, width - 4 * chart.text // 3 - round(beside), 3 * chart.text,
+                 height - 13 * chart.text // 3)
 
 
 class Axis:
@@ -81,8 +83,11 @@ class Axis:
         value = math.log10(value) if self.log else value
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
-    def ticks(self) -> list[float]:
-        """A few round numbers on the axis."""
+    def ticks(self, values: list[float] = ()) -> list[float]:
+        """The `values` that the points have, if they are few and short; else a few round numbers."""
+        values = sorted(set(values))
+        if 2 < len(values) <= 8 and all(len(f"{value:g}") <= 4 for value in values):
+            return values
         if not self.log:
             return round_numbers(self.low, self.high)
         low, high = 10**self.low, 10**self.high
@@ -118,10 +123,10 @@ def look(i: int, series: Series) -> tuple[str, str]:
 
 
 def font_of(chart: Chart, size: int) -> ImageFont.FreeTypeFont:
-    """The same one for all that is written in a chart."""
+    """The same one for all that is written in a chart, and in other charts, with an accent or without."""
     places = (str(x) for series in chart.series for x in series.x)
     names = (series.name for series in chart.series)
-    return caption_font("".join((chart.title, chart.x, chart.y, *places, *names)), size)
+    return caption_font("".join(("é", chart.title, chart.x, chart.y, *places, *names)), size)
 
 
 def draw_mark(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, colour: str, size: float) -> None:
@@ -139,20 +144,33 @@ def draw_mark(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, colour: s
 
 def draw(chart: Chart) -> Image.Image:
     """RGB. Raises ValueError for a chart without a point."""
-    values = [value for series in chart.series for seeds in series.y for value in seeds]
-    if not values:
+    if not any(seeds for series in chart.series for seeds in series.y):
         raise ValueError(f"chart {chart.title!r}: has no point")
+    picture, points = draw_points(chart, frame_of(chart))
+    box = legend_box(chart, frame_of(chart), points)
+    if box and covered(box, points):                   # no corner is free: beside the axes
+        frame = frame_of(chart, box[2] - box[0])
+        picture, _ = draw_points(chart, frame)
+        left = frame.right + chart.text // 2
+        box = (left, frame.top, left + box[2] - box[0], frame.top + box[3] - box[1])
+    if box:
+        draw_legend(ImageDraw.Draw(picture), chart, box)
+    return picture
+
+
+def draw_points(chart: Chart, frame: Frame) -> tuple[Image.Image, list[tuple[float, float]]]:
+    """Axes, lines and marks; and the pixels of all marks, and some along all lines."""
     picture = Image.new("RGB", chart.size, "white")
     pen = ImageDraw.Draw(picture)
-    frame = frame_of(chart)
     places = list(dict.fromkeys(x for series in chart.series for x in series.x))
     named = isinstance(places[0], str)
     # Places lie side by side, and the series of one place a little apart.
     across = Axis([-0.5, len(places) - 0.5] if named else places, frame.left, frame.right, chart.log_x)
+    values = [value for series in chart.series for seeds in series.y for value in seeds]
     up = Axis(values, frame.bottom, frame.top, chart.log_y)
-    draw_axes(picture, chart, across, up, places if named else [])
+    draw_axes(picture, chart, frame, across, up, places)
     thick = chart.text / 6
-    points = []                                        # of all marks and along all lines, in pixels
+    points = []
     for i, series in enumerate(chart.series):
         if not series.x:
             continue
@@ -175,14 +193,14 @@ def draw(chart: Chart) -> Image.Image:
             for x, y in corners:
                 draw_mark(pen, kind, x, y, colour, 2.2 * thick)
             points += corners
-    draw_legend(pen, chart, frame, points)
-    return picture
+    return picture, points
 
 
-def draw_axes(picture: Image.Image, chart: Chart, across: Axis, up: Axis, places: list[str]) -> None:
-    """The axes with their numbers and names, and the title."""
+def draw_axes(picture: Image.Image, chart: Chart, frame: Frame, across: Axis, up: Axis,
+              places: list) -> None:
+    """The axes with their numbers and names, and the title. places: all x, numbers or names."""
     pen = ImageDraw.Draw(picture)
-    left, right, top, bottom = frame_of(chart)
+    left, right, top, bottom = frame
     width, height = chart.size
     text = chart.text
     font = font_of(chart, text)
@@ -190,8 +208,11 @@ def draw_axes(picture: Image.Image, chart: Chart, across: Axis, up: Axis, places
         y = up(value)
         pen.line((left, y, right, y), "#dddddd", text // 15)
         pen.text((left - text // 2, y), number(value), "black", font, anchor="rm")
-    named = [(across(i), name) for i, name in enumerate(places)]
-    for x, name in named or [(across(value), number(value)) for value in across.ticks()]:
+    if isinstance(places[0], str):
+        marks = [(across(i), name) for i, name in enumerate(places)]
+    else:
+        marks = [(across(value), number(value)) for value in across.ticks(places)]
+    for x, name in marks:
         pen.line((x, bottom, x, bottom + text // 3), "black", text // 15)
         pen.text((x, bottom + text // 2), name, "black", font, anchor="ma")
     pen.line([(left, top), (left, bottom), (right, bottom)], "black", text // 10)
@@ -203,26 +224,41 @@ def draw_axes(picture: Image.Image, chart: Chart, across: Axis, up: Axis, places
     picture.paste(strip.rotate(90, expand=True), (text // 5, top))
 
 
-def draw_legend(pen: ImageDraw.ImageDraw, chart: Chart, frame: Frame,
-                points: list[tuple[float, float]]) -> None:
-    """The names of the series, in the corner that has the fewest points, the upper right one first."""
-    entries = [(look(i, series), series) for i, series in enumerate(chart.series)
-               if series.name and series.x]
+Box = tuple[float, float, float, float]                # left, top, right, bottom, in pixels
+
+
+def entries_of(chart: Chart) -> list[tuple[int, Series]]:
+    """The series that the legend names, with their places among all."""
+    return [(i, series) for i, series in enumerate(chart.series) if series.name and series.x]
+
+
+def covered(box: Box, points: list[tuple[float, float]]) -> int:
+    x0, y0, x1, y1 = box
+    return sum(x0 <= x <= x1 and y0 <= y <= y1 for x, y in points)
+
+
+def legend_box(chart: Chart, frame: Frame, points: list[tuple[float, float]]) -> Box | None:
+    """In the corner that has the fewest points, the upper right one first; None for no name."""
+    entries = entries_of(chart)
     if not entries:
-        return
+        return None
     text = chart.text
     font = font_of(chart, text - text // 15)
-    wide = max(pen.textlength(series.name, font) for _, series in entries) + 2.5 * text
-    row = text + text // 3
-    high = row * len(entries) + text // 2
+    wide = max(font.getlength(series.name) for _, series in entries) + 2.5 * text
+    high = (text + text // 3) * len(entries) + text // 2
     boxes = [(x, y, x + wide, y + high)
              for y in (frame.top, frame.bottom - high - text // 3)
              for x in (frame.right - wide, frame.left + text // 3)]
-    covered = [sum(x0 <= x <= x1 and y0 <= y <= y1 for x, y in points) for x0, y0, x1, y1 in boxes]
-    box = boxes[covered.index(min(covered))]
+    return min(boxes, key=lambda box: covered(box, points))
+
+
+def draw_legend(pen: ImageDraw.ImageDraw, chart: Chart, box: Box) -> None:
+    text = chart.text
+    font = font_of(chart, text - text // 15)
     pen.rectangle(box, fill="white", outline="#bbbbbb")
-    for i, ((colour, kind), series) in enumerate(entries):
-        x, y = box[0] + text, box[1] + text // 4 + row * (i + 0.5)
+    for row, (i, series) in enumerate(entries_of(chart)):
+        colour, kind = look(i, series)
+        x, y = box[0] + text, box[1] + text // 4 + (text + text // 3) * (row + 0.5)
         if kind:
             draw_mark(pen, kind, x, y, colour, 2.2 * text / 6)
         else:

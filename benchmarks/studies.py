@@ -109,8 +109,8 @@ def ends(items: tuple, most: int | None) -> list:
 
 BUDGETS = {
     # Tiny networks, as the samples that every training ends with would take most of the time.
-    "minutes": Budget("five minutes: a cell of each study, no figure means anything", ("--steps", "20"),
-                      ("--preset", "tiny", "--batch-size", "8"), 16, 40, (0,), 4, most_cells=1,
+    "minutes": Budget("a few minutes: two cells of each study, no figure means anything", ("--steps", "20"),
+                      ("--preset", "tiny", "--batch-size", "8"), 16, 40, (0,), 4, most_cells=2,
                       most_evaluations=2),
     # One thread trains a small network with more examples as far in the same time as a large one with fewer.
     "cpu": Budget("two processes of one thread each: about ten hours, four of them for grid and steps",
@@ -187,8 +187,9 @@ NOISY = ("ddpm", "reverse_sde", "dpmpp_2m_sde")      # samplers that add noise o
 
 
 def noise_cells() -> Iterator[Cell]:
-    """The headlines by the first-order solver, and by samplers that add noise, which either path allows."""
-    for network, objective in HEADLINES:
+    """Both networks, both objectives, by the first-order solver and by samplers that add noise, which either
+    path allows."""
+    for network, objective in itertools.product(NETWORKS, ("ddpm eps", "rf logit-normal")):
         solvers = (FIRST[objective.split()[0]], *NOISY)
         yield grid_cell("noise", network, objective, tuple(
             Evaluation(solver, steps) for solver in solvers for steps in (10, 20, 50)))
@@ -208,6 +209,26 @@ SCHEDULES = {
 }
 RATES = {"unet": 2e-3, "dit": 4e-3}      # the defaults, which the grid has
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)     # of them, an octave apart
+
+
+# Per path: its flags, and what its network predicts in the grid, with a loss of the same quantity.
+OWN = {"ddpm": (("--objective", "ddpm"), "v", "ddpm v"),
+       "rf": (("--objective", "rf", "--density", "uniform"), "velocity", "rf uniform")}
+
+
+def weighting_cells() -> Iterator[Cell]:
+    """What the network predicts, with one loss; then what the loss is of, with one prediction."""
+    for path, (flags, own, objective) in OWN.items():
+        for prediction, loss in ((own, own), ("eps", own), ("x0", own), (own, "eps"), (own, "x0")):
+            cell = grid_cell("weighting", "dit", objective, FIRST_ORDER[path])
+            if (prediction, loss) != (own, own):
+                cell = cell._replace(run=f"dit-{path}-{prediction}-loss-{loss}", train=NETWORKS["dit"] + flags
+                                     + ("--prediction", prediction, "--loss", loss))
+            yield cell._replace(name=weighting_name(path, prediction, loss))
+
+
+def weighting_name(path: str, prediction: str, loss: str) -> str:
+    return f"{path}, predicts {prediction}, loss of {loss}"
 
 
 def schedule_cells() -> Iterator[Cell]:
@@ -307,8 +328,8 @@ def few_step_cells() -> Iterator[Cell]:
                                          "--init-from", PARENT),
                 tuple(Evaluation("jump", steps) for steps in (1, 2, 4)))
     yield child("reflow", parent.run, (*reflow, "--reflow-cfg", f"{GUIDANCE}"), few)
-    yield child("reflow twice", "dit-reflow", (*reflow, "--reflow-cfg", "1"), few)
     yield parent
+    yield child("reflow twice", "dit-reflow", (*reflow, "--reflow-cfg", "1"), few)
 
 
 PROMPTED = {"mmdit": "joint attention", "unet": "cross-attention"}
@@ -355,6 +376,8 @@ STUDIES = {
     "steps": Study("claim 3: how many evaluations, and with which solver", tuple(step_cells())),
     "guidance": Study("claim 3: guidance scale against evaluations", tuple(guidance_cells())),
     "noise": Study("claim 3: what a sampler's own noise changes, on either path", tuple(noise_cells())),
+    "weighting": Study("claim 2: the prediction apart from the weighting of the loss",
+                       tuple(weighting_cells()), seeds=2),
     "schedules": Study("claim 1: what the choice of the training times or of the noise schedule changes",
                        tuple(schedule_cells())),
     "learning rates": Study("claim 1: over how many octaves of the learning rate a training works",

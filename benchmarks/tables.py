@@ -8,6 +8,7 @@ command that measures it.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -21,14 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, USABLE, VERDICTS, Claim, Comparison, Measured, answer_to,
-                               best_within, counted, crossover, distance, exponents, first_order, needed,
-                               paces, score, sizes, typical, verdict)
+                               best_within, counted, crossover, curvature, curve, depends_on, distance,
+                               exponents, first_order, needed, paces, score, sizes, typical, verdict)
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
-from charts import COLOURS, MARKS, Chart, Series
+from charts import BLUE, COLOURS, MARKS, ORANGE, VERMILLION, Chart, Series
 from ddpm import DDPM
 from files import write_atomically
+
+
+COLOUR_OF = {"unet": BLUE, "dit": VERMILLION, "mmdit": VERMILLION}        # of a network, in every chart
 
 
 def claims_table(m: Measured) -> str:
@@ -39,14 +43,16 @@ def claims_table(m: Measured) -> str:
         comparisons = claim.comparisons(m)
         found = verdict(comparisons)
         rank = VERDICTS.index(found)
-        first, shows = "", ""
+        first, where = "", ""
         if found != "not measured yet":
             one = typical(comparisons)
             first = f"{one.what}: {compared(claim, one)}"
-            found = f"**{found}** ({counted(comparisons)})"
-        if SECTIONS[f"compare: {claim.figure}"].chart(m):
-            shows = f"[{claim.figure}]({picture(f'compare: {claim.figure}')})"
-        rows.append((rank, f"| {claim.number} | {claim.text} | {first} | {found} | {shows} |"))
+            details = f" ({counted(comparisons)})"
+            if found == "depends":
+                details += f": {depends_on(comparisons)}"
+            found = f"**{found}**{details}"
+            where = f"[{claim.section}]({anchor_of(claim.section)})"
+        rows.append((rank, f"| {claim.number} | {claim.text} | {first} | {found} | {where} |"))
     if all(rank == len(VERDICTS) - 1 for rank, _ in rows):
         return ""
     rows.sort(key=lambda pair: pair[0])              # stable: else in the order of CLAIMS
@@ -109,22 +115,60 @@ def mean_of(m: Measured, study: str, cell: str, get: Callable[[dict], float | No
     return shown(m.values(study, cell, get), digits)
 
 
-def grid_table(m: Measured) -> str:
-    cells = [(network, objective) for network in NETWORKS for objective in OBJECTIVES
-             if m.of("grid", f"{network} {objective}")]
-    if not cells:
+def span(values: list[float], digits: int) -> str:
+    """Short, for a wide table: "26.1–26.4", or "26.2" where there is one value; "" for none."""
+    if not values:
         return ""
-    rows = ["| | velocity error | curvature | spread of the gradient norm | Fréchet, 50 first-order steps "
-            "| agreement | Fréchet, guidance 1.5 | agreement | processor minutes |", "|---" * 9 + "|"]
-    for network, objective in cells:
-        _, guided = (each.label for each in DEFAULT_SAMPLERS[objective.split()[0]][:2])
-        plain = first_order(objective)
-        columns = [(lambda r: r["errors"][-1]["velocity"], 3), (lambda r: r["straightness"], 3),
-                   (lambda r: r["grad_norm"].get("spread"), 2), (score(plain), 1),
-                   (score(plain, "agreement"), 3), (score(guided), 1), (score(guided, "agreement"), 3),
-                   (lambda r: r["processor_seconds"] / 60, 0)]
-        texts = [mean_of(m, "grid", f"{network} {objective}", get, digits) for get, digits in columns]
-        rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
+    low, high = (f"{end(values):.{digits}f}" for end in (min, max))
+    return low if low == high else f"{low}–{high}"
+
+
+class Column(NamedTuple):
+    head: str
+    get: Callable[[dict], float | None]
+    digits: int
+
+
+def grid_columns(objective: str) -> list[Column]:
+    """The opening ones; the others stand in the grid in full."""
+    plain, guided = score_labels(objective)
+    return [Column("Fréchet, no guidance", score(plain), 1),
+            Column("agreement", score(plain, "agreement"), 3),
+            Column("Fréchet, guidance 1.5", score(guided), 1),
+            Column("agreement", score(guided, "agreement"), 3),
+            Column("processor minutes", lambda r: r["processor_seconds"] / 60, 0)]
+
+
+def score_labels(objective: str) -> tuple[str, str]:
+    """Of 50 first-order steps without guidance, and of the default sampler with a little."""
+    return first_order(objective), DEFAULT_SAMPLERS[objective.split()[0]][1].label
+
+
+def full_columns(objective: str) -> list[Column]:
+    return [Column("velocity error", lambda r: r["errors"][-1]["velocity"], 3),
+            Column("x0 error", lambda r: r["errors"][-1]["x0"], 3),
+            Column("curvature", curvature, 3),
+            Column("spread of the gradient norm", lambda r: r["grad_norm"].get("spread"), 2)]
+
+
+def grid_rows(m: Measured, columns: Callable[[str], list[Column]]) -> str:
+    """A row per cell of the grid; "" where none is measured."""
+    rows = []
+    for network, objective in itertools.product(NETWORKS, OBJECTIVES):
+        if m.of("grid", f"{network} {objective}"):
+            texts = [mean_of(m, "grid", f"{network} {objective}", column.get, column.digits)
+                     for column in columns(objective)]
+            rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
+    if not rows:
+        return ""
+    heads = ["", *(column.head for column in columns("rf uniform"))]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
+
+
+def grid_table(m: Measured) -> str:
+    rows = grid_rows(m, grid_columns)
+    if not rows:
+        return ""
     costs = []
     for network in NETWORKS:
         record = next((r for r in m.records if r["study"] == "grid" and r["cell"].startswith(network)
@@ -132,12 +176,24 @@ def grid_table(m: Measured) -> str:
         if record:
             costs.append(f"{network} {record['flops_per_example'] / 1e6:.0f}, "
                          f"{record['parameters'] / 1e6:.1f} M")
-    notes = (f"MFLOP per example, forward and backward, and parameters: {'; '.join(costs)}. "
-             "Velocity error: mean squared error of eps - x0 on held-out latents, over the same "
-             "noise levels for every cell. Curvature: mean square of the velocity's distance from "
-             "the chord of a sampled trajectory, 0 if all are straight. Spread: interquartile range over "
-             f"median. Guidance 1.5: with DDIM 50 or Heun 10. {seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
-    return "\n".join(rows) + f"\n\n{notes}{floor(m)}"
+    notes = ("Without guidance by 50 first-order steps (DDIM, Euler), with it by DDIM 50 or Heun 10; none of "
+             "these samplers adds noise. "
+             f"MFLOP per example, forward and backward, and parameters: {'; '.join(costs)}. "
+             f"{seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
+    return f"{rows}\n\n{notes}{floor(m)}"
+
+
+def full_grid_table(m: Measured) -> str:
+    rows = grid_rows(m, full_columns)
+    return rows and (
+        f"{rows}\n\nErrors: means of the squared errors of eps - x0 and of x0 on held-out latents, over the "
+        "same noise levels u for every cell. The first is the second divided by u^2; where x0 is predicted, "
+        "its largest part by far is at small u, where little noise is left. Curvature: mean square of the "
+        "velocity's distance from the chord of a sampled trajectory, in the straight path's coordinates; 0 "
+        "if all are straight. (The straight path joins single pairs of data and noise. The flow that a "
+        "network learns is the average over all pairs through a point, and it bends.) Spread: interquartile "
+        "range over median. "
+        f"{seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
 
 
 def floor(m: Measured) -> str:
@@ -145,8 +201,12 @@ def floor(m: Measured) -> str:
             for row in record["evaluations"]]
     if not rows:
         return ""
-    texts = [f"{row['n']:,} {row['label']} at {row['frechet']:.2f}" for row in rows]
-    return f"\n\nFréchet distances for reference: {'; '.join(texts)}."
+    texts = []
+    for row in rows:
+        agreement = "" if row.get("agreement") is None else f" with agreement {row['agreement']:.3f}"
+        texts.append(f"{row['n']:,} {row['label']} at {row['frechet']:.2f}{agreement}")
+    return (f"\n\nFréchet distances for reference: {'; '.join(texts)}. An agreement above that of real "
+            "pictures means more typical ones, not better ones.")
 
 
 def series_of(name: str, points: dict, colour: str | None = None, mark: str | None = None) -> list[Series]:
@@ -160,33 +220,44 @@ def grid_chart(m: Measured) -> Chart | None:
     series = []
     for network in NETWORKS:
         series += series_of(network, {objective: distance(m, network, objective)
-                                      for objective in OBJECTIVES})
+                                      for objective in OBJECTIVES}, COLOUR_OF[network])
     return Chart("Equal data, equal FLOPs: Fréchet distance, 50 first-order steps, no guidance",
                  "objective", "Fréchet distance", series) if series else None
 
 
-def error_chart(m: Measured) -> Chart | None:
-    """A colour per objective, a mark per network."""
+def error_chart(m: Measured, kind: str, title: str, objectives: list[str]) -> Chart | None:
+    """A colour per objective, a mark per network. At the ends of CHECKPOINTS equal parts, which all seeds
+    have; an interrupted training has others as well."""
     series = []
-    for colour, objective in zip(COLOURS, OBJECTIVES):
+    for colour, objective in zip(COLOURS, objectives):
         for mark, network in zip(MARKS, NETWORKS):
             points: dict[int, list[float]] = {}
             for record in m.of("grid", f"{network} {objective}"):
                 for row in record.get("errors", []):
-                    points.setdefault(row["step"], []).append(row["velocity"])
+                    if row["step"] % (record["steps"] // CHECKPOINTS) == 0:
+                        points.setdefault(row["step"], []).append(row[kind])
             series += series_of(f"{network} {objective}", dict(sorted(points.items())), colour, mark)
-    return Chart("One currency for all losses: error of the velocity on held-out latents", "training step",
-                 "mean squared error", series, log_y=True) if series else None
+    return Chart(title, "training step", "mean squared error", series, log_y=True) if series else None
+
+
+def velocity_chart(m: Measured) -> Chart | None:
+    return error_chart(m, "velocity", "Error of the velocity on held-out latents, without x0 prediction",
+                       [objective for objective in OBJECTIVES if objective != "ddpm x0"])
+
+
+def x0_chart(m: Measured) -> Chart | None:
+    return error_chart(m, "x0", "Error of x0 on held-out latents", list(OBJECTIVES))
 
 
 # One change at a time: (what changes, network, objective, label of the evaluation).
 STAIRCASE = [
     ("latent diffusion", "unet", "ddpm eps", "ddim 50, guidance 1"),
-    ("predicts v", "unet", "ddpm v", "ddim 50, guidance 1"),
-    ("straight path, velocity", "unet", "rf uniform", "euler 50, guidance 1"),
+    ("predicts v, with a loss of v", "unet", "ddpm v", "ddim 50, guidance 1"),
+    ("straight path, velocity in place of v", "unet", "rf uniform", "euler 50, guidance 1"),
     ("logit-normal times", "unet", "rf logit-normal", "euler 50, guidance 1"),
     ("transformer", "dit", "rf logit-normal", "euler 50, guidance 1"),
-    ("Heun, 19 evaluations", "dit", "rf logit-normal", "heun 10, guidance 1"),
+    ("Heun in place of Euler, 19 evaluations in place of 50", "dit", "rf logit-normal",
+     "heun 10, guidance 1"),
     ("guidance 1.5", "dit", "rf logit-normal", "heun 10, guidance 1.5"),
 ]
 
@@ -213,38 +284,51 @@ def staircase_table(m: Measured) -> str:
 
 
 def steps_table(m: Measured) -> str:
-    rows = ["| evaluations, at most | " + " | ".join(map(str, COUNTS)) + " | needed |",
-            "|---" * (len(COUNTS) + 2) + "|"]
+    """A row per cell and solver, with what was measured and nothing else."""
+    rows = [f"| evaluations | {' | '.join(map(str, COUNTS))} |", "|---" * (len(COUNTS) + 1) + "|"]
     for cell in STUDIES["steps"].cells:
-        if not m.of("steps", cell.name):
-            continue
-        texts = []
-        for count in COUNTS:
-            values = m.values("steps", cell.name, best_within(count))
-            texts.append(f"{np.mean(values):.1f}" if values else "")
-        rows.append(f"| {cell.name} | {' | '.join(texts)} | {mean_of(m, 'steps', cell.name, needed, 0)} |")
+        records = [record for record in m.of("steps", cell.name) if "diverged" not in record]
+        for solver in dict.fromkeys(each.sampler for each in cell.evaluations):
+            texts = []
+            for before, count in zip((0, *COUNTS), COUNTS):      # Heun's are odd: 3, 5, ...
+                found = [row for record in records for row in record["evaluations"]
+                         if row["sampler"] == solver and before < row["nfe"] <= count]
+                text = span([row["frechet"] for row in found], 1)
+                texts.append(f"{text}, {np.mean([row['agreement'] for row in found]):.2f}" if text else "")
+            if any(texts):
+                rows.append(f"| {cell.name}, {solver} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
-    notes = ("Fréchet distance of the best solver that adds no noise, without guidance; means over the "
-             "seeds. As it is the best with at most so many evaluations, it never rises, though that of a "
-             "single solver may. Needed: the fewest evaluations within 10 % of the best distance. "
+    calls = []
+    for network, objective in HEADLINES:
+        values = [needed(curve(record)) for record in m.of("steps", f"{network} {objective}")
+                  if "diverged" not in record]
+        if values:
+            calls.append(f"{network} {objective} {ladder.spread(values, 1)}")
+    notes = ("Fréchet distance without guidance, as the range over the seeds, and mean agreement. ddpm is "
+             "ancestral sampling, which adds noise. Heun's steps take two evaluations and the last one takes "
+             "one, so its counts are odd, and one less than the column. Evaluations until the best solver "
+             f"without noise is within 10 % of the network's best distance: {'; '.join(calls)}. "
              f"{seeds_of(m, 'steps', ranges=False)}; {made_with(m, 'steps')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
 
+DRAWN_SOLVERS = {"first order": ("ddim", "euler"), "Heun": ("heun",), "UniPC": ("unipc_3",),
+                 "ancestral": ("ddpm",)}
+
+
 def steps_chart(m: Measured) -> Chart | None:
     series = []
-    # Lines of one colour are of one network, marks of one shape of one kind of solver; ddpm is ancestral.
-    for colour, (network, objective) in zip(COLOURS, HEADLINES):
+    # A colour per cell, a mark per kind of solver.
+    for colour, (network, objective) in zip((BLUE, ORANGE, VERMILLION), HEADLINES):
         cell = f"{network} {objective}"
-        for solver, mark in (("ddim", MARKS[0]), ("euler", MARKS[0]), ("heun", MARKS[1]),
-                             ("dpmpp_2m", MARKS[2]), ("ddpm", MARKS[3])):
+        for mark, (name, solvers) in zip(MARKS, DRAWN_SOLVERS.items()):
             points: dict[int, list[float]] = {}
             for record in m.of("steps", cell):
                 for row in record.get("evaluations", []):
-                    if row["sampler"] == solver and row["guidance"] == 1:
+                    if row["sampler"] in solvers and row["guidance"] == 1:
                         points.setdefault(row["nfe"], []).append(row["frechet"])
-            series += series_of(f"{cell}, {solver}", dict(sorted(points.items())), colour, mark)
+            series += series_of(f"{cell}, {name}", dict(sorted(points.items())), colour, mark)
     return Chart("Few steps: Fréchet distance without guidance", "evaluations of the network",
                  "Fréchet distance", series, log_x=True, log_y=True, size=(1600, 1050)) if series else None
 
@@ -258,14 +342,14 @@ def guidance_table(m: Measured) -> str:
             for evaluation in sorted(each, key=lambda e: e.scale):
                 pair = [m.values("guidance", cell.name, score(evaluation.label, name))
                         for name in ("frechet", "agreement")]
-                texts.append(f"{np.mean(pair[0]):.1f}, {np.mean(pair[1]):.3f}" if pair[0] else "")
+                texts.append(f"{span(pair[0], 1)}, {np.mean(pair[1]):.3f}" if pair[0] else "")
             if any(texts):
                 rows.append(f"| {cell.name}, {each[0].sampler} {steps} | {' | '.join(texts)} |")
     if not rows:
         return ""
     head = ["| guidance | " + " | ".join(f"{scale:g}" for scale in scales) + " |",
             "|---" * (len(scales) + 1) + "|"]
-    return "\n".join(head + rows) + ("\n\nFréchet distance, then agreement; means over the seeds. "
+    return "\n".join(head + rows) + ("\n\nFréchet distance, as a range over the seeds, then mean agreement. "
                                      f"{seeds_of(m, 'guidance', ranges=False)}; {made_with(m, 'guidance')}.")
 
 
@@ -333,28 +417,37 @@ def size_table(m: Measured) -> str:
                         f"| {mean_of(m, 'sizes', cell.name, score(first_order('rf')), 1)} |")
     if len(rows) == 2:
         return ""
-    law = ""
-    found = {network: exponents(m, network, "frechet") for network in NETWORKS}
-    if all(found.values()):
-        parts = [f"{network} {ladder.spread(values, 3)}" for network, values in found.items()]
-        point = crossover(m, "frechet")
-        where = f"the lines cross at {point / 1e12:.0f} TFLOP" if point else "no crossover near these sizes"
-        law = f"Exponents of the distance: {', '.join(parts)}; {where}. "
-    return "\n".join(rows) + f"\n\n{law}{seeds_of(m, 'sizes')}; {made_with(m, 'sizes')}."
+    laws = "".join(law(m, figure, what) for figure, what in (("frechet", "distance"),
+                                                             ("velocity", "velocity error")))
+    if laws:
+        laws += ("The power laws have no floor, and the FLOPs vary by the size alone: all train for equally "
+                 "many steps. ")
+    return "\n".join(rows) + f"\n\n{laws}{seeds_of(m, 'sizes')}; {made_with(m, 'sizes')}."
 
 
-def size_chart(m: Measured) -> Chart | None:
+def law(m: Measured, figure: str, what: str) -> str:
+    """A sentence on the exponents of both networks, and on where their power laws cross; "" for no data."""
+    found = {network: exponents(m, network, figure) for network in NETWORKS}
+    if not all(found.values()):
+        return ""
+    parts = [f"{network} {ladder.spread(values, 3)}" for network, values in found.items()]
+    point = crossover(m, figure)
+    where = f"the lines cross at {point / 1e12:.0f} TFLOP" if point else "no crossover near these sizes"
+    return f"Exponents of the {what}: {', '.join(parts)}; {where}. "
+
+
+def size_chart(m: Measured, figure: str, what: str) -> Chart | None:
     series = []
     for mark, limit in zip(MARKS, (None, LITTLE)):
-        for colour, network in zip(COLOURS, NETWORKS):
+        for network in NETWORKS:
             found = sizes(m, network, limit)
             if found:
                 costs = [size.flops for size in found[0]]
-                values = [[size.frechet for size in column] for column in zip(*found)]
+                values = [[getattr(size, figure) for size in column] for column in zip(*found)]
                 name = network + (f", {limit:,} pictures" if limit else "")
-                series.append(Series(name, costs, values, colour, mark))
-    return Chart("Four sizes of each network: Fréchet distance, 50 first-order steps", "training FLOPs",
-                 "Fréchet distance", series, log_x=True, log_y=True) if series else None
+                series.append(Series(name, costs, values, COLOUR_OF[network], mark))
+    return Chart(f"Four sizes of each network: {what}", "training FLOPs", what, series, log_x=True,
+                 log_y=True) if series else None
 
 
 def corner_table(m: Measured) -> str:
@@ -377,13 +470,30 @@ def corner_table(m: Measured) -> str:
 
 def corner_chart(m: Measured) -> Chart | None:
     series = []
-    for cell in STUDIES["corners"].cells:
+    for cell, mark in zip(STUDIES["corners"].cells, MARKS):
         series += series_of(cell.name, {
             evaluation.checkpoint / CHECKPOINTS: m.values("corners", cell.name,
                                                           score(evaluation.label, "agreement"))
-            for evaluation in cell.evaluations})
+            for evaluation in cell.evaluations}, COLOUR_OF[cell.name.partition(",")[0]], mark)
     return Chart("Two far corners: share of samples in which they agree", "share of the training",
-                 "share that agrees", series) if series else None
+                 "share of samples", series) if series else None
+
+
+def weighting_table(m: Measured) -> str:
+    rows = []
+    for cell in STUDIES["weighting"].cells:
+        columns = [(score(cell.evaluations[0].label), 1), (score(cell.evaluations[0].label, "agreement"), 3),
+                   (lambda r: r["errors"][-1]["velocity"], 3), (lambda r: r["errors"][-1]["x0"], 3)]
+        if m.of("weighting", cell.name):
+            texts = [mean_of(m, "weighting", cell.name, get, digits) for get, digits in columns]
+            rows.append(f"| {cell.name} | {' | '.join(texts)} |")
+    if not rows:
+        return ""
+    head = ["| dit | Fréchet | agreement | velocity error | x0 error |", "|---" * 5 + "|"]
+    return "\n".join(head + rows) + (
+        "\n\nFréchet distance, 50 first-order steps; uniform times. At a given xt, each prediction "
+        "determines the others, so the loss only weights the times. "
+        f"{seeds_of(m, 'weighting')}; {made_with(m, 'weighting')}.")
 
 
 def cosine_end() -> float:
@@ -433,7 +543,7 @@ def rate_table(m: Measured) -> str:
     defaults = ", ".join(f"{network} {rate:g}" for network, rate in RATES.items())
     return "\n".join(rows) + (
         f"\n\nFréchet distance, 50 first-order steps; defaults: {defaults}. A rate counts as usable if its "
-        f"distance is at most {USABLE:g} times the best of any rate and objective of its network. "
+        f"distance is at most {USABLE:g} times that of the best rate of the same network and objective. "
         f"{seeds_of(m, 'learning rates')}; "
         f"{made_with(m, 'learning rates')}.")
 
@@ -444,7 +554,8 @@ def rate_chart(m: Measured) -> Chart | None:
         found = [m.values("learning rates", f"{network} {objective} x {factor:g}",
                           score(first_order(objective))) for factor in FACTORS]
         if any(found):
-            series.append(Series(f"{network} {objective}", list(FACTORS), found))
+            mark = MARKS[0] if objective.startswith("ddpm") else MARKS[1]
+            series.append(Series(f"{network} {objective}", list(FACTORS), found, COLOUR_OF[network], mark))
     return Chart("Learning rates a factor of two apart: Fréchet distance",
                  "learning rate, relative to the default", "Fréchet distance", series,
                  log_x=True, log_y=True) if series else None
@@ -483,9 +594,10 @@ def prompt_table(m: Measured) -> str:
 
 
 def prompt_chart(m: Measured) -> Chart | None:
-    series = [Series(cell.name, list(PROMPT_KINDS.values()), prompt_columns(m, cell.name))
+    series = [Series(cell.name, list(PROMPT_KINDS.values()), prompt_columns(m, cell.name),
+                     COLOUR_OF[cell.name.partition(",")[0]])
               for cell in STUDIES["prompts"].cells if m.of("prompts", cell.name)]
-    return Chart("Prompts: share of pictures that show all of theirs", "prompt", "share",
+    return Chart("Share of pictures that show everything in their prompt", "prompt", "share of pictures",
                  series) if series else None
 
 
@@ -512,7 +624,7 @@ def speed_chart(m: Measured) -> Chart | None:
         batches = list(found[0].milliseconds) if found else []
         if batches:
             series.append(Series(cell, batches, [[pace.milliseconds[batch] for pace in found]
-                                                 for batch in batches]))
+                                                 for batch in batches], COLOUR_OF[cell.split()[0]]))
     return Chart("Equal quality: time per picture", "pictures in a batch", "milliseconds per picture", series,
                  log_x=True, log_y=True) if series else None
 
@@ -532,7 +644,8 @@ def few_step_table(m: Measured) -> str:
             "|---" * (len(counts) + 3) + "|"]
     for name, cell, scale in FEW_STEPS:
         if m.of("few steps", cell):
-            texts = [mean_of(m, "few steps", cell, best_within(count, (scale,)), 1) for count in counts]
+            texts = [mean_of(m, "few steps", cell, measured_at(before, count, scale), 1)
+                     for before, count in zip((0, *counts), counts)]
             # measured without guidance, as the network was trained
             curved = mean_of(m, "few steps", cell, lambda r: r["straightness"], 3) if scale == 1 else ""
             texts += [curved, mean_of(m, "few steps", cell, lambda r: r["processor_seconds"] / 60, 1)]
@@ -546,11 +659,21 @@ def few_step_table(m: Measured) -> str:
     return "\n".join(rows) + f"\n\n{notes}"
 
 
+def measured_at(before: int, count: int, scale: float) -> Callable[[dict], float | None]:
+    """For `Measured.values`: the smallest distance with at most `count` evaluations, if one with more than
+    `before` of them was measured."""
+    def get(record: dict) -> float | None:
+        counts = [row["nfe"] for row in record["evaluations"] if row["guidance"] == scale]
+        found = any(before < each <= count for each in counts)
+        return best_within(count, (scale,))(record) if found else None
+    return get
+
+
 def few_step_chart(m: Measured) -> Chart | None:
     series = []
     for name, cell, scale in FEW_STEPS:
-        series += series_of(name, {count: m.values("few steps", cell, best_within(count, (scale,)))
-                                   for count in (1, 2, 4, 8)})
+        series += series_of(name, {count: m.values("few steps", cell, measured_at(before, count, scale))
+                                   for before, count in ((0, 1), (1, 2), (2, 4), (4, 8))})
     return Chart("One to eight evaluations: Fréchet distance", "evaluations of the network",
                  "Fréchet distance", series, log_x=True, log_y=True) if series else None
 
@@ -599,21 +722,28 @@ def picture(section: str) -> str:
 COMPARE = "python benchmarks/compare.py --budget cpu"
 SECTIONS = {
     "compare: claims": Section(claims_table, COMPARE),
-    "compare: comparisons": Section(comparison_table, COMPARE),
     "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart,
                              "Fréchet distance of every cell"),
-    "compare: errors": Section(lambda m: "", f"{COMPARE} --only grid", error_chart,
-                               "Error of the velocity over the training"),
     "compare: staircase": Section(staircase_table, f"{COMPARE} --only grid"),
+    "compare: grid in full": Section(full_grid_table, f"{COMPARE} --only grid"),
+    "compare: errors": Section(lambda m: "", f"{COMPARE} --only grid", velocity_chart,
+                               "Error of the velocity over the training"),
+    "compare: errors of x0": Section(lambda m: "", f"{COMPARE} --only grid", x0_chart,
+                                     "Error of x0 over the training"),
+    "compare: weighting": Section(weighting_table, f"{COMPARE} --only weighting"),
     "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart,
                               "Distance against evaluations"),
-    "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance"),
     "compare: noise": Section(noise_table, f"{COMPARE} --only noise"),
+    "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance"),
     "compare: schedules": Section(schedule_table, f"{COMPARE} --only schedules"),
     "compare: learning rates": Section(rate_table, f"{COMPARE} --only 'learning rates'", rate_chart,
                                        "Distance against the learning rate"),
-    "compare: sizes": Section(size_table, f"{COMPARE} --only sizes", size_chart,
+    "compare: sizes": Section(size_table, f"{COMPARE} --only sizes",
+                              lambda m: size_chart(m, "frechet", "Fréchet distance"),
                               "Distance against training FLOPs"),
+    "compare: errors by size": Section(lambda m: "", f"{COMPARE} --only sizes",
+                                       lambda m: size_chart(m, "velocity", "error of the velocity"),
+                                       "Error of the velocity against training FLOPs"),
     "compare: corners": Section(corner_table, f"{COMPARE} --only corners", corner_chart,
                                 "Agreement against training"),
     "compare: shift": Section(shift_table, f"{COMPARE} --only shift", shift_chart,
@@ -625,7 +755,15 @@ SECTIONS = {
     "compare: few steps": Section(few_step_table, f"{COMPARE} --only 'few steps'", few_step_chart,
                                   "Distance at 1 to 8 evaluations"),
     "compare: experts": Section(expert_table, f"{COMPARE} --only experts"),
+    "compare: comparisons": Section(comparison_table, COMPARE),
 }
+
+
+def anchor_of(section: str) -> str:
+    """Where a section stands: the grid in README, others in RESULTS.md under headings of their names."""
+    if section == "grid":
+        return "#the-comparison"
+    return f"benchmarks/RESULTS.md#{section.replace(' ', '-')}"
 
 
 def fill(documents: dict[str, str], sections: dict[str, str]) -> dict[str, str]:

@@ -62,6 +62,29 @@ def test_ticks_are_a_few_round_numbers_on_the_axis(low, high, log):
     assert all(float(charts.number(value)) == pytest.approx(value, rel=0.05) for value in ticks)
 
 
+def test_ticks_are_those_of_the_points_where_these_are_few_and_short():
+    assert Axis([0.25, 4], 0, 100, True).ticks([4, 0.25, 0.5, 1, 2, 0.5]) == [0.25, 0.5, 1, 2, 4]
+    assert Axis([1, 256], 0, 100, True).ticks([1, 4, 16, 64, 256]) == [1, 4, 16, 64, 256]
+    for values in ([1, 2], list(range(1, 12)), [0.12345, 1.5, 2.5]):        # too few, too many, too long
+        assert Axis(values, 0, 100, False).ticks(values) == Axis(values, 0, 100, False).ticks()
+
+
+def test_a_legend_covers_no_point():
+    """In a free corner of the axes, or beside them where lines reach all four corners."""
+    low, high = Series("low", [1, 2], [[1.0], [1.0]]), Series("high", [1, 2], [[9.0], [9.0]])
+    for series, beside in (([low], False), ([low, high], True)):
+        chart = Chart("t", "x", "y", series)
+        picture = np.asarray(draw(chart))
+        legend = np.nonzero((picture == 0xbb).all(-1).sum(0) > 30)[0]        # the sides of its outline
+        bottom = picture[frame_of(chart).bottom]                     # the row of the horizontal axis
+        axis = np.nonzero((bottom == 0).all(-1))[0]
+        assert legend.size and (legend.min() > axis.max()) == beside and legend.max() < chart.size[0]
+        for colour in COLOURS[:len(series)]:                         # each line is there from end to end
+            rgb = [int(colour[k:k + 2], 16) for k in (1, 3, 5)]
+            columns = np.nonzero((picture == rgb).all(-1).any(0))[0]
+            assert columns.max() - columns.min() > 0.85 * (axis.max() - axis.min())
+
+
 def test_places_lie_side_by_side_and_empty_charts_are_refused():
     chart = Chart("t", "x", "y", [Series(name, ["p", "q"], [[1.0, 3.0], [2.0]]) for name in ("a", "b")])
     picture = np.asarray(draw(chart))

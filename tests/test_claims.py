@@ -25,7 +25,8 @@ from ddpm import DDPM
     ([5.0, 5.1, 4.9], [4.6, 4.7, 4.5], {"margin": 1.1}, None),   # 5.0 against at most 5.06
     ([5.0, 5.1, 4.9], [5.0, 5.1, 4.9], {"margin": 1.1}, True),   # equal is no worse than
     ([5.0, 5.1, 4.9], [5.0, 5.1, 4.9], {}, None),
-    ([5.0, 5.0], [4.0, 4.0], {}, False),
+    ([5.0, 5.0], [4.0, 4.0], {}, None),                          # no spread to compare with
+    ([5.0, 5.0], [4.0, 4.01], {}, False),
 ])
 def test_a_comparison_is_decided_by_the_spread_of_the_seeds(ours, theirs, options, answer):
     assert decide(Comparison("", ours, theirs, **options)) is answer
@@ -62,6 +63,12 @@ def test_decisions_are_counted():
     assert claims.counted([YES, OPEN, YES, NO]) == "2 yes, 1 no, 1 not significant"
     assert claims.counted([NO]) == "1 no"
     assert claims.counted([YES._replace(ours=[1.0]), OPEN]) == "1 not significant, 1 undecided"
+
+
+def test_what_a_verdict_depends_on_is_named():
+    more = YES._replace(what="d, at the end")
+    assert claims.depends_on([YES, OPEN, more, NO]) == "yes: a · d, at the end; no: b"
+    assert claims.depends_on([OPEN]) == "" and claims.depends_on([NO]) == "no: b"
 
 
 def test_the_comparison_that_is_shown_is_answered_as_most_are():
@@ -131,45 +138,56 @@ def test_claims_follow_from_the_records():
     assert set(by_number([]).values()) == {"not measured yet"}
 
 
-def test_evaluations_needed_are_the_fewest_within_a_tenth_of_the_best():
+def test_evaluations_needed_lie_between_two_points_of_the_curve():
     Evaluation = compare.Evaluation
     rows = [(Evaluation("euler", 1), 50.0), (Evaluation("euler", 10), 4.5), (Evaluation("heun", 5), 4.3),
             (Evaluation("euler", 50), 4.0), (Evaluation("heun", 2, 2.0), 0.1)]     # guided: does not count
     run = record("steps", "a", 0, rows)
-    assert claims.needed(run) == 9
     assert claims.curve(run) == [(1, 50.0), (9, 4.3), (10, 4.3), (50, 4.0)]
     assert claims.best_within(10)(run) == 4.3 and claims.best_within(0)(run) is None
+    calls = claims.needed(claims.curve(run))               # to 4.4, on the line from (1, 50) to (9, 4.3)
+    assert 1 < calls < 9
+    assert math.log(calls) / math.log(9) == pytest.approx(math.log(50 / 4.4) / math.log(50 / 4.3))
+    assert claims.needed([(1, 4.4), (2, 4.0)]) == 1.0 and claims.needed([(4, 7.0)]) == 4.0
+    worse = record("steps", "a", 0, [*rows, (Evaluation("ddim", 60), 9.0)])        # at last: no matter
+    assert claims.needed(claims.curve(worse)) == calls
 
 
-def test_easier_training_counts_schedules_and_rates():
-    """Distances by schedule 4, 4.4, .. and by learning rate: known deviations, and known usable rates."""
-    level = {"rf mode": 1.1, "ddpm linear": 2.0, "ddpm cosine": 6.0, "x 4": 1.6, "x 2": 1.4}
+def test_easier_training_is_the_spread_over_schedules_and_the_range_of_rates():
+    """Distances by schedule 4, 4.4, .. and by learning rate: known deviations, and known usable octaves."""
+    level = {"rf mode": 1.1, "ddpm linear": 2.0, "ddpm cosine": 6.0, "x 4": 2.25}
 
     def distance(cell, *more):
         return 4.0 * math.prod(factor for name, factor in level.items() if name in cell)
 
-    records = made_up(distance)
+    records = [r for r in made_up(distance)]
     lost = next(r for r in records if r["cell"] == "unet ddpm eps x 0.25" and r["seed"] == 1)
     del lost["evaluations"]
     lost["diverged"] = 100
     found = {c.what: c for c in claims.easier_training(Measured(records))}
-    schedules = found["dit, relative deviation of the distance over its schedules"]
+    schedules = found["dit, relative deviation of the distance over schedules, without cosine"]
     assert schedules.ours[0] == pytest.approx(np.std([4, 4, 4.4, 4], ddof=1) / 4.1)
-    assert schedules.theirs[0] == pytest.approx(np.std([4, 8, 24], ddof=1) / 12)
-    milder = found[f"{schedules.what}, diffusion without the cosine one"]
-    assert milder.ours == schedules.ours and milder.theirs[0] == pytest.approx(np.std([4, 8], ddof=1) / 6)
-    assert found["dit, usable learning rates of 5"].ours == [4, 4, 4]
-    assert found["unet, usable learning rates of 5"].theirs == [4, 3, 4]
-    assert decide(schedules) is True and decide(found["dit, usable learning rates of 5"]) is None
-    # what is usable is measured against the best of both objectives
+    assert schedules.theirs[0] == pytest.approx(np.std([4, 8], ddof=1) / 6)
+    # the last octave rises from 4 to 9, and its first half is below 4 * 1.5 = 6
+    octaves = "usable octaves of the learning rate, of 4"
+    assert found[f"dit, {octaves}"].ours == pytest.approx([3.5] * 3, abs=0.01)
+    assert found[f"unet, {octaves}"].theirs == pytest.approx([3.5, 2.5, 3.5], abs=0.01)
+    assert decide(schedules) is True and decide(found[f"unet, {octaves}"]) is None
+    # a worse objective has as wide a range as a better one, if its distance grows alike
     for r in records:
         if r["study"] == "learning rates" and "dit ddpm" in r["cell"]:
-            r["evaluations"][0]["frechet"] *= 1.2
-    rates = claims.usable_rates(Measured(records), "dit", ("rf logit-normal", "ddpm eps"))
-    assert rates == [[4, 4, 4], [3, 3, 3]]
+            r["evaluations"][0]["frechet"] *= 3
+    assert claims.usable_octaves(Measured(records), "dit", "ddpm eps") == pytest.approx([3.5] * 3, abs=0.01)
     assert "1 of 3 diverged" in tables.rate_table(Measured(records))
     dit_only = [r for r in records if not r["cell"].startswith("unet")]
     assert {c.what[:3] for c in claims.easier_training(Measured(dit_only))} == {"dit"}
+
+
+@pytest.mark.parametrize("y, level, width", [
+    ([1.0, 1.0, 1.0], 1.5, 2.0), ([2.0, 2.0, 2.0], 1.5, 0.0), ([4.0, 1.0, 4.0], 2.0, 1.0),
+    ([math.inf, 1.0, 1.0], 1.5, 1.0), ([1.0, math.inf, 1.0], 1.5, 0.0), ([1.5, 1.5, 6.0], 1.5, 1.0)])
+def test_the_width_below_a_level(y, level, width):
+    assert claims.width_below([1.0, 2.0, 4.0], y, level) == pytest.approx(width)
 
 
 def test_shifts_are_compared_in_training_in_sampling_and_in_both():
@@ -196,8 +214,9 @@ def test_what_is_early_is_read_at_its_step():
         if r["cell"] == "dit ddpm v" and r["seed"] == 1:
             r["errors"] = [row | {"step": 401} if row["step"] == 400 else row for row in r["errors"]]
     found = {c.what: c for c in claims.early(Measured(records))}
-    assert found["ddpm v, unet against dit"].theirs == [1.0, 1.0]
-    assert found["ddpm v, unet against dit"].ours == [1.0, 1.0, 1.0]
+    assert found["error of the velocity, ddpm v"].theirs == [1.0, 1.0]
+    assert found["error of the velocity, ddpm v"].ours == [1.0, 1.0, 1.0]
+    assert found["error of x0, ddpm v"].theirs == [0.1, 0.1] and len(found) == 10
 
 
 def test_few_steps_are_compared_with_the_parent():
@@ -217,14 +236,14 @@ def test_few_steps_are_compared_with_the_parent():
     m = Measured(records)
     found = {c.what: decide(c) for c in claims.few_steps_after_reflow(m) + claims.straightened(m)}
     assert found == {"reflow, 4 evaluations, against its parent's 8": True,
-                     "reflow, 4 evaluations, against its parent's 4": True,
                      "reflow twice, 4 evaluations, against its parent's 8": False,
-                     "reflow twice, 4 evaluations, against its parent's 4": False,
                      "reflow, against its parent": True, "reflow twice, against its parent": None}
     assert claims.parent(m, 8) == [4.0, 4.01, 4.02] and decide(claims.one_step(m)[0]) is True
     text = tables.few_step_table(m)
     assert "| the parent, guidance 1.5 |  | 4.0 (4.0 to 4.0) |" in text       # guided: two at least
-    assert "| MeanFlow | 5.5 (5.5 to 5.5) |" in text
+    one = "5.5 (5.5 to 5.5)"
+    assert f"| MeanFlow | {one} | {one} | {one} |  |  | 0.200" in text        # not measured beyond four
+    assert tables.few_step_chart(m).series[-1].x == [1, 2, 4]
 
 
 def test_samplers_with_noise_have_a_row_each():
@@ -237,7 +256,7 @@ def test_samplers_with_noise_have_a_row_each():
     nine, three = "9.0 (9.0 to 9.0)", "3.0 (3.0 to 3.0)"
     assert f"| dit rf logit-normal, reverse_sde | {nine} | {three} | {nine} |" in rows
     assert f"| dit rf logit-normal, euler | {nine} | {nine} | {nine} |" in rows
-    assert sum(nine in row for row in rows) == 12 and sum(three in row for row in rows) == 1
+    assert sum(nine in row for row in rows) == 16 and sum(three in row for row in rows) == 2
     assert tables.noise_table(Measured([])) == ""
 
 
@@ -255,13 +274,58 @@ def test_prompts_are_compared_by_their_kind():
     assert tables.prompt_chart(m).series[1].y[1] == [0.8] * 3
 
 
-def test_errors_of_all_cells_are_in_one_chart():
+def test_errors_of_all_cells_are_in_two_charts():
     records = [r for r in made_up(plain) if r["study"] != "grid" or r["cell"] != "unet ddpm v"]
-    chart = tables.error_chart(Measured(records))
-    assert len(chart.series) == 9 and chart.log_y
+    for r in records:
+        r["errors"].insert(1, r["errors"][0] | {"step": 333})        # of an interruption: not in the chart
+    m = Measured(records)
+    chart = tables.velocity_chart(m)
+    assert len(chart.series) == 7 and chart.log_y                   # without x0, whose error is far larger
     one = next(series for series in chart.series if series.name == "dit rf uniform")
     assert one.x == [200, 400, 1600] and one.y == [[2.0] * 3, [1.0] * 3, [0.5] * 3]
-    assert len({(series.colour, series.mark) for series in chart.series}) == 9
+    assert len({(series.colour, series.mark) for series in chart.series}) == 7
+    chart = tables.x0_chart(m)
+    assert len(chart.series) == 9 and all(series.y == [[0.1] * 3] * 3 for series in chart.series)
+
+
+def test_paths_are_compared_by_their_curvature():
+    records = made_up(plain)
+    for r in records:
+        r["straightness"] = 0.1 + 0.1 * ("rf" in r["cell"]) + 0.01 * r["seed"]
+    found = claims.straighter(Measured(records))
+    assert len(found) == 6 and [decide(c) for c in found] == [False] * 6
+    assert by_number(records)["2d"] == "false"
+
+
+def test_samplers_with_noise_are_compared_where_a_claim_is_about_all():
+    """The best of the reverse SDE and of the solvers of the other study; guided samples do not count."""
+    def distance(cell, evaluation, nfe):
+        if evaluation.sampler in studies.NOISY:
+            return {"unet ddpm eps": 2.0, "dit ddpm eps": 3.0}.get(cell, 9.0)
+        return 4.0 if "rf" in cell else 8.0
+
+    m = Measured(made_up(distance))
+    assert [round(values[0], 2) for values in (claims.any_sampler(m, "unet ddpm eps"),
+                                              claims.any_sampler(m, "dit rf logit-normal"))] == [2.0, 4.0]
+    found = {c.what: decide(c) for c in claims.whatever_the_sampler(m)}
+    assert found == {"unet rf logit-normal against unet ddpm eps": False,
+                     "dit rf logit-normal against dit ddpm eps": False,
+                     "dit rf logit-normal against unet ddpm eps": False}
+    found = {c.what: decide(c) for c in claims.transformer(m)}
+    assert found["ddpm eps, dit against unet, by the best of all samplers"] is False
+    assert found["ddpm eps, dit against unet"] is None
+    alone = Measured([r for r in m.records if r["study"] != "steps"])        # of "noise" itself
+    assert claims.any_sampler(alone, "unet ddpm eps") == [2.0, 2.01, 2.02]
+    without = Measured([r for r in m.records if r["study"] != "noise"])
+    assert claims.any_sampler(without, "unet ddpm eps") == []                # it is not measured
+
+
+def test_predictions_are_compared_with_one_loss():
+    level = {"ddpm, predicts x0, loss of v": 3.0, "rf, predicts x0, loss of velocity": 7.0}
+    m = Measured(made_up(lambda cell, *more: level.get(cell, 5.0)))
+    found = {c.what: decide(c) for c in claims.x0_prediction(m)}
+    assert found == {"ddpm, x0 against v": True, "rf, x0 against velocity": False}
+    assert "| rf, predicts x0, loss of velocity | 7.0 (7.0 to 7.0) | 0.900" in tables.weighting_table(m)
 
 
 def test_speed_is_compared_at_a_distance_that_both_reach():
@@ -282,27 +346,33 @@ def test_speed_is_compared_at_a_distance_that_both_reach():
     assert [pace.evaluations for pace in found["dit rf logit-normal"]] == [4] * 3
     assert [pace.evaluations for pace in found["unet ddpm eps"]] == [20] * 3
     assert found["unet ddpm eps"][1].milliseconds == pytest.approx({1: 80.0, 256: 5.0})
-    alone, many = claims.faster(m)
+    alone, many, alone_with_noise, many_with_noise = claims.faster(m)
     assert alone.ours == pytest.approx([16, 32, 48]) and alone.theirs == pytest.approx([40, 80, 120])
     assert many.ours == pytest.approx([1, 2, 3])
-    calls = claims.few_evaluations(m)[3]                   # the same evaluations, without their time
-    assert calls.what.endswith("dit rf logit-normal against unet ddpm eps")
-    assert (calls.ours, calls.theirs) == ([4] * 3, [20] * 3)
+    assert alone_with_noise.theirs == pytest.approx(alone.theirs)            # noise gains nothing here
+    assert many_with_noise.what == "in batches of 256, also by samplers that add noise"
     assert "| unet ddpm eps | 20 (20 to 20) | 80.0 (40.0 to 120.0) |" in tables.speed_table(m)
 
 
 def test_corners_are_compared_early_and_at_the_end():
+    """Within the U-Net, and the transformer with each U-Net."""
     records = made_up(plain)
     for r in records:
         if r["study"] == "corners":
             for row in r["evaluations"]:
                 ahead = {"dit": "trained" not in row["label"],
                          "unet, attention everywhere": "2 of 8 trained" in row["label"]}
-                row["agreement"] = 0.9 if ahead.get(r["cell"]) else 0.5 + 0.01 * r["seed"]
-    found = {c.what: decide(c) for c in claims.far_corners(Measured(records))}
-    assert {what for what, answer in found.items() if answer} == {
-        "dit, at the end", "unet, attention everywhere, after a quarter"}
+                row["agreement"] = 0.5 + 0.01 * r["seed"] + 0.4 * ahead.get(r["cell"], False)
+    m = Measured(records)
+    found = {c.what: decide(c) for c in claims.far_corners(m)}
     assert len(found) == 6 and False not in found.values()
+    assert [what for what, answer in found.items() if answer] == ["unet, attention everywhere, after a quarter"]
+    found = {c.what: decide(c) for c in claims.far_corners_of_a_transformer(m)}
+    assert len(found) == 9 and {what: answer for what, answer in found.items() if answer is not None} == {
+        "against unet, attention nowhere, at the end": True,
+        "against unet, attention at the bottom, at the end": True,
+        "against unet, attention everywhere, at the end": True,
+        "against unet, attention everywhere, after a quarter": False}
 
 
 def test_sizes_follow_power_laws_that_cross_where_they_should():
@@ -404,14 +474,15 @@ def test_documents_are_filled_from_results(tmp_path):
     tables.write(tmp_path, records, [])
     readme, results = texts()
     assert "Not measured yet: `python benchmarks/compare" not in readme + results
-    assert "| dit rf logit-normal | 0.500 (0.500 to 0.500) |" in readme
+    assert "| dit rf logit-normal | 4.0 (4.0 to 4.0) | 0.900 (0.900 to 0.900) |" in readme
+    assert "| dit rf logit-normal | 0.500 (0.500 to 0.500) | 0.100 (0.100 to 0.100) |" in results
     assert "| + transformer | dit, rf logit-normal, euler 50 | 4.0 (4.0 to 4.0) |" in readme
     drawn = tables.charts(records)
     assert {file.name for file in pictures.glob("*.png")} == set(drawn)
     for name, chart in drawn.items():
         assert figures.drawn_from(pictures / name) == figures.chart_digest(chart)
         assert f"](benchmarks/pictures/{name})" in readme or f"](pictures/{name})" in results
-    assert "](benchmarks/pictures/compare-sizes.png)" in readme        # a claim's, from the root
+    assert "](benchmarks/RESULTS.md#sizes)" in readme and "](benchmarks/pictures/compare-grid.png)" in readme
     assert "](pictures/compare-sizes.png)" in results and "](benchmarks/" not in results
     before = (pictures / "compare-grid.png").stat().st_mtime_ns
     tables.write(tmp_path, records, [])                                 # again: nothing to do
