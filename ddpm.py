@@ -141,7 +141,7 @@ class DDPM:
         """(n,) float32 training times, uniform over 1/1000 .. 1. `generator` is a CPU generator."""
         return (torch.randint(1, STEPS + 1, (n,), generator=generator) / STEPS).to(device)
 
-    def sample_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:
+    def training_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Training times, on the CPU, as keyword arguments of `loss`. tokens (n,) of each picture change
         nothing on this path."""
         return {"t": self.sample_t(n)}
@@ -284,6 +284,7 @@ class Circle(DDPM):
     loss_space, min_snr: as in DDPM. Raises ValueError for an option out of range."""
 
     def __init__(self, prediction: str = "v", min_snr: float | None = None, loss_space: str | None = None):
+        # Not that of DDPM, which makes the table of its 1000 steps.
         check_options(prediction, min_snr, zero_terminal_snr=True, loss_space=loss_space)
         self.prediction = prediction
         self.loss_space = loss_space or prediction
@@ -309,6 +310,9 @@ class Circle(DDPM):
     def t_at(self, lam: Tensor) -> Tensor:
         """The time at which log(alpha / sigma) = lam: the inverse of `alpha_sigma`."""
         return torch.atan((-lam).exp()) * 2 / math.pi
+
+    def bound_term(self, *args, **options) -> Tensor:
+        raise NotImplementedError("the variational bound is that of DDPM's 1000 steps; this path has none")
 
 
 def betas(schedule: str) -> Tensor:

@@ -27,6 +27,7 @@ from attention import Packing, Rope, attention, pack
 
 @dataclass
 class DiTConfig:
+    """What a DiT is built from, as a checkpoint stores it."""
     channels: int = 4
     out_channels: int | None = None   # None: the same as `channels`
     patch: tuple[int, int] = (2, 2)   # height, width
@@ -42,13 +43,13 @@ class DiTConfig:
     rope: bool = True                 # rotary positions in addition to the sin-cos ones
     rope_theta: float = 100.0         # grids are tens of tokens wide, not thousands (Heo et al. 2024)
     learn_sigma: bool = False         # published DiT also predicts a variance: twice the channels
-    time_scale: float = 1000.0        # the embedding sees time_scale * t + time_offset: published DiT counts
-    time_offset: float = 0.0          # 0..999 (1000, -1); SiT's time runs from noise to data (-1, 1)
+    time_scale: float = 1000.0        # the embedding sees time_scale * t + time_offset
+    time_offset: float = 0.0          # DiT: 1000 and -1, for 0..999; SiT: -1 and 1, from noise to data
     second_time: bool = False         # also embed s <= t: the network predicts the mean velocity from t to s
-    longest: float = 0.0              # of sounds, in seconds: their lengths are an input; 0: no such input
+    longest: float = 0.0              # sound, in seconds, whose length is an input; 0: no such input
     experts: int = 0                  # in the blocks of `moe_blocks`, the MLP is a mixture of so many: moe.py
-    top_k: int = 2                    # experts per token, beside
-    shared_experts: int = 1           # those that all tokens use
+    top_k: int = 2                    # experts that each token chooses
+    shared_experts: int = 1           # experts that all tokens use besides
     expert_ratio: float | None = None   # the mlp_ratio of an expert; None: all that a token uses make one MLP
     moe_blocks: str = "deep"          # "all", "deep" (the second half) or "every-other"
     router: str = "token"             # what chooses: "token", "expert" or "race"
@@ -143,6 +144,7 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D), by shift and scale of a shape that broadcasts with it."""
     # 1 + scale, so that a network whose modulation starts at zero leaves x as it is
     return x * (1 + scale) + shift
 
@@ -218,6 +220,7 @@ class TokenConv(nn.Conv2d):
 
 
 def hidden_width(kind: str, width: int, ratio: float) -> int:
+    """Of an MLP of this kind that has as many parameters as a plain one of width * ratio."""
     if kind != "swiglu":
         return int(ratio * width)
     # SwiGLU has three matrices where GELU has two, so 2/3 of the width gives as many parameters. Rounded up
@@ -413,7 +416,7 @@ def mix(model: nn.Module, pictures: Sequence[Tensor], positions: Callable) -> Mi
     if tables[0][0] is not None:
         sincos = torch.cat([table for table, _ in tables])
     if tables[0][1] is not None:
-        rope = (torch.cat([rope[0] for _, rope in tables]), torch.cat([rope[1] for _, rope in tables]))
+        rope = (torch.cat([table[0] for _, table in tables]), torch.cat([table[1] for _, table in tables]))
     return Mixed(embed.packed(pictures), grids, pack([h * w for h, w in grids], device), sincos, rope)
 
 

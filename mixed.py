@@ -158,7 +158,7 @@ class MixedDenoising(Denoising):
         x0 = [self.vae.normalize(x) for x in self.cache.split(z, indices[part])]
         dropped = torch.rand(n) < self.args.label_dropout
         cond = self.conditioning.batch(model, indices, dropped, part)
-        times = self.path.sample_times(n, torch.from_numpy(self.tokens[indices]))
+        times = self.path.training_times(n, torch.from_numpy(self.tokens[indices]))
         times = {name: send(t[part], self.device) for name, t in times.items()}
         shapes = self.cache.latents.shapes[indices, 2:].tolist()
         eps = [torch.randn(shape, device=self.device) for shape in shapes][part]

@@ -133,7 +133,7 @@ class RectifiedFlow:
         shift = self.shift if tokens is None else self.shift_of(tokens)
         return shift_time(t, shift).clamp(1e-5, self.t_max).to(torch.float32).to(device)
 
-    def sample_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:
+    def training_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Training times, on the CPU, as keyword arguments of `loss`. tokens: as in sample_t."""
         return {"t": self.sample_t(n, tokens=tokens)}
 
@@ -189,7 +189,7 @@ class MeanFlow(RectifiedFlow):
         self.guidance = guidance
         self.adaptive = adaptive
 
-    def sample_times(self, n: int) -> dict[str, Tensor]:
+    def training_times(self, n: int) -> dict[str, Tensor]:
         """Training times, on the CPU, as keyword arguments of `loss`: two from the density. The later one is
         t; s is the earlier one or, in a share of 1 - jumps, t as well."""
         first = self.sample_t(n)
@@ -207,7 +207,7 @@ class MeanFlow(RectifiedFlow):
         derive: take the derivative even if s = t everywhere, as other parts of the batch do: processes that
         share the network's weights have to call it equally often."""
         if t is None:
-            t, s = (part.to(x0.device) for part in self.sample_times(len(x0)).values())
+            t, s = (part.to(x0.device) for part in self.training_times(len(x0)).values())
         if s is None:
             s = torch.zeros_like(t)
         if eps is None:

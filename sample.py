@@ -207,9 +207,13 @@ def files_to_reconstruct(args: argparse.Namespace, medium: Medium, size: tuple[i
                          vae: VAE) -> list[str]:
     """Those of --init-image or --init-sound. Refuses all flags that only drawing has, and more than --out can
     hold."""
-    begins, kinds, endings = "--init-image", [*PICTURES], ".png, .jpg or .webp"
+    begins = "--init-image"
+    kinds = [*PICTURES]
+    endings = ".png, .jpg or .webp"
     if medium.rate is not None:
-        begins, kinds, endings = "--init-sound", [".wav", *PICTURES], f".wav, {endings}"
+        begins = "--init-sound"
+        kinds.insert(0, ".wav")
+        endings = f".wav, {endings}"
     # A flag without effect would be taken for one that works.
     taken = ("run", "raw", "init_image", "init_sound", "size", "out", "device")
     for flag in (flag for group in FLAGS.values() for flag in group):

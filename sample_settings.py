@@ -27,7 +27,7 @@ from pictures import PICTURES
 from ranks import ALONE, Ranks
 from samplers import SAMPLERS
 from settings import ALL_OBJECTIVES, SIZE, published_model
-from times import ONLY, TIMES, shift_of_tokens
+from times import ONLY, TIMES, flux_shift
 from vae import VAE
 
 # Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
@@ -313,7 +313,7 @@ def sampling_path(args: argparse.Namespace, checkpoint: dict, tokens: float = 1)
     points = sampling_of(checkpoint).get("shift_points")
     # Larger pictures need more noise to hide as much, so the shift may grow with their tokens.
     if points is not None:
-        objective = objective | {"shift": shift_of_tokens(tokens, *points)}
+        objective = objective | {"shift": flux_shift(tokens, *points)}
     base = objective.get("shift_tokens")
     if base is not None:
         objective = {name: value for name, value in objective.items() if name != "shift_tokens"}

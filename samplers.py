@@ -59,9 +59,12 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
     variance: return the learned variance as the third value, from the conditional output without guidance.
     The denoiser takes a third argument, the time s that a step goes to, for a network of two times: its raw
     output is then the mean velocity from t to s. Without it, the output is that at t.
-    Raises ValueError for a scale other than 1 without `uncond`."""
+    Raises ValueError for a scale other than 1 without `uncond`, and for `skipped` with scale 0, where there
+    is no conditional output to compare with."""
     if scale != 1.0 and uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional branch")
+    if scale == 0.0 and skipped is not None:
+        raise ValueError("skip-layer guidance needs the conditional branch, which scale 0 leaves out")
 
     def denoise(xt: Tensor, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...]:
         time = torch.full((len(xt),), float(t), dtype=torch.float32, device=xt.device)
@@ -69,20 +72,21 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
         if s is not None:
             second = {"s": torch.full_like(time, float(s))}
             given, null = given | second, null | second
-        if scale == 0.0 and channels is None:
-            other = model if weak is None else weak
-            raw = unguided = other(xt, time, **null).to(xt.dtype)
-        elif scale == 1.0 or not interval[0] < t <= interval[1]:
+        # unguided: the conditional output or, with scale 0, the unconditional one
+        if scale == 1.0 or not interval[0] < t <= interval[1]:
             raw = unguided = model(xt, time, **given).to(xt.dtype)
+        elif scale == 0.0 and channels is None:
+            network = model if weak is None else weak
+            raw = unguided = network(xt, time, **null).to(xt.dtype)
         else:
             if weak is None:               # both branches as one batch
                 both = {name: torch.cat([given[name], null[name]]) for name in given}
                 output = model(torch.cat([xt, xt]), time.repeat(2), **both).to(xt.dtype)
-                unguided, other = output.chunk(2)
+                unguided, unconditional = output.chunk(2)
             else:
                 unguided = model(xt, time, **given).to(xt.dtype)
-                other = weak(xt, time, **null).to(xt.dtype)
-            raw = other + scale * (unguided - other)
+                unconditional = weak(xt, time, **null).to(xt.dtype)
+            raw = unconditional + scale * (unguided - unconditional)
             if channels is not None:
                 raw = torch.cat([raw[:, :channels], unguided[:, channels:]], 1)
         if skipped is not None and skip_interval[0] < t <= skip_interval[1]:
@@ -307,7 +311,7 @@ def reverse_sde(denoise: Denoiser, path, x: Tensor, times: Tensor, *, generator:
     1 evaluation per step.
 
     Every w >= 0 leaves the distribution at each t as it is (Song et al. 2021, arXiv:2011.13456; Ma et al.
-    2024, arXiv:2401.08740, eq. 5). Here w dt = noise * dsigma^2: with score = -eps / sigma the drift is
+    2024, arXiv:2401.08740, eq. 5). Here w dt = noise * d(sigma^2): with score = -eps / sigma the drift is
     finite on either path, at alpha = 0 too. noise: 0 is the ODE (Euler in alpha and sigma), 1 adds as much
     noise as sigma loses. The last step, to the singular end sigma = 0, adds none."""
     check_times(times)

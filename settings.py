@@ -38,7 +38,7 @@ from ddpm import DDPM, Circle
 from encoders import RECIPES, WITHOUT_T5
 from rectified_flow import MeanFlow, RectifiedFlow
 from sounds import SOUNDS, wanted_in
-from times import shift_of_tokens
+from times import flux_shift
 
 
 def text_encoder(string: str) -> str:
@@ -807,7 +807,7 @@ def objective_config(args: argparse.Namespace) -> dict:
         if row.shift_points is None:
             return row.objective
         height, width = args.image_size                    # a token is 16 x 16 pixels
-        return row.objective | {"shift": shift_of_tokens(height * width / 256, *row.shift_points)}
+        return row.objective | {"shift": flux_shift(height * width / 256, *row.shift_points)}
     config = {"name": args.objective}
     for flag in ROWS.values():
         value = getattr(args, flag.key)

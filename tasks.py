@@ -255,7 +255,7 @@ class Denoising(Batches):
         dropped = torch.rand(n) < self.args.label_dropout              # each example independently
         cond = self.conditioning.batch(model, indices, dropped, part)  # y, or context, mask, pooled
         length = self.conditioning.lengths(indices[part])              # of sounds, never dropped
-        drawn = self.path.sample_times(n)
+        drawn = self.path.training_times(n)
         times = {name: send(t[part], self.device) for name, t in drawn.items()}
         if self.pairs is None:                                         # else the one that x0 was drawn from
             eps = torch.randn(n, *x0.shape[1:], device=self.device)[part]

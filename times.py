@@ -40,8 +40,8 @@ def karras_times(path, steps: int, end: float = 1e-3, rho: float = 7.0, start: f
 
 
 def beta_sigma_times(path, steps: int, end: float = 1e-3, start: float | None = None) -> Tensor:
-    """As log_snr_times, but sigma / alpha takes the values that `beta_times` has for t. So diffusers does on
-    the diffusion path."""
+    """As log_snr_times, but sigma / alpha takes the values that `beta_times` has for t, as it does in
+    diffusers on the diffusion path."""
     def nodes(low: Tensor, high: Tensor) -> Tensor:
         most, least = (-low).exp(), (-high).exp()
         return -(least + beta_quantile(evenly_to_0(steps)) * (most - least)).log()
@@ -137,7 +137,7 @@ def stable_audio_times(path, steps: int) -> Tensor:
     return log_snr_times(path, steps, end, start)
 
 
-def shift_of_tokens(tokens: float, low: tuple[float, float] = (256, 0.5),
+def flux_shift(tokens: float, low: tuple[float, float] = (256, 0.5),
                     high: tuple[float, float] = (4096, 1.15)) -> float:
     """The shift, for RectifiedFlow, with which FLUX.1-dev draws a picture of so many tokens: exp(mu), mu
     linear in the tokens through the points `low` and `high`. (FLUX.1-schnell: 1 for all.)"""
@@ -188,7 +188,7 @@ def demo() -> None:
                 times = ", ".join(f"{t:.3f}" for t in function(path, 8).tolist())
                 print(f"{name:6s} {spacing:12s} {times}")
     print("FLUX.1-dev at 512 x 512, 1024 x 1024 and 2048 x 2048: shift "
-          + ", ".join(f"{shift_of_tokens(side * side / 256):.2f}" for side in (512, 1024, 2048)))
+          + ", ".join(f"{flux_shift(side * side / 256):.2f}" for side in (512, 1024, 2048)))
 
 
 if __name__ == "__main__":

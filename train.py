@@ -106,12 +106,14 @@ def how_far(args: argparse.Namespace, rise: int) -> str:
 
 
 def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
+    """The network with its initial weights, on its device, with averages and optimizer."""
     torch.manual_seed(args.seed)       # only here: making the caches draws numbers, and is not always needed
     # A VAE is small, and some of its first weights are computed from others, so it is built whole.
     if args.shard and args.arch != "vae":
         model, initial = deferred(task.build)
     else:
-        model, initial = task.build(), None
+        model = task.build()
+        initial = None
     if plan.initial is not None:
         state = fit_weights(model, plan.initial, args.init_from, plan.initial_classes,
                             plan.conditioning.classes, initial)
@@ -221,7 +223,10 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
     state = new_state(args, task, plan)
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
-    start, rise, changed, resumed = 0, 0, [], saved is not None
+    resumed = saved is not None
+    start = 0
+    rise = 0                      # the step from which the learning rate warms up
+    changed = []
     if resumed:
         start = saved["step"]
         state.restore(saved, str(run.checkpoint))

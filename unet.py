@@ -25,6 +25,7 @@ from attention import attention
 
 @dataclass
 class UNetConfig:
+    """What a U-Net is built from, as a checkpoint stores it."""
     channels: int = 4
     out_channels: int | None = None             # None: the same as channels
     widths: tuple[int, ...] = (64, 128)         # one per level; every level but the last halves the latent
@@ -41,8 +42,8 @@ class UNetConfig:
     num_classes: int = 0                        # 0: no class labels
     time_offset: float = 0.0                    # added to 1000 t before the time embedding (published: -1)
     second_time: bool = False                   # also embed s <= t: predict the mean velocity from t to s
-    strides: tuple[int, int] = (2, 2)           # of a level, in height and width; of sounds (1, 2)
-    longest: float = 0.0                        # of sounds, in seconds: their lengths are an input; 0: not
+    strides: tuple[int, int] = (2, 2)           # by which a level shrinks height and width; sounds use (1, 2)
+    longest: float = 0.0                        # sound, in seconds, whose length is an input; 0: none
 
 
 GAP_SCALE = 10.0     # fastest sinusoid of t - s, in radians per unit: its derivative by t enters the loss
@@ -179,6 +180,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The MLP of a transformer block: gated, four times as wide inside."""
+
     def __init__(self, width: int):
         super().__init__()
         # the identity stands in for the published network's dropout, so that the names of the weights agree
@@ -260,6 +263,7 @@ class Resample(nn.Module):
 # `skips` is a stack of feature maps: the down path pushes them, the up path pops them in reverse order.
 
 def per_level(value: int | tuple[int, ...], c: UNetConfig) -> list[int]:
+    """One value for all levels, or one each, as a list of one each."""
     return [value] * len(c.widths) if isinstance(value, int) else list(value)
 
 

@@ -343,8 +343,8 @@ class VAE(nn.Module):
         rows: (count, part) where x is a part of a batch of `count` pictures that several processes share. The
         random numbers of that whole batch are drawn, so that they do not depend on how it is shared.
 
-        With the absolute error alone, training is stuck for long at a plain background without the small
-        objects. Both terms are divided by the number of image values, so that `kl_weight` can be compared
+        With the absolute error alone, training stays at a plain background without the small objects for
+        long. Both terms are divided by the number of image values, so that `kl_weight` can be compared
         with the published 1e-6, which multiplies a sum and is added to a sum."""
         def error(latent: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
             decoded = self.decode(latent)
@@ -355,18 +355,18 @@ class VAE(nn.Module):
         z = posterior.sample(generator, rows)
         if noise:
             count, part = rows or (len(z), slice(None))
-            share = noise * torch.rand(count, 1, 1, 1, device=z.device)[part]
+            share = noise * torch.rand(count, 1, 1, 1, generator=generator, device=z.device)[part]
             whole = z.new_empty_strided((count, *z.shape[1:]), z.stride())     # in z's order in memory
-            z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * torch.randn_like(whole)[part]
-        reconstruction, recon = error(z, x)
+            z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * whole.normal_(generator=generator)[part]
+        image_error, decoded = error(z, x)
         if equivariance:
             half = [F.interpolate(part, scale_factor=0.5, mode="area") for part in (z, x)]
-            reconstruction = reconstruction + equivariance * error(*half)[0]
+            image_error = image_error + equivariance * error(*half)[0]
         kl = posterior.kl()
-        logs = {"psnr": psnr(recon, x).mean(), "kl": kl.mean(),
+        logs = {"psnr": psnr(decoded, x).mean(), "kl": kl.mean(),
                 "latent_std": posterior.mean.std(dim=(0, 2, 3))}
         logs = {name: value.detach() for name, value in logs.items()}
-        return reconstruction + kl_weight * kl / x[0].numel(), logs
+        return image_error + kl_weight * kl / x[0].numel(), logs
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -366,7 +366,8 @@ def test_corners_are_compared_early_and_at_the_end():
     m = Measured(records)
     found = {c.what: decide(c) for c in claims.far_corners(m)}
     assert len(found) == 6 and False not in found.values()
-    assert [what for what, answer in found.items() if answer] == ["unet, attention everywhere, after a quarter"]
+    assert [what for what, answer in found.items() if answer] == [
+        "unet, attention everywhere, after a quarter"]
     found = {c.what: decide(c) for c in claims.far_corners_of_a_transformer(m)}
     assert len(found) == 9 and {what: answer for what, answer in found.items() if answer is not None} == {
         "against unet, attention nowhere, at the end": True,

@@ -30,7 +30,7 @@ from samplers import (SAMPLERS, ddim, ddpm, dpm2_ancestral, dpm_solver_2, dpm_so
                       dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_sde, euler, gaussian_mixture, heun, lms,
                       plms)
 from times import (beta_sigma_times, beta_times, karras_times, log_snr_times, sd3_times, sd_times, sdxl_times,
-                   shift_of_tokens, stable_audio_times, stretched)
+                   flux_shift, stable_audio_times, stretched)
 
 pytestmark = [pytest.mark.optional,
               pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]   # theirs
@@ -591,7 +591,7 @@ def test_times_of_flux(scheduler, tokens):
                        max_shift=1.15)
     slope = (1.15 - 0.5) / (4096 - 256)
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / 28, 28), mu=tokens * slope + 0.5 - slope * 256)
-    path = RectifiedFlow(shift=shift_of_tokens(tokens))
+    path = RectifiedFlow(shift=flux_shift(tokens))
     torch.testing.assert_close(path.times(28), theirs.sigmas, rtol=1e-9, atol=0)
 
 

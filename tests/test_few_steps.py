@@ -170,13 +170,13 @@ def test_guidance_is_part_of_the_target():
 def test_training_times():
     """t and s are the later and the earlier of two draws: P(t < a) = P(draw < a)^2; half of them jump."""
     n = 40_000
-    times = MeanFlow(density="uniform", jumps=0.25).sample_times(n)
+    times = MeanFlow(density="uniform", jumps=0.25).training_times(n)
     t, s = times["t"], times["s"]
     assert ((s < t).float().mean() - 0.25).abs() < 5 * (0.25 * 0.75 / n) ** 0.5 and (s <= t).all()
     for a in (0.3, 0.7):
         assert abs((t < a).float().mean() - a**2) < 5 * 0.5 / n**0.5
         assert abs((s[s < t] < a).float().mean() - (1 - (1 - a) ** 2)) < 5 * 0.5 / (n / 4) ** 0.5
-    assert set(RectifiedFlow().sample_times(3)) == {"t"}
+    assert set(RectifiedFlow().training_times(3)) == {"t"}
 
 
 @pytest.mark.parametrize("options, message", [

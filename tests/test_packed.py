@@ -173,9 +173,9 @@ def test_the_shift_follows_the_tokens():
     path, plain = RectifiedFlow(shift_tokens=64), RectifiedFlow()
     tokens = torch.tensor([16, 64, 256, 1024])
     torch.manual_seed(3)
-    got = path.sample_times(4, tokens)["t"]
+    got = path.training_times(4, tokens)["t"]
     torch.manual_seed(3)
-    u = plain.sample_times(4, tokens)["t"].double()
+    u = plain.training_times(4, tokens)["t"].double()
     want = torch.stack([shift_time(u[i], shift) for i, shift in enumerate((0.5, 1.0, 2.0, 4.0))])
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
     args = sample_settings.parse_args(["RUN"])

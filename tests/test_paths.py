@@ -360,3 +360,5 @@ def test_circle():
     torch.testing.assert_close(drawn.quantile(quartiles), quartiles, rtol=0, atol=0.01)
     with pytest.raises(ValueError, match="eps prediction with zero terminal SNR"):
         Circle("eps")
+    with pytest.raises(NotImplementedError, match="1000 steps"):
+        path.bound(lambda xt, t: (xt, xt), torch.zeros(1, 1, 1, 1))

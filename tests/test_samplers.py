@@ -515,6 +515,9 @@ def test_guidance():
         raw = torch.tensor([7 + scale * (k - 7) for k in (1, 2, 3)]).view(-1, 1, 1, 1) * channels
         torch.testing.assert_close(eps - x0, raw.expand_as(x))
     assert batches == [3, 6, 6, 3]
+    for t, y in ((0.5, [7, 7, 7]), (0.9, [1, 2, 3])):          # scale 0 within the interval, 1 outside it
+        x0, eps = guided(model, path, cond, uncond, 0.0, interval=(0.2, 0.8))(x, torch.tensor(t))
+        torch.testing.assert_close(eps - x0, (torch.tensor(y).view(-1, 1, 1, 1) * channels).expand_as(x))
     # fully rescaled, the guided output has the deviation of the conditional one; half rescaled, the mean
     base = torch.randn(3, 4, 2, 2)
     noisy = lambda xt, t, y: torch.cat([base, -0.3 * base + 1])[:len(xt)]
@@ -604,6 +607,8 @@ def test_skip_layer_guidance():
             found = raw(torch.tensor(t), scale, skip_scale=1.5, skip_interval=(0.5, 0.8))
             torch.testing.assert_close(found, want)
             assert calls == [(1.7, 3 if scale == 1 else 6)] + [(0.9, 3)] * (t == 0.8)
+    with pytest.raises(ValueError, match="needs the conditional branch, which scale 0 leaves out"):
+        raw(torch.tensor(0.5), 0.0)
 
 
 def test_distilled_guidance_is_a_condition():

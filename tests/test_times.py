@@ -9,7 +9,7 @@ from ddpm import DDPM, Circle
 from rectified_flow import RectifiedFlow
 from samplers import log_snr
 from times import (ONLY, TIMES, beta_quantile, beta_sigma_times, beta_times, interval_of_steps, karras_times,
-                   log_snr_times, sd3_times, sd_times, sdxl_times, shift_of_tokens,
+                   log_snr_times, sd3_times, sd_times, sdxl_times, flux_shift,
                    stable_audio_times, stretched)
 
 PATHS = {"rf": RectifiedFlow(), "rf-shift": RectifiedFlow(shift=3.0), "rf-eps": RectifiedFlow("eps"),
@@ -99,11 +99,11 @@ def test_times_of_stable_audio():
 
 def test_shift_of_tokens():
     """mu is linear between its two points, and the shift exp(mu) turns 1/2 into sigmoid(mu)."""
-    assert shift_of_tokens(256) == pytest.approx(math.exp(0.5))
-    assert shift_of_tokens(4096) == pytest.approx(math.exp(1.15))
-    assert shift_of_tokens(2176) == pytest.approx(math.exp(0.825))
-    assert shift_of_tokens(1000, (500, 1.0), (1500, 3.0)) == pytest.approx(math.exp(2.0))
-    middle = RectifiedFlow(shift=shift_of_tokens(2176)).times(2)[1]
+    assert flux_shift(256) == pytest.approx(math.exp(0.5))
+    assert flux_shift(4096) == pytest.approx(math.exp(1.15))
+    assert flux_shift(2176) == pytest.approx(math.exp(0.825))
+    assert flux_shift(1000, (500, 1.0), (1500, 3.0)) == pytest.approx(math.exp(2.0))
+    middle = RectifiedFlow(shift=flux_shift(2176)).times(2)[1]
     assert middle.item() == pytest.approx(1 / (1 + math.exp(-0.825)))
 
 
