@@ -224,13 +224,10 @@ def train(args: argparse.Namespace, plan: Plan, task: Task, data: Dataset, saved
 
     # ---- resume: weights, optimizer and random generators; the order of the data follows from the step
     resumed = saved is not None
-    start = 0
-    rise = 0                      # the step from which the learning rate warms up
-    changed = []
+    start = saved["step"] if resumed else 0
+    changed, rise = changes(args, run, saved) if resumed else ([], 0)
     if resumed:
-        start = saved["step"]
         state.restore(saved, str(run.checkpoint))
-        changed, rise = changes(args, run, saved)
         saved.clear()             # frees memory, though the callers hold on to it
     run.rewind_metrics(start)     # a killed run has logged steps that it never saved
 

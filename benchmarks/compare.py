@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import settings
 from benchmarks import fashion_mnist, figures, measures
-from benchmarks.studies import (BUDGETS, CHECKPOINTS, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
+from benchmarks.studies import (BUDGETS, CHECKPOINTS, GUIDANCE, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
                                 Evaluation)
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_atomically, write_stamp
@@ -437,12 +437,12 @@ class Comparison:
                 call(command, self.run_folder(cell, 0) / "compare.log")
                 parts.append(np.load(command[-1])["arr_0"])
                 Path(command[-1]).unlink()
-            rows.append((cell.name, np.concatenate(parts)))
+            rows.append((cell.name, parts))
         if not rows:
             raise ValueError(f"--pictures: {self.runs} has no run of the grid; measure it first, with --only "
                              "grid")
         out.parent.mkdir(parents=True, exist_ok=True)
-        picture = figures.rows_of_pictures(rows)
+        picture = figures.rows_of_pictures(["no guidance", f"guidance {GUIDANCE:g}"], rows)
         write_atomically(out, lambda file: picture.save(file, "PNG", optimize=True))
         print(f"{out}: {len(rows)} cells")
 

@@ -41,17 +41,26 @@ def drawn_from(path: Path) -> str | None:
         return picture.info.get("figures")
 
 
-def rows_of_pictures(rows: list[tuple[str, np.ndarray]], zoom: int = 2) -> Image.Image:
-    """Rows of equally many pictures, uint8 (N, H, W, C), each behind its name."""
-    n, height, width, channels = rows[0][1].shape
-    font = caption_font("".join(name for name, _ in rows), 30)
+def rows_of_pictures(heads: list[str], rows: list[tuple[str, list[np.ndarray]]],
+                     zoom: int = 2) -> Image.Image:
+    """Rows of equally many pictures, uint8 (N, H, W, C) in each of the groups that `heads` names, behind the
+    row's name."""
+    n, height, width, channels = rows[0][1][0].shape
+    font = caption_font("".join([*heads, *(name for name, _ in rows)]), 30)
     left = int(max(font.getlength(name) for name, _ in rows)) + 30
-    picture = Image.new("RGB", (left + n * (width * zoom + 4), len(rows) * (height * zoom + 4)), "white")
+    across, down = width * zoom + 4, height * zoom + 4
+    gap = 30                                           # between the groups
+    top = 50                                           # of the first row, below the heads
+    size = (left + len(heads) * (n * across + gap) - gap, top + len(rows) * down)
+    picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
-    for i, (name, images) in enumerate(rows):
-        top = i * (height * zoom + 4)
-        pen.text((left - 15, top + height * zoom / 2), name, "black", font, anchor="rm")
-        for j, image in enumerate(images.repeat(3 // channels, -1)):
-            large = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-            picture.paste(large, (left + j * (width * zoom + 4), top))
+    for group, head in enumerate(heads):
+        begin = left + group * (n * across + gap)
+        pen.text((begin + n * across / 2, top / 2), head, "black", font, anchor="mm")
+        for i, (name, groups) in enumerate(rows):
+            y = top + i * down
+            pen.text((left - 15, y + height * zoom / 2), name, "black", font, anchor="rm")
+            for j, image in enumerate(groups[group].repeat(3 // channels, -1)):
+                large = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+                picture.paste(large, (begin + j * across, y))
     return picture

@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 python benchmarks/ladder.py --rungs default no-cooldown       # two of them side by side
     python benchmarks/ladder.py --table                      # the rows measured so far
 
-A rung is one flag, or two that only make sense together, added to a plain train.py or sample.py command. A
-rung that became a default is measured by taking it away. Each finished rung is one line of
+A rung is one flag, or two that only make sense together, added to a plain train.py or sample.py command.
+Where a change became a default, the rung takes it away. Each finished rung is one line of
 benchmarks/results/ladder.jsonl, with the minutes that its VAE and its network took; the same command goes on
 after an interruption, and nothing is measured twice. Rungs that differ only in sampling share a training.
 """
@@ -50,6 +50,7 @@ class Rung(NamedTuple):
     candidate: str | None = None             # no flag, but a row of benchmarks/candidates.py
     share: float = 1.0                       # of the base's steps, where a step takes longer
     arch: str | None = None                  # the only family that it goes with
+    undoes: bool = False                     # a default, which became one by what this rung shows
 
 
 BASES = {
@@ -61,11 +62,12 @@ BASES = {
 # About a third of the training, to choose among many changes: the target stays that of the whole one.
 BASES["dit-short"] = BASES["dit"]._replace(steps=1500)
 VAE_STEPS = 4500
+FLOOR = 1.2              # the target for the VAE
 RUN = "RUN"              # among flags of sample.py: the run's folder
 CHECKPOINTS = 8          # that every run keeps, evenly over its steps
 
 RUNGS = {
-    "default": Rung("train.py's defaults"),
+    "default": Rung("the recipe: train.py's defaults but for the numbers of steps"),
     # sampling: no training of their own
     "no-interval": Rung("guidance 2 at all times", sample=("--cfg", "2")),
     "weaker": Rung("guidance 1.5 at all times", sample=("--cfg", "1.5")),
@@ -78,7 +80,7 @@ RUNGS = {
                          sample=("--cfg", "2", "--guide", f"{RUN}/checkpoint-QUARTER.pt")),
     # training
     "constant-average": Rung("the weights are averaged with a constant decay, the former default",
-                             train=("--ema", "0.998")),
+                             train=("--ema", "0.998"), undoes=True),
     "average-0.06": Rung("drawn from the average of twice the width",
                          sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
     "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
@@ -139,7 +141,7 @@ class Ladder:
 
     def shared_flags(self, rung: Rung) -> list[str]:
         """Flags of train.py for the VAE and for the network."""
-        flags = ["--data", DATA, "--kl-weight", "1e-5", *rung.vae, "--runs-dir", str(self.folder(rung))]
+        flags = ["--data", DATA, *rung.vae, "--runs-dir", str(self.folder(rung))]
         if str(self.data_dir) != "data":
             flags += ["--data-dir", str(self.data_dir)]
         return flags
@@ -217,7 +219,7 @@ class Ladder:
         return known["spent"] | known["stamp"]
 
     def floor(self, vae: Path) -> dict:
-        """What no network on this VAE can exceed."""
+        """What no network on this VAE can exceed: the scores of its 10,000 reconstructions."""
         known = read_stamp(vae / "ladder.json")
         if known.get("judge") != self.judge.fingerprint:           # or by another classifier
             rows = self.judge.floor(vae, self.n)
@@ -258,35 +260,74 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def gains(found: list[dict], defaults: list[dict]) -> str:
+    """The mean differences from the default's agreement and distance: "+0.010, -0.35"."""
+    if not defaults or found is defaults:
+        return ""
+    texts = []
+    for name, digits in (("agreement", 3), ("frechet", 2)):
+        difference = np.mean([r[name] for r in found]) - np.mean([r[name] for r in defaults])
+        texts.append(f"{difference:+.{digits}f}")
+    return ", ".join(texts)
+
+
 def table(records: list[dict], base: str) -> str:
     """Markdown: a row per rung that is measured, the default first."""
-    heads = ["change", "processor minutes", "agreement", "Fréchet", "floor", "quality met", "commit"]
+    heads = ["change", "processor minutes", "agreement", "Fréchet", "gain", "a default?", "floor",
+             "quality met", "commit"]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     goal = BASES[base]
-    for name, rung in RUNGS.items():
-        found = [record for record in records if (record["study"], record["cell"]) == (base, name)]
+    by_rung = {name: [record for record in records if (record["study"], record["cell"]) == (base, name)]
+               for name in RUNGS}
+    for name, found in by_rung.items():
         if not found:
             continue
+        rung = RUNGS[name]
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
-        flags = []
-        if rung.candidate:
-            flags.append(f"`benchmarks/candidates.py {rung.candidate}`")
-        if rung.vae or rung.train:
-            flags.append(f"`{shlex.join([*rung.vae, *rung.train])}`")
-        if rung.sample is not None:
-            flags.append(f"drawn with `{shlex.join(rung.sample)}`")
-        what = f"{rung.what} ({', '.join(flags)})" if flags else rung.what
         wall = [minutes(record, "wall") for record in found if had_two_cores(record)]
         spent = f"{np.mean([minutes(record, 'processor') for record in found]):.0f}"
         if wall:
             spent += f" ({np.mean(wall):.1f} on two cores)"
-        rows.append(f"| {what} | {spent} "
+        is_default = "yes" if name == "default" else "no"
+        if rung.undoes:
+            is_default = "no, its opposite"
+        rows.append(f"| {described(rung)} | {spent} "
                     f"| {spread([record['agreement'] for record in found], 3)} "
                     f"| {spread([record['frechet'] for record in found], 2)} "
+                    f"| {gains(found, by_rung['default'])} | {is_default} "
                     f"| {np.mean([record['floor']['frechet'] for record in found]):.2f} "
                     f"| {sum(good)} of {len(good)} | {found[-1]['commit']} |")
     return "\n".join(rows)
+
+
+def against_targets(records: list[dict], base: str) -> str:
+    """A sentence on what the recipe reaches and misses, by its means; "" where it is not measured."""
+    found = [record for record in records if (record["study"], record["cell"]) == (base, "default")]
+    if not found:
+        return ""
+    parts = []
+    for name, reached, goal, higher in (
+            ("agreement", np.mean([record["agreement"] for record in found]), BASES[base].agreement, True),
+            ("distance", np.mean([record["frechet"] for record in found]), BASES[base].frechet, False),
+            ("floor", np.mean([record["floor"]["frechet"] for record in found]), FLOOR, False)):
+        short = goal - reached if higher else reached - goal
+        digits = 3 if higher else 2
+        parts.append(f"{name} {reached:.{digits}f}, " + (
+            f"missed by {short:.{digits}f}" if short > 0 else "met") + f" (target {goal:g})")
+    return f"The recipe against its targets: {'; '.join(parts)}."
+
+
+def described(rung: Rung) -> str:
+    """What it is, and by which flags."""
+    flags = []
+    if rung.candidate:
+        flags.append(f"`benchmarks/candidates.py {rung.candidate}`")
+    if rung.vae or rung.train:
+        flags.append(f"`{shlex.join([*rung.vae, *rung.train])}`")
+    if rung.sample is not None:
+        flags.append(f"drawn with `{shlex.join(rung.sample)}`")
+    return f"{rung.what} ({', '.join(flags)})" if flags else rung.what
 
 
 # ---- the program

@@ -793,8 +793,9 @@ def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
     for base in ladder.BASES:
         table = ladder.table(rungs, base)
         empty = len(table.splitlines()) == 2
+        note = ladder.against_targets(rungs, base)
         found[f"ladder: {base}"] = (f"Not measured yet: `python benchmarks/ladder.py --base {base}`." if empty
-                                    else table)
+                                    else "\n\n".join(filter(None, (table, note))))
     return found
 
 

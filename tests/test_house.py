@@ -243,10 +243,11 @@ def test_every_flag_has_a_help_text(module, capsys):
 
 
 def documents():
-    return [ROOT / "README.md", ROOT / "benchmarks/RESULTS.md", ROOT / "benchmarks/NOTES.md"]
+    names = ("README.md", "GUIDE.md", "benchmarks/RESULTS.md", "benchmarks/NOTES.md")
+    return [ROOT / name for name in names]
 
 
-def readme_commands():
+def documented_commands():
     text = "\n".join(document.read_text() for document in documents())
     for block in (re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.S)
                   + re.findall(r"(?:^    .*\n)+", text, re.M)):
@@ -255,10 +256,14 @@ def readme_commands():
                 match = re.match(r"\s*(?:python|.*torchrun .*) (train|sample|encode|pairs)\.py (.*)", part)
                 if match:
                     yield match.group(1), shlex.split(match.group(2))
+    inline = re.findall(r"`(?:python|torchrun[^`]*) (train|sample|encode|pairs)\.py ([^`]*)`", text)
+    for script, flags in inline:
+        if "..." not in flags and "--help" not in flags:         # a command as a whole
+            yield script, shlex.split(flags)
 
 
-def test_readme_commands_are_accepted():
-    commands = list(readme_commands())
+def test_documented_commands_are_accepted():
+    commands = list(documented_commands())
     assert len(commands) >= 8
     for script, flags in commands:
         if script == "train":
@@ -271,9 +276,9 @@ def test_readme_commands_are_accepted():
             sample_settings.check_flags(sample_settings.parse_args(flags))
 
 
-def test_readme_commands_of_torchrun_are_accepted():
+def test_documented_commands_of_torchrun_are_accepted():
     """torchrun looks for its own flags, abbreviated too, also among those of the program."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "GUIDE.md").read_text()
     commands = re.findall(r"^    .*?torchrun (.*)", text, re.M)
     assert len(commands) >= 6
     for command in commands:
