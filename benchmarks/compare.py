@@ -1,6 +1,6 @@
 """The comparison, measured: cells of {network} x {objective}, each a plain train.py and sample.py command.
 
-    python benchmarks/compare.py --budget minutes            # a cell of each study (from the root)
+    python benchmarks/compare.py --budget minutes            # two cells of each study (from the root)
     OMP_NUM_THREADS=1 python benchmarks/compare.py --budget cpu       # two of them, side by side
     python benchmarks/compare.py --budget cpu --list         # the cells, done or not, and their commands
     python benchmarks/compare.py --budget cpu --only steps --seeds 0

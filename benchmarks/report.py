@@ -449,8 +449,8 @@ FLAGS = {
         Flag("--minutes", "lower --n where it would take longer (default: 10)", number(0, above=True), 10.0),
         Flag("--scales", "guidance scales of the sweep (default: 1 1.5 2)", number(-1e6, 1e6), nargs="+",
              metavar="CFG"),
-        Flag("--ema", "relative widths of averages in the sweep, where the run has kept some (default: 0.05 "
-                      "0.07 0.1)", nonempty, ("0.05", "0.07", "0.1"), nargs="+", metavar="WIDTH"),
+        Flag("--ema", "relative widths of averages in the sweep, where the run has kept some (default: 0.04 "
+                      "0.05 0.06)", nonempty, ("0.04", "0.05", "0.06"), nargs="+", metavar="WIDTH"),
         Flag("--seeds", "sets of sampling seeds (default: 3)", integer(1, 100), 3),
         Flag("--sampler", "see sample.py (default: heun for rf, ddim for ddpm)", one_of(SAMPLERS)),
         Flag("--steps", "see sample.py (default: 10 for rf, 25 for ddpm)", integer(1)),

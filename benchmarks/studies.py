@@ -113,7 +113,7 @@ BUDGETS = {
                       ("--preset", "tiny", "--batch-size", "8"), 16, 40, (0,), 4, most_cells=2,
                       most_evaluations=2),
     # One thread trains a small network with more examples as far in the same time as a large one with fewer.
-    "cpu": Budget("two processes of one thread each: about ten hours, four of them for grid and steps",
+    "cpu": Budget("two processes of one thread each: about twelve hours, four for grid and steps",
                   ("--steps", "4500"), ("--ema", "0.03"), 2400, 2000, (0, 1, 2), 100,
                   sample=("--precision", "bf16"), speed=6e10),
     "gpu": Budget("one GPU: ready, but not run so far",
