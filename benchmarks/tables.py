@@ -56,7 +56,7 @@ def claims_table(m: Measured) -> str:
     if all(rank == len(VERDICTS) - 1 for rank, _ in rows):
         return ""
     rows.sort(key=lambda pair: pair[0])              # stable: else in the order of CLAIMS
-    head = ["| | what people say | one comparison: mean (range over the seeds) | verdict | figure |",
+    head = ["| | what people say | one comparison: mean (range over the seeds) | verdict | shown in |",
             "|---|---|---|---|---|"]
     return "\n".join([*head, *(row for _, row in rows)])
 
