@@ -31,13 +31,14 @@ USABLE = 1.5         # a learning rate works if its distance is within this fact
 WITHIN = 1.1         # a distance within this factor of the best counts as equal quality
 EARLY = 2            # of CHECKPOINTS equal parts of a training
 
-RULE = ("A comparison is decided where the two means differ by more than the pooled spread of the seeds "
-        "explains (Student's t, 95 %, each comparison by itself), and only with two seeds or more on each "
-        "side; of two seeds each, the means must differ by 4.3 times the standard error, so ranges that do "
-        "not overlap can still be not significant. Where all seeds give the same number, there is no spread "
-        "to compare with, and nothing is decided. A claim is true if more than half of its comparisons are "
-        "as claimed and none is decided against it, and false if it is the other way round; it depends where "
-        "some are decided for it and some against it; else it is not shown.")
+RULE = ("A comparison is decided where the two means differ by more than the spread of the seeds explains "
+        "(Student's t, 95 %, each comparison by itself), and only with two seeds or more on each side. As "
+        "two seeds say little about their spread, one spread is taken for all that a claim compares by one "
+        "quantity: the pooled deviation of the logarithms, or of the shares and exponents themselves. Where "
+        "all seeds give the same number, there is nothing to compare with, and nothing is decided. A claim "
+        "depends where some of its comparisons are decided for it and some against it; it is true if more "
+        "than half of them are as claimed and none is decided against it, false if it is the other way "
+        "round, and else not shown. Comparisons of one claim can share runs.")
 
 
 # ---- the rule
@@ -48,19 +49,38 @@ class Comparison(NamedTuple):
     ours: list[float]
     theirs: list[float]
     higher: bool = False                 # is better; else lower
-    margin: float = 1.0                  # "no worse than": theirs, a lower one, may be better by this factor
+    factor: float = 1.0                  # of theirs, with which ours is compared: 1.1 for "within 10 % of"
+    quantity: str = ""                   # those of one claim and one quantity have one spread
+    plain: bool = False                  # compare the values: shares, or what may be negative; not logarithms
+
+    def side(self, values: list[float]) -> np.ndarray:
+        found = np.array(values, dtype=float)
+        return found if self.plain else np.log(found)
 
 
-def decide(comparison: Comparison) -> bool | None:
+class Spread(NamedTuple):
+    """Of seeds: the pooled variance of what has several, and its degrees of freedom."""
+    variance: float
+    freedom: int
+
+
+def spread_of(comparisons: list[Comparison]) -> Spread:
+    """As in an analysis of variance: one spread within all sides, however often a side is compared."""
+    sides = {tuple(values): each.side(values) for each in comparisons for values in (each.ours, each.theirs)
+             if len(values) > 1}
+    squares = sum(((side - side.mean())**2).sum() for side in sides.values())
+    freedom = sum(len(side) - 1 for side in sides.values())
+    return Spread(float(squares / freedom) if freedom else 0.0, freedom)
+
+
+def decide(comparison: Comparison, spread: Spread | None = None) -> bool | None:
     """True or False where the seeds decide it, None where the difference is within their spread, or where
-    there is no spread to compare it with."""
-    ours = np.array(comparison.ours, dtype=float)
-    theirs = comparison.margin * np.array(comparison.theirs, dtype=float)
-    difference = ours.mean() - theirs.mean()
-    freedom = len(ours) + len(theirs) - 2
-    squares = ((ours - ours.mean())**2).sum() + ((theirs - theirs.mean())**2).sum()
-    error = math.sqrt(squares / freedom * (1 / len(ours) + 1 / len(theirs)))
-    if error == 0 or abs(difference) <= STUDENT[min(freedom, len(STUDENT)) - 1] * error:
+    there is no spread to compare it with. spread: None for that of the comparison alone."""
+    spread = spread or spread_of([comparison])
+    theirs = [comparison.factor * value for value in comparison.theirs]
+    difference = comparison.side(comparison.ours).mean() - comparison.side(theirs).mean()
+    error = math.sqrt(spread.variance * (1 / len(comparison.ours) + 1 / len(theirs)))
+    if error == 0 or abs(difference) <= STUDENT[min(spread.freedom, len(STUDENT)) - 1] * error:
         return None
     return bool((difference > 0) == comparison.higher)
 
@@ -70,51 +90,61 @@ def measured(comparison: Comparison, seeds: int = 2) -> bool:
     return min(len(comparison.ours), len(comparison.theirs)) >= seeds
 
 
-def answer_to(comparison: Comparison) -> str:
-    """One of ANSWERS, or UNDECIDED."""
-    return ANSWERS[decide(comparison)] if measured(comparison) else UNDECIDED
-
-
 # The usual telling's contrary first; "not decided yet" where a comparison lacks its second seed.
 VERDICTS = ("false", "not shown", "depends", "true", "not decided yet", "not measured yet")
 ANSWERS = {True: "yes", False: "no", None: "not significant"}
 UNDECIDED = "undecided"
 
 
+def answers_to(comparisons: list[Comparison]) -> list[str]:
+    """Of a claim: for each comparison one of ANSWERS, or UNDECIDED."""
+    found = []
+    for each in comparisons:
+        alike = [other for other in comparisons if other.quantity == each.quantity]
+        found.append(ANSWERS[decide(each, spread_of(alike))] if measured(each) else UNDECIDED)
+    return found
+
+
 def verdict(comparisons: list[Comparison]) -> str:
-    """One of VERDICTS."""
+    """One of VERDICTS. What is not measured yet cannot change that it depends."""
     if not any(measured(comparison, 1) for comparison in comparisons):
         return "not measured yet"
-    if not all(map(measured, comparisons)):
-        return "not decided yet"
-    answers = [decide(comparison) for comparison in comparisons]
-    if True in answers and False in answers:
+    answers = answers_to(comparisons)
+    for_it, against = answers.count(ANSWERS[True]), answers.count(ANSWERS[False])
+    if for_it and against:
         return "depends"
-    if 2 * answers.count(True) > len(answers):
+    if UNDECIDED in answers:
+        return "not decided yet"
+    if 2 * for_it > len(answers):
         return "true"
-    return "false" if 2 * answers.count(False) > len(answers) else "not shown"
+    return "false" if 2 * against > len(answers) else "not shown"
 
 
-def typical(comparisons: list[Comparison]) -> Comparison:
-    """The first comparison whose answer is the most frequent one; of equally frequent ones, the earlier."""
-    known = [comparison for comparison in comparisons if measured(comparison, 1)]
-    answers = list(map(answer_to, known))
-    return known[answers.index(max(answers, key=answers.count))]
+def typical(comparisons: list[Comparison]) -> tuple[str, Comparison]:
+    """The most frequent answer, and the first comparison that has it; of equally frequent ones, that which is
+    not significant, or else the earlier."""
+    pairs = [pair for pair in zip(answers_to(comparisons), comparisons) if measured(pair[1], 1)]
+    answers = [answer for answer, _ in pairs]
+    most = max(map(answers.count, answers))
+    frequent = [answer for answer in answers if answers.count(answer) == most]
+    chosen = ANSWERS[None] if ANSWERS[None] in frequent else frequent[0]
+    return pairs[answers.index(chosen)]
 
 
 def depends_on(comparisons: list[Comparison]) -> str:
     """Which comparisons were decided which way: "yes: two shapes · four shapes; no: one shape"."""
     parts = []
-    for answer in (ANSWERS[True], ANSWERS[False]):
-        found = [comparison.what for comparison in comparisons if answer_to(comparison) == answer]
+    for chosen in (ANSWERS[True], ANSWERS[False]):
+        found = [comparison.what for answer, comparison in zip(answers_to(comparisons), comparisons)
+                 if answer == chosen]
         if found:
-            parts.append(f"{answer}: {' · '.join(found)}")
+            parts.append(f"{chosen}: {' · '.join(found)}")
     return "; ".join(parts)
 
 
 def counted(comparisons: list[Comparison]) -> str:
     """How the comparisons were decided: "2 yes, 1 no"."""
-    answers = [answer_to(comparison) for comparison in comparisons]
+    answers = answers_to(comparisons)
     return ", ".join(f"{answers.count(answer)} {answer}" for answer in (*ANSWERS.values(), UNDECIDED)
                      if answer in answers)
 
@@ -126,6 +156,10 @@ def known(get: Callable[[dict], float | None], records: list[dict]) -> list[floa
     return [value for value in map(get, records) if value is not None]
 
 
+# Studies whose cells of one name are one training: of the grid's networks, as they are there.
+SHARED = ("grid", "steps", "guidance", "noise", "schedules", "few steps", "curvature", "speed")
+
+
 class Measured:
     def __init__(self, records: list[dict]):
         self.records = records
@@ -135,13 +169,18 @@ class Measured:
         found = [record for record in self.records if (record["study"], record["cell"]) == (study, cell)]
         return sorted(found, key=lambda record: record["seed"])
 
-    def of_any_sampler(self, cell: str) -> list[dict]:
-        """One record per seed for which a cell of "noise" is measured, with its evaluations and, where there
-        are any, those of "steps"."""
-        others = {record["seed"]: record["evaluations"] for record in self.of("steps", cell)
-                  if "diverged" not in record}
-        return [record | {"evaluations": record["evaluations"] + others.get(record["seed"], [])}
-                for record in self.of("noise", cell) if "diverged" not in record]
+    def runs(self, cell: str) -> dict[int, list[dict]]:
+        """By seed, the records of all studies that have this network of the grid, which is the same run."""
+        found: dict[int, list[dict]] = {}
+        for record in self.records:
+            if record["study"] in SHARED and record["cell"] == cell and "diverged" not in record:
+                found.setdefault(record["seed"], []).append(record)
+        return dict(sorted(found.items()))
+
+    def pooled(self, cell: str, get: Callable[[dict], float | None]) -> list[float]:
+        """What `get` finds in any of each seed's records of `runs`."""
+        firsts = [known(get, records)[:1] for records in self.runs(cell).values()]
+        return [value for first in firsts for value in first]
 
     def values(self, study: str, cell: str, get: Callable[[dict], float | None]) -> list[float]:
         """What `get` finds in each seed's record; a training that diverged has nothing."""
@@ -160,8 +199,9 @@ def first_order(objective: str) -> str:
     return FIRST_ORDER[objective.split()[0]][0].label
 
 
-def distance(measured: Measured, network: str, objective: str) -> list[float]:
-    return measured.values("grid", f"{network} {objective}", score(first_order(objective)))
+def distance(m: Measured, network: str, objective: str) -> list[float]:
+    """Of all seeds that any study has."""
+    return m.pooled(f"{network} {objective}", score(first_order(objective)))
 
 
 def curve(record: dict, scales: tuple[float, ...] = (1.0,), noise: bool = False) -> list[tuple[int, float]]:
@@ -181,16 +221,11 @@ def calls_to(points: list[tuple[int, float]], quality: float) -> int:
     return next(nfe for nfe, frechet in points if frechet <= quality)
 
 
-def needed(points: list[tuple[int, float]]) -> float:
-    """How many evaluations take a curve to within WITHIN of its best distance: between two of its points, on
-    the straight line of the logarithms, so that it varies from seed to seed as a whole number would not."""
-    quality = WITHIN * points[-1][1]
-    end = [nfe for nfe, _ in points].index(calls_to(points, quality))
-    if end == 0:
-        return float(points[0][0])
-    (a, above), (b, below) = points[end - 1:end + 1]
-    share = math.log(above / quality) / math.log(above / below)
-    return a * (b / a) ** share
+def needed(record: dict) -> int:
+    """The fewest evaluations, of those measured with solvers that add no noise, to within WITHIN of the
+    best."""
+    points = curve(record)
+    return calls_to(points, WITHIN * points[-1][1])
 
 
 def best_within(nfe: int, scales: tuple[float, ...] = (1.0,),
@@ -206,27 +241,24 @@ def best_within(nfe: int, scales: tuple[float, ...] = (1.0,),
 
 def straight_path(m: Measured) -> list[Comparison]:
     """With uniform times on either path, so that the density of the times is not compared as well."""
-    return [Comparison(f"{network} against {objective.removeprefix('ddpm ')}",
+    return [Comparison(f"{network}, rf uniform against {objective}",
                        distance(m, network, "rf uniform"), distance(m, network, objective))
             for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
 
 
 def few_evaluations(m: Measured) -> list[Comparison]:
-    """Each with whatever solver is best, of those that add no noise and of all. A difference of less than
-    WITHIN in the evaluations is none."""
-    ours, found = "dit rf logit-normal", []
-    for theirs in ("dit ddpm eps", "unet ddpm eps"):
-        for noise, more in ((False, ""), (True, ", noise allowed")):
-            mine, others = (m.of_any_sampler(cell) if noise else m.of("steps", cell)
-                            for cell in (ours, theirs))
-            found += [
-                Comparison(f"10 % fewer evaluations to within 10 % of its own best than {theirs}{more}",
-                           [needed(curve(record, noise=noise)) for record in mine],
-                           [needed(curve(record, noise=noise)) for record in others], margin=1 / WITHIN),
-                Comparison(f"distance at up to 10 evaluations, {theirs} at up to 50{more}",
-                           known(best_within(10, noise=noise), mine),
-                           known(best_within(50, noise=noise), others), margin=WITHIN)]
-    return found
+    """Each to its own quality: counts, of those measured."""
+    return [Comparison(f"evaluations to within 10 % of its own best, against {theirs}",
+                       m.values("steps", "dit rf logit-normal", needed), m.values("steps", theirs, needed))
+            for theirs in ("dit ddpm eps", "unet ddpm eps")]
+
+
+def ten_against_fifty(m: Measured) -> list[Comparison]:
+    ours = "dit rf logit-normal"
+    return [Comparison(f"against {theirs}{more}", m.values(study, ours, best_within(10, noise=noise)),
+                       m.values(study, theirs, best_within(50, noise=noise)), factor=WITHIN)
+            for theirs in ("dit ddpm eps", "unet ddpm eps")
+            for study, noise, more in (("steps", False, ""), ("noise", True, ", any sampler"))]
 
 
 def euler_is_enough(m: Measured) -> list[Comparison]:
@@ -237,8 +269,8 @@ def euler_is_enough(m: Measured) -> list[Comparison]:
 
     return [Comparison(f"Euler against the best solver, at most {nfe} evaluations",
                        m.values("steps", "dit rf logit-normal", euler(nfe)),
-                       m.values("steps", "dit rf logit-normal", best_within(nfe)), margin=WITHIN)
-            for nfe in (4, 10, 20)]
+                       m.values("steps", "dit rf logit-normal", best_within(nfe)), factor=WITHIN)
+            for nfe in (4, 10)]
 
 
 def by_seed(m: Measured, study: str, cells: list[str], get: Callable[[dict], float | None]) -> list[list]:
@@ -251,9 +283,8 @@ def by_seed(m: Measured, study: str, cells: list[str], get: Callable[[dict], flo
 
 
 def variation(values: list[float | None]) -> float | None:
-    """Standard deviation over the mean."""
-    known = [value for value in values if value is not None]
-    return float(np.std(known, ddof=1) / np.mean(known)) if len(known) == len(values) else None
+    """Standard deviation, of a sample, over the mean."""
+    return None if None in values else float(np.std(values, ddof=1) / np.mean(values))
 
 
 def schedule_spread(m: Measured, network: str, schedules: list[str]) -> list[float]:
@@ -270,9 +301,9 @@ def usable_octaves(m: Measured, network: str, objective: str) -> list[float]:
     found = []
     for values in by_seed(m, "learning rates", cells, lambda record: record["evaluations"][0]["frechet"]):
         # a training that diverged is infinitely far, and no part of the line to it is usable
-        known = [math.inf if value is None else value for value in values]
-        if min(known) < math.inf:
-            found.append(width_below(list(FACTORS), known, USABLE * min(known)))
+        distances = [math.inf if value is None else value for value in values]
+        if min(distances) < math.inf:
+            found.append(width_below(list(FACTORS), distances, USABLE * min(distances)))
     return found
 
 
@@ -299,10 +330,11 @@ def easier_training(m: Measured) -> list[Comparison]:
         rates = (usable_octaves(m, network, objective) for objective in ("rf logit-normal", "ddpm eps"))
         octaves = math.log2(FACTORS[-1] / FACTORS[0])
         found += [Comparison(f"{network}, relative deviation of the distance over schedules, without cosine",
-                             schedule_spread(m, network, flow), schedule_spread(m, network, milder)),
+                             schedule_spread(m, network, flow), schedule_spread(m, network, milder),
+                             plain=True),
                   Comparison(f"{network}, usable octaves of the learning rate, of {octaves:g}", *rates,
-                             higher=True)]
-    return [each for each in found if each.ours or each.theirs]
+                             higher=True, quantity="octaves")]
+    return found
 
 
 def calmer_gradients(m: Measured) -> list[Comparison]:
@@ -310,27 +342,26 @@ def calmer_gradients(m: Measured) -> list[Comparison]:
     def spread(record: dict) -> float | None:
         return record["grad_norm"].get("spread")
 
-    return [Comparison(f"{network} against {objective.removeprefix('ddpm ')}",
-                       m.values("grid", f"{network} rf uniform", spread),
-                       m.values("grid", f"{network} {objective}", spread))
+    return [Comparison(f"{network}, rf uniform against {objective}",
+                       m.pooled(f"{network} rf uniform", spread), m.pooled(f"{network} {objective}", spread))
             for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
 
 
 def straighter(m: Measured) -> list[Comparison]:
-    """In common coordinates: benchmarks/measures.py. With uniform times on either path."""
-    return [Comparison(f"{network} against {objective.removeprefix('ddpm ')}",
-                       m.values("grid", f"{network} rf uniform", curvature),
-                       m.values("grid", f"{network} {objective}", curvature))
+    """In common coordinates: measures.curvature. With uniform times on either path."""
+    def curvature(record: dict) -> float:
+        return record["curvature"]
+
+    return [Comparison(f"{network}, rf uniform against {objective}",
+                       m.values("curvature", f"{network} rf uniform", curvature),
+                       m.values("curvature", f"{network} {objective}", curvature))
             for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
 
 
-def curvature(record: dict) -> float:
-    return record["straightness"]
-
-
 def any_sampler(m: Measured, cell: str) -> list[float]:
-    """The smallest distance with at most 50 evaluations by any sampler, without noise or with it."""
-    return known(best_within(50, noise=True), m.of_any_sampler(cell))
+    """The smallest distance of "noise": first-order steps without noise, or samplers that add some, at most
+    50 evaluations."""
+    return m.values("noise", cell, best_within(50, noise=True))
 
 
 def whatever_the_sampler(m: Measured) -> list[Comparison]:
@@ -348,15 +379,12 @@ def x0_prediction(m: Measured) -> list[Comparison]:
 
 def early(m: Measured) -> list[Comparison]:
     """After a quarter of the training: the U-Net against the transformer."""
-    def error(kind: str) -> Callable[[dict], float | None]:
-        def get(record: dict) -> float | None:
-            step = record["steps"] // CHECKPOINTS * EARLY      # which an interrupted training may lack
-            return next((row[kind] for row in record["errors"] if row["step"] == step), None)
-        return get
+    def error(record: dict) -> float | None:
+        step = record["steps"] // CHECKPOINTS * EARLY      # which a training that was interrupted may lack
+        return next((row["velocity"] for row in record["errors"] if row["step"] == step), None)
 
-    return [Comparison(f"error of {what}, {objective}", m.values("grid", f"unet {objective}", error(kind)),
-                       m.values("grid", f"dit {objective}", error(kind)))
-            for kind, what in (("velocity", "the velocity"), ("x0", "x0")) for objective in OBJECTIVES]
+    return [Comparison(f"{objective}, unet against dit", m.pooled(f"unet {objective}", error),
+                       m.pooled(f"dit {objective}", error)) for objective in OBJECTIVES]
 
 
 class Size(NamedTuple):
@@ -371,8 +399,8 @@ def sizes(m: Measured, network: str, limit: int | None) -> list[list[Size]]:
         flops = record["flops_per_example"] * record["steps"] * record["batch_size"]
         return Size(flops, record["evaluations"][0]["frechet"], record["errors"][-1]["velocity"])
 
-    measured = LITTLE_SIZES if limit else range(len(SIZES[network]))
-    cells = [size_name(network, size, limit) for size in measured]
+    chosen = LITTLE_SIZES if limit else range(len(SIZES[network]))
+    cells = [size_name(network, size, limit) for size in chosen]
     return [found for found in by_seed(m, "sizes", cells, of) if None not in found]
 
 
@@ -408,7 +436,7 @@ def crossover(m: Measured, figure: str) -> float | None:
 
 def scaling(m: Measured) -> list[Comparison]:
     return [Comparison(f"exponent of the {what}", exponents(m, "dit", figure),
-                       exponents(m, "unet", figure))
+                       exponents(m, "unet", figure), quantity=figure, plain=True)
             for what, figure in (("velocity error", "velocity"), ("distance", "frechet"))]
 
 
@@ -431,7 +459,7 @@ def far_corners(m: Measured) -> list[Comparison]:
     """Attention within the U-Net."""
     without, *others, _ = CORNER_NETWORKS
     return [Comparison(f"{name}, {when}", m.values("corners", name, corners_at(part)),
-                       m.values("corners", without, corners_at(part)), higher=True)
+                       m.values("corners", without, corners_at(part)), higher=True, plain=True)
             for when, part in CORNER_PARTS.items() for name in others]
 
 
@@ -439,27 +467,38 @@ def far_corners_of_a_transformer(m: Measured) -> list[Comparison]:
     """Against each U-Net."""
     *unets, transformer = CORNER_NETWORKS
     return [Comparison(f"against {name}, {when}", m.values("corners", transformer, corners_at(part)),
-                       m.values("corners", name, corners_at(part)), higher=True)
+                       m.values("corners", name, corners_at(part)), higher=True, plain=True)
             for when, part in CORNER_PARTS.items() for name in unets]
 
 
 def shifted_times(m: Measured) -> list[Comparison]:
-    """At 64 pixels, by 2: sqrt(m / n) for four times as many pixels (Esser et al. 2024, eq. 23)."""
-    def cell(trained: int, label: str) -> list[float]:
-        return m.values("shift", f"64 px, trained with {trained}", score(label))
+    """By 2 at 64 pixels: sqrt(m / n) for four times as many pixels (Esser et al. 2024, eq. 23). Against none
+    there; and what it changes there, against what it changes at 32 pixels."""
+    def cell(side: int, trained: int, label: str) -> list[float]:
+        return m.values("shift", f"{side} px, trained with {trained}", score(label))
 
-    plain = "euler {}, guidance 1"
-    found = [Comparison(f"in training and sampling, {steps} steps", cell(2, plain.format(steps)),
-                        cell(1, plain.format(steps))) for steps in SHIFT_STEPS]
-    few = plain.format(SHIFT_STEPS[0])
-    return [*found, Comparison("in sampling only, 10 steps", cell(1, f"{few}, shift 2"), cell(1, few)),
-            Comparison("in training only, 10 steps", cell(2, f"{few}, shift 1"), cell(1, few))]
+    def ratios(side: int, trained: int, label: str, plain: str) -> list[float]:
+        pairs = by_seed(m, "shift", [f"{side} px, trained with {each}" for each in (trained, 1)],
+                        lambda record: record)
+        return [score(label)(ours) / score(plain)(theirs) for ours, theirs in pairs]
+
+    found = []
+    for steps in SHIFT_STEPS:
+        plain = f"euler {steps}, guidance 1"
+        for where, trained, label in (("in training and sampling", 2, plain),
+                                      ("in sampling only", 1, f"{plain}, shift 2")):
+            found += [Comparison(f"{where}, {steps} steps", cell(64, trained, label), cell(64, 1, plain)),
+                      Comparison(f"{where}, {steps} steps: ratio to none, against 32 pixels",
+                                 ratios(64, trained, label, plain), ratios(32, trained, label, plain),
+                                 quantity="ratio")]
+    return found
 
 
 def follows_prompts(m: Measured) -> list[Comparison]:
     joint, cross = (f"{network}, {name}" for network, name in PROMPTED.items())
     return [Comparison(what, m.values("prompts", joint, score(PROMPTED_AT.label, figure)),
-                       m.values("prompts", cross, score(PROMPTED_AT.label, figure)), higher=True)
+                       m.values("prompts", cross, score(PROMPTED_AT.label, figure)), higher=True,
+                       plain=True)
             for figure, what in PROMPT_KINDS.items()]
 
 
@@ -471,34 +510,28 @@ class Pace(NamedTuple):
     milliseconds: dict[int, float]       # per picture, by the size of the batch
 
 
-def paces(m: Measured, noise: bool = False) -> dict[str, list[Pace]]:
+def paces(m: Measured) -> dict[str, list[Pace]]:
     """Per network of FASTER, one per seed: what a picture takes at a distance that both networks reach, 10 %
-    above the best of the worse one. noise: also by samplers that add noise."""
-    curves, speeds = [], []
-    for cell in FASTER:
-        records = m.of_any_sampler(cell) if noise else m.of("steps", cell)
-        curves.append({record["seed"]: curve(record, noise=noise) for record in records
-                       if "diverged" not in record})
-        speeds.append({record["seed"]: record["speed"] for record in m.of("speed", cell)})
+    above the best of the worse one."""
     found = {cell: [] for cell in FASTER}
-    for seed in sorted(set.intersection(*map(set, curves + speeds))):
-        quality = WITHIN * max(points[seed][-1][1] for points in curves)
+    seeds = by_seed(m, "steps", list(FASTER), curve), by_seed(m, "speed", list(FASTER), lambda r: r["speed"])
+    for curves, speeds in zip(*seeds):
+        if None in curves or None in speeds:
+            continue
+        quality = WITHIN * max(points[-1][1] for points in curves)
         for cell, points, rows in zip(FASTER, curves, speeds):
-            calls = calls_to(points[seed], quality)
+            calls = calls_to(points, quality)
             found[cell].append(Pace(calls, {row["batch"]: 1000 * calls * row["seconds"] / row["batch"]
-                                            for row in rows[seed]}))
+                                            for row in rows}))
     return found
 
 
 def faster(m: Measured) -> list[Comparison]:
-    comparisons = []
-    for noise, more in ((False, ""), (True, ", noise allowed")):
-        found = paces(m, noise)
-        ours, theirs = (found[cell] for cell in FASTER)
-        comparisons += [Comparison(f"{what}{more}", [pace.milliseconds[batch] for pace in ours],
-                                   [pace.milliseconds[batch] for pace in theirs])
-                        for what, batch in (("one picture alone", 1), ("in batches of 256", 256))]
-    return comparisons
+    found = paces(m)
+    ours, theirs = (found[cell] for cell in FASTER)
+    return [Comparison(what, [pace.milliseconds[batch] for pace in ours],
+                       [pace.milliseconds[batch] for pace in theirs])
+            for what, batch in (("one picture alone", 1), ("in batches of 256", 256))]
 
 
 def parent(m: Measured, nfe: int) -> list[float]:
@@ -510,18 +543,22 @@ REFLOWS = ("reflow", "reflow twice")
 
 
 def few_steps_after_reflow(m: Measured) -> list[Comparison]:
-    return [Comparison(f"{name}, 4 evaluations, against its parent's 8",
-                       m.values("few steps", name, best_within(4)), parent(m, 8)) for name in REFLOWS]
+    return [Comparison(f"{name}, 4 evaluations, against its parent's 8 (4 guided steps)",
+                       m.values("few steps", name, best_within(4)), parent(m, 8), factor=WITHIN)
+            for name in REFLOWS]
 
 
 def straightened(m: Measured) -> list[Comparison]:
-    return [Comparison(f"{name}, against its parent", m.values("few steps", name, curvature),
-                       m.values("few steps", "dit rf logit-normal", curvature)) for name in REFLOWS]
+    def straightness(record: dict) -> float:
+        return record["straightness"]
+
+    return [Comparison(f"{name}, against its parent", m.values("few steps", name, straightness),
+                       m.values("few steps", "dit rf logit-normal", straightness)) for name in REFLOWS]
 
 
 def one_step(m: Measured) -> list[Comparison]:
-    return [Comparison("MeanFlow, one evaluation, against its parent's 8",
-                       m.values("few steps", "meanflow", best_within(1)), parent(m, 8), margin=1.5)]
+    return [Comparison("MeanFlow, one evaluation, against its parent's 8 (4 guided steps)",
+                       m.values("few steps", "meanflow", best_within(1)), parent(m, 8), factor=1.5)]
 
 
 def logit_normal(m: Measured) -> list[Comparison]:
@@ -559,20 +596,23 @@ CLAIMS = [
     Claim("2a", "logit-normal times beat uniform ones: Fréchet distance", logit_normal, 1, "grid"),
     Claim("2b", "the transformer beats the U-Net at equal FLOPs: Fréchet distance, 50 first-order steps "
                 "without noise, or at most 50 by any sampler", transformer, 1, "grid"),
-    Claim("2c", "rectified flow beats diffusion whatever the sampler: Fréchet distance, at most 50 "
-                "evaluations by the best of all samplers, also those that add noise",
+    Claim("2c", "rectified flow beats diffusion (with eps) whatever the sampler: Fréchet distance, at most "
+                "50 evaluations by the best of first-order steps and of samplers that add noise",
           whatever_the_sampler, 1, "noise"),
     Claim("2d", "rectified flow's sampling paths are straighter than diffusion's: mean squared distance of "
-                "the velocity from the chord", straighter, 3, "grid in full"),
+                "the velocity from the chord", straighter, 3, "curvature"),
     Claim("2e", "a network that predicts x0 is better than one that predicts the velocity, or v, if the loss "
                 "is that of the velocity, or v (Li and He 2025, JiT): Fréchet distance", x0_prediction, 1,
           "weighting"),
-    Claim("3", "rectified flow (dit, logit-normal) needs fewer evaluations of the network than diffusion, "
-               "each with its best solver", few_evaluations, 1, "steps"),
+    Claim("3", "rectified flow (dit, logit-normal) needs fewer evaluations of the network than diffusion "
+               "(with eps), each by its best solver without noise", few_evaluations, 1, "steps"),
+    Claim("3b", "ten evaluations of rectified flow (dit, logit-normal) are as good as fifty of diffusion "
+                "(with eps): Fréchet distance of the best solver, within 10 %",
+          ten_against_fifty, 1, "steps"),
     Claim("3a", "high order is not needed on straight paths: Euler's distance is within 10 % of the best "
-                "solver's, with at most 4, 10 and 20 evaluations", euler_is_enough, 1, "steps"),
-    Claim("4a", "a U-Net's inductive bias helps early: its errors after a quarter of the training, against "
-                "the transformer's", early, 3, "errors"),
+                "solver's, with at most 4 and 10 evaluations", euler_is_enough, 1, "steps"),
+    Claim("4a", "a U-Net's inductive bias helps early: error of the velocity after a quarter of the training",
+          early, 3, "errors"),
     Claim("4b", "a U-Net's inductive bias helps on little data: Fréchet distance with a tenth of the "
                 "pictures, against the transformer of equal FLOPs", little_data, 1, "sizes"),
     Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, lower is "
@@ -584,14 +624,15 @@ CLAIMS = [
     Claim("6", "the MM-DiT (joint attention) follows prompts better than the U-Net (cross-attention): share "
                "of pictures that show all of their prompt, after a short training", follows_prompts, 3,
           "prompts"),
-    Claim("7", "larger pictures need shifted times: Fréchet distance at 64 pixels, shift 2 against none",
-          shifted_times, 1, "shift"),
+    Claim("7", "larger pictures need shifted times: Fréchet distance at 64 pixels with shift 2, against none"
+               " and against what it changes at 32 pixels", shifted_times, 1, "shift"),
     Claim("8", "the transformer with rectified flow draws faster than the U-Net with diffusion, at equal "
-               "quality: milliseconds per picture on one CPU core", faster, 1, "speed"),
-    Claim("9", "reflow makes four evaluations as good as its parent's eight: Fréchet distance after 50 % "
-               "more training", few_steps_after_reflow, 1, "few steps"),
-    Claim("9a", "one step is enough: Fréchet distance of MeanFlow, after 50 % more training, within 1.5 "
-                "times its parent's", one_step, 1, "few steps"),
+               "quality, by solvers without noise: milliseconds per picture on one CPU core",
+          faster, 1, "speed"),
+    Claim("9", "reflow makes four evaluations as good as its parent's eight: Fréchet distance within 10 %, "
+               "after half as many steps again", few_steps_after_reflow, 1, "few steps"),
+    Claim("9a", "one step is enough: Fréchet distance of MeanFlow, after half as many steps again, within "
+                "1.5 times its parent's", one_step, 1, "few steps"),
     Claim("9b", "reflow straightens the paths: mean squared distance of the velocity from the chord",
           straightened, 3, "few steps"),
 ]

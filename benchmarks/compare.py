@@ -415,10 +415,12 @@ class Comparison:
         trained = measures.load_trained(run / "checkpoint.pt")
         validations = [record for record in records if "val_loss" in record]
         straight = measures.straightness(trained, held_out, self.budget.straight)
+        curvature = measures.curvature(trained, held_out, self.budget.straight)
         return {
             "val_loss": validations[-1]["val_loss"], "val_by_time": validations[-1]["val_by_time"],
             "val_curve": [[record["step"], record["val_loss"]] for record in validations],
-            "errors": curve, "straightness": straight, "grad_norm": measures.gradient_norms(records),
+            "errors": curve, "straightness": straight, "curvature": curvature,
+            "grad_norm": measures.gradient_norms(records),
             "steps": trained.step, "batch_size": Run(run).read_settings()["batch_size"],
             "flops_per_example": measures.training_flops(trained.arch, asdict(trained.model.config),
                                                          trained.shape),

@@ -128,21 +128,40 @@ def errors(trained: Trained, held_out: Examples) -> dict:
 
 @torch.no_grad()
 def straightness(trained: Trained, held_out: Examples, count: int = 100, steps: int = 20) -> float:
-    """How far the velocity along sampled trajectories is from their chord: the mean square of the difference
-    per latent value, averaged over u; 0 if all are straight (Liu et al. 2022, arXiv:2209.03003)."""
+    """How straight sampling is, at the path's own times, from noise: `deviation` (Liu et al. 2022,
+    arXiv:2209.03003)."""
+    chosen = torch.arange(count) % len(held_out.x0)
+    start = noise_like(torch.empty(count, *held_out.x0.shape[1:]),
+                       [torch.Generator().manual_seed(i) for i in range(count)])
+    return deviation(trained, start, held_out.cond(trained.model, chosen), trained.path.times(steps))
+
+
+@torch.no_grad()
+def curvature(trained: Trained, held_out: Examples, count: int = 100, steps: int = 20) -> float:
+    """The same for a comparison of paths: at the same signal-to-noise ratios u, LAST and below, from the same
+    mixtures of data and noise. In these coordinates the exact flow does not depend on the path."""
+    chosen = torch.arange(count) % len(held_out.x0)
+    u = torch.linspace(LAST, 0, steps + 1, dtype=torch.float64)
+    times = trained.path.t_at(torch.log((1 - u[:-1]) / u[:-1]))
+    times = torch.cat([times, times.new_zeros(1)])
+    alpha, sigma = trained.path.alpha_sigma(times[0])
+    eps = torch.randn(count, *held_out.x0.shape[1:], generator=torch.Generator().manual_seed(0))
+    start = alpha.float() * held_out.x0[chosen] + sigma.float() * eps
+    return deviation(trained, start, held_out.cond(trained.model, chosen), times)
+
+
+def deviation(trained: Trained, start: Tensor, cond: dict, times: Tensor) -> float:
+    """The mean square of the difference between the velocity and the chord of a trajectory, per latent value,
+    averaged over u = sigma / (alpha + sigma); 0 if all trajectories are straight."""
     path = trained.path
     velocities = []
-    chosen = torch.arange(count) % len(held_out.x0)
-    denoise = guided(trained.model, path, held_out.cond(trained.model, chosen))
+    denoise = guided(trained.model, path, cond)
 
     def watched(xt: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         x0, eps = denoise(xt, t)
         velocities.append(eps - x0)
         return x0, eps
 
-    start = noise_like(torch.empty(count, *held_out.x0.shape[1:]),
-                       [torch.Generator().manual_seed(i) for i in range(count)])
-    times = path.times(steps)
     end = SAMPLERS["euler"](watched, path, start, times)
     alpha, sigma = path.alpha_sigma(times)
     u = sigma / (alpha + sigma)                                            # (steps + 1,), falling to 0

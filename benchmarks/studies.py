@@ -365,6 +365,12 @@ def expert_cells() -> Iterator[Cell]:
         yield dense._replace(name=name, run=run, train=dense.train + MIXTURE + flags)
 
 
+def curvature_cells() -> Iterator[Cell]:
+    """The grid again: what of every training is measured, without samples."""
+    for network, objective in itertools.product(NETWORKS, OBJECTIVES):
+        yield grid_cell("curvature", network, objective, ())
+
+
 def speed_cells() -> Iterator[Cell]:
     """How long an evaluation of the network takes; how many a picture needs is known from "steps"."""
     for network, objective in (HEADLINES[0], HEADLINES[-1]):
@@ -375,7 +381,9 @@ STUDIES = {
     "grid": Study("network x objective: equal data, equal training FLOPs", tuple(grid_cells())),
     "steps": Study("claim 3: how many evaluations, and with which solver", tuple(step_cells())),
     "guidance": Study("claim 3: guidance scale against evaluations", tuple(guidance_cells())),
-    "noise": Study("claim 3: what a sampler's own noise changes, on either path", tuple(noise_cells())),
+    "noise": Study("claim 2: what a sampler's own noise changes, on either path", tuple(noise_cells())),
+    "curvature": Study("claim 2: whose sampling paths are straighter, in common coordinates",
+                       tuple(curvature_cells()), seeds=2),
     "weighting": Study("claim 2: the prediction apart from the weighting of the loss",
                        tuple(weighting_cells()), seeds=2),
     "schedules": Study("claim 1: what the choice of the training times or of the noise schedule changes",

@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (CLAIMS, RULE, USABLE, VERDICTS, Claim, Comparison, Measured, answer_to,
-                               best_within, counted, crossover, curvature, curve, depends_on, distance,
-                               exponents, first_order, needed, paces, score, sizes, typical, verdict)
+from benchmarks.claims import (CLAIMS, RULE, USABLE, VERDICTS, Claim, Comparison, Measured, answers_to,
+                               best_within, counted, crossover, depends_on, distance, exponents, first_order,
+                               needed, paces, score, sizes, typical, verdict)
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
@@ -45,8 +45,8 @@ def claims_table(m: Measured) -> str:
         rank = VERDICTS.index(found)
         first, where = "", ""
         if found != "not measured yet":
-            one = typical(comparisons)
-            first = f"{one.what}: {compared(claim, one)}"
+            answer, one = typical(comparisons)
+            first = f"{answer}: {one.what}, {compared(claim, one)}"
             details = f" ({counted(comparisons)})"
             if found == "depends":
                 details += f": {depends_on(comparisons)}"
@@ -56,7 +56,8 @@ def claims_table(m: Measured) -> str:
     if all(rank == len(VERDICTS) - 1 for rank, _ in rows):
         return ""
     rows.sort(key=lambda pair: pair[0])              # stable: else in the order of CLAIMS
-    head = ["| | what people say | one comparison: mean (range over the seeds) | verdict | shown in |",
+    head = ["| | what people say | one of its comparisons: mean (range over the seeds) of the claimed winner "
+            "against the other | verdict | shown in |",
             "|---|---|---|---|---|"]
     return "\n".join([*head, *(row for _, row in rows)])
 
@@ -71,11 +72,11 @@ def comparison_table(m: Measured) -> str:
     """A line per comparison of every claim."""
     rows = []
     for claim in CLAIMS:
-        for each in claim.comparisons(m):
-            if each.ours and each.theirs:
-                answer = answer_to(each)
-                rows.append(f"| {claim.number} | {each.what} | {compared(claim, each)} | {answer} |")
-    if not rows:
+        comparisons = claim.comparisons(m)
+        for answer, each in zip(answers_to(comparisons), comparisons):
+            found = compared(claim, each) if each.ours and each.theirs else ""
+            rows.append(f"| {claim.number} | {each.what} | {found} | {answer if found else 'not measured'} |")
+    if all(row.endswith("|  | not measured |") for row in rows):
         return ""
     head = ["| claim | comparison | mean (range over the seeds) | as claimed? |", "|---|---|---|---|"]
     return "\n".join(head + rows) + f"\n\n{RULE}"
@@ -147,7 +148,6 @@ def score_labels(objective: str) -> tuple[str, str]:
 def full_columns(objective: str) -> list[Column]:
     return [Column("velocity error", lambda r: r["errors"][-1]["velocity"], 3),
             Column("x0 error", lambda r: r["errors"][-1]["x0"], 3),
-            Column("curvature", curvature, 3),
             Column("spread of the gradient norm", lambda r: r["grad_norm"].get("spread"), 2)]
 
 
@@ -156,7 +156,7 @@ def grid_rows(m: Measured, columns: Callable[[str], list[Column]]) -> str:
     rows = []
     for network, objective in itertools.product(NETWORKS, OBJECTIVES):
         if m.of("grid", f"{network} {objective}"):
-            texts = [mean_of(m, "grid", f"{network} {objective}", column.get, column.digits)
+            texts = [shown(m.pooled(f"{network} {objective}", column.get), column.digits)
                      for column in columns(objective)]
             rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
     if not rows:
@@ -188,11 +188,8 @@ def full_grid_table(m: Measured) -> str:
     return rows and (
         f"{rows}\n\nErrors: means of the squared errors of eps - x0 and of x0 on held-out latents, over the "
         "same noise levels u for every cell. The first is the second divided by u^2; where x0 is predicted, "
-        "its largest part by far is at small u, where little noise is left. Curvature: mean square of the "
-        "velocity's distance from the chord of a sampled trajectory, in the straight path's coordinates; 0 "
-        "if all are straight. (The straight path joins single pairs of data and noise. The flow that a "
-        "network learns is the average over all pairs through a point, and it bends.) Spread: interquartile "
-        "range over median. "
+        "its largest part by far is at small u, where little noise is left. Spread: interquartile range over "
+        "median. "
         f"{seeds_of(m, 'grid')}; {made_with(m, 'grid')}.")
 
 
@@ -201,12 +198,11 @@ def floor(m: Measured) -> str:
             for row in record["evaluations"]]
     if not rows:
         return ""
-    texts = []
-    for row in rows:
-        agreement = "" if row.get("agreement") is None else f" with agreement {row['agreement']:.3f}"
-        texts.append(f"{row['n']:,} {row['label']} at {row['frechet']:.2f}{agreement}")
-    return (f"\n\nFréchet distances for reference: {'; '.join(texts)}. An agreement above that of real "
-            "pictures means more typical ones, not better ones.")
+    texts = [f"{row['n']:,} {row['label']} at {row['frechet']:.2f}" for row in rows]
+    # the first row has the classifier's accuracy, which is the agreement of the test images
+    real, restored = (row["agreement"] for row in rows if row.get("agreement") is not None)
+    return (f"\n\nFréchet distances for reference: {'; '.join(texts)}. The real test images have agreement "
+            f"{real:.3f}, their reconstructions {restored:.3f}: more than that is more typical, not better.")
 
 
 def series_of(name: str, points: dict, colour: str | None = None, mark: str | None = None) -> list[Series]:
@@ -301,14 +297,14 @@ def steps_table(m: Measured) -> str:
         return ""
     calls = []
     for network, objective in HEADLINES:
-        values = [needed(curve(record)) for record in m.of("steps", f"{network} {objective}")
-                  if "diverged" not in record]
+        values = m.values("steps", f"{network} {objective}", needed)
         if values:
-            calls.append(f"{network} {objective} {ladder.spread(values, 1)}")
+            calls.append(f"{network} {objective} {ladder.spread(values, 0)}")
     notes = ("Fréchet distance without guidance, as the range over the seeds, and mean agreement. ddpm is "
              "ancestral sampling, which adds noise. Heun's steps take two evaluations and the last one takes "
-             "one, so its counts are odd, and one less than the column. Evaluations until the best solver "
-             f"without noise is within 10 % of the network's best distance: {'; '.join(calls)}. "
+             "one, so its counts are odd, and at most one less than the column. Evaluations until the best "
+             "solver without noise is within 10 % of the network's best distance, of the counts that were "
+             f"measured: {'; '.join(calls)}. "
              f"{seeds_of(m, 'steps', ranges=False)}; {made_with(m, 'steps')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
@@ -479,6 +475,23 @@ def corner_chart(m: Measured) -> Chart | None:
                  "share of samples", series) if series else None
 
 
+def curvature_table(m: Measured) -> str:
+    rows = []
+    for cell in STUDIES["curvature"].cells:
+        if m.of("curvature", cell.name):
+            bent = mean_of(m, "curvature", cell.name, lambda r: r["curvature"], 3)
+            rows.append(f"| {cell.name} | {bent} |")
+    if not rows:
+        return ""
+    return "\n".join(["| | curvature |", "|---|---|", *rows]) + (
+        "\n\nThe mean square of the velocity's distance from the chord of a trajectory, per latent value: 0 "
+        "if all are straight. Trajectories begin at the same mixtures of data and noise, and take the same "
+        "20 steps in the noise level u. The exact flow is then the same for every path and prediction, so only "
+        "the errors of the networks differ. (The straight path joins single pairs of data and noise; the "
+        "flow is the average over all pairs through a point, and it bends.) "
+        f"{seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}.")
+
+
 def weighting_table(m: Measured) -> str:
     rows = []
     for cell in STUDIES["weighting"].cells:
@@ -640,8 +653,8 @@ FEW_STEPS = [                            # (row, cell, guidance of its samples)
 
 def few_step_table(m: Measured) -> str:
     counts = (1, 2, 4, 8, 50)
-    rows = ["| evaluations, at most | " + " | ".join(map(str, counts)) + " | curvature | processor minutes |",
-            "|---" * (len(counts) + 3) + "|"]
+    rows = ["| evaluations, at most | " + " | ".join(map(str, counts))
+            + " | deviation from the chord | processor minutes |", "|---" * (len(counts) + 3) + "|"]
     for name, cell, scale in FEW_STEPS:
         if m.of("few steps", cell):
             texts = [mean_of(m, "few steps", cell, measured_at(before, count, scale), 1)
@@ -730,6 +743,7 @@ SECTIONS = {
                                "Error of the velocity over the training"),
     "compare: errors of x0": Section(lambda m: "", f"{COMPARE} --only grid", x0_chart,
                                      "Error of x0 over the training"),
+    "compare: curvature": Section(curvature_table, f"{COMPARE} --only curvature"),
     "compare: weighting": Section(weighting_table, f"{COMPARE} --only weighting"),
     "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart,
                               "Distance against evaluations"),

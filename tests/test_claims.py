@@ -22,14 +22,28 @@ from ddpm import DDPM
     ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], {}, False),
     ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], {}, None),                # one apart, with a deviation of one
     ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], {"higher": True}, False),
-    ([5.0, 5.1, 4.9], [4.6, 4.7, 4.5], {"margin": 1.1}, None),   # 5.0 against at most 5.06
-    ([5.0, 5.1, 4.9], [5.0, 5.1, 4.9], {"margin": 1.1}, True),   # equal is no worse than
+    ([5.0, 5.1, 4.9], [4.6, 4.7, 4.5], {"factor": 1.1}, None),   # 5.0 against at most 5.06
+    ([5.0, 5.1, 4.9], [5.0, 5.1, 4.9], {"factor": 1.1}, True),   # equal is no worse than
     ([5.0, 5.1, 4.9], [5.0, 5.1, 4.9], {}, None),
     ([5.0, 5.0], [4.0, 4.0], {}, None),                          # no spread to compare with
     ([5.0, 5.0], [4.0, 4.01], {}, False),
+    ([-0.2, -0.21], [-0.1, -0.11], {"plain": True}, True),       # of which there is no logarithm
+    ([0.0, 0.1], [0.9, 1.0], {"plain": True, "higher": True}, False),
 ])
 def test_a_comparison_is_decided_by_the_spread_of_the_seeds(ours, theirs, options, answer):
     assert decide(Comparison("", ours, theirs, **options)) is answer
+
+
+def test_one_spread_is_taken_for_all_that_a_claim_compares():
+    """Two seeds that happen to agree do not decide alone, and a side that is compared twice counts once."""
+    close, other = Comparison("a", [5.0, 5.001], [5.2, 5.201]), Comparison("b", [4.0, 6.0], [5.0, 9.0])
+    assert decide(close) is True and claims.answers_to([close]) == ["yes"]
+    assert claims.answers_to([close, other]) == ["not significant"] * 2
+    assert claims.answers_to([close, other._replace(quantity="else")]) == ["yes", "not significant"]
+    spread = claims.spread_of([close, other, other._replace(what="again")])
+    sides = [np.log(side) for each in (close, other) for side in (each.ours, each.theirs)]
+    variance = sum(side.var(ddof=1) for side in sides) / 4
+    assert spread.freedom == 4 and spread.variance == pytest.approx(variance)
 
 
 def test_equal_seeds_are_rarely_decided_and_distant_ones_nearly_always():
@@ -43,7 +57,7 @@ def test_equal_seeds_are_rarely_decided_and_distant_ones_nearly_always():
 
 YES = Comparison("a", [1.0, 1.1], [9.0, 9.1])
 NO = Comparison("b", [9.0, 9.1], [1.0, 1.1])
-OPEN = Comparison("c", [1.0, 9.0], [2.0, 8.0])
+OPEN = Comparison("c", [1.0, 9.0], [2.0, 8.0], quantity="another, with a spread of its own")
 
 
 @pytest.mark.parametrize("comparisons, words", [
@@ -53,6 +67,7 @@ OPEN = Comparison("c", [1.0, 9.0], [2.0, 8.0])
     ([], "not measured yet"),
     ([YES._replace(ours=[1.0])], "not decided yet"),             # one seed decides nothing
     ([YES, NO._replace(theirs=[])], "not decided yet"),          # nor does a part
+    ([YES, NO, OPEN._replace(ours=[1.0])], "depends"),           # which a further answer cannot change
     ([NO._replace(theirs=[]), OPEN._replace(ours=[])], "not measured yet"),
 ])
 def test_verdicts_are_functions_of_the_comparisons(comparisons, words):
@@ -73,8 +88,10 @@ def test_what_a_verdict_depends_on_is_named():
 
 def test_the_comparison_that_is_shown_is_answered_as_most_are():
     alone = YES._replace(ours=[1.0])
-    assert claims.typical([NO, YES, OPEN, YES]) is YES and claims.typical([NO, YES]) is NO
-    assert claims.typical([YES._replace(theirs=[]), alone, OPEN, OPEN]) is OPEN
+    assert claims.typical([NO, YES, OPEN, YES]) == ("yes", YES)
+    assert claims.typical([NO, YES]) == ("no", NO)
+    assert claims.typical([NO, OPEN]) == ("not significant", OPEN)                 # of equally frequent ones
+    assert claims.typical([YES._replace(theirs=[]), alone, OPEN, OPEN]) == ("not significant", OPEN)
 
 
 # ---- readings of records
@@ -93,7 +110,8 @@ def record(study, cell, seed, rows, **more):
     curve = [{"step": step, "x0": 0.1, "velocity": velocity, "velocity_by_time": [velocity] * 4}
              for step, velocity in ((200, 2.0), (400, 1.0), (1600, 0.5))]
     return {"study": study, "cell": cell, "seed": seed, "budget": "cpu", "evaluations": found,
-            "errors": curve, "straightness": 0.2, "grad_norm": {"median": 1.0, "spread": 0.3, "max": 4.0},
+            "errors": curve, "straightness": 0.2, "curvature": 0.3,
+            "grad_norm": {"median": 1.0, "spread": 0.3, "max": 4.0},
             "steps": 1600, "batch_size": 64, "flops_per_example": 476e6, "parameters": 7.4e6,
             "processor_seconds": 600.0, "wall_seconds": 620.0, "device": "a machine", "date": "2026-11-26",
             "commit": "0123456789",
@@ -131,26 +149,33 @@ def by_number(records):
 
 def test_claims_follow_from_the_records():
     found = by_number(made_up(plain))
-    assert found["2"] == found["3"] == found["3a"] == "true" and found["2a"] == "not shown"
+    assert found["2"] == found["3b"] == found["3a"] == "true" and found["2a"] == "not shown"
+    assert found["3"] == "not shown"                                 # 1 against 30, without any spread
     upside_down = by_number(made_up(lambda cell, *more: 30.0 if " rf " in cell else plain(cell, *more)))
     assert upside_down["2"] == "false"
     assert set(by_number(made_up(plain, seeds=(0,))).values()) == {"not decided yet"}
     assert set(by_number([]).values()) == {"not measured yet"}
 
 
-def test_evaluations_needed_lie_between_two_points_of_the_curve():
+def test_evaluations_needed_are_the_fewest_within_a_tenth_of_the_best():
     Evaluation = compare.Evaluation
     rows = [(Evaluation("euler", 1), 50.0), (Evaluation("euler", 10), 4.5), (Evaluation("heun", 5), 4.3),
             (Evaluation("euler", 50), 4.0), (Evaluation("heun", 2, 2.0), 0.1)]     # guided: does not count
     run = record("steps", "a", 0, rows)
+    assert claims.needed(run) == 9
     assert claims.curve(run) == [(1, 50.0), (9, 4.3), (10, 4.3), (50, 4.0)]
     assert claims.best_within(10)(run) == 4.3 and claims.best_within(0)(run) is None
-    calls = claims.needed(claims.curve(run))               # to 4.4, on the line from (1, 50) to (9, 4.3)
-    assert 1 < calls < 9
-    assert math.log(calls) / math.log(9) == pytest.approx(math.log(50 / 4.4) / math.log(50 / 4.3))
-    assert claims.needed([(1, 4.4), (2, 4.0)]) == 1.0 and claims.needed([(4, 7.0)]) == 4.0
-    worse = record("steps", "a", 0, [*rows, (Evaluation("ddim", 60), 9.0)])        # at last: no matter
-    assert claims.needed(claims.curve(worse)) == calls
+
+
+def test_seeds_that_another_study_has_count():
+    """A run of the grid that is also in "schedules" has a distance there; each seed counts once."""
+    Evaluation = compare.Evaluation
+    rows = [(Evaluation("ddim", 50), 4.0)]
+    records = [record("grid", "dit ddpm eps", 0, rows), record("schedules", "dit ddpm eps", 0, rows),
+               record("schedules", "dit ddpm eps", 1, [(Evaluation("ddim", 50), 5.0)]),
+               record("noise", "dit ddpm eps", 2, [(Evaluation("ddim", 10), 6.0)]),      # not at 50 steps
+               record("sizes", "dit ddpm eps", 3, [(Evaluation("ddim", 50), 7.0)])]      # another training
+    assert claims.distance(Measured(records), "dit", "ddpm eps") == [4.0, 5.0]
 
 
 def test_easier_training_is_the_spread_over_schedules_and_the_range_of_rates():
@@ -173,14 +198,15 @@ def test_easier_training_is_the_spread_over_schedules_and_the_range_of_rates():
     assert found[f"dit, {octaves}"].ours == pytest.approx([3.5] * 3, abs=0.01)
     assert found[f"unet, {octaves}"].theirs == pytest.approx([3.5, 2.5, 3.5], abs=0.01)
     assert decide(schedules) is True and decide(found[f"unet, {octaves}"]) is None
+    assert found[f"unet, {octaves}"].quantity != schedules.quantity                # two spreads
     # a worse objective has as wide a range as a better one, if its distance grows alike
     for r in records:
         if r["study"] == "learning rates" and "dit ddpm" in r["cell"]:
             r["evaluations"][0]["frechet"] *= 3
     assert claims.usable_octaves(Measured(records), "dit", "ddpm eps") == pytest.approx([3.5] * 3, abs=0.01)
     assert "1 of 3 diverged" in tables.rate_table(Measured(records))
-    dit_only = [r for r in records if not r["cell"].startswith("unet")]
-    assert {c.what[:3] for c in claims.easier_training(Measured(dit_only))} == {"dit"}
+    dit_only = Measured([r for r in records if not r["cell"].startswith("unet")])
+    assert verdict(claims.easier_training(dit_only)) == "not decided yet"          # one network is missing
 
 
 @pytest.mark.parametrize("y, level, width", [
@@ -190,18 +216,25 @@ def test_the_width_below_a_level(y, level, width):
     assert claims.width_below([1.0, 2.0, 4.0], y, level) == pytest.approx(width)
 
 
-def test_shifts_are_compared_in_training_in_sampling_and_in_both():
+def test_shifts_are_compared_at_both_sizes():
+    """At 64 pixels, a shift gains a quarter in both and an eighth in sampling; at 32, a tenth in both."""
     def distance(cell, evaluation, nfe):
         if cell == "64 px, trained with 2":
             return 3.0 if evaluation.shift is None else 5.0
+        if cell == "32 px, trained with 2":
+            return 3.6
         return 3.5 if cell == "64 px, trained with 1" and evaluation.shift == 2 else 4.0
 
     m = Measured(made_up(distance))
-    found = {c.what: (decide(c), round(c.ours[0], 2), round(c.theirs[0], 2)) for c in claims.shifted_times(m)}
-    assert found == {"in training and sampling, 10 steps": (True, 3.0, 4.0),
-                     "in training and sampling, 25 steps": (True, 3.0, 4.0),
-                     "in sampling only, 10 steps": (True, 3.5, 4.0),
-                     "in training only, 10 steps": (False, 5.0, 4.0)}
+    found = {c.what: (decide(c), round(c.ours[0], 3), round(c.theirs[0], 3)) for c in claims.shifted_times(m)}
+    both, sampling = (True, 3.0, 4.0), (True, 3.5, 4.0)
+    assert found == {
+        "in training and sampling, 10 steps": both, "in training and sampling, 25 steps": both,
+        "in sampling only, 10 steps": sampling, "in sampling only, 25 steps": sampling,
+        "in training and sampling, 10 steps: ratio to none, against 32 pixels": (True, 0.75, 0.9),
+        "in training and sampling, 25 steps: ratio to none, against 32 pixels": (True, 0.75, 0.9),
+        "in sampling only, 10 steps: ratio to none, against 32 pixels": (True, 0.875, 1.0),
+        "in sampling only, 25 steps: ratio to none, against 32 pixels": (True, 0.875, 1.0)}
     rows = tables.shift_rows(m, 64, 10)
     assert {where: round(np.mean(by_shift[2.0]), 2) for where, by_shift in rows.items()} == {
         "in both": 3.01, "in sampling only": 3.51, "in training only": 5.01}
@@ -211,12 +244,11 @@ def test_what_is_early_is_read_at_its_step():
     """A training that was interrupted may lack that checkpoint: it then has no value, not another's."""
     records = made_up(plain)
     for r in records:
-        if r["cell"] == "dit ddpm v" and r["seed"] == 1:
+        if r["cell"] == "dit ddpm v" and r["seed"] == 1:            # in every study
             r["errors"] = [row | {"step": 401} if row["step"] == 400 else row for row in r["errors"]]
     found = {c.what: c for c in claims.early(Measured(records))}
-    assert found["error of the velocity, ddpm v"].theirs == [1.0, 1.0]
-    assert found["error of the velocity, ddpm v"].ours == [1.0, 1.0, 1.0]
-    assert found["error of x0, ddpm v"].theirs == [0.1, 0.1] and len(found) == 10
+    assert found["ddpm v, unet against dit"].theirs == [1.0, 1.0]
+    assert found["ddpm v, unet against dit"].ours == [1.0, 1.0, 1.0]
 
 
 def test_few_steps_are_compared_with_the_parent():
@@ -235,8 +267,8 @@ def test_few_steps_are_compared_with_the_parent():
             r["straightness"] = 0.1 + 0.01 * r["seed"]
     m = Measured(records)
     found = {c.what: decide(c) for c in claims.few_steps_after_reflow(m) + claims.straightened(m)}
-    assert found == {"reflow, 4 evaluations, against its parent's 8": True,
-                     "reflow twice, 4 evaluations, against its parent's 8": False,
+    assert found == {"reflow, 4 evaluations, against its parent's 8 (4 guided steps)": True,
+                     "reflow twice, 4 evaluations, against its parent's 8 (4 guided steps)": False,
                      "reflow, against its parent": True, "reflow twice, against its parent": None}
     assert claims.parent(m, 8) == [4.0, 4.01, 4.02] and decide(claims.one_step(m)[0]) is True
     text = tables.few_step_table(m)
@@ -291,14 +323,16 @@ def test_errors_of_all_cells_are_in_two_charts():
 def test_paths_are_compared_by_their_curvature():
     records = made_up(plain)
     for r in records:
-        r["straightness"] = 0.1 + 0.1 * ("rf" in r["cell"]) + 0.01 * r["seed"]
+        if r["study"] == "curvature":
+            r["curvature"] = 0.1 + 0.1 * ("rf" in r["cell"]) + 0.001 * r["seed"]
     found = claims.straighter(Measured(records))
     assert len(found) == 6 and [decide(c) for c in found] == [False] * 6
     assert by_number(records)["2d"] == "false"
+    assert "| dit rf uniform | 0.201 (0.200 to 0.202) |" in tables.curvature_table(Measured(records))
 
 
 def test_samplers_with_noise_are_compared_where_a_claim_is_about_all():
-    """The best of the reverse SDE and of the solvers of the other study; guided samples do not count."""
+    """The best of "noise", with the same samplers for every cell; guided samples do not count."""
     def distance(cell, evaluation, nfe):
         if evaluation.sampler in studies.NOISY:
             return {"unet ddpm eps": 2.0, "dit ddpm eps": 3.0}.get(cell, 9.0)
@@ -314,10 +348,22 @@ def test_samplers_with_noise_are_compared_where_a_claim_is_about_all():
     found = {c.what: decide(c) for c in claims.transformer(m)}
     assert found["ddpm eps, dit against unet, any sampler"] is False
     assert found["ddpm eps, dit against unet"] is None
-    alone = Measured([r for r in m.records if r["study"] != "steps"])        # of "noise" itself
-    assert claims.any_sampler(alone, "unet ddpm eps") == [2.0, 2.01, 2.02]
     without = Measured([r for r in m.records if r["study"] != "noise"])
     assert claims.any_sampler(without, "unet ddpm eps") == []                # it is not measured
+
+
+def test_ten_evaluations_are_compared_with_fifty():
+    def distance(cell, evaluation, nfe):
+        if cell == "dit rf logit-normal":
+            return 5.0 if nfe >= 10 else 20.0
+        best = {"dit ddpm eps": 6.0, "unet ddpm eps": 3.0}.get(cell, 9.0)
+        return best if nfe >= 50 else 30.0
+
+    found = {c.what: decide(c) for c in claims.ten_against_fifty(Measured(made_up(distance)))}
+    assert found == {"against dit ddpm eps": True, "against unet ddpm eps": False,
+                     "against dit ddpm eps, any sampler": True, "against unet ddpm eps, any sampler": False}
+    found = [decide(c) for c in claims.few_evaluations(Measured(made_up(distance)))]
+    assert found == [None, None]                             # 10 against 50, but no seed differs
 
 
 def test_predictions_are_compared_with_one_loss():
@@ -346,11 +392,9 @@ def test_speed_is_compared_at_a_distance_that_both_reach():
     assert [pace.evaluations for pace in found["dit rf logit-normal"]] == [4] * 3
     assert [pace.evaluations for pace in found["unet ddpm eps"]] == [20] * 3
     assert found["unet ddpm eps"][1].milliseconds == pytest.approx({1: 80.0, 256: 5.0})
-    alone, many, alone_with_noise, many_with_noise = claims.faster(m)
+    alone, many = claims.faster(m)
     assert alone.ours == pytest.approx([16, 32, 48]) and alone.theirs == pytest.approx([40, 80, 120])
     assert many.ours == pytest.approx([1, 2, 3])
-    assert alone_with_noise.theirs == pytest.approx(alone.theirs)            # noise gains nothing here
-    assert many_with_noise.what == "in batches of 256, noise allowed"
     assert "| unet ddpm eps | 20 (20 to 20) | 80.0 (40.0 to 120.0) |" in tables.speed_table(m)
 
 
@@ -418,14 +462,15 @@ def test_what_contradicts_the_usual_telling_comes_first():
     verdicts = [line.split("|")[4].strip() for line in table.splitlines()[2:]]
     ranks = [claims.VERDICTS.index(text.partition(" (")[0].strip("*")) for text in verdicts]
     assert ranks == sorted(ranks) and ranks[0] == 0 and len(ranks) == len(claims.CLAIMS)
-    assert "unet against eps: 8.0 (8.0 to 8.0) against 5.4 (5.4 to 5.4) | **false** (6 no) |" in table
+    values = "8.0 (8.0 to 8.0) against 5.4 (5.4 to 5.4)"
+    assert f"no: unet, rf uniform against ddpm eps, {values} | **false** (6 no) |" in table
 
 
 def test_a_diverged_training_has_no_figures():
     records = made_up(plain)
-    broken = next(r for r in records if (r["study"], r["cell"]) == ("grid", "dit ddpm eps"))
-    del broken["evaluations"], broken["errors"]
-    broken["diverged"] = 70
+    for broken in [r for r in records if (r["cell"], r["seed"]) == ("dit ddpm eps", 1)]:   # in all studies
+        del broken["evaluations"], broken["errors"]
+        broken["diverged"] = 70
     assert len(claims.distance(Measured(records), "dit", "ddpm eps")) == 2
     assert all(text for text in tables.sections(records, []).values())
 
@@ -476,7 +521,7 @@ def test_documents_are_filled_from_results(tmp_path):
     readme, results = texts()
     assert "Not measured yet: `python benchmarks/compare" not in readme + results
     assert "| dit rf logit-normal | 4.0 (4.0 to 4.0) | 0.900 (0.900 to 0.900) |" in readme
-    assert "| dit rf logit-normal | 0.500 (0.500 to 0.500) | 0.100 (0.100 to 0.100) |" in results
+    assert "| dit rf logit-normal | 0.500 (0.500 to 0.500) | 0.100 (0.100 to 0.100) | 0.30" in results
     assert "| + transformer | dit, rf logit-normal, euler 50 | 4.0 (4.0 to 4.0) |" in readme
     drawn = tables.charts(records)
     assert {file.name for file in pictures.glob("*.png")} == set(drawn)

@@ -180,6 +180,17 @@ def test_straightness_is_zero_on_lines_and_positive_on_curves():
         assert found == pytest.approx(expected, rel=tolerance)
 
 
+def test_curvature_is_that_of_the_flow_and_not_of_the_path():
+    """The exact flow of Gaussian data has one curvature, by whatever path it is sampled."""
+    held_out = measures.Examples(0.5 * torch.randn(50, *LATENT), torch.zeros(50, dtype=torch.long))
+    first, *others = [
+        measures.curvature(measures.Trained(Exact(path, 0.5), path, 0, "", LATENT), held_out, 50)
+        for path in PATHS]
+    assert first > 0.01 and others == pytest.approx([first] * len(others), rel=1e-3)
+    lines = measures.Trained(Constant(), RectifiedFlow(), 0, "", LATENT)
+    assert measures.curvature(lines, held_out, 4) < 1e-10
+
+
 @pytest.mark.parametrize("sampler, steps, scale, count", [
     ("euler", 7, 1, 7), ("ddim", 50, 1.5, 100), ("heun", 10, 1, 19), ("heun", 10, 2, 38), ("heun", 1, 1, 1),
     ("dpmpp_2m", 8, 1, 8), ("unipc_3", 8, 0, 8), ("ddpm", 10, 1, 10)])
