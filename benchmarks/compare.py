@@ -327,7 +327,7 @@ class Comparison:
         if measured is not None:
             return found | measured
         missing = [self.source(cell, seed, each) for each in cell.evaluations if each.label not in scores]
-        if cell.batches:
+        if cell.batches or cell.curvature:
             missing.append(run / "checkpoint.pt")
         trained = "training" in known and all(file.is_file() for file in missing)
         if "diverged" not in known and not trained:
@@ -340,6 +340,9 @@ class Comparison:
                 write_stamp(run / "compare.json", known)
         if cell.batches:
             found["speed"] = measures.speed(measures.load_trained(run / "checkpoint.pt"), cell.batches)
+        if cell.curvature:
+            found["curvature"] = measures.curvature(measures.load_trained(run / "checkpoint.pt"),
+                                                    self.held_out[cell.data], self.budget.straight)
         # The last one stays for other cells of this run.
         for file in run.glob("checkpoint-*.pt" if self.keep_runs else "checkpoint*.pt"):
             file.unlink()
@@ -353,7 +356,7 @@ class Comparison:
         for record in self.results.read():
             if trainings(record.get("commands", [])) != trainings(commands):
                 continue
-            if cell.batches or "speed" in record:          # times are taken for each cell
+            if cell.batches or cell.curvature or "speed" in record:    # which are taken for each cell
                 continue
             figures = {name: value for name, value in record.items() if name not in OF_A_CELL}
             if "diverged" in record:
@@ -415,12 +418,10 @@ class Comparison:
         trained = measures.load_trained(run / "checkpoint.pt")
         validations = [record for record in records if "val_loss" in record]
         straight = measures.straightness(trained, held_out, self.budget.straight)
-        curvature = measures.curvature(trained, held_out, self.budget.straight)
         return {
             "val_loss": validations[-1]["val_loss"], "val_by_time": validations[-1]["val_by_time"],
             "val_curve": [[record["step"], record["val_loss"]] for record in validations],
-            "errors": curve, "straightness": straight, "curvature": curvature,
-            "grad_norm": measures.gradient_norms(records),
+            "errors": curve, "straightness": straight, "grad_norm": measures.gradient_norms(records),
             "steps": trained.step, "batch_size": Run(run).read_settings()["batch_size"],
             "flops_per_example": measures.training_flops(trained.arch, asdict(trained.model.config),
                                                          trained.shape),

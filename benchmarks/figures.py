@@ -54,13 +54,14 @@ def rows_of_pictures(heads: list[str], rows: list[tuple[str, list[np.ndarray]]],
     size = (left + len(heads) * (n * across + gap) - gap, top + len(rows) * down)
     picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
-    for group, head in enumerate(heads):
-        begin = left + group * (n * across + gap)
+    begins = [left + group * (n * across + gap) for group in range(len(heads))]
+    for begin, head in zip(begins, heads):
         pen.text((begin + n * across / 2, top / 2), head, "black", font, anchor="mm")
-        for i, (name, groups) in enumerate(rows):
-            y = top + i * down
-            pen.text((left - 15, y + height * zoom / 2), name, "black", font, anchor="rm")
-            for j, image in enumerate(groups[group].repeat(3 // channels, -1)):
+    for i, (name, groups) in enumerate(rows):
+        y = top + i * down
+        pen.text((left - 15, y + height * zoom / 2), name, "black", font, anchor="rm")
+        for begin, images in zip(begins, groups):
+            for j, image in enumerate(images.repeat(3 // channels, -1)):
                 large = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
                 picture.paste(large, (begin + j * across, y))
     return picture

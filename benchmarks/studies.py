@@ -73,6 +73,7 @@ class Cell(NamedTuple):
     parent: str | None = None            # another cell's run, which is trained before
     part: float = 1.0                    # of the budget's steps
     batches: tuple[int, ...] = ()        # sizes of batches whose evaluation is timed
+    curvature: bool = False              # whether that of the network's flow is measured
 
 
 class Study(NamedTuple):
@@ -366,9 +367,9 @@ def expert_cells() -> Iterator[Cell]:
 
 
 def curvature_cells() -> Iterator[Cell]:
-    """The grid again: what of every training is measured, without samples."""
+    """The grid again, without samples."""
     for network, objective in itertools.product(NETWORKS, OBJECTIVES):
-        yield grid_cell("curvature", network, objective, ())
+        yield grid_cell("curvature", network, objective, ())._replace(curvature=True)
 
 
 def speed_cells() -> Iterator[Cell]:

@@ -486,9 +486,9 @@ def curvature_table(m: Measured) -> str:
     return "\n".join(["| | curvature |", "|---|---|", *rows]) + (
         "\n\nThe mean square of the velocity's distance from the chord of a trajectory, per latent value: 0 "
         "if all are straight. Trajectories begin at the same mixtures of data and noise, and take the same "
-        "20 steps in the noise level u. The exact flow is then the same for every path and prediction, so only "
-        "the errors of the networks differ. (The straight path joins single pairs of data and noise; the "
-        "flow is the average over all pairs through a point, and it bends.) "
+        "20 steps in the noise level u. The exact flow is then the same for every path and prediction, so "
+        "only the errors of the networks differ. (The straight path joins single pairs of data and noise; "
+        "the flow is the average over all pairs through a point, and it bends.) "
         f"{seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}.")
 
 

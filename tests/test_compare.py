@@ -239,7 +239,8 @@ def test_cells_are_plain_commands_that_the_programs_accept(tmp_path):
                 assert settings.parse(vae[1:]).arch == "vae"
                 args = settings.parse(network[1:])
                 assert args.seed == 2 and args.vae.endswith(settings.parse(vae[1:]).name)
-                assert len(samples) == len(cell.evaluations) and (samples or cell.batches)
+                assert len(samples) == len(cell.evaluations)
+                assert samples or cell.batches or cell.curvature
                 comparison.run_folder(cell, 2).mkdir(exist_ok=True)
                 for command in samples:
                     sample_settings.check_flags(sample_settings.parse_args(command[1:]))
@@ -297,6 +298,8 @@ CELLS = {
     "steps": studies.Study("", (
         compare.Cell("steps", "dit", "dit", ("--arch", "dit", "--preset", "tiny"),
                      (compare.Evaluation("euler", 3), compare.Evaluation("heun", 2))),)),
+    "curvature": studies.Study("", (
+        compare.Cell("curvature", "dit", "dit", ("--arch", "dit", "--preset", "tiny"), (), curvature=True),)),
 }
 TINY_REFLOW = ("--arch", "dit", "--preset", "tiny", "--reflow", compare.PARENT, "--reflow-pairs", "16",
                "--reflow-steps", "2")
@@ -365,7 +368,8 @@ def stub(monkeypatch, tmp_path):
     Returns the list of commands that were run, and a place for a function that is called before each."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(compare.BUDGETS, "minutes", TINY)
-    monkeypatch.setattr(compare, "STUDIES", CELLS)
+    # without what needs networks
+    monkeypatch.setattr(compare, "STUDIES", {name: CELLS[name] for name in ("grid", "steps")})
     monkeypatch.setattr(fashion_mnist, "classifier_in_use", lambda: "one classifier")
     monkeypatch.setitem(measures.JUDGES, "fashion-mnist", lambda *more: SimpleNamespace(
         fingerprint=fashion_mnist.classifier_in_use(),
@@ -410,9 +414,11 @@ NUMBERS = {"val_loss", "straightness", "flops_per_example", "parameters", "steps
 def test_every_cell_is_measured_once(tiny, capsys):
     assert compare.main(FLAGS) == 0
     found = {(r["study"], r["cell"]): r for r in lines()}
-    assert set(found) == {("floor", "fashion-mnist"), ("grid", "dit"), ("grid", "unet"), ("steps", "dit")}
-    assert len(lines()) == 4
-    # the run of two studies is trained once, and an evaluation that both ask for is drawn once
+    assert set(found) == {("floor", "fashion-mnist"), ("grid", "dit"), ("grid", "unet"), ("steps", "dit"),
+                          ("curvature", "dit")}
+    assert len(lines()) == 5
+    assert [study for (study, _), record in found.items() if record.get("curvature", 0) > 0] == ["curvature"]
+    # the run of three studies is trained once, and an evaluation that both ask for is drawn once
     assert [command[0] for command in tiny].count("train.py") == 3
     assert [command[0] for command in tiny].count("sample.py") == 4
     for (study, _), record in found.items():
@@ -452,13 +458,15 @@ def test_samples_of_the_grid_side_by_side(tiny, monkeypatch, tmp_path):
     assert compare.main([*FLAGS, "--pictures"]) == 0 and open("results/r.jsonl").read() == before
     picture = np.asarray(Image.open(tmp_path / "pictures/grid-samples.png"))
     assert [command[0] for command in tiny] == ["sample.py"] * 3
-    # two rows; the first sample of the second is that of sample.py, behind the name, twice the size
-    row = 68
-    assert picture.shape[0] == 2 * row and (picture.shape[1] - 20 * row) < 200
+    # Two rows below the heads; the first sample of the second row is that of sample.py, behind the name,
+    # twice the size. The two groups are 30 pixels apart.
+    row, top = 68, 50
+    assert picture.shape[0] == top + 2 * row and (picture.shape[1] - 20 * row - 30) < 200
     sample.main([*tiny[2][1:-1], "again.npz"])
     first = np.load("again.npz")["arr_0"][0, :, :, 0]
-    left = picture.shape[1] - 20 * row
-    np.testing.assert_array_equal(picture[row:row + 64:2, left:left + 64:2, 0], first)
+    left = picture.shape[1] - 20 * row - 30
+    np.testing.assert_array_equal(picture[top + row:top + row + 64:2, left:left + 64:2, 0], first)
+    assert (picture[top:, left + 10 * row:left + 10 * row + 26] == 255).all()
 
 
 @pytest.mark.long
