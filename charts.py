@@ -123,7 +123,7 @@ def look(i: int, series: Series) -> tuple[str, str]:
 
 
 def font_of(chart: Chart, size: int) -> ImageFont.FreeTypeFont:
-    """The same one for all that is written in a chart, and in other charts, with an accent or without."""
+    """One for all that is written in a chart; charts with an accent and without have the same."""
     places = (str(x) for series in chart.series for x in series.x)
     names = (series.name for series in chart.series)
     return caption_font("".join(("é", chart.title, chart.x, chart.y, *places, *names)), size)
@@ -146,8 +146,9 @@ def draw(chart: Chart) -> Image.Image:
     """RGB. Raises ValueError for a chart without a point."""
     if not any(seeds for series in chart.series for seeds in series.y):
         raise ValueError(f"chart {chart.title!r}: has no point")
-    picture, points = draw_points(chart, frame_of(chart))
-    box = legend_box(chart, frame_of(chart), points)
+    frame = frame_of(chart)
+    picture, points = draw_points(chart, frame)
+    box = legend_box(chart, frame, points)
     if box and covered(box, points):                   # no corner is free: beside the axes
         frame = frame_of(chart, box[2] - box[0])
         picture, _ = draw_points(chart, frame)

@@ -4,8 +4,7 @@
 
 A claim is a list of comparisons, each between two sets of values, one value per seed. A comparison is decided
 by the seeds' spread: `decide`. The verdict is a function of these decisions: `verdict`. The opening table
-shows the first of the comparisons whose answer is the most frequent one, and, where the verdict depends on
-something, on what.
+shows a comparison that has the most frequent answer and, where the verdict is "depends", says on what.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Comparison(NamedTuple):
     higher: bool = False                 # is better; else lower
     factor: float = 1.0                  # of theirs, with which ours is compared: 1.1 for "within 10 % of"
     quantity: str = ""                   # those of one claim and one quantity have one spread
-    plain: bool = False                  # compare the values: shares, or what may be negative; not logarithms
+    plain: bool = False                  # compare the values (shares, exponents), not their logarithms
 
     def side(self, values: list[float]) -> np.ndarray:
         found = np.array(values, dtype=float)
@@ -239,11 +238,16 @@ def best_within(nfe: int, scales: tuple[float, ...] = (1.0,),
 
 # ---- the claims
 
-def straight_path(m: Measured) -> list[Comparison]:
-    """With uniform times on either path, so that the density of the times is not compared as well."""
-    return [Comparison(f"{network}, rf uniform against {objective}",
-                       distance(m, network, "rf uniform"), distance(m, network, objective))
+def uniform_against_diffusion(values: Callable[[str], list[float]]) -> list[Comparison]:
+    """Both networks, by each prediction of diffusion; values: of a cell, one per seed. With uniform times on
+    either path, so that the density of the times is not compared as well."""
+    return [Comparison(f"{network}, rf uniform against {objective}", values(f"{network} rf uniform"),
+                       values(f"{network} {objective}"))
             for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
+
+
+def straight_path(m: Measured) -> list[Comparison]:
+    return uniform_against_diffusion(lambda cell: distance(m, *cell.split(" ", 1)))
 
 
 def few_evaluations(m: Measured) -> list[Comparison]:
@@ -338,24 +342,18 @@ def easier_training(m: Measured) -> list[Comparison]:
 
 
 def calmer_gradients(m: Measured) -> list[Comparison]:
-    """With uniform times on either path, as in straight_path."""
     def spread(record: dict) -> float | None:
         return record["grad_norm"].get("spread")
 
-    return [Comparison(f"{network}, rf uniform against {objective}",
-                       m.pooled(f"{network} rf uniform", spread), m.pooled(f"{network} {objective}", spread))
-            for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
+    return uniform_against_diffusion(lambda cell: m.pooled(cell, spread))
 
 
 def straighter(m: Measured) -> list[Comparison]:
-    """In common coordinates: measures.curvature. With uniform times on either path."""
+    """In common coordinates: measures.curvature."""
     def curvature(record: dict) -> float:
         return record["curvature"]
 
-    return [Comparison(f"{network}, rf uniform against {objective}",
-                       m.values("curvature", f"{network} rf uniform", curvature),
-                       m.values("curvature", f"{network} {objective}", curvature))
-            for network in NETWORKS for objective in OBJECTIVES if objective.startswith("ddpm")]
+    return uniform_against_diffusion(lambda cell: m.values("curvature", cell, curvature))
 
 
 def any_sampler(m: Measured, cell: str) -> list[float]:
@@ -452,7 +450,7 @@ def corners_at(part: int) -> Callable[[dict], float | None]:
     return score(CORNERS_AT._replace(checkpoint=part).label, "agreement")
 
 
-CORNER_PARTS = {"after an eighth": 1, "after a quarter": 2, "at the end": CHECKPOINTS}
+CORNER_PARTS = {"after an eighth": 1, "after a quarter": EARLY, "at the end": CHECKPOINTS}
 
 
 def far_corners(m: Measured) -> list[Comparison]:

@@ -185,7 +185,7 @@ def test_easier_training_is_the_spread_over_schedules_and_the_range_of_rates():
     def distance(cell, *more):
         return 4.0 * math.prod(factor for name, factor in level.items() if name in cell)
 
-    records = [r for r in made_up(distance)]
+    records = made_up(distance)
     lost = next(r for r in records if r["cell"] == "unet ddpm eps x 0.25" and r["seed"] == 1)
     del lost["evaluations"]
     lost["diverged"] = 100
