@@ -51,6 +51,7 @@ class Comparison(NamedTuple):
     factor: float = 1.0                  # of theirs, with which ours is compared: 1.1 for "within 10 % of"
     quantity: str = ""                   # those of one claim and one quantity have one spread
     plain: bool = False                  # compare the values (shares, exponents), not their logarithms
+    digits: int | None = None            # of its figures; None: as many as its claim says
 
     def side(self, values: list[float]) -> np.ndarray:
         found = np.array(values, dtype=float)
@@ -469,27 +470,35 @@ def far_corners_of_a_transformer(m: Measured) -> list[Comparison]:
             for when, part in CORNER_PARTS.items() for name in unets]
 
 
-def shifted_times(m: Measured) -> list[Comparison]:
+# Where the times are shifted: the cell's shift in training, and what its label adds where sampling differs.
+SHIFTED = {"training and sampling": (2, ""), "training alone": (2, ", shift 1"),
+           "sampling alone": (1, ", shift 2")}
+
+
+def shifted_times(where: str) -> Callable[[Measured], list[Comparison]]:
     """By 2 at 64 pixels: sqrt(m / n) for four times as many pixels (Esser et al. 2024, eq. 23). Against none
-    there; and what it changes there, against what it changes at 32 pixels."""
-    def cell(side: int, trained: int, label: str) -> list[float]:
-        return m.values("shift", f"{side} px, trained with {trained}", score(label))
+    there; and what it changes there, against what it changes at 32 pixels. where: one of SHIFTED."""
+    trained, more = SHIFTED[where]
 
-    def ratios(side: int, trained: int, label: str, plain: str) -> list[float]:
-        pairs = by_seed(m, "shift", [f"{side} px, trained with {each}" for each in (trained, 1)],
-                        lambda record: record)
-        return [score(label)(ours) / score(plain)(theirs) for ours, theirs in pairs]
+    def comparisons(m: Measured) -> list[Comparison]:
+        def cell(side: int, shift: int) -> str:
+            return f"{side} px, trained with {shift}"
 
-    found = []
-    for steps in SHIFT_STEPS:
-        plain = f"euler {steps}, guidance 1"
-        for where, trained, label in (("in training and sampling", 2, plain),
-                                      ("in sampling only", 1, f"{plain}, shift 2")):
-            found += [Comparison(f"{where}, {steps} steps", cell(64, trained, label), cell(64, 1, plain)),
-                      Comparison(f"{where}, {steps} steps: ratio to none, against 32 pixels",
-                                 ratios(64, trained, label, plain), ratios(32, trained, label, plain),
-                                 quantity="ratio")]
-    return found
+        def ratios(side: int, shifted: str, plain: str) -> list[float]:
+            pairs = by_seed(m, "shift", [cell(side, trained), cell(side, 1)], lambda record: record)
+            return [score(shifted)(ours) / score(plain)(theirs) for ours, theirs in pairs]
+
+        found = []
+        for steps in SHIFT_STEPS:
+            plain = f"euler {steps}, guidance 1"
+            found += [Comparison(f"{steps} steps", m.values("shift", cell(64, trained), score(plain + more)),
+                                 m.values("shift", cell(64, 1), score(plain))),
+                      Comparison(f"{steps} steps: ratio to none, against 32 pixels",
+                                 ratios(64, plain + more, plain), ratios(32, plain + more, plain),
+                                 quantity="ratio", digits=2)]
+        return found
+
+    return comparisons
 
 
 def follows_prompts(m: Measured) -> list[Comparison]:
@@ -622,8 +631,9 @@ CLAIMS = [
     Claim("6", "the MM-DiT (joint attention) follows prompts better than the U-Net (cross-attention): share "
                "of pictures that show all of their prompt, after a short training", follows_prompts, 3,
           "prompts"),
-    Claim("7", "larger pictures need shifted times: Fréchet distance at 64 pixels with shift 2, against none"
-               " and against what it changes at 32 pixels", shifted_times, 1, "shift"),
+    *(Claim(number, f"larger pictures need shifted times, in {where}: Fréchet distance at 64 pixels with "
+                    "shift 2, against none and against what it changes at 32 pixels", shifted_times(where), 1,
+            "shift") for number, where in zip(("7", "7a", "7b"), SHIFTED)),
     Claim("8", "the transformer with rectified flow draws faster than the U-Net with diffusion, at equal "
                "quality, by solvers without noise: milliseconds per picture on one CPU core",
           faster, 1, "speed"),

@@ -64,8 +64,8 @@ def claims_table(m: Measured) -> str:
 
 def compared(claim: Claim, comparison: Comparison) -> str:
     """The two sides, "2.1 (2.0 to 2.2) against 3.4 (3.3 to 3.5)"."""
-    return " against ".join(ladder.spread(values, claim.digits)
-                            for values in (comparison.ours, comparison.theirs))
+    digits = claim.digits if comparison.digits is None else comparison.digits
+    return " against ".join(ladder.spread(values, digits) for values in (comparison.ours, comparison.theirs))
 
 
 def comparison_table(m: Measured) -> str:
@@ -102,7 +102,7 @@ def made_with(m: Measured, study: str) -> str:
     parts = [sorted({record[name] for record in found}) for name in ("device", "date", "commit")]
     devices, dates, commits = parts
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{', '.join(devices)}; {when}; commit {', '.join(commits)}"
+    return f"{' and '.join(devices)}; {when}; commit {', '.join(commits)}"
 
 
 def shown(values: list[float], digits: int) -> str:
@@ -130,6 +130,13 @@ class Column(NamedTuple):
     digits: int
 
 
+def training_minutes(record: dict) -> float | None:
+    """Processor time of a training on a CPU; None on a GPU, or where a kill left no account of it."""
+    if "thread" not in record["device"] or "processor_seconds" not in record:
+        return None
+    return record["processor_seconds"] / 60
+
+
 def grid_columns(objective: str) -> list[Column]:
     """Those of the README: scores and time. Without guidance, the first-order solver of either path."""
     plain = first_order(objective)
@@ -138,7 +145,7 @@ def grid_columns(objective: str) -> list[Column]:
             Column("agreement", score(plain, "agreement"), 3),
             Column("Fréchet, guidance 1.5", score(guided), 1),
             Column("agreement", score(guided, "agreement"), 3),
-            Column("processor minutes", lambda r: r["processor_seconds"] / 60, 0)]
+            Column("processor minutes", training_minutes, 0)]
 
 
 def full_columns(objective: str) -> list[Column]:
@@ -585,7 +592,7 @@ def cells_and_costs(m: Measured, study: str, head: list[str], texts_of: Callable
         if records:
             texts = [*texts_of(cell.name), f"{records[0]['flops_per_example'] / 1e6:.0f}",
                      f"{records[0]['parameters'] / 1e6:.1f} M",
-                     mean_of(m, study, cell.name, lambda r: r["processor_seconds"] / 60, 0)]
+                     mean_of(m, study, cell.name, training_minutes, 0)]
             rows.append(f"| {cell.name} | {' | '.join(texts)} |")
     return "" if len(rows) == 2 else "\n".join(rows)
 
@@ -658,7 +665,7 @@ def few_step_table(m: Measured) -> str:
                      for before, count in zip((0, *counts), counts)]
             # measured without guidance, as the network was trained
             curved = mean_of(m, "few steps", cell, lambda r: r["straightness"], 3) if scale == 1 else ""
-            texts += [curved, mean_of(m, "few steps", cell, lambda r: r["processor_seconds"] / 60, 1)]
+            texts += [curved, mean_of(m, "few steps", cell, training_minutes, 1)]
             rows.append(f"| {name} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
