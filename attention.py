@@ -30,9 +30,10 @@ except ImportError:            # Triton comes with PyTorch's builds for GPUs onl
 
 Rope = tuple[Tensor, Tensor]   # cos and sin, each (N, head_dim / 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# ATTENTION=triton in the environment selects the kernels below. They are not the default: their first use
-# compiles them for half a minute, and they have been timed at two lengths only (benchmarks/NOTES.md).
-KERNEL = triton is not None and os.environ.get("ATTENTION") == "triton"
+# Whether to take the kernels below: True wherever they can run, False nowhere, None where they were measured
+# to be faster (`faster_compiled`). In the environment: ATTENTION=triton, ATTENTION=torch, or nothing.
+KERNEL = {"triton": True, "torch": False}.get(os.environ.get("ATTENTION")) if triton else False
+COMPILED = False               # set by networks.compile_blocks: whether compiled code may take them unasked
 # Whether the kernels can run here or were asked for. Otherwise they do not become operators, which would
 # import PyTorch's compiler: seconds in which every program on a CPU would wait.
 RUNNABLE = KERNEL or (triton is not None and (INTERPRETED or torch.cuda.is_available()))
@@ -112,7 +113,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
 
     # the kernels have no float64, and tiles of larger heads would not fit into a GPU's registers
     fits = q.dtype != torch.float64 and q.shape[-1] <= 128
-    if KERNEL and (q.is_cuda or INTERPRETED) and fits and not tangents:
+    wanted = KERNEL
+    if KERNEL is None:
+        wanted = faster_compiled(q, k, q_norm, rope) and mask is None and packing is None
+    if wanted and (q.is_cuda or INTERPRETED) and fits and not tangents:
         where = {}
         if packing is not None:
             where = dict(offsets=packing.offsets, max_length=packing.longest)
@@ -129,6 +133,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
     if mask is not None:
         mask = mask[:, None, None, :]                                          # (B, 1, 1, M)
     return softmax_attention(q, k, v, mask, tangents)
+
+
+def faster_compiled(q: Tensor, k: Tensor, q_norm: Tensor | None, rope: Rope | None) -> bool:
+    """Where the kernels were measured to be faster than compiled norm and rotation followed by SDPA
+    (benchmarks/NOTES.md): in compiled trainings, with both inside, for short rows. Their first use compiles
+    for half a minute, which a training that is compiled can afford."""
+    return (COMPILED and torch.compiler.is_compiling() and q_norm is not None and rope is not None
+            and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= SHORT)
+
+
+def measured_on(device: torch.device) -> bool:
+    """Whether that was on GPUs of this kind, NVIDIA's of compute capability 9: an H200 was measured, and an
+    H100 has the same multiprocessors."""
+    return (RUNNABLE and device.type == "cuda" and torch.version.hip is None
+            and torch.cuda.get_device_capability(device)[0] == 9)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tangents: bool) -> Tensor:

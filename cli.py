@@ -209,6 +209,7 @@ def print_error(message: str) -> None:
 
 
 report: Callable[[str], None] = print_error     # ranks.py replaces it where several processes have one error
+leave: Callable[[int], None] = lambda status: None         # and this, where they must not end by returning
 
 
 def program(name: str, main: Callable[[], int | None]) -> int:
@@ -229,7 +230,9 @@ def program(name: str, main: Callable[[], int | None]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:                # see quiet_imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return main() or 0
+        status = main() or 0
+        leave(status)
+        return status
     except (ValueError, OSError, FloatingPointError) as error:
         message = " ".join(str(error).split("\n"))
     except (MemoryError, RuntimeError) as error:
@@ -247,6 +250,7 @@ def program(name: str, main: Callable[[], int | None]) -> int:
                   "continues it", file=sys.stderr)
         raise
     report(f"{name}: error: {message}")
+    leave(2)
     return 2
 
 

@@ -95,6 +95,7 @@ def compile_blocks(model: torch.nn.Module, **options) -> None:
     torch._dynamo.config.cache_size_limit = 64         # a U-Net's blocks have many widths
     # The lengths of packed pictures differ in every step: what goes by them is not compiled.
     attention.attention_apart = torch.compiler.disable(attention.attention_apart)
+    attention.COMPILED = attention.measured_on(next(model.parameters()).device)
     for block in model.modules():
         if isinstance(block, BLOCKS):
             block.compile(**options)

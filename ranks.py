@@ -12,6 +12,7 @@ One process, without torchrun, needs none of this: its Ranks do nothing and cost
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -301,6 +302,16 @@ def explained(ranks: Ranks, error: Exception) -> ValueError | None:
 
 # ---- the beginning and the end of a launch
 
+def leave(status: int) -> None:
+    """End this process, and do not let the interpreter do it. gloo's threads outlive destroy_process_group
+    wherever DTensor's caches hold the group, and one that only then lets go of a tensor aborts the process
+    (pytorch/pytorch#179291): a training that is done would seem to have failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
+
+
 @contextmanager
 def launched() -> Iterator[Ranks]:
     """The ranks that torchrun has started, told of each other; without torchrun, one process. In the block,
@@ -314,6 +325,7 @@ def launched() -> Iterator[Ranks]:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     ranks = join()
     cli.report = partial(report_once, ranks, errors)
+    cli.leave = leave
     try:
         yield ranks
         dist.destroy_process_group()

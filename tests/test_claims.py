@@ -217,8 +217,8 @@ def test_the_width_below_a_level(y, level, width):
 
 
 def test_shifts_are_compared_at_both_sizes():
-    """At 64 pixels, a shift gains a quarter in both and an eighth in sampling, but loses in training alone; at
-    32, it gains a tenth wherever it is trained with."""
+    """At 64 pixels, a shift gains a quarter in both and an eighth in sampling, but loses in training alone;
+    at 32, it gains a tenth wherever it is trained with."""
     def distance(cell, evaluation, nfe):
         if cell == "64 px, trained with 2":
             return 3.0 if evaluation.shift is None else 5.0

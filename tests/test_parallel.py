@@ -253,6 +253,38 @@ def test_a_process_does_not_end_while_its_watch_is_in_the_store(tmp_path):
         assert [process.wait(300) for process in processes] == [3, 3]
 
 
+AT_THE_END = f"""
+import atexit, sys; sys.path.insert(0, {str(ROOT)!r})
+import cli, ranks
+
+class Late:
+    def __del__(self):
+        print("by the interpreter", flush=True)
+
+def main():
+    with ranks.launched():
+        if "fail" in sys.argv:
+            raise ValueError("so it is")
+        print("done", end="")
+
+late = Late()
+atexit.register(print, ", handlers run")
+sys.exit(cli.program("end", main))
+"""
+
+
+def test_a_rank_is_not_ended_by_the_interpreter():
+    """gloo's threads can abort it there. What was printed is written, and what was registered for the end is
+    called."""
+    for words, status, output in (([], 0, "done, handlers run\n"), (["fail"], 2, ", handlers run\n")):
+        processes = [subprocess.Popen([sys.executable, "-c", AT_THE_END, *words], env=os.environ | own,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                     for own in environments(2)]
+        found = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [status, status], found
+        assert found[0][0] == output and found[1][0] == "", found
+
+
 @pytest.mark.long
 def test_where_a_process_is_killed_the_others_end_and_the_run_goes_on(launch, tmp_path):
     flags = [*TRAINING, "--steps", "300", "--save-every", "2"]
