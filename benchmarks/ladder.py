@@ -75,7 +75,7 @@ RUNGS = {
     "interval-0.1": Rung("no guidance in the last tenth of the time either",
                          sample=("--cfg", "2", "--interval", "0.1", "0.8")),
     **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=("--cfg", scale, "--interval", "0", "0.8"))
-       for scale in ("2.1", "2.2", "2.5", "3")},
+       for scale in ("2.05", "2.1", "2.2", "2.5", "3")},
     "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
                          sample=("--cfg", "2", "--guide", f"{RUN}/checkpoint-QUARTER.pt")),
     # training
