@@ -278,13 +278,14 @@ def euler_is_enough(m: Measured) -> list[Comparison]:
             for nfe in (4, 10)]
 
 
-def by_seed(m: Measured, study: str, cells: list[str], get: Callable[[dict], float | None]) -> list[list]:
-    """Per seed that has all of these cells, what `get` finds in each; None for a training that diverged."""
+def by_seed(m: Measured, study: str, cells: list[str], get: Callable[[dict], object]) -> dict[int, list]:
+    """For each seed that has all of these cells, what `get` finds in each; None for a training that
+    diverged."""
     found: dict[int, list] = {}
     for cell in cells:
         for record in m.of(study, cell):
             found.setdefault(record["seed"], []).append(None if "diverged" in record else get(record))
-    return [values for _, values in sorted(found.items()) if len(values) == len(cells)]
+    return {seed: values for seed, values in sorted(found.items()) if len(values) == len(cells)}
 
 
 def variation(values: list[float | None]) -> float | None:
@@ -295,7 +296,8 @@ def variation(values: list[float | None]) -> float | None:
 def schedule_spread(m: Measured, network: str, schedules: list[str]) -> list[float]:
     """Relative deviation of the distance over these schedules, one per seed."""
     cells = [f"{network} {schedule}" for schedule in schedules]
-    values = [variation(each) for each in by_seed(m, "schedules", cells, score(first_order(schedules[0])))]
+    found = by_seed(m, "schedules", cells, score(first_order(schedules[0])))
+    values = [variation(each) for each in found.values()]
     return [value for value in values if value is not None]
 
 
@@ -304,7 +306,8 @@ def usable_octaves(m: Measured, network: str, objective: str) -> list[float]:
     best rate's: on straight lines between the logarithms. One number per seed that has all rates."""
     cells = [f"{network} {objective} x {factor:g}" for factor in FACTORS]
     found = []
-    for values in by_seed(m, "learning rates", cells, lambda record: record["evaluations"][0]["frechet"]):
+    rates = by_seed(m, "learning rates", cells, lambda record: record["evaluations"][0]["frechet"])
+    for values in rates.values():
         # a training that diverged is infinitely far, and no part of the line to it is usable
         distances = [math.inf if value is None else value for value in values]
         if min(distances) < math.inf:
@@ -400,7 +403,7 @@ def sizes(m: Measured, network: str, limit: int | None) -> list[list[Size]]:
 
     chosen = LITTLE_SIZES if limit else range(len(SIZES[network]))
     cells = [size_name(network, size, limit) for size in chosen]
-    return [found for found in by_seed(m, "sizes", cells, of) if None not in found]
+    return [found for found in by_seed(m, "sizes", cells, of).values() if None not in found]
 
 
 def power_law(x: list[float], y: list[float]) -> tuple[float, float]:
@@ -486,7 +489,7 @@ def shifted_times(where: str) -> Callable[[Measured], list[Comparison]]:
 
         def ratios(side: int, shifted: str, plain: str) -> list[float]:
             pairs = by_seed(m, "shift", [cell(side, trained), cell(side, 1)], lambda record: record)
-            return [score(shifted)(ours) / score(plain)(theirs) for ours, theirs in pairs]
+            return [score(shifted)(ours) / score(plain)(theirs) for ours, theirs in pairs.values()]
 
         found = []
         for steps in SHIFT_STEPS:
@@ -521,8 +524,10 @@ def paces(m: Measured) -> dict[str, list[Pace]]:
     """Per network of FASTER, one per seed: what a picture takes at a distance that both networks reach, 10 %
     above the best of the worse one."""
     found = {cell: [] for cell in FASTER}
-    seeds = by_seed(m, "steps", list(FASTER), curve), by_seed(m, "speed", list(FASTER), lambda r: r["speed"])
-    for curves, speeds in zip(*seeds):
+    drawn = by_seed(m, "steps", list(FASTER), curve)
+    timed = by_seed(m, "speed", list(FASTER), lambda record: record["speed"])
+    for seed in sorted(drawn.keys() & timed.keys()):
+        curves, speeds = drawn[seed], timed[seed]
         if None in curves or None in speeds:
             continue
         quality = WITHIN * max(points[-1][1] for points in curves)
