@@ -33,10 +33,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether to take the kernels below: True wherever they can run, False nowhere, None where they were measured
 # to be faster (`faster_compiled`). In the environment: ATTENTION=triton, ATTENTION=torch, or nothing.
 KERNEL = {"triton": True, "torch": False}.get(os.environ.get("ATTENTION")) if triton else False
-COMPILED = False               # set by networks.compile_blocks: whether compiled code may take them unasked
+COMPILED = False               # by networks.compile_blocks: whether compiled code may take them unasked
 # Whether the kernels can run here or were asked for. Otherwise they do not become operators, which would
 # import PyTorch's compiler: seconds in which every program on a CPU would wait.
 RUNNABLE = KERNEL or (triton is not None and (INTERPRETED or torch.cuda.is_available()))
+
+
+def check_choice() -> None:
+    """Raises ValueError if ATTENTION in the environment is something else, or cannot be had."""
+    choice = os.environ.get("ATTENTION", "")
+    if choice not in ("", "triton", "torch"):
+        raise ValueError(f"ATTENTION is {choice}; give triton or torch, or leave it out")
+    if choice == "triton" and triton is None:
+        raise ValueError("ATTENTION is triton, which is not installed; leave it out")
 
 
 # ---- the formula
@@ -137,10 +146,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, 
 
 def faster_compiled(q: Tensor, k: Tensor, q_norm: Tensor | None, rope: Rope | None) -> bool:
     """Where the kernels were measured to be faster than compiled norm and rotation followed by SDPA
-    (benchmarks/NOTES.md): in compiled trainings, with both inside, for short rows. Their first use compiles
-    for half a minute, which a training that is compiled can afford."""
+    (benchmarks/NOTES.md): in compiled trainings in bf16, with both inside, for heads of 64 channels and 256
+    to 512 rows. Their first use compiles for half a minute, which a compiled training can afford."""
     return (COMPILED and torch.compiler.is_compiling() and q_norm is not None and rope is not None
-            and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= SHORT)
+            and q.dtype == torch.bfloat16 and q.shape[-1] == 64 and 256 <= k.shape[2] <= SHORT)
 
 
 def measured_on(device: torch.device) -> bool:

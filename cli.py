@@ -209,12 +209,24 @@ def print_error(message: str) -> None:
 
 
 report: Callable[[str], None] = print_error     # ranks.py replaces it where several processes have one error
-leave: Callable[[int], None] = lambda status: None         # and this, where they must not end by returning
+leave: Callable[[int], None] = lambda status: None         # and this, which then does not return
 
 
 def program(name: str, main: Callable[[], int | None]) -> int:
     """Run main and return the exit status: 0 done, 2 bad input (one line on stderr), 128 + N after signal N.
     Any other exception is a fault of ours: a traceback, and Python's status 1."""
+    try:
+        status = status_of(name, main)
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            leave(end.code)
+        raise
+    leave(status)
+    return status
+
+
+def status_of(name: str, main: Callable[[], int | None]) -> int:
+    """`program`, but for the end of the process."""
     sys.stdout = Output(sys.stdout, 1)
     sys.stderr = Output(sys.stderr, 2)
     monotonic_bars()
@@ -230,9 +242,7 @@ def program(name: str, main: Callable[[], int | None]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:                # see quiet_imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        status = main() or 0
-        leave(status)
-        return status
+        return main() or 0
     except (ValueError, OSError, FloatingPointError) as error:
         message = " ".join(str(error).split("\n"))
     except (MemoryError, RuntimeError) as error:
@@ -250,7 +260,6 @@ def program(name: str, main: Callable[[], int | None]) -> int:
                   "continues it", file=sys.stderr)
         raise
     report(f"{name}: error: {message}")
-    leave(2)
     return 2
 
 

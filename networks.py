@@ -88,14 +88,14 @@ def latent_space(vae: VAE) -> tuple[str, str]:
 
 # ---- how a network is run
 
-def compile_blocks(model: torch.nn.Module, **options) -> None:
+def compile_blocks(model: torch.nn.Module, kernels: bool = False, **options) -> None:
     """torch.compile each block in place, so that the names of the weights stay as they are. Blocks of one
     class share the compiled code. It is compiled for the first size and, when a second one appears, once more
-    for all sizes."""
+    for all sizes. kernels: whether attention may take its own kernels, on the GPUs where they were faster."""
     torch._dynamo.config.cache_size_limit = 64         # a U-Net's blocks have many widths
     # The lengths of packed pictures differ in every step: what goes by them is not compiled.
     attention.attention_apart = torch.compiler.disable(attention.attention_apart)
-    attention.COMPILED = attention.measured_on(next(model.parameters()).device)
+    attention.COMPILED = kernels and attention.measured_on(next(model.parameters()).device)
     for block in model.modules():
         if isinstance(block, BLOCKS):
             block.compile(**options)

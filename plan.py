@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import attention
 import conditioning
 import ema
 import machine
@@ -98,6 +99,7 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
     if begun:
         check_begun(args, run, begun)
     device = machine.pick_device(args.device, ranks.local)
+    attention.check_choice()
     if args.compile:
         machine.check_compiler(device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and machine.has_bf16(device))

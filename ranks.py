@@ -306,9 +306,11 @@ def leave(status: int) -> None:
     """End this process, and do not let the interpreter do it. gloo's threads outlive destroy_process_group
     wherever DTensor's caches hold the group, and one that only then lets go of a tensor aborts the process
     (pytorch/pytorch#179291): a training that is done would seem to have failed."""
+    for number in (signal.SIGINT, signal.SIGTERM):         # too late to stop anything
+        signal.signal(number, signal.SIG_IGN)
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    atexit._run_exitfuncs()
     os._exit(status)
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import attention
 import conditioning
 import published
 from beginning import check_beginning, read_beginning, read_image, read_init_sound
@@ -279,6 +280,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     args = parse_args(argv)
     check_flags(args, ranks)                               # what needs no file to be refused
     device = pick_device(args.device, ranks.local)
+    attention.check_choice()
     if args.compile:
         check_compiler(device)
 

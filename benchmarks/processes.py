@@ -8,6 +8,7 @@ Imports take seconds; processes that are forked from one that has made them begi
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -37,6 +38,7 @@ def work(order: dict, rank: int) -> int:
         os.dup2(os.open(f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 1)
         os.dup2(1, 2)
         os.environ.update(order["environments"][rank])
+        atexit._clear()                                    # what the server has registered is for its own end
         program, words = order["program"], order["words"][rank]
         sys.argv = [program, *words]
         exec(order["setup"], {})

@@ -26,6 +26,7 @@ product on this machine: the fastest round over several shapes, measured again b
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import math
@@ -510,7 +511,7 @@ def variants(case: Case) -> dict[str, Callable[[], torch.nn.Module]]:
         with DEVICE:
             model = cls(config(**case.config)).to(memory_format=layout)
         if compiled:
-            compile_blocks(model)
+            compile_blocks(model, kernels=True)
         return model
 
     def theirs(compiled: bool):
@@ -721,6 +722,7 @@ def networks(only: str, rate: float, deadline: float) -> Iterator[Row]:
             limits = Limits(deadline, share(until, len(groups) - j))
             yield from measure_networks(only, i, group, flops, rate, limits)
             torch._dynamo.reset()
+            gc.collect()                                   # or the next one's memory includes this one's
             if CUDA:
                 torch.cuda.empty_cache()
 

@@ -374,9 +374,9 @@ def shift_rows(m: Measured, side: int, steps: int) -> dict[str, dict[float, list
         label = f"euler {steps}, guidance 1" + ("" if shift is None else f", shift {shift:g}")
         return m.values("shift", f"{side} px, trained with {trained:g}", score(label))
 
-    return {"in both": {shift: values(shift, None) for shift in SHIFTS},
-            "in sampling only": {shift: values(1, None if shift == 1 else shift) for shift in SHIFTS},
-            "in training only": {shift: values(shift, None if shift == 1 else 1) for shift in SHIFTS}}
+    return {"training and sampling": {shift: values(shift, None) for shift in SHIFTS},
+            "sampling only": {shift: values(1, None if shift == 1 else shift) for shift in SHIFTS},
+            "training only": {shift: values(shift, None if shift == 1 else 1) for shift in SHIFTS}}
 
 
 def shift_table(m: Measured) -> str:
@@ -499,14 +499,16 @@ def curvature_table(m: Measured) -> str:
 def weighting_table(m: Measured) -> str:
     rows = []
     for cell in STUDIES["weighting"].cells:
+        devices = sorted({"CPU" if "thread" in record["device"] else "GPU"
+                          for record in m.of("weighting", cell.name)})
         columns = [(score(cell.evaluations[0].label), 1), (score(cell.evaluations[0].label, "agreement"), 3),
                    (lambda r: r["errors"][-1]["velocity"], 3), (lambda r: r["errors"][-1]["x0"], 3)]
         if m.of("weighting", cell.name):
             texts = [mean_of(m, "weighting", cell.name, get, digits) for get, digits in columns]
-            rows.append(f"| {cell.name} | {' | '.join(texts)} |")
+            rows.append(f"| {cell.name} | {' | '.join(texts)} | {', '.join(devices)} |")
     if not rows:
         return ""
-    head = ["| dit | Fréchet | agreement | velocity error | x0 error |", "|---" * 5 + "|"]
+    head = ["| dit | Fréchet | agreement | velocity error | x0 error | trained on |", "|---" * 6 + "|"]
     return "\n".join(head + rows) + (
         "\n\nFréchet distance, 50 first-order steps; uniform times. At a given xt, each prediction "
         "determines the others, so the loss only weights the times. "

@@ -2,8 +2,8 @@
 processes checks in test_parallel.py."""
 
 import copy
-
 import os
+
 import torch
 import torch.distributed as dist
 

@@ -209,26 +209,44 @@ def test_models_take_the_kernels_when_asked(monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("change, taken", [
-    ({}, True), ({"n": 513}, False), ({"dtype": torch.float32}, False), ({"norm": False}, False),
-    ({"rope": False}, False), ({"mask": True}, False), ({"compiled": False}, False),
+    ({}, True), ({"n": 256}, True), ({"n": 255}, False), ({"n": 513}, False), ({"dim": 32}, False),
+    ({"dtype": torch.float32}, False), ({"norm": False}, False), ({"rope": False}, False),
+    ({"mask": True}, False), ({"packed": True}, False), ({"compiled": False}, False),
     ({"device": False}, False), ({"kernel": False}, False)])
 def test_a_compiled_training_takes_the_kernels_where_they_were_faster(monkeypatch, change, taken):
-    """Unasked: on the GPUs measured, with norm and rotation, up to 512 rows; not elsewhere."""
-    case = {"n": 512, "dtype": torch.bfloat16, "norm": True, "rope": True, "mask": False, "compiled": True,
-            "device": True, "kernel": None} | change
+    """Unasked: on the GPUs measured, as they were measured; not elsewhere."""
+    case = {"n": 512, "dim": 64, "dtype": torch.bfloat16, "norm": True, "rope": True, "mask": False,
+            "packed": False, "compiled": True, "device": True, "kernel": None} | change
     monkeypatch.setattr(attention_file, "KERNEL", case["kernel"])
     monkeypatch.setattr(attention_file, "COMPILED", case["device"])
     monkeypatch.setattr(attention_file, "fused_attention", lambda q, k, v, **more: torch.full_like(v, 7.0))
-    q = torch.randn(1, 1, case["n"], 16, device=DEVICE, dtype=case["dtype"])
-    weight, angles = torch.ones(16, device=DEVICE), torch.zeros(case["n"], 8, device=DEVICE)
+    q = torch.randn(1, 1, case["n"], case["dim"], device=DEVICE, dtype=case["dtype"])
+    weight = torch.ones(case["dim"], device=DEVICE)
+    angles = torch.zeros(case["n"], case["dim"] // 2, device=DEVICE)
     more = {"q_norm": weight, "k_norm": weight} if case["norm"] else {}
     if case["rope"]:
         more["rope"] = (angles.cos(), angles.sin())
     if case["mask"]:
         more["mask"] = torch.ones(1, case["n"], dtype=torch.bool, device=DEVICE)
+    if case["packed"]:
+        more["packing"] = pack([case["n"]], DEVICE)
     torch._dynamo.reset()
     call = torch.compile(attention, backend="eager") if case["compiled"] else attention
     assert bool((call(q, q, q, **more) == 7).all()) == taken
+
+
+@pytest.mark.parametrize("choice, present, message", [
+    ("", True, None), ("torch", False, None), ("triton", True, None),
+    ("sdpa", True, "ATTENTION is sdpa; give"),
+    ("triton", False, "ATTENTION is triton, which is not installed")])
+def test_the_choice_in_the_environment(monkeypatch, choice, present, message):
+    monkeypatch.setenv("ATTENTION", choice)
+    monkeypatch.setattr(attention_file, "triton", object() if present else None)
+    if message is None:
+        attention_file.check_choice()
+    else:
+        with pytest.raises(ValueError, match=message):
+            attention_file.check_choice()
 
 
 def test_the_gpus_measured(monkeypatch):
@@ -237,7 +255,8 @@ def test_the_gpus_measured(monkeypatch):
     for capability, answer in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert attention_file.measured_on(torch.device("cuda")) == answer
-    assert not attention_file.measured_on(torch.device("cpu"))
+    for name in ("cpu", "mps", "meta"):
+        assert not attention_file.measured_on(torch.device(name))
 
 
 SHOW_GRAPH = """

@@ -228,16 +228,16 @@ def test_shifts_are_compared_at_both_sizes():
 
     m = Measured(made_up(distance))
     for where, at_64, ratios in (("training and sampling", (True, 3.0, 4.0), (True, 0.75, 0.9)),
-                                 ("training alone", (False, 5.0, 4.0), (False, 1.25, 0.9)),
-                                 ("sampling alone", (True, 3.5, 4.0), (True, 0.875, 1.0))):
+                                 ("training only", (False, 5.0, 4.0), (False, 1.25, 0.9)),
+                                 ("sampling only", (True, 3.5, 4.0), (True, 0.875, 1.0))):
         found = {c.what: (decide(c), round(c.ours[0], 3), round(c.theirs[0], 3))
                  for c in claims.shifted_times(where)(m)}
         assert found == {"10 steps": at_64, "25 steps": at_64,
-                         "10 steps: ratio to none, against 32 pixels": ratios,
-                         "25 steps: ratio to none, against 32 pixels": ratios}
+                         "10 steps: ratio to shift 1, against 32 pixels": ratios,
+                         "25 steps: ratio to shift 1, against 32 pixels": ratios}
     rows = tables.shift_rows(m, 64, 10)
     assert {where: round(np.mean(by_shift[2.0]), 2) for where, by_shift in rows.items()} == {
-        "in both": 3.01, "in sampling only": 3.51, "in training only": 5.01}
+        "training and sampling": 3.01, "sampling only": 3.51, "training only": 5.01}
 
 
 def test_what_is_early_is_read_at_its_step():

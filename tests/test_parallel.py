@@ -277,7 +277,8 @@ def test_a_rank_is_not_ended_by_the_interpreter():
     """gloo's threads can abort it there. What was printed is written, and what was registered for the end is
     called."""
     for words, status, output in (([], 0, "done, handlers run\n"), (["fail"], 2, ", handlers run\n")):
-        processes = [subprocess.Popen([sys.executable, "-c", AT_THE_END, *words], env=os.environ | own,
+        processes = [subprocess.Popen([sys.executable, "-c", AT_THE_END, *words],
+                                      env=os.environ | own | {"PYTHONUNBUFFERED": ""},
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                      for own in environments(2)]
         found = [process.communicate(timeout=300) for process in processes]

@@ -321,9 +321,9 @@ def test_a_row_that_promises_too_much_is_noticed(entry, error):
 @pytest.mark.parametrize("arch", ["vae", "dit", "mmdit", "unet"])
 def test_training_says_that_it_compiles(monkeypatch, capsys, arch):
     compiled = []
-    monkeypatch.setattr(train, "compile_blocks", compiled.append)
+    monkeypatch.setattr(train, "compile_blocks", lambda model, **more: compiled.append(model))
     args = SimpleNamespace(seed=0, arch=arch, weight_decay=0.0, lr=0.1, grad_checkpoint=False, compile=True,
-                           ema=0.99, shard=False, expert_parallel=False)
+                           ema=0.99, shard=False, expert_parallel=False, aspect=False)
     task = SimpleNamespace(build=lambda: torch.nn.Linear(2, 2))
     plan = SimpleNamespace(device=torch.device("cpu"), initial=None, ranks=ALONE)
     model = train.new_state(args, task, plan).model
