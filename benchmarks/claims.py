@@ -412,9 +412,10 @@ def power_law(x: list[float], y: list[float]) -> tuple[float, float]:
     return float(np.exp(log_a)), float(b)
 
 
-def exponents(m: Measured, network: str, figure: str) -> list[float]:
-    """One per seed."""
-    return [power_law([size.flops for size in found], [getattr(size, figure) for size in found])[1]
+def exponents(m: Measured, network: str, figure: str, largest: int = 4) -> list[float]:
+    """One per seed: over so many of the largest sizes."""
+    return [power_law([size.flops for size in found[-largest:]],
+                      [getattr(size, figure) for size in found[-largest:]])[1]
             for found in sizes(m, network, None)]
 
 
@@ -437,8 +438,10 @@ def crossover(m: Measured, figure: str) -> float | None:
 
 
 def scaling(m: Measured) -> list[Comparison]:
-    return [Comparison(f"exponent of the {what}", exponents(m, "dit", figure),
-                       exponents(m, "unet", figure), quantity=figure, plain=True)
+    """Over all sizes, and, because no power law need hold over all of them, over the larger ones alone."""
+    return [Comparison(f"exponent of the {what}, {sizes}", exponents(m, "dit", figure, largest),
+                       exponents(m, "unet", figure, largest), quantity=f"{figure} {largest}", plain=True)
+            for sizes, largest in (("four sizes", 4), ("the two largest", 2))
             for what, figure in (("velocity error", "velocity"), ("distance", "frechet"))]
 
 
