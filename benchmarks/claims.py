@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.studies import (CHECKPOINTS, CORNER_NETWORKS, CORNERS_AT, FACTORS, FIRST_ORDER, GUIDANCE,
                                 LITTLE, LITTLE_SIZES, NETWORKS, NOISY, OBJECTIVES, OWN, PROMPT_KINDS,
-                                PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS, SIZES, size_name,
+                                PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS, SIZES, others, size_name,
                                 weighting_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
@@ -379,6 +379,16 @@ def x0_prediction(m: Measured) -> list[Comparison]:
         for prediction in ("x0", own))) for path, (_, own, _) in OWN.items()]
 
 
+def own_prediction_and_loss(m: Measured) -> list[Comparison]:
+    """Against each combination in which one of the two is another."""
+    def distances(path: str, *names: str) -> list[float]:
+        return m.values("weighting", weighting_name(path, *names), score(FIRST_ORDER[path][0].label))
+
+    return [Comparison(f"{path}, {own} with the loss of {own}, against {prediction} with that of {loss}",
+                       distances(path, own, own), distances(path, prediction, loss))
+            for path, (_, own, _) in OWN.items() for prediction, loss in others(own)]
+
+
 def early(m: Measured) -> list[Comparison]:
     """After a quarter of the training: the U-Net against the transformer."""
     def error(record: dict) -> float | None:
@@ -621,6 +631,8 @@ CLAIMS = [
     Claim("2e", "a network that predicts x0 is better than one that predicts the velocity, or v, if the loss "
                 "is that of the velocity, or v (Li and He 2025, JiT): Fréchet distance", x0_prediction, 1,
           "weighting"),
+    Claim("2f", "predicting the velocity, or v, with a loss of the same is best: Fréchet distance, against "
+                "another prediction or another loss", own_prediction_and_loss, 1, "weighting"),
     Claim("3", "rectified flow (dit, logit-normal) needs fewer evaluations of the network than diffusion "
                "(with eps), each by its best solver without noise", few_evaluations, 1, "steps"),
     Claim("3b", "ten evaluations of rectified flow (dit, logit-normal) are as good as fifty of diffusion "

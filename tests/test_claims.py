@@ -371,6 +371,10 @@ def test_predictions_are_compared_with_one_loss():
     m = Measured(made_up(lambda cell, *more: level.get(cell, 5.0)))
     found = {c.what: decide(c) for c in claims.x0_prediction(m)}
     assert found == {"ddpm, x0 against v": True, "rf, x0 against velocity": False}
+    answers = {c.what: decide(c) for c in claims.own_prediction_and_loss(m)}
+    assert len(answers) == 8 and {what: answer for what, answer in answers.items() if answer is not None} == {
+        "ddpm, v with the loss of v, against x0 with that of v": False,
+        "rf, velocity with the loss of velocity, against x0 with that of velocity": True}
     assert "| rf, predicts x0, loss of velocity | 7.0 (7.0 to 7.0) | 0.900" in tables.weighting_table(m)
 
 
