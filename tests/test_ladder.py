@@ -137,11 +137,15 @@ def test_the_table():
     assert default.endswith(figures)                               # 0.97 with 5.0 meets both, 0.95 neither
     assert average.startswith("| the weights are averaged with a constant decay, the former default "
                               "(`--ema 0.998`) |")
-    assert "| 10 (20.0 on two cores) | 0.966 (one seed) | 4.20 (one seed) | +0.006, -1.30 " in average
+    assert "| 20.0 on two cores | 0.966 (one seed) | 4.20 (one seed) | +0.006, -1.30 " in average
     assert "| no, its opposite | 1.25 | 1 of 1 |" in average
     assert ladder.against_targets(rows, "dit") == (
         "The recipe against its targets: agreement 0.960, missed by 0.005 (target 0.965); distance 5.50, "
         "missed by 0.50 (target 5); floor 1.25, missed by 0.05 (target 1.2).")
+    timed = [*rows, record("default", 0.97, 5.0, seed=2, threads="2 threads")]
+    assert ladder.against_targets(timed, "dit").endswith(
+        "; minutes on two cores 20.0, missed by 5.0 (target 15).")
+    assert "| 10, 20.0 on two cores | 0.963" in ladder.table(timed, "dit")
     assert ladder.against_targets(rows[1:2], "dit").startswith(
         "The recipe against its targets: agreement 0.970, met (target 0.965); distance 5.00, met (target 5);")
     assert ladder.against_targets(rows, "dit-short") == ""
