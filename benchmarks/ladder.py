@@ -249,13 +249,14 @@ def minutes(record: dict, kind: str) -> float:
     return (record["vae"][f"{kind}_seconds"] + record["network"][f"{kind}_seconds"]) / 60
 
 
-def had_two_cores(record: dict) -> bool:
-    return all(record[part]["device"].endswith("2 threads") for part in ("vae", "network"))
+def had(record: dict, threads: str) -> bool:
+    """Whether the VAE and the network were trained with so many: "1 thread", "2 threads"."""
+    return all(record[part]["device"].endswith(threads) for part in ("vae", "network"))
 
 
 def wall_minutes(records: list[dict]) -> list[float]:
     """Of those that had two cores."""
-    return [minutes(record, "wall") for record in records if had_two_cores(record)]
+    return [minutes(record, "wall") for record in records if had(record, "2 threads")]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -292,7 +293,7 @@ def table(records: list[dict], base: str) -> str:
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
         # two threads wait for each other, which counts as processor time, too
-        one_core = [minutes(record, "processor") for record in found if not had_two_cores(record)]
+        one_core = [minutes(record, "processor") for record in found if had(record, "1 thread")]
         two_cores = wall_minutes(found)
         spent = [f"{np.mean(one_core):.0f}"] if one_core else []
         if two_cores:
