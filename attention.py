@@ -33,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether to take the kernels below: True wherever they can run, False nowhere, None where they were measured
 # to be faster (`faster_compiled`). In the environment: ATTENTION=triton, ATTENTION=torch, or nothing.
 KERNEL = {"triton": True, "torch": False}.get(os.environ.get("ATTENTION")) if triton else False
-COMPILED = False               # by networks.compile_blocks: whether compiled code may take them unasked
+COMPILED = False               # whether compiled code may take them unasked: networks.compile_blocks decides
 # Whether the kernels can run here or were asked for. Otherwise they do not become operators, which would
 # import PyTorch's compiler: seconds in which every program on a CPU would wait.
 RUNNABLE = KERNEL or (triton is not None and (INTERPRETED or torch.cuda.is_available()))
@@ -153,8 +153,8 @@ def faster_compiled(q: Tensor, k: Tensor, q_norm: Tensor | None, rope: Rope | No
 
 
 def measured_on(device: torch.device) -> bool:
-    """Whether that was on GPUs of this kind, NVIDIA's of compute capability 9: an H200 was measured, and an
-    H100 has the same multiprocessors."""
+    """Whether the device is of the kind that this was measured on, an NVIDIA GPU of compute capability 9: it
+    was an H200, and an H100 has the same multiprocessors."""
     return (RUNNABLE and device.type == "cuda" and torch.version.hip is None
             and torch.cuda.get_device_capability(device)[0] == 9)
 

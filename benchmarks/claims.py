@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.studies import (CHECKPOINTS, CORNER_NETWORKS, CORNERS_AT, FACTORS, FIRST_ORDER, GUIDANCE,
                                 LITTLE, LITTLE_SIZES, NETWORKS, NOISY, OBJECTIVES, OWN, PROMPT_KINDS,
-                                PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS, SIZES, others, size_name,
-                                weighting_name)
+                                PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS, SIZES, exchanges,
+                                size_name, weighting_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
@@ -372,21 +372,21 @@ def whatever_the_sampler(m: Measured) -> list[Comparison]:
             for ours, theirs in (*pairs, ("dit rf logit-normal", "unet ddpm eps"))]
 
 
+def weighted(m: Measured, path: str, prediction: str, loss: str) -> list[float]:
+    return m.values("weighting", weighting_name(path, prediction, loss), score(FIRST_ORDER[path][0].label))
+
+
 def x0_prediction(m: Measured) -> list[Comparison]:
     """With the loss that the other prediction has, so that only the prediction differs."""
-    return [Comparison(f"{path}, x0 against {own}", *(
-        m.values("weighting", weighting_name(path, prediction, own), score(FIRST_ORDER[path][0].label))
-        for prediction in ("x0", own))) for path, (_, own, _) in OWN.items()]
+    return [Comparison(f"{path}, x0 against {own}", weighted(m, path, "x0", own), weighted(m, path, own, own))
+            for path, (_, own, _) in OWN.items()]
 
 
 def own_prediction_and_loss(m: Measured) -> list[Comparison]:
-    """Against each combination in which one of the two is another."""
-    def distances(path: str, *names: str) -> list[float]:
-        return m.values("weighting", weighting_name(path, *names), score(FIRST_ORDER[path][0].label))
-
+    """Against each combination in which the prediction or the loss is another."""
     return [Comparison(f"{path}, {own} with the loss of {own}, against {prediction} with that of {loss}",
-                       distances(path, own, own), distances(path, prediction, loss))
-            for path, (_, own, _) in OWN.items() for prediction, loss in others(own)]
+                       weighted(m, path, own, own), weighted(m, path, prediction, loss))
+            for path, (_, own, _) in OWN.items() for prediction, loss in exchanges(own)]
 
 
 def early(m: Measured) -> list[Comparison]:
@@ -449,9 +449,9 @@ def crossover(m: Measured, figure: str) -> float | None:
 
 def scaling(m: Measured) -> list[Comparison]:
     """Over all sizes, and, because no power law need hold over all of them, over the larger ones alone."""
-    return [Comparison(f"exponent of the {what}, {sizes}", exponents(m, "dit", figure, largest),
+    return [Comparison(f"exponent of the {what}, {which}", exponents(m, "dit", figure, largest),
                        exponents(m, "unet", figure, largest), quantity=f"{figure} {largest}", plain=True)
-            for sizes, largest in (("four sizes", 4), ("the two largest", 2))
+            for which, largest in (("four sizes", 4), ("the two largest", 2))
             for what, figure in (("velocity error", "velocity"), ("distance", "frechet"))]
 
 
@@ -486,34 +486,34 @@ def far_corners_of_a_transformer(m: Measured) -> list[Comparison]:
             for when, part in CORNER_PARTS.items() for name in unets]
 
 
-# Where the times are shifted: the cell's shift in training, and what its label adds where sampling differs.
-SHIFTED = {"training and sampling": (2, ""), "training only": (2, ", shift 1"),
-           "sampling only": (1, ", shift 2")}
+# Where the times are shifted: whether in training, whether in sampling.
+SHIFTED = {"training and sampling": (True, True), "sampling only": (False, True),
+           "training only": (True, False)}
+
+
+def shifted(side: int, steps: int, where: str, shift: float) -> tuple[str, Callable[[dict], float | None]]:
+    """The cell of "shift" that has the times shifted by so much there, one of SHIFTED, and its score."""
+    in_training, in_sampling = (shift if shifts else 1 for shifts in SHIFTED[where])
+    label = f"euler {steps}, guidance 1" + f", shift {in_sampling:g}" * (in_sampling != in_training)
+    return f"{side} px, trained with {in_training:g}", score(label)
 
 
 def shifted_times(where: str) -> Callable[[Measured], list[Comparison]]:
     """By 2 at 64 pixels: sqrt(m / n) for four times as many pixels (Esser et al. 2024, eq. 23). Against none
     there; and what it changes there, against what it changes at 32 pixels. where: one of SHIFTED."""
-    trained, more = SHIFTED[where]
-
     def comparisons(m: Measured) -> list[Comparison]:
-        def cell(side: int, shift: int) -> str:
-            return f"{side} px, trained with {shift}"
-
-        def ratios(side: int, shifted: str, plain: str) -> list[float]:
-            ours = by_seed(m, "shift", [cell(side, trained)], score(shifted))
-            theirs = by_seed(m, "shift", [cell(side, 1)], score(plain))
+        def ratios(side: int, steps: int) -> list[float]:
+            places = [shifted(side, steps, where, shift) for shift in (2, 1)]
+            ours, theirs = (by_seed(m, "shift", [cell], get) for cell, get in places)
             pairs = [(ours[seed][0], theirs[seed][0]) for seed in sorted(ours.keys() & theirs.keys())]
-            return [shifted / plain for shifted, plain in pairs if None not in (shifted, plain)]
+            return [with_it / without for with_it, without in pairs if None not in (with_it, without)]
 
         found = []
         for steps in SHIFT_STEPS:
-            plain = f"euler {steps}, guidance 1"
-            found += [Comparison(f"{steps} steps", m.values("shift", cell(64, trained), score(plain + more)),
-                                 m.values("shift", cell(64, 1), score(plain))),
-                      Comparison(f"{steps} steps: ratio to shift 1, against 32 pixels",
-                                 ratios(64, plain + more, plain), ratios(32, plain + more, plain),
-                                 quantity="ratio", digits=2)]
+            found += [Comparison(f"{steps} steps", *(m.values("shift", *shifted(64, steps, where, shift))
+                                                     for shift in (2, 1))),
+                      Comparison(f"{steps} steps: ratio to shift 1, against 32 pixels", ratios(64, steps),
+                                 ratios(32, steps), quantity="ratio", digits=2)]
         return found
 
     return comparisons
@@ -655,7 +655,9 @@ CLAIMS = [
           "prompts"),
     *(Claim(number, f"larger pictures need shifted times, in {where}: Fréchet distance at 64 pixels with "
                     "shift 2 against shift 1, and the ratio of the two against that at 32 pixels",
-            shifted_times(where), 1, "shift") for number, where in zip(("7", "7a", "7b"), SHIFTED)),
+            shifted_times(where), 1, "shift")
+      for number, where in (("7", "training and sampling"), ("7a", "training only"),
+                            ("7b", "sampling only"))),
     Claim("8", "the transformer with rectified flow draws faster than the U-Net with diffusion, at equal "
                "quality, by solvers without noise: milliseconds per picture on one CPU core",
           faster, 1, "speed"),

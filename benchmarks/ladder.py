@@ -250,7 +250,7 @@ def minutes(record: dict, kind: str) -> float:
 
 
 def had(record: dict, threads: str) -> bool:
-    """Whether the VAE and the network were trained with so many: "1 thread", "2 threads"."""
+    """Whether VAE and network were trained with these threads: "1 thread" or "2 threads"."""
     return all(record[part]["device"].endswith(threads) for part in ("vae", "network"))
 
 

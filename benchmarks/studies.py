@@ -217,14 +217,14 @@ OWN = {"ddpm": (("--objective", "ddpm"), "v", "ddpm v"),
        "rf": (("--objective", "rf", "--density", "uniform"), "velocity", "rf uniform")}
 
 
-def others(own: str) -> list[tuple[str, str]]:
-    """What the network predicts, with one loss; then what the loss is of, with one prediction."""
+def exchanges(own: str) -> list[tuple[str, str]]:
+    """(prediction, loss) with one of the two another: first the prediction, then the loss."""
     return [("eps", own), ("x0", own), (own, "eps"), (own, "x0")]
 
 
 def weighting_cells() -> Iterator[Cell]:
     for path, (flags, own, objective) in OWN.items():
-        for prediction, loss in ((own, own), *others(own)):
+        for prediction, loss in ((own, own), *exchanges(own)):
             cell = grid_cell("weighting", "dit", objective, FIRST_ORDER[path])
             if (prediction, loss) != (own, own):
                 cell = cell._replace(run=f"dit-{path}-{prediction}-loss-{loss}", train=NETWORKS["dit"] + flags

@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (CLAIMS, RULE, USABLE, VERDICTS, Claim, Comparison, Measured, answers_to,
-                               best_within, counted, crossover, depends_on, distance, exponents, first_order,
-                               needed, paces, score, sizes, typical, verdict)
+from benchmarks.claims import (CLAIMS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison, Measured,
+                               answers_to, best_within, counted, crossover, depends_on, distance, exponents,
+                               first_order, needed, paces, score, shifted, sizes, typical, verdict)
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
@@ -130,9 +130,14 @@ class Column(NamedTuple):
     digits: int
 
 
+def on_cpu(record: dict) -> bool:
+    """Whether the cell was trained on a CPU, whose threads compare.device_name adds to its name."""
+    return "thread" in record["device"]
+
+
 def training_minutes(record: dict) -> float | None:
     """Processor time of a training on a CPU; None on a GPU, or where a kill left no account of it."""
-    if "thread" not in record["device"] or "processor_seconds" not in record:
+    if not on_cpu(record) or "processor_seconds" not in record:
         return None
     return record["processor_seconds"] / 60
 
@@ -370,13 +375,8 @@ def noise_table(m: Measured) -> str:
 
 def shift_rows(m: Measured, side: int, steps: int) -> dict[str, dict[float, list[float]]]:
     """Distances by where the times are shifted, and by how much."""
-    def values(trained: float, shift: float | None) -> list[float]:
-        label = f"euler {steps}, guidance 1" + ("" if shift is None else f", shift {shift:g}")
-        return m.values("shift", f"{side} px, trained with {trained:g}", score(label))
-
-    return {"training and sampling": {shift: values(shift, None) for shift in SHIFTS},
-            "sampling only": {shift: values(1, None if shift == 1 else shift) for shift in SHIFTS},
-            "training only": {shift: values(shift, None if shift == 1 else 1) for shift in SHIFTS}}
+    return {where: {shift: m.values("shift", *shifted(side, steps, where, shift)) for shift in SHIFTS}
+            for where in SHIFTED}
 
 
 def shift_table(m: Measured) -> str:
@@ -499,8 +499,7 @@ def curvature_table(m: Measured) -> str:
 def weighting_table(m: Measured) -> str:
     rows = []
     for cell in STUDIES["weighting"].cells:
-        devices = sorted({"CPU" if "thread" in record["device"] else "GPU"
-                          for record in m.of("weighting", cell.name)})
+        devices = sorted({"CPU" if on_cpu(record) else "GPU" for record in m.of("weighting", cell.name)})
         columns = [(score(cell.evaluations[0].label), 1), (score(cell.evaluations[0].label, "agreement"), 3),
                    (lambda r: r["errors"][-1]["velocity"], 3), (lambda r: r["errors"][-1]["x0"], 3)]
         if m.of("weighting", cell.name):
