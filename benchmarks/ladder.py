@@ -48,7 +48,7 @@ class Rung(NamedTuple):
     vae: tuple[str, ...] = ()                # the same, but they change the VAE: it is trained anew
     sample: tuple[str, ...] | None = None    # flags of sample.py, instead of those of the base
     candidate: str | None = None             # no flag, but a row of benchmarks/candidates.py
-    share: float = 1.0                       # of the base's steps, where a step takes longer
+    share: float = 1.0                       # of the base's steps, where one takes longer or is shorter
     arch: str | None = None                  # the only family that it goes with
     undoes: bool = False                     # a default, which became one by what this rung shows
 
@@ -86,6 +86,12 @@ RUNGS = {
                          sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
     "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),
+    "half-rate": Rung("half the peak learning rate", train=("--lr", "2e-3"), arch="dit"),
+    "double-rate": Rung("twice the peak learning rate", train=("--lr", "8e-3"), arch="dit"),
+    "half-batch": Rung("half the batch, and so more steps in the same time", train=("--batch-size", "32"),
+                       share=1.9, arch="dit"),
+    "smaller": Rung("a smaller network, and so more steps in the same time", train=("--preset", "size-3"),
+                    share=2.0, arch="dit"),
     "x0-velocity": Rung("the network predicts x0, and the loss is that of the velocity",
                         train=("--prediction", "x0", "--loss", "velocity")),
     # the VAE
@@ -268,14 +274,14 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def gains(found: list[dict], defaults: list[dict]) -> str:
-    """The mean differences from the default's agreement and distance: "+0.010, -0.35"."""
-    if not defaults or found is defaults:
+    """The mean differences from the default's agreement and distance, over the seeds that both have:
+    "+0.010, -0.35"."""
+    by_seed = {record["seed"]: record for record in defaults}
+    pairs = [(record, by_seed[record["seed"]]) for record in found if record["seed"] in by_seed]
+    if not pairs or found is defaults:
         return ""
-    texts = []
-    for name, digits in (("agreement", 3), ("frechet", 2)):
-        difference = np.mean([r[name] for r in found]) - np.mean([r[name] for r in defaults])
-        texts.append(f"{difference:+.{digits}f}")
-    return ", ".join(texts)
+    return ", ".join(f"{np.mean([mine[name] - its[name] for mine, its in pairs]):+.{digits}f}"
+                     for name, digits in (("agreement", 3), ("frechet", 2)))
 
 
 def table(records: list[dict], base: str) -> str:
@@ -298,6 +304,9 @@ def table(records: list[dict], base: str) -> str:
         spent = [f"{np.mean(one_core):.0f}"] if one_core else []
         if two_cores:
             spent.append(f"{np.mean(two_cores):.1f} on two cores")
+        # several trainings side by side: how long each took says nothing
+        spent += sorted({f"on {device}" for record in found
+                         if "thread" not in (device := record["network"]["device"])})
         is_default = "yes" if name == "default" else "no"
         if rung.undoes:
             is_default = "no, its opposite"

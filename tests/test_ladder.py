@@ -137,8 +137,13 @@ def test_the_table():
     assert default.endswith(figures)                               # 0.97 with 5.0 meets both, 0.95 neither
     assert average.startswith("| the weights are averaged with a constant decay, the former default "
                               "(`--ema 0.998`) |")
-    assert "| 20.0 on two cores | 0.966 (one seed) | 4.20 (one seed) | +0.006, -1.30 " in average
+    assert "| 20.0 on two cores | 0.966 (one seed) | 4.20 (one seed) | +0.016, -1.80 " in average
     assert "| no, its opposite | 1.25 | 1 of 1 |" in average
+    other = record("muon", 0.99, 3.0, seed=7)                      # no default of this seed
+    other["network"] = other["network"] | {"device": "NVIDIA X1"}
+    assert ladder.table([*rows, other], "dit").splitlines()[-1].startswith(
+        "| Muon for the matrices (`benchmarks/candidates.py muon`) | on NVIDIA X1 | 0.990 (one seed) "
+        "| 3.00 (one seed) |  | no |")
     assert ladder.against_targets(rows, "dit") == (
         "The recipe against its targets: agreement 0.960, missed by 0.005 (target 0.965); distance 5.50, "
         "missed by 0.50 (target 5); floor 1.25, missed by 0.05 (target 1.2).")
