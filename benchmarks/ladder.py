@@ -146,21 +146,24 @@ class Ladder:
     def program(rung: Rung, name: str) -> list[str]:
         return ["benchmarks/candidates.py", rung.candidate, name] if rung.candidate else [name]
 
+    def vae(self, rung: Rung) -> Path:
+        return self.folder(rung) / f"{DATA}-vae"
+
     def shared_flags(self, rung: Rung) -> list[str]:
         """Flags of train.py for the VAE and for the network."""
-        flags = ["--data", DATA, *rung.vae, "--runs-dir", str(self.folder(rung))]
+        flags = ["--data", DATA, "--runs-dir", str(self.folder(rung))]
         if str(self.data_dir) != "data":
             flags += ["--data-dir", str(self.data_dir)]
         return flags
 
     def vae_command(self, rung: Rung) -> list[str]:
-        """The VAE that the network's command would train first: alone, so that its minutes are known."""
-        return ["train.py", "--arch", "vae", *self.shared_flags(rung), "--steps", str(self.vae_steps)]
+        return ["train.py", "--arch", "vae", *self.shared_flags(rung), *rung.vae,
+                "--steps", str(self.vae_steps), "--name", self.vae(rung).name]
 
     def train_command(self, rung: Rung, seed: int) -> list[str]:
         steps = self.steps(rung)
         return [*self.program(rung, "train.py"), *self.base.train, *self.shared_flags(rung),
-                "--vae-steps", str(self.vae_steps), "--steps", str(steps), *rung.train, *self.extra,
+                "--vae", str(self.vae(rung)), "--steps", str(steps), *rung.train, *self.extra,
                 "--save-every", str(self.part(steps)), "--keep", str(CHECKPOINTS),
                 "--seed", str(seed), "--name", self.run(rung, seed).name]
 
@@ -193,7 +196,7 @@ class Ladder:
             with locked(run.with_name(f"{run.name}.lock")):
                 if self.results.has(self.name, name, seed):        # another process may just have
                     return True
-                vae = self.folder(rung) / f"{DATA}-vae"
+                vae = self.vae(rung)
                 vae.mkdir(exist_ok=True)
                 with locked(vae.with_name("vae.lock"), wait=True):
                     vae_spent = self.timed(self.vae_command(rung), vae, self.vae_steps)
