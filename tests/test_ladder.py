@@ -38,6 +38,7 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
                 assert args.keep * args.save_every >= args.steps - 8
             names.add((base, name, args.runs_dir, args.name, *(rung.sample or ())))
     assert len(names) == len({entry[:2] for entry in names})
+    assert "smaller" in ladder.rungs_of("dit") and "smaller" not in ladder.rungs_of("dit-small")
 
 
 def test_rungs_that_differ_in_training_have_runs_of_their_own():
