@@ -107,7 +107,7 @@ RUNGS = {
     "patch-1": Rung("four times as many tokens, and so fewer steps in the same time",
                     train=("--patch", "1"), share=0.275, arch="dit"),
     # no flags
-    "muon": Rung("Muon for the matrices", candidate="muon", arch="dit"),
+    "muon": Rung("Muon for the matrices, whose steps take longer", candidate="muon", share=0.6, arch="dit"),
     "direction": Rung("the loss also has the velocity's direction", candidate="direction", arch="dit"),
     "contrastive": Rung("contrastive flow matching", candidate="contrastive", arch="dit"),
     "value-residual": Rung("the first block's values are mixed into all others", candidate="value-residual",

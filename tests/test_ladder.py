@@ -139,8 +139,8 @@ def test_the_table():
     other = record("muon", 0.99, 3.0, seed=7)                      # no default of this seed
     other["network"] = other["network"] | {"device": "NVIDIA X1"}
     assert ladder.table([*rows, other], "dit").splitlines()[-1].startswith(
-        "| Muon for the matrices (`benchmarks/candidates.py muon`) | on NVIDIA X1 | 0.990 (one seed) "
-        "| 3.00 (one seed) |  | no |")
+        "| Muon for the matrices, whose steps take longer (`benchmarks/candidates.py muon`) | on NVIDIA X1 "
+        "| 0.990 (one seed) | 3.00 (one seed) |  | no |")
     assert ladder.against_targets(rows, "dit") == (
         "The recipe against its targets: agreement 0.960, missed by 0.005 (target 0.965); distance 5.50, "
         "missed by 0.50 (target 5); floor 1.25, missed by 0.05 (target 1.2).")
