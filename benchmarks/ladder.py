@@ -82,6 +82,8 @@ RUNGS = {
                          sample=("--cfg", "2", "--interval", "0.1", "0.8")),
     **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=("--cfg", scale, "--interval", "0", "0.8"))
        for scale in ("2.05", "2.1", "2.2", "2.5", "3")},
+    "stronger-and-later": Rung("guidance 2.2, but none in the last tenth of the time",
+                               sample=("--cfg", "2.2", "--interval", "0.1", "0.8")),
     "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
                          sample=("--cfg", "2", "--guide", f"{RUN}/checkpoint-QUARTER.pt")),
     # training
@@ -274,6 +276,24 @@ def wall_minutes(records: list[dict]) -> list[float]:
     return [minutes(record, "wall") for record in records if had(record, "2 threads")]
 
 
+def took(records: list[dict]) -> str:
+    """Minutes of the trainings, as many of these as there are: on one core; on two; where the VAE had two and
+    the network one, both; where several ran on a GPU side by side, which says nothing, only where."""
+    # two threads wait for each other, which counts as processor time, too
+    one_core = [minutes(record, "processor") for record in records if had(record, "1 thread")]
+    two_cores = wall_minutes(records)
+    texts = [f"{np.mean(one_core):.0f}"] if one_core else []
+    if two_cores:
+        texts.append(f"{np.mean(two_cores):.1f} on two cores")
+    networks = [record["network"] for record in records]
+    alone = [network["processor_seconds"] / 60 for network in networks
+             if network["device"].endswith("1 thread")]
+    if not texts and alone:
+        texts.append(f"{np.mean(alone):.0f}, and the VAE's")
+    return ", ".join(texts + sorted({f"on {network['device']}" for network in networks
+                                     if "thread" not in network["device"]}))
+
+
 def spread(values: list[float], digits: int) -> str:
     """The mean and, of several seeds, the range: "4.2 (4.1 to 4.4)"."""
     mean = f"{np.mean(values):.{digits}f}"
@@ -307,20 +327,11 @@ def table(records: list[dict], base: str) -> str:
         rung = RUNGS[name]
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
-        # two threads wait for each other, which counts as processor time, too
-        one_core = [minutes(record, "processor") for record in found if had(record, "1 thread")]
-        two_cores = wall_minutes(found)
-        spent = [f"{np.mean(one_core):.0f}"] if one_core else []
-        if two_cores:
-            spent.append(f"{np.mean(two_cores):.1f} on two cores")
-        # several trainings side by side: how long each took says nothing
-        spent += sorted({f"on {device}" for record in found
-                         if "thread" not in (device := record["network"]["device"])})
         is_default = "yes" if name == "default" and goal.what == DEFAULTS else "no"
         if rung.undoes:
             is_default = "no, its opposite"
         what = goal.what if name == "default" else described(rung)
-        rows.append(f"| {what} | {', '.join(spent)} "
+        rows.append(f"| {what} | {took(found)} "
                     f"| {spread([record['agreement'] for record in found], 3)} "
                     f"| {spread([record['frechet'] for record in found], 2)} "
                     f"| {gains(found, by_rung['default'])} | {is_default} "

@@ -138,6 +138,9 @@ def test_the_table():
     assert "| no, its opposite | 1.25 | 1 of 1 |" in average
     other = record("muon", 0.99, 3.0, seed=7)                      # no default of this seed
     other["network"] = other["network"] | {"device": "NVIDIA X1"}
+    mixed = record("default", 0.9, 9.0)
+    mixed["vae"] = mixed["vae"] | {"device": "a, 2 threads"}
+    assert ladder.took([mixed]) == "9, and the VAE's" and ladder.took([mixed, rows[0]]) == "10"
     assert ladder.table([*rows, other], "dit").splitlines()[-1].startswith(
         "| Muon for the matrices, whose steps take longer (`benchmarks/candidates.py muon`) | on NVIDIA X1 "
         "| 0.990 (one seed) | 3.00 (one seed) |  | no |")
