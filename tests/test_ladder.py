@@ -145,12 +145,13 @@ def test_the_table():
         "| Muon for the matrices, whose steps take longer (`benchmarks/candidates.py muon`) | on NVIDIA X1 "
         "| 0.990 (one seed) | 3.00 (one seed) |  | no |")
     assert ladder.against_targets(rows, "dit") == (
-        "The recipe against its targets: agreement 0.960, missed by 0.005 (target 0.965); distance 5.50, "
+        "The first row against the targets: agreement 0.960, missed by 0.005 (target 0.965); distance 5.50, "
         "missed by 0.50 (target 5); floor 1.25, missed by 0.05 (target 1.2).")
     timed = [*rows, record("default", 0.97, 5.0, seed=2, threads="2 threads")]
     assert ladder.against_targets(timed, "dit").endswith(
         "; minutes on two cores 20.0, missed by 5.0 (target 15).")
     assert "| 10, 20.0 on two cores | 0.963" in ladder.table(timed, "dit")
     assert ladder.against_targets(rows[1:2], "dit").startswith(
-        "The recipe against its targets: agreement 0.970, met (target 0.965); distance 5.00, met (target 5);")
-    assert ladder.against_targets(rows, "dit-short") == ""
+        "The first row against the targets: agreement 0.970, met (target 0.965); distance 5.00, met ")
+    assert ladder.against_targets([row | {"study": "dit-short"} for row in rows], "dit-short") == ""
+    assert ladder.against_targets(rows, "dit-small") == ""
