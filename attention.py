@@ -153,8 +153,8 @@ def faster_compiled(q: Tensor, k: Tensor, q_norm: Tensor | None, rope: Rope | No
 
 
 def measured_on(device: torch.device) -> bool:
-    """Whether the device is of the kind that this was measured on, an NVIDIA GPU of compute capability 9: it
-    was an H200, and an H100 has the same multiprocessors."""
+    """Whether `faster_compiled` holds for the device: an NVIDIA GPU of compute capability 9. It was measured
+    on an H200; an H100 has the same multiprocessors."""
     return (RUNNABLE and device.type == "cuda" and torch.version.hip is None
             and torch.cuda.get_device_capability(device)[0] == 9)
 

@@ -133,7 +133,7 @@ def new_state(args: argparse.Namespace, task: Task, plan: Plan) -> State:
     if args.grad_checkpoint:
         checkpoint_blocks(model)
     if args.compile:
-        # the kernels, only for what they have been run with on a GPU
+        # attention's own kernels, but only in trainings of the kind that has been run on a GPU
         compile_blocks(model, kernels=not (args.shard or args.aspect or args.grad_checkpoint))
         print("--compile: the first step compiles the network, which can take minutes", flush=True)
     state = State(model, averages, plan.device)

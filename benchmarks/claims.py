@@ -373,6 +373,7 @@ def whatever_the_sampler(m: Measured) -> list[Comparison]:
 
 
 def weighted(m: Measured, path: str, prediction: str, loss: str) -> list[float]:
+    """Distances of a cell of "weighting"."""
     return m.values("weighting", weighting_name(path, prediction, loss), score(FIRST_ORDER[path][0].label))
 
 
@@ -631,8 +632,8 @@ CLAIMS = [
     Claim("2e", "a network that predicts x0 is better than one that predicts the velocity, or v, if the loss "
                 "is that of the velocity, or v (Li and He 2025, JiT): Fréchet distance", x0_prediction, 1,
           "weighting"),
-    Claim("2f", "predicting the velocity, or v, with a loss of the same is best: Fréchet distance, against "
-                "another prediction or another loss", own_prediction_and_loss, 1, "weighting"),
+    Claim("2f", "predicting the velocity, or v, with the loss of that quantity is best: Fréchet distance, "
+                "against another prediction or another loss", own_prediction_and_loss, 1, "weighting"),
     Claim("3", "rectified flow (dit, logit-normal) needs fewer evaluations of the network than diffusion "
                "(with eps), each by its best solver without noise", few_evaluations, 1, "steps"),
     Claim("3b", "ten evaluations of rectified flow (dit, logit-normal) are as good as fifty of diffusion "

@@ -111,6 +111,11 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
+def on_cpu(record: dict) -> bool:
+    """Whether a record is from a CPU, to whose name `device_name` adds the threads."""
+    return "thread" in record["device"]
+
+
 def stamp() -> dict:
     """Where, when and with what a cell was measured."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

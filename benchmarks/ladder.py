@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import Results, Stopped, as_typed, call, last_step, stamp
+from benchmarks.compare import Results, Stopped, as_typed, call, last_step, on_cpu, stamp
 from benchmarks.measures import JUDGES
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_stamp
@@ -35,12 +35,13 @@ DATA = "fashion-mnist"
 
 class Base(NamedTuple):
     """What all rungs of a family have in common: flags of train.py and of sample.py."""
-    what: str
     train: tuple[str, ...]
     steps: int
     sample: tuple[str, ...]
     agreement: float         # the target, which one and the same rung must reach ...
     frechet: float           # ... with a distance of at most this
+    what: str | None = None  # in words, if it is not the recipe
+    whole: bool = True       # False: a part of a training, which is not held against the targets
 
 
 class Rung(NamedTuple):
@@ -49,23 +50,21 @@ class Rung(NamedTuple):
     vae: tuple[str, ...] = ()                # the same, but they change the VAE: it is trained anew
     sample: tuple[str, ...] | None = None    # flags of sample.py, instead of those of the base
     candidate: str | None = None             # no flag, but a row of benchmarks/candidates.py
-    share: float = 1.0                       # of the base's steps, where one takes longer or is shorter
+    share: float = 1.0                       # of the base's steps, where a step takes more or less time
     arch: str | None = None                  # the only family that it goes with
     undoes: bool = False                     # a default, which became one by what this rung shows
 
 
-DEFAULTS = "the recipe: train.py's defaults but for the numbers of steps"
 GUIDED = ("--cfg", "2", "--interval", "0", "0.8")
 BASES = {
-    "dit": Base(DEFAULTS, ("--arch", "dit", "--objective", "rf"), 4000, GUIDED, agreement=0.965, frechet=5.0),
-    "unet": Base(DEFAULTS, ("--arch", "unet", "--objective", "ddpm"), 2500, GUIDED,
-                 agreement=0.965, frechet=8.0),
+    "dit": Base(("--arch", "dit", "--objective", "rf"), 4000, GUIDED, agreement=0.965, frechet=5.0),
+    "unet": Base(("--arch", "unet", "--objective", "ddpm"), 2500, GUIDED, agreement=0.965, frechet=8.0),
 }
 # About a third of the training, to choose among many changes: the target stays that of the whole one.
-BASES["dit-short"] = BASES["dit"]._replace(steps=1500)
-# A smaller network makes twice as many steps in a minute, and so reaches the target in less time.
+BASES["dit-short"] = BASES["dit"]._replace(steps=1500, whole=False)
+# A smaller network makes about twice as many steps in a minute: a try at the target for the time.
 BASES["dit-small"] = BASES["dit"]._replace(
-    what="a smaller network and more steps", train=BASES["dit"].train + ("--preset", "size-3"), steps=4500)
+    train=BASES["dit"].train + ("--preset", "size-3"), steps=4500, what="a smaller network and more steps")
 VAE_STEPS = 4500
 FLOOR = 1.2              # the target for the VAE
 MINUTES = 15             # on two cores, from nothing: the target for the time
@@ -73,7 +72,7 @@ RUN = "RUN"              # among flags of sample.py: the run's folder
 CHECKPOINTS = 8          # that every run keeps, evenly over its steps
 
 RUNGS = {
-    "default": Rung("what the base says"),
+    "default": Rung("the recipe: train.py's defaults but for the numbers of steps"),
     # sampling: no training of their own
     "no-interval": Rung("guidance 2 at all times", sample=("--cfg", "2")),
     "weaker": Rung("guidance 1.5 at all times", sample=("--cfg", "1.5")),
@@ -155,6 +154,7 @@ class Ladder:
         return ["benchmarks/candidates.py", rung.candidate, name] if rung.candidate else [name]
 
     def vae(self, rung: Rung) -> Path:
+        """The run of the VAE, which is trained alone, so that its minutes are known."""
         return self.folder(rung) / f"{DATA}-vae"
 
     def shared_flags(self, rung: Rung) -> list[str]:
@@ -260,15 +260,18 @@ class Ladder:
 
 # ---- the rows measured so far
 
-def minutes(record: dict, kind: str) -> float:
-    """Minutes of the VAE and the network, "processor" or "wall". A rung that ran beside others is judged by
-    the former, which a busy machine changes less; only the latter, on two free cores, is the target's."""
-    return (record["vae"][f"{kind}_seconds"] + record["network"][f"{kind}_seconds"]) / 60
+PARTS = ("vae", "network")
 
 
-def had(record: dict, threads: str) -> bool:
-    """Whether VAE and network were trained with these threads: "1 thread" or "2 threads"."""
-    return all(record[part]["device"].endswith(threads) for part in ("vae", "network"))
+def minutes(record: dict, kind: str, parts: tuple[str, ...] = PARTS) -> float:
+    """Minutes of the trainings, "processor" or "wall". A rung that ran beside others is judged by the former,
+    which a busy machine changes less; only the latter, on two free cores, is the target's."""
+    return sum(record[part][f"{kind}_seconds"] for part in parts) / 60
+
+
+def had(record: dict, threads: str, parts: tuple[str, ...] = PARTS) -> bool:
+    """Whether these parts were trained with these threads: "1 thread" or "2 threads"."""
+    return all(record[part]["device"].endswith(threads) for part in parts)
 
 
 def wall_minutes(records: list[dict]) -> list[float]:
@@ -277,21 +280,23 @@ def wall_minutes(records: list[dict]) -> list[float]:
 
 
 def took(records: list[dict]) -> str:
-    """Minutes of the trainings, as many of these as there are: on one core; on two; where the VAE had two and
-    the network one, both; where several ran on a GPU side by side, which says nothing, only where."""
-    # two threads wait for each other, which counts as processor time, too
+    """The table's minutes: "10", "21.2 on two cores", both, or, where only the network had one core, "9, and
+    the VAE's". Of a GPU only the name, because trainings ran side by side there."""
+    # Processor time is of one core only: two threads wait for each other, and that counts too.
     one_core = [minutes(record, "processor") for record in records if had(record, "1 thread")]
     two_cores = wall_minutes(records)
-    texts = [f"{np.mean(one_core):.0f}"] if one_core else []
+    network = ("network",)
+    networks = [minutes(record, "processor", network) for record in records
+                if had(record, "1 thread", network)]
+    texts = []
+    if one_core:
+        texts.append(f"{np.mean(one_core):.0f}")
     if two_cores:
         texts.append(f"{np.mean(two_cores):.1f} on two cores")
-    networks = [record["network"] for record in records]
-    alone = [network["processor_seconds"] / 60 for network in networks
-             if network["device"].endswith("1 thread")]
-    if not texts and alone:
-        texts.append(f"{np.mean(alone):.0f}, and the VAE's")
-    return ", ".join(texts + sorted({f"on {network['device']}" for network in networks
-                                     if "thread" not in network["device"]}))
+    if networks and not texts:
+        texts.append(f"{np.mean(networks):.0f}, and the VAE's")
+    gpus = {record["network"]["device"] for record in records if not on_cpu(record["network"])}
+    return ", ".join(texts + [f"on {name}" for name in sorted(gpus)])
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -327,10 +332,13 @@ def table(records: list[dict], base: str) -> str:
         rung = RUNGS[name]
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
-        is_default = "yes" if name == "default" and goal.what == DEFAULTS else "no"
+        what, is_default = described(rung), "no"
         if rung.undoes:
             is_default = "no, its opposite"
-        what = goal.what if name == "default" else described(rung)
+        if name == "default" and goal.what:
+            what = goal.what
+        elif name == "default":
+            is_default = "yes"
         rows.append(f"| {what} | {took(found)} "
                     f"| {spread([record['agreement'] for record in found], 3)} "
                     f"| {spread([record['frechet'] for record in found], 2)} "
@@ -341,10 +349,10 @@ def table(records: list[dict], base: str) -> str:
 
 
 def against_targets(records: list[dict], base: str) -> str:
-    """A sentence on what a base reaches and misses, by its means; "" where it is not measured, or is a third
-    of a training."""
+    """A sentence on what a base reaches and misses, by its means; "" where it is not measured, or is no
+    whole training."""
     found = [record for record in records if (record["study"], record["cell"]) == (base, "default")]
-    if not found or base == "dit-short":
+    if not found or not BASES[base].whole:
         return ""
     goals = [("agreement", [record["agreement"] for record in found], BASES[base].agreement, 3),
              ("distance", [record["frechet"] for record in found], BASES[base].frechet, 2),

@@ -218,7 +218,7 @@ OWN = {"ddpm": (("--objective", "ddpm"), "v", "ddpm v"),
 
 
 def exchanges(own: str) -> list[tuple[str, str]]:
-    """(prediction, loss) with one of the two another: first the prediction, then the loss."""
+    """Pairs (prediction, loss) in which one is the path's own and the other is not."""
     return [("eps", own), ("x0", own), (own, "eps"), (own, "x0")]
 
 

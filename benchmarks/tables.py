@@ -24,6 +24,7 @@ from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison, Measured,
                                answers_to, best_within, counted, crossover, depends_on, distance, exponents,
                                first_order, needed, paces, score, shifted, sizes, typical, verdict)
+from benchmarks.compare import on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
@@ -128,11 +129,6 @@ class Column(NamedTuple):
     head: str
     get: Callable[[dict], float | None]
     digits: int
-
-
-def on_cpu(record: dict) -> bool:
-    """Whether the cell was trained on a CPU, whose threads compare.device_name adds to its name."""
-    return "thread" in record["device"]
 
 
 def training_minutes(record: dict) -> float | None:

@@ -28,7 +28,13 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
                 assert drawn[:3] == ["benchmarks/candidates.py", rung.candidate, "sample.py"]
                 network, drawn = network[2:], drawn[2:]
             args = settings.parse(network[1:])
-            assert Path(args.vae) == Path(vae.runs_dir, vae.name) and vae.steps == 4500
+            assert Path(args.vae) == Path(vae.runs_dir, vae.name)
+            # the VAE trained apart is the one that the network's command would train without --vae
+            flags = [*whole.base.train, *whole.shared_flags(rung), *rung.vae, "--vae-steps", "4500"]
+            own = settings.vae_settings(settings.parse(flags), None)
+            assert {key: getattr(own, key) for key in settings.SAME_VAE} == {
+                key: getattr(vae, key) for key in settings.SAME_VAE}
+            assert (own.runs_dir, own.name, own.steps) == (vae.runs_dir, vae.name, 4500)
             assert args.seed == 3 and args.steps == whole.steps(rung)
             whole.run(rung, 3).mkdir(parents=True, exist_ok=True)
             drawn = sample_settings.parse_args(drawn[1:])
@@ -152,6 +158,7 @@ def test_the_table():
         "; minutes on two cores 20.0, missed by 5.0 (target 15).")
     assert "| 10, 20.0 on two cores | 0.963" in ladder.table(timed, "dit")
     assert ladder.against_targets(rows[1:2], "dit").startswith(
-        "The first row against the targets: agreement 0.970, met (target 0.965); distance 5.00, met ")
+        "The first row against the targets: agreement 0.970, met (target 0.965); distance 5.00, met "
+        "(target 5);")
     assert ladder.against_targets([row | {"study": "dit-short"} for row in rows], "dit-short") == ""
     assert ladder.against_targets(rows, "dit-small") == ""
