@@ -92,6 +92,9 @@ RUNGS = {
                          sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
     "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),
+    **{f"full-cooldown-{scale}": Rung(f"the same, drawn with guidance {scale}", train=("--cooldown", "1"),
+                                      sample=("--cfg", scale, "--interval", "0", "0.8"))
+       for scale in ("2.1", "2.2")},
     "half-rate": Rung("half the peak learning rate", train=("--lr", "2e-3"), arch="dit"),
     "double-rate": Rung("twice the peak learning rate", train=("--lr", "8e-3"), arch="dit"),
     "half-batch": Rung("half the batch, and so more steps in the same time", train=("--batch-size", "32"),
@@ -102,6 +105,8 @@ RUNGS = {
                         train=("--prediction", "x0", "--loss", "velocity")),
     # the VAE
     "latent-noise": Rung("the decoder is trained with noise on the latent", vae=("--latent-noise", "0.5")),
+    "vae-full-cooldown": Rung("the learning rate of the VAE falls from the first step on",
+                              vae=("--cooldown", "1")),
     "equivariance": Rung("the VAE also reconstructs at half the size", vae=("--equivariance", "0.5")),
     "three-channels": Rung("latents of three channels instead of four", vae=("--latent-channels", "3")),
     "stronger-kl": Rung("ten times the KL weight", vae=("--kl-weight", "1e-4")),
