@@ -94,7 +94,7 @@ RUNGS = {
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),
     **{f"full-cooldown-{scale}": Rung(f"the same, drawn with guidance {scale}", train=("--cooldown", "1"),
                                       sample=("--cfg", scale, "--interval", "0", "0.8"))
-       for scale in ("2.1", "2.2")},
+       for scale in ("2.1", "2.2", "2.5", "3")},
     "half-rate": Rung("half the peak learning rate", train=("--lr", "2e-3"), arch="dit"),
     "double-rate": Rung("twice the peak learning rate", train=("--lr", "8e-3"), arch="dit"),
     "half-batch": Rung("half the batch, and so more steps in the same time", train=("--batch-size", "32"),
