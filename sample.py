@@ -41,7 +41,7 @@ from conditioning import Asked
 from draw import draw_batches, in_own_dtype, picture_bar
 from files import digest, fingerprint_tensors
 from guidance import build_guide, guidance_of, guidance_options, read_guide
-from machine import check_compiler, check_room, memory, pick_device
+from machine import check_compiler, check_room, has_bf16, memory, pick_device
 from media import Medium, medium_of
 from networks import build_model, build_path, graphed, unpack_vae
 from offload import Resident, Stage, visit_blocks
@@ -280,6 +280,8 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     args = parse_args(argv)
     check_flags(args, ranks)                               # what needs no file to be refused
     device = pick_device(args.device, ranks.local)
+    if args.precision == "auto":                           # bf16 that is emulated is far slower than fp32
+        args.precision = "bf16" if has_bf16(device) else "fp32"
     attention.check_choice()
     if args.compile:
         check_compiler(device)

@@ -31,6 +31,7 @@ from times import ONLY, TIMES, flux_shift
 from vae import VAE
 
 # Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 CHURNED = ("heun",)
 MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc_2", "unipc_3")
 SAMPLER_OPTIONS = {"eta": ("ddim", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "dpm2_ancestral"),
@@ -130,9 +131,10 @@ FLAGS = {
         Flag("--batch-size", "pictures at a time (default: 64); affects only speed", integer(1, 10**6), 64),
         Flag("--compile", "torch.compile the network; on CUDA, as graphs"),
         Flag("--device", "auto (default), cpu, cuda, cuda:1, mps", nonempty, "auto"),
-        Flag("--precision", "precision of the network: fp32 (default of runs), tf32, bf16; a published "
-                            "network by default runs in the precision of its file. The VAE runs in fp32, or "
-                            "in tf32 on CUDA unless this is fp32", one_of(("fp32", "tf32", "bf16"))),
+        Flag("--precision", "precision of the network: fp32 (default of runs), tf32, bf16, or auto, which is "
+                            "bf16 where the hardware multiplies it and fp32 elsewhere; a published network "
+                            "by default runs in the precision of its file. The VAE runs in fp32, or in tf32 "
+                            "on CUDA unless this is fp32", one_of(PRECISIONS)),
         Flag("--offload", "keep text encoders, network and VAE on the CPU except while they work (parts), or "
                           "even each of their blocks (blocks)", one_of(("parts", "blocks"))),
         Flag("--tile", "encode and decode large pictures in tiles with sides of so many pixels, with "

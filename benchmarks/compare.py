@@ -39,10 +39,12 @@ from benchmarks.studies import (BUDGETS, CHECKPOINTS, GUIDANCE, PARENT, PICTURES
                                 Evaluation)
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_atomically, write_stamp
+from machine import has_bf16
 from networks import build_path
 from run import Run
 
 RESULTS = Path(__file__).with_name("results")
+WITHOUT_BF16 = " without bf16"               # in a device's name: a CPU that does not multiply it
 OF_A_CELL = ("study", "cell", "seed", "budget", "commands", "evaluations")     # not of its training
 
 
@@ -108,6 +110,8 @@ def device_name() -> str:
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
+    if not has_bf16(torch.device("cpu")):                  # where trainings take about twice as long
+        model += WITHOUT_BF16
     return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 

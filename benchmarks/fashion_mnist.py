@@ -41,6 +41,7 @@ from cli import Parser, integer, number, one_of, program
 from data import batch_indices, load_mnist
 from files import fingerprint_tensors
 from pictures import to_tensor, to_uint8
+from sample_settings import PRECISIONS
 from vae import VAE
 
 FILE = Path(__file__).with_name("results") / "fashion-mnist-classifier.pt"
@@ -186,7 +187,7 @@ def main() -> None:
     p.add_argument("--guide", help="autoguidance by this checkpoint: see sample.py")
     p.add_argument("--n", type=integer(40, 10_000), default=2000,
                    help="samples per guidance scale (default: 2000)")
-    p.add_argument("--precision", type=one_of(("fp32", "bf16")), default="fp32", help="see sample.py")
+    p.add_argument("--precision", type=one_of(PRECISIONS), default="fp32", help="see sample.py")
     p.add_argument("--data-dir", default="data", help="folder of the IDX files (default: data)")
     p.add_argument("--json", help="also write the figures to this file")
     args = p.parse_args()

@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import Results, Stopped, as_typed, call, last_step, on_cpu, stamp
+from benchmarks.compare import WITHOUT_BF16, Results, Stopped, as_typed, call, last_step, on_cpu, stamp
 from benchmarks.measures import JUDGES
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_stamp
@@ -190,7 +190,7 @@ class Ladder:
         flags = [flag.replace(RUN, str(self.run(rung, seed))).replace("QUARTER", quarter) for flag in flags]
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
         return [*self.program(rung, "sample.py"), str(self.run(rung, seed)), *flags,
-                "--n", str(self.n), "--batch-size", "250", "--precision", "bf16",
+                "--n", str(self.n), "--batch-size", "250", "--precision", "auto",
                 "--seed", str(seed * self.n), "--out", str(self.run(rung, seed) / "ladder.npz")]
 
     def commands(self, rung: Rung, seed: int) -> list[list[str]]:
@@ -286,7 +286,18 @@ def wall_minutes(records: list[dict]) -> list[float]:
 
 def took(records: list[dict]) -> str:
     """The table's minutes: "10", "21.2 on two cores", both, or, where only the network had one core, "9, and
-    the VAE's". Of a GPU only the name, because trainings ran side by side there."""
+    the VAE's"; those of processors without bf16 apart. Of a GPU only the name, because trainings ran side by
+    side there."""
+    texts = []
+    for lacking in (False, True):
+        found = [record for record in records if (WITHOUT_BF16 in record["network"]["device"]) == lacking]
+        texts += [text + WITHOUT_BF16 * lacking for text in on_cores(found)]
+    gpus = {record["network"]["device"] for record in records if not on_cpu(record["network"])}
+    return ", ".join(texts + [f"on {name}" for name in sorted(gpus)])
+
+
+def on_cores(records: list[dict]) -> list[str]:
+    """The parts of `took` on CPUs."""
     # Processor time is of one core only: two threads wait for each other, and that counts too.
     one_core = [minutes(record, "processor") for record in records if had(record, "1 thread")]
     two_cores = wall_minutes(records)
@@ -300,8 +311,7 @@ def took(records: list[dict]) -> str:
         texts.append(f"{np.mean(two_cores):.1f} on two cores")
     if networks and not texts:
         texts.append(f"{np.mean(networks):.0f}, and the VAE's")
-    gpus = {record["network"]["device"] for record in records if not on_cpu(record["network"])}
-    return ", ".join(texts + [f"on {name}" for name in sorted(gpus)])
+    return texts
 
 
 def spread(values: list[float], digits: int) -> str:

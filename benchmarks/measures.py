@@ -25,6 +25,7 @@ from benchmarks.scenes import score_scene
 from checkpoints import load_checkpoint, load_vae
 from conditioning import network_inputs
 from data import load_data, load_drawn, load_mnist
+from machine import has_bf16
 from networks import build_model, build_path, unpack_vae
 from pictures import to_tensor
 from samplers import SAMPLERS, guided, noise_like
@@ -187,13 +188,14 @@ def evaluations(sampler: str, steps: int, scale: float, path) -> int:
 @torch.no_grad()
 def speed(trained: Trained, batches: tuple[int, ...], least: float = 1.0) -> list[dict]:
     """Seconds that one evaluation of the network takes, by the size of the batch: the median of at least five
-    and of as many as fit into `least` seconds, in bf16 as samples are drawn."""
+    and of as many as fit into `least` seconds, in bf16 where the hardware multiplies it, as samples are
+    drawn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
 
     def seconds(x: Tensor, t: Tensor, y: Tensor) -> float:
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             model(x, t, y=y)
         if device.type == "cuda":                          # which only then has done it
             torch.cuda.synchronize()

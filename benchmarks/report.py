@@ -46,6 +46,7 @@ from files import digest, fingerprint_tensors, open_array, read_stamp, write_ato
 from media import medium_of
 from networks import encoder_fingerprint, unpack_vae
 from run import Run
+from sample_settings import PRECISIONS
 from samplers import SAMPLERS
 from settings import OBJECTIVES
 from times import TIMES
@@ -455,7 +456,7 @@ FLAGS = {
         Flag("--sampler", "see sample.py (default: heun for rf, ddim for ddpm)", one_of(SAMPLERS)),
         Flag("--steps", "see sample.py (default: 10 for rf, 25 for ddpm)", integer(1)),
         Flag("--times", "see sample.py (default: even)", one_of(TIMES), "even"),
-        Flag("--precision", "see sample.py (default: fp32)", one_of(("fp32", "tf32", "bf16")), "fp32"),
+        Flag("--precision", "see sample.py (default: fp32)", one_of(PRECISIONS), "fp32"),
         Flag("--batch-size", "see sample.py (default: 250)", integer(1), 250),
     ],
     "machine": [

@@ -48,6 +48,7 @@ from cli import Parser, integer, nonempty, number, one_of, program
 from data import batch_indices
 from files import write_atomically
 from pictures import PICTURES, write_picture
+from sample_settings import PRECISIONS
 from sound import log_mel, spectrograms, to_tensor
 from speech import RATE, WORDS, Speech, cut_to_speech, open_speech
 
@@ -285,7 +286,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("sampler", "steps", "times", "guide"):
         p.add_argument(f"--{name}", help="see sample.py")
     p.add_argument("--interval", nargs=2, default=["0", "1"], help="see sample.py")
-    p.add_argument("--precision", type=one_of(("fp32", "bf16")), default="fp32", help="see sample.py")
+    p.add_argument("--precision", type=one_of(PRECISIONS), default="fp32", help="see sample.py")
     p.add_argument("--data-dir", default="data", type=nonempty, help="folder of the data (default: data)")
     p.add_argument("--json", type=nonempty, help="also write the figures to this file")
     args = p.parse_args(argv)

@@ -116,7 +116,7 @@ BUDGETS = {
     # One thread trains a small network with more examples as far in the same time as a large one with fewer.
     "cpu": Budget("two processes of one thread each: about twelve hours, four for grid and steps",
                   ("--steps", "4500"), ("--ema", "0.03"), 2400, 2000, (0, 1, 2), 100,
-                  sample=("--precision", "bf16"), speed=6e10),
+                  sample=("--precision", "auto"), speed=6e10),
     "gpu": Budget("one GPU: ready, but not run so far",
                   ("--steps", "20000"), ("--ema", "0.03", "--batch-size", "256"), 20_000, 10_000,
                   (0, 1, 2, 3, 4), 500),

@@ -399,7 +399,7 @@ def test_every_row_is_written(monkeypatch, tmp_path, capsys):
     (compare, ["--budgets", "cpu"], "unrecognized arguments: --budgets cpu; did you mean --budget?"),
     (ladder, ["--rungs", "faster"], "--rungs faster: must be one of "),
     (ladder, ["--n", "many"], "--n many: must be a whole number"),
-    (speech, ["runs/done", "--precision", "fp8"], "--precision fp8: must be one of fp32, bf16"),
+    (speech, ["runs/done", "--precision", "fp8"], "--precision fp8: must be one of auto, fp32, tf32, bf16"),
 ])
 def test_bad_input_is_refused_in_one_line(cwd, monkeypatch, capsys, benchmark, flags, refusal):
     name = benchmark.__name__.rpartition(".")[2]

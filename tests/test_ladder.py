@@ -148,6 +148,10 @@ def test_the_table():
     mixed = record("default", 0.9, 9.0)
     mixed["vae"] = mixed["vae"] | {"device": "a, 2 threads"}
     assert ladder.took([mixed]) == "9, and the VAE's" and ladder.took([mixed, rows[0]]) == "10"
+    slower = {"device": f"a{compare.WITHOUT_BF16}, 1 thread", "processor_seconds": 1200}
+    slower = rows[0] | {"vae": slower, "network": slower}
+    assert ladder.took([slower]) == "40 without bf16"
+    assert ladder.took([slower, rows[0]]) == "10, 40 without bf16"
     assert ladder.table([*rows, other], "dit").splitlines()[-1].startswith(
         "| Muon for the matrices, whose steps take longer (`benchmarks/candidates.py muon`) | on NVIDIA X1 "
         "| 0.990 (one seed) | 3.00 (one seed) |  | no |")

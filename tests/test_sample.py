@@ -190,6 +190,11 @@ def test_pictures_to_begin_with(cwd, text_runs, which, monkeypatch):
     sample.main([folder, *begin, "--strength", "0", "--n", "1", "--out", "still.gif"])
     assert Image.open("still.gif").n_frames == 1
     assert np.abs(draw_two(folder, *begin, "--strength", "0", "--precision", "bf16") - through).max() <= 1
+    for has_bf16, same in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(sample, "has_bf16", lambda device: has_bf16)
+        auto, given = (draw_two(folder, "--prompt", "a red circle", "--precision", precision)
+                       for precision in ("auto", same))
+        assert (auto == given).all()
     # at strength 1 nothing of the picture is left
     assert (draw_two(folder, *begin, "--strength", "1") == draw_two(folder, "--prompt", "a red circle")).all()
     seen = []
