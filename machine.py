@@ -51,6 +51,14 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def precision_on(device: torch.device, precision: str | None) -> str | None:
+    """The precision asked for. "auto" is bf16 where the hardware multiplies it; emulated, it would be far
+    slower than fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if has_bf16(device) else "fp32"
+
+
 def memory(device: torch.device) -> int | None:
     """Bytes of memory in all, used or not: what the machine has, or what a container may use of it. None
     where the system does not say."""

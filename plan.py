@@ -102,7 +102,7 @@ def prepare(args: argparse.Namespace, folder: Folder | Shards | None = None, ran
     attention.check_choice()
     if args.compile:
         machine.check_compiler(device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and machine.has_bf16(device))
+    bf16 = machine.precision_on(device, args.precision) == "bf16"
     words = None
     if args.cond == "text":
         words = "embeddings" if args.text_encoder == "none" else "captions"

@@ -41,7 +41,7 @@ from conditioning import Asked
 from draw import draw_batches, in_own_dtype, picture_bar
 from files import digest, fingerprint_tensors
 from guidance import build_guide, guidance_of, guidance_options, read_guide
-from machine import check_compiler, check_room, has_bf16, memory, pick_device
+from machine import check_compiler, check_room, memory, pick_device, precision_on
 from media import Medium, medium_of
 from networks import build_model, build_path, graphed, unpack_vae
 from offload import Resident, Stage, visit_blocks
@@ -110,11 +110,11 @@ def chosen_weights(args: argparse.Namespace, checkpoint: dict) -> dict:
     return checkpoint["model" if args.raw else "ema"]
 
 
-def network_of(args: argparse.Namespace, checkpoint: dict, what: str,
-               device: torch.device) -> torch.nn.Module:
+def network_of(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> torch.nn.Module:
     """The network with the weights asked for; a published one in the file's dtype, or that of --precision,
     and on the CPU, where its weights may still be mapped: see `set_stage`."""
     state = chosen_weights(args, checkpoint)
+    what = args.run or args.weights
     if not args.published:
         model = build_model(checkpoint["arch"], checkpoint["config"], checkpoint["text"])
         return load_weights(model, state, what).to(device).eval()
@@ -280,15 +280,13 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     args = parse_args(argv)
     check_flags(args, ranks)                               # what needs no file to be refused
     device = pick_device(args.device, ranks.local)
-    if args.precision == "auto":                           # bf16 that is emulated is far slower than fp32
-        args.precision = "bf16" if has_bf16(device) else "fp32"
+    args.precision = precision_on(device, args.precision)
     attention.check_choice()
     if args.compile:
         check_compiler(device)
 
     # ---- the checkpoint, and what the flags mean for it; nothing is built until they are checked
-    what = args.run or args.weights
-    with announced(args, f"reading {what}"):
+    with announced(args, f"reading {args.run or args.weights}"):
         checkpoint = read_network(args)
     if checkpoint["arch"] == "vae":                        # so few pictures that one process does them
         if ranks.first:
@@ -314,7 +312,7 @@ def run_command(argv: list[str] | None, ranks: Ranks) -> None:
     check_encoders(args, condition, device)
 
     # ---- the network, the VAE and their inputs
-    model = network_of(args, checkpoint, what, device)
+    model = network_of(args, checkpoint, device)
     shape = vae.latent_shape(size)
     image, mask = read_beginning(args, size, vae, medium)
     with torch.no_grad(), announced(args, "loading text encoders"):

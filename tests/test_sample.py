@@ -18,6 +18,7 @@ import beginning
 import checkpoints
 import draw as draw_file
 import files
+import machine
 import networks
 import sample
 import sample_settings
@@ -191,7 +192,7 @@ def test_pictures_to_begin_with(cwd, text_runs, which, monkeypatch):
     assert Image.open("still.gif").n_frames == 1
     assert np.abs(draw_two(folder, *begin, "--strength", "0", "--precision", "bf16") - through).max() <= 1
     for has_bf16, same in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(sample, "has_bf16", lambda device: has_bf16)
+        monkeypatch.setattr(machine, "has_bf16", lambda device: has_bf16)
         auto, given = (draw_two(folder, "--prompt", "a red circle", "--precision", precision)
                        for precision in ("auto", same))
         assert (auto == given).all()
