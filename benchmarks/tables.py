@@ -627,8 +627,8 @@ def speed_table(m: Measured) -> str:
         calls = shown([pace.evaluations for pace in each], 0)
         rows.append(f"| {cell} | {calls} | {' | '.join(texts)} |")
     notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
-             "best of the network that is worse. Of the network alone, without the VAE, in bf16. "
-             f"{seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
+             "best of the network that is worse. Of the network alone, without the VAE, in bf16 where the "
+             f"device multiplies it. {seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
 

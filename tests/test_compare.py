@@ -557,6 +557,18 @@ def test_two_processes_side_by_side(stub, capsys):
     assert compare.main(FLAGS) == 0 and len(lines()) == 4
 
 
+def test_a_device_says_whether_it_is_a_cpu_and_multiplies_bf16(monkeypatch):
+    """Minutes with and without bf16 cannot be compared."""
+    names = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(compare, "has_bf16", lambda device: has_bf16)
+        names[has_bf16] = compare.device_name()
+        assert compare.on_cpu({"device": names[has_bf16]})
+    processor, _, threads = names[True].rpartition(", ")
+    assert names[False] == f"{processor} without bf16, {threads}"
+
+
 def test_lines_of_several_processes_do_not_mix_and_none_is_double(tmp_path):
     results = compare.Results(tmp_path / "r.jsonl")
 
