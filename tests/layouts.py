@@ -136,7 +136,7 @@ class Check:
         for (name, weight), wanted in zip(model.named_parameters(), self.whole.parameters()):
             gradient = sharding.whole(name, weight.grad) if sharding else weight.grad
             error = (gradient - wanted.grad).abs().max() / max(1e-3, wanted.grad.abs().max())
-            assert error < (1e-5 if sharding else 1e-6), (place, name, error)
+            assert error < 1e-5, (place, name, error)          # sums in another order, or on another CPU
             if sharding:
                 assert torch.equal(sharding.whole(name, weight), wanted), (place, name)
                 assert torch.equal(parallel.local(weight), sharding.share(name, wanted)), (place, name)
