@@ -30,8 +30,8 @@ from settings import ALL_OBJECTIVES, SIZE, published_model
 from times import ONLY, TIMES, flux_shift
 from vae import VAE
 
-# Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+# Flags that are options of samplers, and those samplers. Without --sampler, the flag means the first of them.
 CHURNED = ("heun",)
 MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc_2", "unipc_3")
 SAMPLER_OPTIONS = {"eta": ("ddim", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "dpm2_ancestral"),

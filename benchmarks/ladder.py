@@ -55,7 +55,12 @@ class Rung(NamedTuple):
     undoes: bool = False                     # a default, which became one by what this rung shows
 
 
-GUIDED = ("--cfg", "2", "--interval", "0", "0.8")
+def guided(scale: str) -> tuple[str, ...]:
+    """Flags of sample.py: guidance at this scale, except while most of a latent is noise."""
+    return ("--cfg", scale, "--interval", "0", "0.8")
+
+
+GUIDED = guided("2")
 BASES = {
     "dit": Base(("--arch", "dit", "--objective", "rf"), 4000, GUIDED, agreement=0.965, frechet=5.0),
     "unet": Base(("--arch", "unet", "--objective", "ddpm"), 2500, GUIDED, agreement=0.965, frechet=8.0),
@@ -79,7 +84,7 @@ RUNGS = {
     "unguided": Rung("no guidance", sample=("--cfg", "1")),
     "interval-0.1": Rung("no guidance in the last tenth of the time either",
                          sample=("--cfg", "2", "--interval", "0.1", "0.8")),
-    **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=("--cfg", scale, "--interval", "0", "0.8"))
+    **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=guided(scale))
        for scale in ("2.05", "2.1", "2.2", "2.5", "3")},
     "stronger-and-later": Rung("guidance 2.2, but none in the last tenth of the time",
                                sample=("--cfg", "2.2", "--interval", "0.1", "0.8")),
@@ -89,11 +94,11 @@ RUNGS = {
     "constant-average": Rung("the weights are averaged with a constant decay, the former default",
                              train=("--ema", "0.998"), undoes=True),
     "average-0.06": Rung("drawn from the average of twice the width",
-                         sample=("--cfg", "2", "--interval", "0", "0.8", "--ema", "0.06")),
+                         sample=(*GUIDED, "--ema", "0.06")),
     "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),
-    **{f"full-cooldown-{scale}": Rung(f"the same, drawn with guidance {scale}", train=("--cooldown", "1"),
-                                      sample=("--cfg", scale, "--interval", "0", "0.8"))
+    **{f"full-cooldown-{scale}": Rung("the learning rate falls from the first step on, and guidance "
+                                      f"{scale}", train=("--cooldown", "1"), sample=guided(scale))
        for scale in ("2.1", "2.2", "2.5", "3")},
     "half-rate": Rung("half the peak learning rate", train=("--lr", "2e-3"), arch="dit"),
     "double-rate": Rung("twice the peak learning rate", train=("--lr", "8e-3"), arch="dit"),

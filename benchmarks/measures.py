@@ -192,10 +192,11 @@ def speed(trained: Trained, batches: tuple[int, ...], least: float = 1.0) -> lis
     drawn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
+    bf16 = has_bf16(device)
 
     def seconds(x: Tensor, t: Tensor, y: Tensor) -> float:
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             model(x, t, y=y)
         if device.type == "cuda":                          # which only then has done it
             torch.cuda.synchronize()

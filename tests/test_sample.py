@@ -145,6 +145,14 @@ def test_the_times_of_sampling_are_shifted_alone(cwd, tmp_path, monkeypatch):
         sample.main([str(trained.folder), "--shift", "2"])
 
 
+@pytest.mark.parametrize("has_bf16, precision", [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_only_where_the_hardware_multiplies_it(cwd, monkeypatch, has_bf16, precision):
+    other = draw_two("runs/done", "--precision", "fp32" if has_bf16 else "bf16")
+    monkeypatch.setattr(machine, "has_bf16", lambda device: has_bf16)
+    auto = draw_two("runs/done", "--precision", "auto")
+    assert (auto == draw_two("runs/done", "--precision", precision)).all() and (auto != other).any()
+
+
 def test_output_kinds(cwd):
     arrays = draw("--n", "24", "--seed", "0", out="e.npz")
     assert (zipfile.ZipFile("e.npz").namelist() == ["arr_0.npy"]
@@ -191,11 +199,6 @@ def test_pictures_to_begin_with(cwd, text_runs, which, monkeypatch):
     sample.main([folder, *begin, "--strength", "0", "--n", "1", "--out", "still.gif"])
     assert Image.open("still.gif").n_frames == 1
     assert np.abs(draw_two(folder, *begin, "--strength", "0", "--precision", "bf16") - through).max() <= 1
-    for has_bf16, same in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(machine, "has_bf16", lambda device: has_bf16)
-        auto, given = (draw_two(folder, "--prompt", "a red circle", "--precision", precision)
-                       for precision in ("auto", same))
-        assert (auto == given).all()
     # at strength 1 nothing of the picture is left
     assert (draw_two(folder, *begin, "--strength", "1") == draw_two(folder, "--prompt", "a red circle")).all()
     seen = []
