@@ -24,7 +24,7 @@ from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison, Measured,
                                answers_to, best_within, counted, crossover, depends_on, distance, exponents,
                                first_order, needed, paces, score, shifted, sizes, typical, verdict)
-from benchmarks.compare import on_cpu
+from benchmarks.compare import WITHOUT_BF16, on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
@@ -799,9 +799,22 @@ def fill(documents: dict[str, str], sections: dict[str, str]) -> dict[str, str]:
     return filled
 
 
+def one_clock(records: list[dict]) -> list[dict]:
+    """The records, with the times of one kind of CPU only: one without bf16 takes about twice as long. Where
+    there are both kinds, a record from one without loses its time, and one of "speed" is left out."""
+    def lacks(record: dict) -> bool:
+        return WITHOUT_BF16 in record["device"]
+
+    if not any(on_cpu(record) and not lacks(record) for record in records):
+        return records
+    return [{name: value for name, value in record.items() if name != "processor_seconds"}
+            if lacks(record) else record
+            for record in records if not (lacks(record) and record["study"] == "speed")]
+
+
 def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
     """The text of every section. records: of the comparison; rungs: of benchmarks/ladder.py."""
-    m = Measured(records)
+    m = Measured(one_clock(records))
     found = {}
     for name, section in SECTIONS.items():
         found[name] = section.text(name, m)
@@ -816,7 +829,7 @@ def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
 
 def charts(records: list[dict]) -> dict[str, Chart]:
     """By the names of their files in benchmarks/pictures."""
-    m = Measured(records)
+    m = Measured(one_clock(records))
     found = {}
     for name, section in SECTIONS.items():
         chart = section.chart(m)

@@ -157,6 +157,19 @@ def test_claims_follow_from_the_records():
     assert set(by_number([]).values()) == {"not measured yet"}
 
 
+def test_minutes_of_cpus_with_and_without_bf16_are_not_mixed():
+    """A run on a CPU without bf16 keeps its scores and, beside others, loses its minutes."""
+    rows = [(compare.Evaluation("ddim", 50), 4.0)]
+    slow = {"device": "a machine without bf16, 1 thread", "processor_seconds": 1200.0}
+    records = [record("grid", "dit ddpm eps", 0, rows), record("grid", "dit ddpm eps", 1, rows, **slow),
+               record("speed", "dit ddpm eps", 1, rows, **slow)]
+    for given, count, minutes in ((records, 2, [10.0]), (records[1:], 2, [20.0])):
+        m = Measured(tables.one_clock(given))
+        assert m.pooled("dit ddpm eps", tables.training_minutes) == minutes
+        assert len(m.records) == count
+    assert len(claims.distance(Measured(tables.one_clock(records)), "dit", "ddpm eps")) == 2
+
+
 def test_evaluations_needed_are_the_fewest_within_a_tenth_of_the_best():
     Evaluation = compare.Evaluation
     rows = [(Evaluation("euler", 1), 50.0), (Evaluation("euler", 10), 4.5), (Evaluation("heun", 5), 4.3),
