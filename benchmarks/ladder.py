@@ -24,7 +24,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import WITHOUT_BF16, Results, Stopped, as_typed, call, last_step, on_cpu, stamp
+from benchmarks.compare import (WITHOUT_BF16, Results, Stopped, as_typed, call, device_name, last_step,
+                                on_cpu, stamp)
 from benchmarks.measures import JUDGES
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_stamp
@@ -70,10 +71,8 @@ BASES["dit-short"] = BASES["dit"]._replace(steps=1500, whole=False)
 # A smaller network makes about twice as many steps in a minute: a try at the target for the time.
 BASES["dit-small"] = BASES["dit"]._replace(
     train=BASES["dit"].train + ("--preset", "size-3"), steps=4500, what="a smaller network and more steps")
-# Another: fewer steps at twice the peak learning rate.
-BASES["dit-fast"] = BASES["dit"]._replace(
-    train=BASES["dit"].train + ("--lr", "8e-3", "--compile"), steps=2800,
-    what="fewer steps at twice the peak learning rate, compiled")
+# Where the average of the weights was chosen: earlier than the row of `dit`, and with another VAE.
+BASES["dit-one-core"] = BASES["dit"]._replace(what="the recipe, each training on one core")
 VAE_STEPS = 4500
 FLOOR = 1.2              # the target for the VAE
 MINUTES = 15             # on two cores, from nothing: the target for the time
@@ -99,7 +98,10 @@ RUNGS = {
                              train=("--ema", "0.998"), undoes=True),
     "average-0.06": Rung("drawn from the average of twice the width",
                          sample=(*GUIDED, "--ema", "0.06")),
-    "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0")),
+    "average-0.01": Rung("the weights are averaged over a third of the width", train=("--ema", "0.01")),
+    "average-0.02": Rung("the weights are averaged over two thirds of the width", train=("--ema", "0.01"),
+                         sample=(*GUIDED, "--ema", "0.02")),
+    "no-cooldown": Rung("the learning rate stays at its peak", train=("--cooldown", "0"), undoes=True),
     "full-cooldown": Rung("the learning rate falls from the first step on", train=("--cooldown", "1")),
     **{f"full-cooldown-{scale}": Rung("the learning rate falls from the first step on, and guidance "
                                       f"{scale}", train=("--cooldown", "1"), sample=guided(scale))
@@ -137,12 +139,19 @@ def rungs_of(base: str) -> list[str]:
             and not (rung.train and set(rung.train) <= set(BASES[base].train))]
 
 
+def study_of(base: str) -> str:
+    """What records are filed under. Rungs that are measured on a CPU without bf16 have a table and a default
+    of their own, because there the trainings are in fp32 and take about twice as long."""
+    return base + WITHOUT_BF16 * (WITHOUT_BF16 in device_name())
+
+
 class Ladder:
     """The rungs of one base, in one folder of runs."""
 
     def __init__(self, base: str, runs: Path, results: Path, data_dir: Path, n: int,
                  extra: tuple[str, ...] = (), vae_steps: int = VAE_STEPS, steps: int | None = None):
         self.name = base
+        self.study = study_of(base)
         self.base = BASES[base]
         self.runs = runs
         self.results = Results(results)
@@ -216,7 +225,7 @@ class Ladder:
             self.judge = JUDGES[DATA](self.data_dir)
         try:
             with locked(run.with_name(f"{run.name}.lock")):
-                if self.results.has(self.name, name, seed):        # another process may just have
+                if self.results.has(self.study, name, seed):       # another process may just have
                     return True
                 vae = self.vae(rung)
                 vae.mkdir(exist_ok=True)
@@ -266,7 +275,7 @@ class Ladder:
         out = Path(command[-1])
         figures = self.judge.score(np.load(out)["arr_0"])
         out.unlink()
-        self.results.append({"study": self.name, "cell": name, "seed": seed, "n": self.n, **figures, **spent,
+        self.results.append({"study": self.study, "cell": name, "seed": seed, "n": self.n, **figures, **spent,
                              "judge": self.judge.fingerprint,
                              "commands": [as_typed(each) for each in self.commands(rung, seed)], **stamp()})
         print("  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
@@ -295,18 +304,7 @@ def wall_minutes(records: list[dict]) -> list[float]:
 
 def took(records: list[dict]) -> str:
     """The table's minutes: "10", "21.2 on two cores", both, or, where only the network had one core, "9, and
-    the VAE's"; those of processors without bf16 apart. Of a GPU only the name, because trainings ran side by
-    side there."""
-    texts = []
-    for lacking in (False, True):
-        found = [record for record in records if (WITHOUT_BF16 in record["network"]["device"]) == lacking]
-        texts += [text + WITHOUT_BF16 * lacking for text in on_cores(found)]
-    gpus = {record["network"]["device"] for record in records if not on_cpu(record["network"])}
-    return ", ".join(texts + [f"on {name}" for name in sorted(gpus)])
-
-
-def on_cores(records: list[dict]) -> list[str]:
-    """The parts of `took` on CPUs."""
+    the VAE's". Of a GPU only the name, because trainings ran side by side there."""
     # Processor time is of one core only: two threads wait for each other, and that counts too.
     one_core = [minutes(record, "processor") for record in records if had(record, "1 thread")]
     two_cores = wall_minutes(records)
@@ -320,7 +318,8 @@ def on_cores(records: list[dict]) -> list[str]:
         texts.append(f"{np.mean(two_cores):.1f} on two cores")
     if networks and not texts:
         texts.append(f"{np.mean(networks):.0f}, and the VAE's")
-    return texts
+    gpus = {record["network"]["device"] for record in records if not on_cpu(record["network"])}
+    return ", ".join(texts + [f"on {name}" for name in sorted(gpus)])
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -342,18 +341,24 @@ def gains(found: list[dict], defaults: list[dict]) -> str:
                      for name, digits in (("agreement", 3), ("frechet", 2)))
 
 
-def table(records: list[dict], base: str) -> str:
-    """Markdown: a row per rung that is measured, the default first."""
+def goal_of(study: str) -> Base:
+    return BASES[study.removesuffix(WITHOUT_BF16)]
+
+
+def table(records: list[dict], study: str) -> str:
+    """Markdown: a row per rung that is measured, the default first; "" for none. study: as `study_of` has it.
+    The commits are those of the trainings."""
     heads = ["change", "minutes of one core", "agreement", "Fréchet", "gain", "a default?", "floor",
-             "quality met", "commit"]
+             "quality met", "trained at"]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    goal = BASES[base]
-    by_rung = {name: [record for record in records if (record["study"], record["cell"]) == (base, name)]
+    goal = goal_of(study)
+    by_rung = {name: [record for record in records if (record["study"], record["cell"]) == (study, name)]
                for name in RUNGS}
     for name, found in by_rung.items():
         if not found:
             continue
         rung = RUNGS[name]
+        commits = dict.fromkeys(record["network"]["commit"] for record in found)
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
         what, is_default = described(rung), "no"
@@ -368,27 +373,30 @@ def table(records: list[dict], base: str) -> str:
                     f"| {spread([record['frechet'] for record in found], 2)} "
                     f"| {gains(found, by_rung['default'])} | {is_default} "
                     f"| {np.mean([record['floor']['frechet'] for record in found]):.2f} "
-                    f"| {sum(good)} of {len(good)} | {found[-1]['commit']} |")
-    return "\n".join(rows)
+                    f"| {sum(good)} of {len(good)} | {', '.join(commits)} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def against_targets(records: list[dict], base: str) -> str:
-    """A sentence on what a base reaches and misses, by its means; "" where it is not measured, or is no
+def against_targets(records: list[dict], study: str) -> str:
+    """A sentence on what the default reaches and misses, by its means; "" where it is not measured, or is no
     whole training."""
-    found = [record for record in records if (record["study"], record["cell"]) == (base, "default")]
-    if not found or not BASES[base].whole:
+    found = [record for record in records if (record["study"], record["cell"]) == (study, "default")]
+    goal = goal_of(study)
+    if not found or not goal.whole:
         return ""
-    goals = [("agreement", [record["agreement"] for record in found], BASES[base].agreement, 3),
-             ("distance", [record["frechet"] for record in found], BASES[base].frechet, 2),
+    goals = [("agreement", [record["agreement"] for record in found], goal.agreement, 3),
+             ("distance", [record["frechet"] for record in found], goal.frechet, 2),
              ("floor", [record["floor"]["frechet"] for record in found], FLOOR, 2),
              ("minutes on two cores", wall_minutes(found), MINUTES, 1)]
     parts = []
-    for name, values, goal, digits in goals:
-        if values:
-            reached = np.mean(values)
-            short = goal - reached if name == "agreement" else reached - goal
-            parts.append(f"{name} {reached:.{digits}f}, " + (
-                f"missed by {short:.{digits}f}" if short > 0 else "met") + f" (target {goal:g})")
+    for name, values, target, digits in goals:
+        if not values:
+            parts.append(f"{name} not measured (target {target:g})")
+            continue
+        reached = np.mean(values)
+        short = target - reached if name == "agreement" else reached - target
+        parts.append(f"{name} {reached:.{digits}f}, " + (
+            f"missed by {short:.{digits}f}" if short > 0 else "met") + f" (target {target:g})")
     return f"The first row against the targets: {'; '.join(parts)}."
 
 
@@ -422,13 +430,13 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     ladder = Ladder(args.base, Path(args.runs_dir), Path(args.results), Path(args.data_dir), args.n)
     if args.table:
-        print(table(ladder.results.read(), args.base))
+        print(table(ladder.results.read(), ladder.study) or "nothing is measured yet")
         return 0
     ladder.results.path.parent.mkdir(parents=True, exist_ok=True)
     status = 0
     for seed in args.seeds:                  # all rungs of the first seed, then those of the next
         for name in args.rungs or rungs_of(args.base):
-            done = ladder.results.has(args.base, name, seed)
+            done = ladder.results.has(ladder.study, name, seed)
             print(f"---- {name}, seed {seed}: {'done' if done else 'not done'}", flush=True)
             if args.list:
                 for command in ladder.commands(RUNGS[name], seed):

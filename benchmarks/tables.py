@@ -819,11 +819,14 @@ def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
     for name, section in SECTIONS.items():
         found[name] = section.text(name, m)
     for base in ladder.BASES:
-        table = ladder.table(rungs, base)
-        empty = len(table.splitlines()) == 2
-        note = ladder.against_targets(rungs, base)
-        found[f"ladder: {base}"] = (f"Not measured yet: `python benchmarks/ladder.py --base {base}`." if empty
-                                    else "\n\n".join(filter(None, (table, note))))
+        texts = []
+        for study in (base, base + WITHOUT_BF16):
+            table = ladder.table(rungs, study)
+            if table and study != base:
+                texts.append("The same on a CPU without bf16 instructions, where all is in fp32:")
+            texts += [table, ladder.against_targets(rungs, study)]
+        found[f"ladder: {base}"] = ("\n\n".join(filter(None, texts))
+                                    or f"Not measured yet: `python benchmarks/ladder.py --base {base}`.")
     return found
 
 

@@ -126,10 +126,19 @@ def test_minutes_of_another_training_are_not_made_up(small, capsys):
 
 
 def record(cell, agreement, frechet, seed=0, threads="1 thread"):
-    spent = [{"processor_seconds": seconds, "wall_seconds": 2 * seconds, "device": f"a, {threads}"}
-             for seconds in (60, 540)]
+    spent = [{"processor_seconds": seconds, "wall_seconds": 2 * seconds, "device": f"a, {threads}",
+              "commit": "abc"} for seconds in (60, 540)]
     return {"study": "dit", "cell": cell, "seed": seed, "agreement": agreement, "frechet": frechet,
-            "vae": spent[0], "network": spent[1], "floor": {"frechet": 1.25}, "commit": "abc"}
+            "vae": spent[0], "network": spent[1], "floor": {"frechet": 1.25}, "commit": "def"}
+
+
+def test_a_cpu_without_bf16_has_rows_of_its_own(monkeypatch):
+    for name, study in (("a, 1 thread", "dit"), (f"a{compare.WITHOUT_BF16}, 1 thread", "dit without bf16"),
+                        ("NVIDIA X1", "dit")):
+        monkeypatch.setattr(ladder, "device_name", lambda name=name: name)
+        whole = ladder.Ladder("dit", Path("runs"), Path("r.jsonl"), Path("data"), 20)
+        assert whole.study == study and ladder.goal_of(study) is ladder.BASES["dit"]
+        assert whole.run(ladder.RUNGS["default"], 0).name == "dit-0"
 
 
 def test_the_table():
@@ -148,16 +157,20 @@ def test_the_table():
     mixed = record("default", 0.9, 9.0)
     mixed["vae"] = mixed["vae"] | {"device": "a, 2 threads"}
     assert ladder.took([mixed]) == "9, and the VAE's" and ladder.took([mixed, rows[0]]) == "10"
-    slower = {"device": f"a{compare.WITHOUT_BF16}, 1 thread", "processor_seconds": 1200}
-    slower = rows[0] | {"vae": slower, "network": slower}
-    assert ladder.took([slower]) == "40 without bf16"
-    assert ladder.took([slower, rows[0]]) == "10, 40 without bf16"
+    slower = [row | {"study": f"dit{compare.WITHOUT_BF16}"} for row in (record("default", 0.93, 7.0), rows[2])]
+    assert ladder.table([*rows, *slower], "dit") == ladder.table(rows, "dit")       # each with its own default
+    assert "| +0.036, -2.80 |" in ladder.table([*rows, *slower], f"dit{compare.WITHOUT_BF16}")
+    assert ladder.table([], "dit") == ""
+    later = record("default", 0.97, 5.0, seed=1)
+    later["network"]["commit"] = "ghi"
+    assert ladder.table([rows[0], later], "dit").endswith("| abc, ghi |")
     assert ladder.table([*rows, other], "dit").splitlines()[-1].startswith(
         "| Muon for the matrices, whose steps take longer (`benchmarks/candidates.py muon`) | on NVIDIA X1 "
         "| 0.990 (one seed) | 3.00 (one seed) |  | no |")
     assert ladder.against_targets(rows, "dit") == (
         "The first row against the targets: agreement 0.960, missed by 0.005 (target 0.965); distance 5.50, "
-        "missed by 0.50 (target 5); floor 1.25, missed by 0.05 (target 1.2).")
+        "missed by 0.50 (target 5); floor 1.25, missed by 0.05 (target 1.2); minutes on two cores not measured "
+        "(target 15).")
     timed = [*rows, record("default", 0.97, 5.0, seed=2, threads="2 threads")]
     assert ladder.against_targets(timed, "dit").endswith(
         "; minutes on two cores 20.0, missed by 5.0 (target 15).")
