@@ -301,18 +301,20 @@ def schedule_spread(m: Measured, network: str, schedules: list[str]) -> list[flo
     return [value for value in values if value is not None]
 
 
+def rate_distances(m: Measured, network: str, objective: str) -> list[list[float]]:
+    """Per seed that has all rates, the distance with each of FACTORS; that of a training that diverged is
+    infinite. Seeds of which all diverged are left out."""
+    cells = [f"{network} {objective} x {factor:g}" for factor in FACTORS]
+    rates = by_seed(m, "learning rates", cells, lambda record: record["evaluations"][0]["frechet"])
+    found = [[math.inf if value is None else value for value in values] for values in rates.values()]
+    return [distances for distances in found if min(distances) < math.inf]
+
+
 def usable_octaves(m: Measured, network: str, objective: str) -> list[float]:
     """Over how many octaves of the learning rate, of those measured, the distance is within USABLE of the
-    best rate's: on straight lines between the logarithms. One number per seed that has all rates."""
-    cells = [f"{network} {objective} x {factor:g}" for factor in FACTORS]
-    found = []
-    rates = by_seed(m, "learning rates", cells, lambda record: record["evaluations"][0]["frechet"])
-    for values in rates.values():
-        # a training that diverged is infinitely far, and no part of the line to it is usable
-        distances = [math.inf if value is None else value for value in values]
-        if min(distances) < math.inf:
-            found.append(width_below(list(FACTORS), distances, USABLE * min(distances)))
-    return found
+    best rate's: on straight lines between the logarithms, none of a line to infinity. One number per seed."""
+    return [width_below(list(FACTORS), distances, USABLE * min(distances))
+            for distances in rate_distances(m, network, objective)]
 
 
 def width_below(x: list[float], y: list[float], level: float) -> float:

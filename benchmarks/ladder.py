@@ -61,6 +61,11 @@ def guided(scale: str) -> tuple[str, ...]:
     return ("--cfg", scale, "--interval", "0", "0.8")
 
 
+def noisy(scale: str) -> tuple[str, ...]:
+    """The same with DPM-Solver++ 2M for the reverse SDE, which adds noise in every step."""
+    return (*guided(scale), "--sampler", "dpmpp_2m_sde", "--steps", "20")
+
+
 GUIDED = guided("2")
 BASES = {
     "dit": Base(("--arch", "dit", "--objective", "rf"), 4000, GUIDED, agreement=0.965, frechet=5.0),
@@ -89,6 +94,8 @@ RUNGS = {
                          sample=("--cfg", "2", "--interval", "0.1", "0.8")),
     **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=guided(scale))
        for scale in ("2.05", "2.1", "2.2", "2.5", "3")},
+    **{f"noisy-{scale}": Rung(f"guidance {scale}, and 20 steps of a sampler that adds noise",
+                              sample=noisy(scale)) for scale in ("1.5", "2", "2.5", "3", "3.5")},
     "stronger-and-later": Rung("guidance 2.2, but none in the last tenth of the time",
                                sample=("--cfg", "2.2", "--interval", "0.1", "0.8")),
     "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
@@ -106,6 +113,9 @@ RUNGS = {
     **{f"full-cooldown-{scale}": Rung("the learning rate falls from the first step on, and guidance "
                                       f"{scale}", train=("--cooldown", "1"), sample=guided(scale))
        for scale in ("2.1", "2.2", "2.5", "3")},
+    **{f"full-cooldown-noisy-{scale}": Rung(
+        f"the learning rate falls from the first step on, guidance {scale}, and 20 steps of a sampler that "
+        "adds noise", train=("--cooldown", "1"), sample=noisy(scale)) for scale in ("2", "2.5")},
     "half-rate": Rung("half the peak learning rate", train=("--lr", "2e-3"), arch="dit"),
     "double-rate": Rung("twice the peak learning rate", train=("--lr", "8e-3"), arch="dit"),
     "half-batch": Rung("half the batch, and so more steps in the same time", train=("--batch-size", "32"),
@@ -358,7 +368,7 @@ def table(records: list[dict], study: str) -> str:
         if not found:
             continue
         rung = RUNGS[name]
-        commits = dict.fromkeys(record["network"]["commit"] for record in found)
+        commits = sorted({record["network"]["commit"] for record in found})
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
         what, is_default = described(rung), "no"

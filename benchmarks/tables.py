@@ -9,9 +9,10 @@ command that measures it.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison, Measured,
                                answers_to, best_within, counted, crossover, depends_on, distance, exponents,
-                               first_order, needed, paces, score, shifted, sizes, typical, verdict)
+                               first_order, needed, paces, parent, rate_distances, score, shifted, sizes,
+                               typical, usable_octaves, verdict)
 from benchmarks.compare import WITHOUT_BF16, on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
-                                NETWORKS, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
+                                NETWORKS, NOISY, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
                                 SHIFT_STEPS, SHIFTS, STUDIES)
-from charts import BLUE, COLOURS, MARKS, ORANGE, VERMILLION, Chart, Series
+from charts import BLUE, COLOURS, GREEN, MARKS, ORANGE, VERMILLION, Chart, Series
 from ddpm import DDPM
 from files import write_atomically
 
@@ -85,21 +87,35 @@ def comparison_table(m: Measured) -> str:
 
 # ---- tables and figures of the studies
 
+def records_of(m: Measured, study: str) -> list[dict]:
+    """Those behind a study's table: in the grid's, a seed that the grid lacks is from other studies of the
+    same network."""
+    found = [record for record in m.records if record["study"] == study]
+    if study == "grid":
+        for cell in STUDIES["grid"].cells:
+            for records in m.runs(cell.name).values():
+                if all(record["study"] != "grid" for record in records):
+                    found += records
+    return found
+
+
 def seeds_of(m: Measured, study: str, ranges: bool = True) -> str:
     """How many seeds the cells of a study have, in words. ranges: whether its table gives them."""
     counts = {}
-    for record in m.records:
-        if record["study"] == study:
-            counts.setdefault(record["cell"], set()).add(record["seed"])
+    for record in records_of(m, study):
+        counts.setdefault(record["cell"], set()).add(record["seed"])
     sizes = sorted({len(seeds) for seeds in counts.values()})
     words = f"{' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} seed{'s' * (sizes != [1])} per cell"
     words += f" ({', '.join(map(str, sorted(set().union(*counts.values()))))})"
-    return words + ", where no range is given one" * (ranges and sizes[0] == 1 < sizes[-1])
+    if sizes[0] == 1 < sizes[-1]:
+        alone = ", ".join(cell for cell, seeds in counts.items() if len(seeds) == 1)
+        words += ", where no range is given one" if ranges else f", only one of {alone}"
+    return words
 
 
 def made_with(m: Measured, study: str) -> str:
     """Device, dates, commits: what a reader needs to know where figures come from."""
-    found = [record for record in m.records if record["study"] == study]
+    found = records_of(m, study)
     parts = [sorted({record[name] for record in found}) for name in ("device", "date", "commit")]
     devices, dates, commits = parts
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -217,13 +233,25 @@ def series_of(name: str, points: dict, colour: str | None = None, mark: str | No
     return [Series(name, list(points), list(points.values()), colour, mark)] if points else []
 
 
-def grid_chart(m: Measured) -> Chart | None:
+def objective_chart(title: str, y: str, values: Callable[[str, str], list[float]],
+                    objectives: Iterable[str] = OBJECTIVES) -> Chart | None:
+    """Both networks at each objective; values(network, objective) has one per seed."""
     series = []
     for network in NETWORKS:
-        series += series_of(network, {objective: distance(m, network, objective)
-                                      for objective in OBJECTIVES}, COLOUR_OF[network])
-    return Chart("Equal data, equal FLOPs: Fréchet distance, 50 first-order steps, no guidance",
-                 "objective", "Fréchet distance", series) if series else None
+        series += series_of(network, {objective: values(network, objective) for objective in objectives},
+                            COLOUR_OF[network])
+    return Chart(title, "objective", y, series) if series else None
+
+
+def grid_chart(m: Measured) -> Chart | None:
+    return objective_chart("Equal data, equal FLOPs: Fréchet distance, 50 first-order steps, no guidance",
+                           "Fréchet distance", lambda network, objective: distance(m, network, objective))
+
+
+def gradient_chart(m: Measured) -> Chart | None:
+    return objective_chart("Spread of the gradient norm: interquartile range over median", "spread",
+                           lambda network, objective: m.pooled(f"{network} {objective}",
+                                                               lambda r: r["grad_norm"].get("spread")))
 
 
 def error_chart(m: Measured, kind: str, title: str, objectives: list[str]) -> Chart | None:
@@ -266,7 +294,7 @@ STAIRCASE = [
 def staircase_values(m: Measured, name: str) -> list[tuple[str, str, list[float]]]:
     found = []
     for change, network, objective, label in STAIRCASE:
-        values = m.values("grid", f"{network} {objective}", score(label, name))
+        values = m.pooled(f"{network} {objective}", score(label, name))
         if values:
             found.append((change, f"{network}, {objective}, {label.partition(',')[0]}", values))
     return found
@@ -354,6 +382,19 @@ def guidance_table(m: Measured) -> str:
                                      f"{seeds_of(m, 'guidance', ranges=False)}; {made_with(m, 'guidance')}.")
 
 
+def guidance_chart(m: Measured) -> Chart | None:
+    """A colour per network, a mark per number of steps."""
+    series = []
+    for cell in STUDIES["guidance"].cells:
+        for mark, steps in zip(MARKS, sorted({each.steps for each in cell.evaluations})):
+            points = {each.scale: m.values("guidance", cell.name, score(each.label))
+                      for each in sorted(cell.evaluations, key=lambda e: e.scale) if each.steps == steps}
+            series += series_of(f"{cell.name}, {cell.evaluations[0].sampler} {steps}", points,
+                                COLOUR_OF[cell.name.split()[0]], mark)
+    return Chart("Guidance and steps: Fréchet distance", "guidance scale", "Fréchet distance", series,
+                 log_y=True) if series else None
+
+
 def noise_table(m: Measured) -> str:
     cells = [cell for cell in STUDIES["noise"].cells if m.of("noise", cell.name)]
     if not cells:
@@ -367,6 +408,23 @@ def noise_table(m: Measured) -> str:
             rows.append(f"| {cell.name}, {solver} | {' | '.join(texts)} |")
     return "\n".join(rows) + ("\n\nFréchet distance without guidance. ddim and euler add no noise. "
                               f"{seeds_of(m, 'noise')}; {made_with(m, 'noise')}.")
+
+
+NOISE_STEPS = 20                         # of the chart
+FIRST = "without noise"                  # DDIM or Euler, by the path
+
+
+def noise_chart(m: Measured) -> Chart | None:
+    series = []
+    for mark, cell in zip(MARKS, STUDIES["noise"].cells):
+        points = {each.sampler if each.sampler in NOISY else FIRST:
+                  m.values("noise", cell.name, score(each.label))
+                  for each in cell.evaluations if each.steps == NOISE_STEPS}
+        network, _, objective = cell.name.partition(" ")
+        colour = {"unet": (BLUE, ORANGE), "dit": (VERMILLION, GREEN)}[network][objective.startswith("rf")]
+        series += series_of(cell.name, points, colour, mark)
+    return Chart(f"Samplers that add noise, {NOISE_STEPS} steps: Fréchet distance, no guidance", "sampler",
+                 "Fréchet distance", series) if series else None
 
 
 def shift_rows(m: Measured, side: int, steps: int) -> dict[str, dict[float, list[float]]]:
@@ -387,9 +445,18 @@ def shift_table(m: Measured) -> str:
     if len(rows) == 2:
         return ""
     notes = ("Fréchet distance without guidance. Pictures of 64 pixels are scaled down to 32, by the mean of "
-             "each 2 x 2 pixels, and judged by the same classifier. "
+             f"each 2 x 2 pixels, and judged by the same classifier{floors(m)}. "
              f"{seeds_of(m, 'shift')}; {made_with(m, 'shift')}.")
     return "\n".join(rows) + f"\n\n{notes}"
+
+
+def floors(m: Measured) -> str:
+    """Of the VAEs of both sizes, a half sentence: "; 2,000 reconstructions have ..."; "" for none."""
+    parts = []
+    for side, cell in ((32, "fashion-mnist"), (64, "fashion-mnist-64")):
+        parts += [f"{row['frechet']:.2f} with the VAE of {side} pixels" for record in m.of("floor", cell)
+                  for row in record["evaluations"] if "reconstructions" in row["label"] and row["n"] == 2000]
+    return f"; 2,000 reconstructions have a distance of {' and '.join(parts)}" if parts else ""
 
 
 def shift_chart(m: Measured) -> Chart | None:
@@ -428,7 +495,10 @@ def law(m: Measured, figure: str, what: str) -> str:
         return ""
     parts = [f"{network} {ladder.spread(values, 3)}" for network, values in found.items()]
     point = crossover(m, figure)
+    largest = max(size.flops for network in NETWORKS for found in sizes(m, network, None) for size in found)
     where = f"the lines cross at {point / 1e12:.0f} TFLOP" if point else "no crossover near these sizes"
+    if point and point > largest:
+        where += f", {point / largest:.1f} times the largest training here, so this is extrapolated"
     return f"Exponents of the {what}: {', '.join(parts)}; {where}. "
 
 
@@ -447,21 +517,18 @@ def size_chart(m: Measured, figure: str, what: str) -> Chart | None:
 
 
 def corner_table(m: Measured) -> str:
-    rows = ["| | " + " | ".join(f"{part} of {CHECKPOINTS}" for part in range(1, CHECKPOINTS + 1)) + " |",
-            "|---" * (CHECKPOINTS + 1) + "|"]
-    for cell in STUDIES["corners"].cells:
-        texts = [mean_of(m, "corners", cell.name, score(evaluation.label, "agreement"), 3)
-                 for evaluation in cell.evaluations]
-        if any(texts):
-            rows.append(f"| {cell.name} | {' | '.join(texts)} |")
-    if len(rows) == 2:
+    evaluations = {cell.name: cell.evaluations for cell in STUDIES["corners"].cells}
+    rows = cells_and_costs(m, "corners", ["", *(f"{part} of {CHECKPOINTS}" for part in range(1, CHECKPOINTS + 1))],
+                           lambda cell: [mean_of(m, "corners", cell, score(each.label, "agreement"), 3)
+                                         for each in evaluations[cell]])
+    if not rows:
         return ""
     best = [row["agreement"] for record in m.of("floor", "corners") for row in record["evaluations"]]
     notes = ("Share of samples with one shape in each of two opposite corners, alike in colour and kind, by "
              "how much of the training is done; of pictures that the VAE has encoded and decoded: "
-             f"{', '.join(f'{value:.3f}' for value in best)}. All networks have equal training FLOPs. "
-             f"{seeds_of(m, 'corners')}; {made_with(m, 'corners')}.")
-    return "\n".join(rows) + f"\n\n{notes}"
+             f"{', '.join(f'{value:.3f}' for value in best)}. All networks have equal training FLOPs. MFLOP "
+             f"per example, forward and backward. {seeds_of(m, 'corners')}; {made_with(m, 'corners')}.")
+    return f"{rows}\n\n{notes}"
 
 
 def corner_chart(m: Measured) -> Chart | None:
@@ -492,6 +559,12 @@ def curvature_table(m: Measured) -> str:
         f"{seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}.")
 
 
+def curvature_chart(m: Measured) -> Chart | None:
+    return objective_chart("Curvature of the trajectories of sampling", "curvature",
+                           lambda network, objective: m.values("curvature", f"{network} {objective}",
+                                                               lambda r: r["curvature"]))
+
+
 def weighting_table(m: Measured) -> str:
     rows = []
     for cell in STUDIES["weighting"].cells:
@@ -508,6 +581,19 @@ def weighting_table(m: Measured) -> str:
         "\n\nFréchet distance, 50 first-order steps; uniform times. At a given xt, each prediction "
         "determines the others, so the loss only weights the times. "
         f"{seeds_of(m, 'weighting')}; {made_with(m, 'weighting')}.")
+
+
+def weighting_chart(m: Measured) -> Chart | None:
+    """A place per prediction and loss; those of the path itself are v, or the velocity."""
+    places: dict[str, dict[str, list[float]]] = {"ddpm": {}, "rf": {}}
+    for cell in STUDIES["weighting"].cells:
+        path, prediction, loss = (part.split()[-1].replace("velocity", "v") for part in cell.name.split(","))
+        places[path][f"{prediction}, {loss}"] = m.values("weighting", cell.name,
+                                                         score(cell.evaluations[0].label))
+    series = [each for path, points in places.items() for each in series_of(path, points)]
+    return Chart("Prediction and loss apart (dit): Fréchet distance, 50 first-order steps",
+                 "prediction, loss (v: of the straight path, the velocity)", "Fréchet distance",
+                 series) if series else None
 
 
 def cosine_end() -> float:
@@ -530,6 +616,13 @@ def schedule_table(m: Measured) -> str:
                               f"{made_with(m, 'schedules')}.")
 
 
+def schedule_chart(m: Measured) -> Chart | None:
+    chart = objective_chart("Schedules: Fréchet distance, 50 first-order steps", "Fréchet distance",
+                            lambda network, objective: m.values("schedules", f"{network} {objective}",
+                                                                score(first_order(objective))), SCHEDULES)
+    return chart and chart._replace(log_y=True, size=(2000, 900))          # room for seven names
+
+
 def rate_rows(m: Measured) -> list[tuple[str, str, list[list[dict]]]]:
     """(network, objective, records by factor) of what is measured."""
     found = []
@@ -542,8 +635,9 @@ def rate_rows(m: Measured) -> list[tuple[str, str, list[list[dict]]]]:
 
 
 def rate_table(m: Measured) -> str:
-    rows = ["| learning rate, relative to the default | " + " | ".join(f"{factor:g}" for factor in FACTORS)
-            + " |", "|---" * (len(FACTORS) + 1) + "|"]
+    head = ["learning rate, relative to the default", *(f"{factor:g}" for factor in FACTORS),
+            "usable octaves"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for network, objective, by_factor in rate_rows(m):
         texts = []
         for factor, records in zip(FACTORS, by_factor):
@@ -551,15 +645,28 @@ def rate_table(m: Measured) -> str:
                            score(first_order(objective)), 1)
             lost = sum("diverged" in record for record in records)
             texts.append(text + f" {lost} of {len(records)} diverged" * (lost > 0))
+        texts.append(shown(usable_octaves(m, network, objective), 2))
         rows.append(f"| {network} {objective} | {' | '.join(texts)} |")
     if len(rows) == 2:
         return ""
     defaults = ", ".join(f"{network} {rate:g}" for network, rate in RATES.items())
     return "\n".join(rows) + (
         f"\n\nFréchet distance, 50 first-order steps; defaults: {defaults}. A rate counts as usable if its "
-        f"distance is at most {USABLE:g} times that of the best rate of the same network and objective. "
+        f"distance is at most {USABLE:g} times that of the best rate of the same network and objective; the "
+        f"rates span {math.log2(FACTORS[-1] / FACTORS[0]):g} octaves. {upper_edge(m)}"
         f"{seeds_of(m, 'learning rates')}; "
         f"{made_with(m, 'learning rates')}.")
+
+
+def upper_edge(m: Measured) -> str:
+    """Whether the rates reach that at which trainings fail; "" where nothing is measured."""
+    usable = [distances[-1] <= USABLE * min(distances) for network, objective, _ in rate_rows(m)
+              for distances in rate_distances(m, network, objective)]
+    if not usable:
+        return ""
+    return (f"The largest rate is usable in {sum(usable)} of {len(usable)} runs"
+            + ": the upper edge lies beyond, and the octaves measure the lower one. " * all(usable)
+            + ". " * (not all(usable)))
 
 
 def rate_chart(m: Measured) -> Chart | None:
@@ -626,8 +733,12 @@ def speed_table(m: Measured) -> str:
         texts = [shown([pace.milliseconds[batch] for pace in each], 1) for batch in batches]
         calls = shown([pace.evaluations for pace in each], 0)
         rows.append(f"| {cell} | {calls} | {' | '.join(texts)} |")
+    for cell, each in found.items():
+        texts = [shown([pace.milliseconds[batch] / pace.evaluations for pace in each], 2) for batch in batches]
+        rows.append(f"| {cell}, one evaluation | 1 | {' | '.join(texts)} |")
     notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
-             "best of the network that is worse. Of the network alone, without the VAE, in bf16 where the "
+             "best of the network that is worse; and at equal steps: of one evaluation. In a batch of one, "
+             "this is the latency; pictures per second are 1000 divided by it. Of the network alone, without the VAE, in bf16 where the "
              f"device multiplies it. {seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
@@ -668,9 +779,22 @@ def few_step_table(m: Measured) -> str:
         return ""
     notes = ("Fréchet distance of the best solver. An evaluation with guidance counts twice; MeanFlow and "
              f"reflow have learned guidance {GUIDANCE:g}. Their minutes exclude the parent's training and "
-             f"include the drawing of reflow's pairs. {seeds_of(m, 'few steps')}; "
+             f"include the drawing of reflow's pairs. {few_step_targets(m)}{seeds_of(m, 'few steps')}; "
              f"{made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}"
+
+
+def few_step_targets(m: Measured) -> str:
+    """A sentence on the mean distances relative to the parent's; "" where they are not measured."""
+    parts = []
+    parents = parent(m, 8)
+    for name, count, target in (("meanflow", 1, 1.5), ("reflow", 4, 1), ("reflow twice", 4, 1)):
+        values = m.values("few steps", name, best_within(count))
+        if values and parents:
+            ratio = np.mean(values) / np.mean(parents)
+            parts.append(f"{name} with {count} has {ratio:.2f} times the distance (target: at most "
+                         f"{target:g}, {'met' if ratio <= target else 'missed'})")
+    return f"Against the parent with 8 evaluations, {', '.join(parts)}. " if parts else ""
 
 
 def measured_at(before: int, count: int, scale: float) -> Callable[[dict], float | None]:
@@ -739,18 +863,24 @@ SECTIONS = {
     "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart,
                              "Fréchet distance of every cell"),
     "compare: staircase": Section(staircase_table, f"{COMPARE} --only grid"),
-    "compare: grid in full": Section(full_grid_table, f"{COMPARE} --only grid"),
+    "compare: grid in full": Section(full_grid_table, f"{COMPARE} --only grid", gradient_chart,
+                                     "Spread of the gradient norm in every cell"),
     "compare: errors": Section(lambda m: "", f"{COMPARE} --only grid", velocity_chart,
                                "Error of the velocity over the training"),
     "compare: errors of x0": Section(lambda m: "", f"{COMPARE} --only grid", x0_chart,
                                      "Error of x0 over the training"),
-    "compare: curvature": Section(curvature_table, f"{COMPARE} --only curvature"),
-    "compare: weighting": Section(weighting_table, f"{COMPARE} --only weighting"),
+    "compare: curvature": Section(curvature_table, f"{COMPARE} --only curvature", curvature_chart,
+                                  "Curvature of every cell"),
+    "compare: weighting": Section(weighting_table, f"{COMPARE} --only weighting", weighting_chart,
+                                  "Distance against prediction and loss"),
     "compare: steps": Section(steps_table, f"{COMPARE} --only steps", steps_chart,
                               "Distance against evaluations"),
-    "compare: noise": Section(noise_table, f"{COMPARE} --only noise"),
-    "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance"),
-    "compare: schedules": Section(schedule_table, f"{COMPARE} --only schedules"),
+    "compare: noise": Section(noise_table, f"{COMPARE} --only noise", noise_chart,
+                              "Distance of samplers with and without noise"),
+    "compare: guidance": Section(guidance_table, f"{COMPARE} --only guidance", guidance_chart,
+                                 "Distance against guidance"),
+    "compare: schedules": Section(schedule_table, f"{COMPARE} --only schedules", schedule_chart,
+                                  "Distance by schedule"),
     "compare: learning rates": Section(rate_table, f"{COMPARE} --only 'learning rates'", rate_chart,
                                        "Distance against the learning rate"),
     "compare: sizes": Section(size_table, f"{COMPARE} --only sizes",

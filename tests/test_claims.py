@@ -217,7 +217,11 @@ def test_easier_training_is_the_spread_over_schedules_and_the_range_of_rates():
         if r["study"] == "learning rates" and "dit ddpm" in r["cell"]:
             r["evaluations"][0]["frechet"] *= 3
     assert claims.usable_octaves(Measured(records), "dit", "ddpm eps") == pytest.approx([3.5] * 3, abs=0.01)
-    assert "1 of 3 diverged" in tables.rate_table(Measured(records))
+    text = tables.rate_table(Measured(records))
+    assert "1 of 3 diverged" in text and "| 3.50 (3.50 to 3.50) |" in text
+    assert "The largest rate is usable in 0 of 12 runs. " in text                  # 9 is above 6
+    flat = tables.rate_table(Measured(made_up(plain)))
+    assert "usable in 12 of 12 runs: the upper edge lies beyond, and the octaves measure the lower one. " in flat
     dit_only = Measured([r for r in records if not r["cell"].startswith("unet")])
     assert verdict(claims.easier_training(dit_only)) == "not decided yet"          # one network is missing
 
@@ -251,6 +255,12 @@ def test_shifts_are_compared_at_both_sizes():
     rows = tables.shift_rows(m, 64, 10)
     assert {where: round(np.mean(by_shift[2.0]), 2) for where, by_shift in rows.items()} == {
         "training and sampling": 3.01, "sampling only": 3.51, "training only": 5.01}
+    floor = {"study": "floor", "cell": "fashion-mnist-64", "seed": 0, "evaluations": [
+        {"label": "reconstructions of the test images", "n": n, "frechet": n / 1000}
+        for n in (2000, 10_000)]}
+    assert tables.floors(Measured([floor])) == (
+        "; 2,000 reconstructions have a distance of 2.00 with the VAE of 64 pixels")
+    assert tables.floors(m) == ""
 
 
 def test_what_is_early_is_read_at_its_step():
@@ -289,6 +299,9 @@ def test_few_steps_are_compared_with_the_parent():
     one = "5.5 (5.5 to 5.5)"
     assert f"| MeanFlow | {one} | {one} | {one} |  |  | 0.200" in text        # not measured beyond four
     assert tables.few_step_chart(m).series[-1].x == [1, 2, 4]
+    assert ("meanflow with 1 has 1.37 times the distance (target: at most 1.5, met), reflow with 4 has 0.75 "
+            "times the distance (target: at most 1, met), reflow twice with 4 has 1.25 times the distance "
+            "(target: at most 1, missed). ") in text
 
 
 def test_samplers_with_noise_have_a_row_each():
@@ -303,6 +316,29 @@ def test_samplers_with_noise_have_a_row_each():
     assert f"| dit rf logit-normal, euler | {nine} | {nine} | {nine} |" in rows
     assert sum(nine in row for row in rows) == 16 and sum(three in row for row in rows) == 2
     assert tables.noise_table(Measured([])) == ""
+    series = {each.name: each for each in tables.noise_chart(Measured(made_up(distance))).series}
+    assert series["dit rf logit-normal"].x == ["without noise", "ddpm", "reverse_sde", "dpmpp_2m_sde"]
+    assert [np.mean(seeds) > 8 for seeds in series["dit rf logit-normal"].y] == [True, True, False, True]
+    assert len({each.colour for each in series.values()}) == 4
+
+
+def test_guidance_has_a_line_per_number_of_steps():
+    chart = tables.guidance_chart(Measured(made_up(lambda cell, evaluation, nfe: evaluation.scale + nfe)))
+    line = next(each for each in chart.series if each.name == "unet ddpm eps, ddim 20")
+    assert line.x == [1.0, 1.5, 2.0, 3.0]                          # guidance doubles the evaluations
+    assert [seeds[0] for seeds in line.y] == [21.0, 41.5, 42.0, 43.0]
+    assert len(chart.series) == 6 and len({(each.colour, each.mark) for each in chart.series}) == 6
+
+
+def test_seeds_that_only_other_studies_have_are_named():
+    rows = [(compare.Evaluation("ddim", 50), 4.0)]
+    records = [record("grid", "dit ddpm eps", 0, rows), record("grid", "dit ddpm v", 0, rows),
+               record("noise", "dit ddpm eps", 0, rows, commit="not shown"),
+               record("noise", "dit ddpm eps", 2, rows, commit="abc"), record("steps", "other", 7, rows)]
+    m = Measured(records)
+    assert tables.seeds_of(m, "grid") == "1 to 2 seeds per cell (0, 2), where no range is given one"
+    assert tables.seeds_of(m, "grid", ranges=False).endswith("(0, 2), only one of dit ddpm v")
+    assert tables.made_with(m, "grid").endswith("; commit 0123456789, abc")
 
 
 def test_prompts_are_compared_by_their_kind():
@@ -342,6 +378,8 @@ def test_paths_are_compared_by_their_curvature():
     assert len(found) == 6 and [decide(c) for c in found] == [False] * 6
     assert by_number(records)["2d"] == "false"
     assert "| dit rf uniform | 0.201 (0.200 to 0.202) |" in tables.curvature_table(Measured(records))
+    unet, _ = tables.curvature_chart(Measured(records)).series
+    assert dict(zip(unet.x, unet.y))["ddpm x0"] == pytest.approx([0.1, 0.101, 0.102])
 
 
 def test_samplers_with_noise_are_compared_where_a_claim_is_about_all():
@@ -389,6 +427,9 @@ def test_predictions_are_compared_with_one_loss():
         "ddpm, v with the loss of v, against x0 with that of v": False,
         "rf, velocity with the loss of velocity, against x0 with that of velocity": True}
     assert "| rf, predicts x0, loss of velocity | 7.0 (7.0 to 7.0) | 0.900" in tables.weighting_table(m)
+    for series, (path, x0) in zip(tables.weighting_chart(m).series, {"ddpm": 3.0, "rf": 7.0}.items()):
+        assert series.name == path and series.x == ["v, v", "eps, v", "x0, v", "v, eps", "v, x0"]
+        assert [seeds[0] for seeds in series.y] == [5.0, 5.0, x0, 5.0, 5.0]
 
 
 def test_speed_is_compared_at_a_distance_that_both_reach():
@@ -413,6 +454,7 @@ def test_speed_is_compared_at_a_distance_that_both_reach():
     assert alone.ours == pytest.approx([16, 32, 48]) and alone.theirs == pytest.approx([40, 80, 120])
     assert many.ours == pytest.approx([1, 2, 3])
     assert "| unet ddpm eps | 20 (20 to 20) | 80.0 (40.0 to 120.0) |" in tables.speed_table(m)
+    assert "| unet ddpm eps, one evaluation | 1 | 4.00 (2.00 to 6.00) |" in tables.speed_table(m)
     # one network without its first seed: the others still go with their own
     some = [r for r in records if (r["study"], r["cell"], r["seed"]) != ("speed", "dit rf logit-normal", 0)]
     assert claims.faster(Measured(some))[0].ours == pytest.approx([32, 48])
