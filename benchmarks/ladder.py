@@ -214,12 +214,14 @@ class Ladder:
 
     def sample_command(self, rung: Rung, seed: int) -> list[str]:
         flags = self.base.sample if rung.sample is None else rung.sample
+        # Rungs share runs, so each has its own file: an interrupted one must not be in another's way.
+        name = "-".join(flags).replace("--", "").replace("/", "-")
         quarter = f"{self.part(self.steps(rung)) * CHECKPOINTS // 4:06d}"
         flags = [flag.replace(RUN, str(self.run(rung, seed))).replace("QUARTER", quarter) for flag in flags]
         # Picture i is drawn with seed + i; the runs of two seeds share no noise.
         return [*self.program(rung, "sample.py"), str(self.run(rung, seed)), *flags,
                 "--n", str(self.n), "--batch-size", "250", "--precision", "auto",
-                "--seed", str(seed * self.n), "--out", str(self.run(rung, seed) / "ladder.npz")]
+                "--seed", str(seed * self.n), "--out", str(self.run(rung, seed) / f"ladder-{name}.npz")]
 
     def commands(self, rung: Rung, seed: int) -> list[list[str]]:
         return [self.vae_command(rung), self.train_command(rung, seed), self.sample_command(rung, seed)]

@@ -16,7 +16,7 @@ TINY = ("--preset", "tiny", "--batch-size", "8")
 
 def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = set()
+    names, files = set(), {}
     for base in ladder.BASES:
         whole = ladder.Ladder(base, Path("runs"), Path("r.jsonl"), Path("data"), 2000)
         for name in ladder.rungs_of(base):
@@ -43,6 +43,8 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
             if drawn.guide:                                        # a checkpoint that the run keeps
                 assert int(Path(drawn.guide).stem.removeprefix("checkpoint-")) % args.save_every == 0
                 assert args.keep * args.save_every >= args.steps - 8
+            assert files.setdefault(drawn.out, (network, rung.sample)) == (network, rung.sample)
+            assert Path(drawn.out).parent == Path(args.runs_dir, args.name)
             names.add((base, name, args.runs_dir, args.name, *(rung.sample or ())))
     assert len(names) == len({entry[:2] for entry in names})
     assert "smaller" in ladder.rungs_of("dit") and "smaller" not in ladder.rungs_of("dit-small")
