@@ -95,7 +95,7 @@ RUNGS = {
     **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=guided(scale))
        for scale in ("2.05", "2.1", "2.2", "2.5", "3")},
     **{f"noisy-{scale}": Rung(f"guidance {scale}, and 20 steps of a sampler that adds noise",
-                              sample=noisy(scale)) for scale in ("1.5", "2", "2.5", "3", "3.5")},
+                              sample=noisy(scale)) for scale in ("1.8", "2", "2.5")},
     "stronger-and-later": Rung("guidance 2.2, but none in the last tenth of the time",
                                sample=("--cfg", "2.2", "--interval", "0.1", "0.8")),
     "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
@@ -115,7 +115,7 @@ RUNGS = {
        for scale in ("2.1", "2.2", "2.5", "3")},
     **{f"full-cooldown-noisy-{scale}": Rung(
         f"the learning rate falls from the first step on, guidance {scale}, and 20 steps of a sampler that "
-        "adds noise", train=("--cooldown", "1"), sample=noisy(scale)) for scale in ("2", "2.5")},
+        "adds noise", train=("--cooldown", "1"), sample=noisy(scale)) for scale in ("1.8", "2")},
     "half-rate": Rung("half the peak learning rate", train=("--lr", "2e-3"), arch="dit"),
     "double-rate": Rung("twice the peak learning rate", train=("--lr", "8e-3"), arch="dit"),
     "half-batch": Rung("half the batch, and so more steps in the same time", train=("--batch-size", "32"),
