@@ -305,7 +305,7 @@ class Comparison:
             if pictures.prompts:
                 text = "".join(f"{prompt}\n" for prompt in self.judges[data].prompts(self.budget.n))
                 write_atomically(self.prompts_file(data), lambda file: file.write(text.encode()))
-            if not (folder / "checkpoint.pt").is_file() or not self.results.has("floor", data, 0):
+            if not finished(folder) or not self.results.has("floor", data, 0):
                 command = self.vae_command(data)
                 print(as_typed(command), flush=True)
                 call(command, folder.with_name(f"{folder.name}.log"))
@@ -497,11 +497,20 @@ def flops_per_example(cell: Cell) -> int:
     return measures.training_flops(args.arch, config, (4, side, side))
 
 
+def checkpoint_of(run: Path) -> dict:
+    """Of a run; {} where there is none."""
+    file = run / "checkpoint.pt"
+    return torch.load(file, "cpu", weights_only=True, mmap=True) if file.is_file() else {}
+
+
 def last_step(run: Path) -> int:
     """The step of a run's checkpoint, 0 where there is none."""
-    if not (run / "checkpoint.pt").is_file():
-        return 0
-    return torch.load(run / "checkpoint.pt", "cpu", weights_only=True, mmap=True)["step"]
+    return checkpoint_of(run).get("step", 0)
+
+
+def finished(run: Path) -> bool:
+    """Whether a run is trained to its end."""
+    return bool((checkpoint_of(run).get("training") or {}).get("finished"))
 
 
 # ---- the program

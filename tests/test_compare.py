@@ -1,6 +1,7 @@
 """benchmarks/compare.py: equal FLOPs, common units against closed forms, and cells that are measured once."""
 
 import json
+import shutil
 import threading
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -396,7 +397,7 @@ def stub(monkeypatch, tmp_path):
 def leave_checkpoint(flags, step):
     run = compare.Path(flags["--runs-dir"]) / flags["--name"]
     run.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step}, run / "checkpoint.pt")
+    torch.save({"step": step, "training": {"finished": step == int(flags["--steps"])}}, run / "checkpoint.pt")
 
 
 FLAGS = ["--budget", "minutes", "--results", "results/r.jsonl", "--runs-dir", "runs"]
@@ -532,6 +533,20 @@ def test_a_killed_cell_goes_on(stub):
     assert [(r["study"], r["cell"]) for r in whole] == [("floor", "fashion-mnist"), ("grid", "dit"),
                                                       ("grid", "unet")]
     assert all(r["processor_seconds"] == 12 for r in whole[1:])
+
+
+def test_a_vae_that_was_interrupted_is_trained_to_its_end(stub):
+    """Also where its scores are known already, as they are in the results that are shipped."""
+    assert compare.main([*FLAGS, "--only", "grid"]) == 0
+    vae = dict(zip(stub.commands[0], stub.commands[0][1:]))
+    shutil.rmtree("runs")
+    leave_checkpoint(vae, int(vae["--steps"]) // 2)
+    known = open("results/r.jsonl").read().splitlines(keepends=True)
+    open("results/r.jsonl", "w").writelines(known[:2])                             # without the second cell
+    stub.commands.clear()
+    assert compare.main([*FLAGS, "--only", "grid"]) == 0
+    trained = [command[command.index("--name") + 1] for command in stub.commands if command[0] == "train.py"]
+    assert trained == ["fashion-mnist-vae", "unet-0"] and [r["cell"] for r in lines()].count("unet") == 1
 
 
 def test_what_a_killed_process_spent_is_estimated_from_the_rest(stub):
