@@ -518,7 +518,8 @@ def size_chart(m: Measured, figure: str, what: str) -> Chart | None:
 
 def corner_table(m: Measured) -> str:
     evaluations = {cell.name: cell.evaluations for cell in STUDIES["corners"].cells}
-    rows = cells_and_costs(m, "corners", ["", *(f"{part} of {CHECKPOINTS}" for part in range(1, CHECKPOINTS + 1))],
+    heads = [f"{part} of {CHECKPOINTS}" for part in range(1, CHECKPOINTS + 1)]
+    rows = cells_and_costs(m, "corners", ["", *heads],
                            lambda cell: [mean_of(m, "corners", cell, score(each.label, "agreement"), 3)
                                          for each in evaluations[cell]])
     if not rows:
@@ -734,12 +735,14 @@ def speed_table(m: Measured) -> str:
         calls = shown([pace.evaluations for pace in each], 0)
         rows.append(f"| {cell} | {calls} | {' | '.join(texts)} |")
     for cell, each in found.items():
-        texts = [shown([pace.milliseconds[batch] / pace.evaluations for pace in each], 2) for batch in batches]
+        texts = [shown([pace.milliseconds[batch] / pace.evaluations for pace in each], 2)
+                 for batch in batches]
         rows.append(f"| {cell}, one evaluation | 1 | {' | '.join(texts)} |")
     notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
              "best of the network that is worse; and at equal steps: of one evaluation. In a batch of one, "
-             "this is the latency; pictures per second are 1000 divided by it. Of the network alone, without the VAE, in bf16 where the "
-             f"device multiplies it. {seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
+             "this is the latency; pictures per second are 1000 divided by it. Of the network alone, without "
+             "the VAE, in bf16 where the device multiplies it. "
+             f"{seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
 

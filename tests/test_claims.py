@@ -221,7 +221,8 @@ def test_easier_training_is_the_spread_over_schedules_and_the_range_of_rates():
     assert "1 of 3 diverged" in text and "| 3.50 (3.50 to 3.50) |" in text
     assert "The largest rate is usable in 0 of 12 runs. " in text                  # 9 is above 6
     flat = tables.rate_table(Measured(made_up(plain)))
-    assert "usable in 12 of 12 runs: the upper edge lies beyond, and the octaves measure the lower one. " in flat
+    assert ("usable in 12 of 12 runs: the upper edge lies beyond, and the octaves measure the lower one. "
+            in flat)
     dit_only = Measured([r for r in records if not r["cell"].startswith("unet")])
     assert verdict(claims.easier_training(dit_only)) == "not decided yet"          # one network is missing
 
