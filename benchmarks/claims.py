@@ -570,6 +570,7 @@ def parent(m: Measured, nfe: int) -> list[float]:
 
 
 REFLOWS = ("reflow", "reflow twice")
+ONE_STEP = 1.5       # one step's distance, relative to the parent's: what counts as enough
 
 
 def few_steps_after_reflow(m: Measured) -> list[Comparison]:
@@ -588,7 +589,7 @@ def straightened(m: Measured) -> list[Comparison]:
 
 def one_step(m: Measured) -> list[Comparison]:
     return [Comparison("MeanFlow, one evaluation, against its parent's 8 (4 guided steps)",
-                       m.values("few steps", "meanflow", best_within(1)), parent(m, 8), factor=1.5)]
+                       m.values("few steps", "meanflow", best_within(1)), parent(m, 8), factor=ONE_STEP)]
 
 
 def logit_normal(m: Measured) -> list[Comparison]:

@@ -43,6 +43,7 @@ class Base(NamedTuple):
     frechet: float           # ... with a distance of at most this
     what: str | None = None  # in words, if it is not the recipe
     whole: bool = True       # False: a part of a training, which is not held against the targets
+    default: bool = True     # whether it is trained with train.py's defaults, but for the steps
 
 
 class Rung(NamedTuple):
@@ -62,7 +63,7 @@ def guided(scale: str) -> tuple[str, ...]:
 
 
 def noisy(scale: str) -> tuple[str, ...]:
-    """The same with DPM-Solver++ 2M for the reverse SDE, which adds noise in every step."""
+    """Flags as of `guided`, with DPM-Solver++ 2M for the reverse SDE, which adds noise in every step."""
     return (*guided(scale), "--sampler", "dpmpp_2m_sde", "--steps", "20")
 
 
@@ -73,10 +74,12 @@ BASES = {
 }
 # About a third of the training, to choose among many changes: the target stays that of the whole one.
 BASES["dit-short"] = BASES["dit"]._replace(steps=1500, whole=False)
-# A smaller network makes about twice as many steps in a minute: a try at the target for the time.
+# A smaller network makes 1.6 to 1.8 times as many steps in a minute: a try at the target for the time.
 BASES["dit-small"] = BASES["dit"]._replace(
-    train=BASES["dit"].train + ("--preset", "size-3"), steps=4500, what="a smaller network and more steps")
-# Where the average of the weights was chosen: earlier than the row of `dit`, and with another VAE.
+    train=BASES["dit"].train + ("--preset", "size-3"), steps=4500, what="a smaller network and more steps",
+    default=False)
+# Where the average of the weights was chosen: earlier than the rows of `dit`, on another VAE, and with
+# OMP_NUM_THREADS=1, without which this is the base `dit`.
 BASES["dit-one-core"] = BASES["dit"]._replace(what="the recipe, each training on one core")
 VAE_STEPS = 4500
 FLOOR = 1.2              # the target for the VAE
@@ -149,10 +152,10 @@ def rungs_of(base: str) -> list[str]:
             and not (rung.train and set(rung.train) <= set(BASES[base].train))]
 
 
-def study_of(base: str) -> str:
-    """What records are filed under. Rungs that are measured on a CPU without bf16 have a table and a default
-    of their own, because there the trainings are in fp32 and take about twice as long."""
-    return base + WITHOUT_BF16 * (WITHOUT_BF16 in device_name())
+def studies_of(base: str) -> tuple[str, str]:
+    """What its records are filed under: on most machines, and on CPUs without bf16. Those have a table and a
+    default of their own, because there the trainings are in fp32 and take longer."""
+    return base, base + WITHOUT_BF16
 
 
 class Ladder:
@@ -161,7 +164,7 @@ class Ladder:
     def __init__(self, base: str, runs: Path, results: Path, data_dir: Path, n: int,
                  extra: tuple[str, ...] = (), vae_steps: int = VAE_STEPS, steps: int | None = None):
         self.name = base
-        self.study = study_of(base)
+        self.study = studies_of(base)[WITHOUT_BF16 in device_name()]
         self.base = BASES[base]
         self.runs = runs
         self.results = Results(results)
@@ -353,17 +356,17 @@ def gains(found: list[dict], defaults: list[dict]) -> str:
                      for name, digits in (("agreement", 3), ("frechet", 2)))
 
 
-def goal_of(study: str) -> Base:
+def base_of(study: str) -> Base:
     return BASES[study.removesuffix(WITHOUT_BF16)]
 
 
 def table(records: list[dict], study: str) -> str:
-    """Markdown: a row per rung that is measured, the default first; "" for none. study: as `study_of` has it.
+    """Markdown: a row per rung that is measured, the default first; "" for none. study: one of `studies_of`.
     The commits are those of the trainings."""
     heads = ["change", "minutes of one core", "agreement", "Fréchet", "gain", "a default?", "floor",
              "quality met", "trained at"]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    goal = goal_of(study)
+    goal = base_of(study)
     by_rung = {name: [record for record in records if (record["study"], record["cell"]) == (study, name)]
                for name in RUNGS}
     for name, found in by_rung.items():
@@ -373,13 +376,10 @@ def table(records: list[dict], study: str) -> str:
         commits = sorted({record["network"]["commit"] for record in found})
         good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
                 for record in found]
-        what, is_default = described(rung), "no"
-        if rung.undoes:
-            is_default = "no, its opposite"
-        if name == "default" and goal.what:
-            what = goal.what
-        elif name == "default":
-            is_default = "yes"
+        what, is_default = described(rung), "no, its opposite" if rung.undoes else "no"
+        if name == "default":
+            what = goal.what or what
+            is_default = "yes" if goal.default else "no"
         rows.append(f"| {what} | {took(found)} "
                     f"| {spread([record['agreement'] for record in found], 3)} "
                     f"| {spread([record['frechet'] for record in found], 2)} "
@@ -393,7 +393,7 @@ def against_targets(records: list[dict], study: str) -> str:
     """A sentence on what the default reaches and misses, by its means; "" where it is not measured, or is no
     whole training."""
     found = [record for record in records if (record["study"], record["cell"]) == (study, "default")]
-    goal = goal_of(study)
+    goal = base_of(study)
     if not found or not goal.whole:
         return ""
     goals = [("agreement", [record["agreement"] for record in found], goal.agreement, 3),
@@ -407,6 +407,7 @@ def against_targets(records: list[dict], study: str) -> str:
             continue
         reached = np.mean(values)
         short = target - reached if name == "agreement" else reached - target
+        digits += 0 < short < 0.5 * 10**-digits                    # a narrow miss is not rounded away
         parts.append(f"{name} {reached:.{digits}f}, " + (
             f"missed by {short:.{digits}f}" if short > 0 else "met") + f" (target {target:g})")
     return f"The first row against the targets: {'; '.join(parts)}."

@@ -22,10 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (CLAIMS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison, Measured,
-                               answers_to, best_within, counted, crossover, depends_on, distance, exponents,
-                               first_order, needed, paces, parent, rate_distances, score, shifted, sizes,
-                               typical, usable_octaves, verdict)
+from benchmarks.claims import (CLAIMS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison,
+                               Measured, answers_to, best_within, counted, crossover, depends_on, distance,
+                               exponents, first_order, needed, paces, parent, rate_distances, score, shifted,
+                               sizes, typical, usable_octaves, verdict)
 from benchmarks.compare import WITHOUT_BF16, on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, NOISY, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
@@ -88,14 +88,14 @@ def comparison_table(m: Measured) -> str:
 # ---- tables and figures of the studies
 
 def records_of(m: Measured, study: str) -> list[dict]:
-    """Those behind a study's table: in the grid's, a seed that the grid lacks is from other studies of the
-    same network."""
+    """Those behind a study's table: in the grid's, a seed that the grid lacks is from another study of the
+    same network that has scores."""
     found = [record for record in m.records if record["study"] == study]
     if study == "grid":
         for cell in STUDIES["grid"].cells:
             for records in m.runs(cell.name).values():
                 if all(record["study"] != "grid" for record in records):
-                    found += records
+                    found += [record for record in records if record["evaluations"]][:1]
     return found
 
 
@@ -109,7 +109,7 @@ def seeds_of(m: Measured, study: str, ranges: bool = True) -> str:
     words += f" ({', '.join(map(str, sorted(set().union(*counts.values()))))})"
     if sizes[0] == 1 < sizes[-1]:
         alone = ", ".join(cell for cell, seeds in counts.items() if len(seeds) == 1)
-        words += ", where no range is given one" if ranges else f", only one of {alone}"
+        words += ", where no range is given one" if ranges else f"; one seed each: {alone}"
     return words
 
 
@@ -411,13 +411,13 @@ def noise_table(m: Measured) -> str:
 
 
 NOISE_STEPS = 20                         # of the chart
-FIRST = "without noise"                  # DDIM or Euler, by the path
+WITHOUT_NOISE = "without noise"          # DDIM or Euler, by the path
 
 
 def noise_chart(m: Measured) -> Chart | None:
     series = []
     for mark, cell in zip(MARKS, STUDIES["noise"].cells):
-        points = {each.sampler if each.sampler in NOISY else FIRST:
+        points = {each.sampler if each.sampler in NOISY else WITHOUT_NOISE:
                   m.values("noise", cell.name, score(each.label))
                   for each in cell.evaluations if each.steps == NOISE_STEPS}
         network, _, objective = cell.name.partition(" ")
@@ -495,7 +495,7 @@ def law(m: Measured, figure: str, what: str) -> str:
         return ""
     parts = [f"{network} {ladder.spread(values, 3)}" for network, values in found.items()]
     point = crossover(m, figure)
-    largest = max(size.flops for network in NETWORKS for found in sizes(m, network, None) for size in found)
+    largest = max(size.flops for network in NETWORKS for each in sizes(m, network, None) for size in each)
     where = f"the lines cross at {point / 1e12:.0f} TFLOP" if point else "no crossover near these sizes"
     if point and point > largest:
         where += f", {point / largest:.1f} times the largest training here, so this is extrapolated"
@@ -665,9 +665,8 @@ def upper_edge(m: Measured) -> str:
               for distances in rate_distances(m, network, objective)]
     if not usable:
         return ""
-    return (f"The largest rate is usable in {sum(usable)} of {len(usable)} runs"
-            + ": the upper edge lies beyond, and the octaves measure the lower one. " * all(usable)
-            + ". " * (not all(usable)))
+    beyond = ", so the usable range goes on beyond it, and the octaves only show where it begins"
+    return f"The largest rate is usable in {sum(usable)} of {len(usable)} runs{beyond * all(usable)}. "
 
 
 def rate_chart(m: Measured) -> Chart | None:
@@ -739,9 +738,9 @@ def speed_table(m: Measured) -> str:
                  for batch in batches]
         rows.append(f"| {cell}, one evaluation | 1 | {' | '.join(texts)} |")
     notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
-             "best of the network that is worse; and at equal steps: of one evaluation. In a batch of one, "
-             "this is the latency; pictures per second are 1000 divided by it. Of the network alone, without "
-             "the VAE, in bf16 where the device multiplies it. "
+             "best of the network that is worse; and at equal steps: of one evaluation. Milliseconds in "
+             "a batch of one are the latency; 1000 divided by those of the upper rows is pictures per "
+             "second. Of the network alone, without the VAE, in bf16 where the device multiplies it. "
              f"{seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
@@ -791,8 +790,9 @@ def few_step_targets(m: Measured) -> str:
     """A sentence on the mean distances relative to the parent's; "" where they are not measured."""
     parts = []
     parents = parent(m, 8)
-    for name, count, target in (("meanflow", 1, 1.5), ("reflow", 4, 1), ("reflow twice", 4, 1)):
-        values = m.values("few steps", name, best_within(count))
+    for name, cell, count, target in (("MeanFlow", "meanflow", 1, ONE_STEP),
+                                      *((name, name, 4, 1) for name in REFLOWS)):
+        values = m.values("few steps", cell, best_within(count))
         if values and parents:
             ratio = np.mean(values) / np.mean(parents)
             parts.append(f"{name} with {count} has {ratio:.2f} times the distance (target: at most "
@@ -953,10 +953,10 @@ def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
         found[name] = section.text(name, m)
     for base in ladder.BASES:
         texts = []
-        for study in (base, base + WITHOUT_BF16):
+        for study in ladder.studies_of(base):
             table = ladder.table(rungs, study)
             if table and study != base:
-                texts.append("The same on a CPU without bf16 instructions, where all is in fp32:")
+                texts.append("On a CPU without bf16 instructions, where all is in fp32:")
             texts += [table, ladder.against_targets(rungs, study)]
         found[f"ladder: {base}"] = ("\n\n".join(filter(None, texts))
                                     or f"Not measured yet: `python benchmarks/ladder.py --base {base}`.")

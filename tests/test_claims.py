@@ -221,8 +221,7 @@ def test_easier_training_is_the_spread_over_schedules_and_the_range_of_rates():
     assert "1 of 3 diverged" in text and "| 3.50 (3.50 to 3.50) |" in text
     assert "The largest rate is usable in 0 of 12 runs. " in text                  # 9 is above 6
     flat = tables.rate_table(Measured(made_up(plain)))
-    assert ("usable in 12 of 12 runs: the upper edge lies beyond, and the octaves measure the lower one. "
-            in flat)
+    assert "usable in 12 of 12 runs, so the usable range goes on beyond it, " in flat
     dit_only = Measured([r for r in records if not r["cell"].startswith("unet")])
     assert verdict(claims.easier_training(dit_only)) == "not decided yet"          # one network is missing
 
@@ -300,7 +299,7 @@ def test_few_steps_are_compared_with_the_parent():
     one = "5.5 (5.5 to 5.5)"
     assert f"| MeanFlow | {one} | {one} | {one} |  |  | 0.200" in text        # not measured beyond four
     assert tables.few_step_chart(m).series[-1].x == [1, 2, 4]
-    assert ("meanflow with 1 has 1.37 times the distance (target: at most 1.5, met), reflow with 4 has 0.75 "
+    assert ("MeanFlow with 1 has 1.37 times the distance (target: at most 1.5, met), reflow with 4 has 0.75 "
             "times the distance (target: at most 1, met), reflow twice with 4 has 1.25 times the distance "
             "(target: at most 1, missed). ") in text
 
@@ -335,10 +334,11 @@ def test_seeds_that_only_other_studies_have_are_named():
     rows = [(compare.Evaluation("ddim", 50), 4.0)]
     records = [record("grid", "dit ddpm eps", 0, rows), record("grid", "dit ddpm v", 0, rows),
                record("noise", "dit ddpm eps", 0, rows, commit="not shown"),
+               record("speed", "dit ddpm eps", 2, [], commit="has no scores"),
                record("noise", "dit ddpm eps", 2, rows, commit="abc"), record("steps", "other", 7, rows)]
     m = Measured(records)
     assert tables.seeds_of(m, "grid") == "1 to 2 seeds per cell (0, 2), where no range is given one"
-    assert tables.seeds_of(m, "grid", ranges=False).endswith("(0, 2), only one of dit ddpm v")
+    assert tables.seeds_of(m, "grid", ranges=False).endswith("(0, 2); one seed each: dit ddpm v")
     assert tables.made_with(m, "grid").endswith("; commit 0123456789, abc")
 
 
@@ -511,15 +511,16 @@ def test_sizes_follow_power_laws_that_cross_where_they_should():
 
 
 def test_a_crossover_is_found_where_it_is():
-    records = []
-    for network, a, b in (("unet", 30.0, -0.1), ("dit", 30.0 * 10**0.1, -0.2)):        # equal at ten units
-        for size, units in enumerate((1, 3, 9, 27)):
-            for seed in (0, 1):
-                records.append(record("sizes", studies.size_name(network, size, None), seed,
-                                      [(studies.Evaluation("euler", 50), a * units ** b)],
-                                      flops_per_example=units * 1e12 / (1600 * 64)))
-    assert claims.crossover(Measured(records), "frechet") == pytest.approx(1e13)
-    assert "the lines cross at 10 TFLOP" in tables.size_table(Measured(records))
+    for equal, words in ((10, "10 TFLOP."), (81, "81 TFLOP, 3.0 times the largest training here, so ")):
+        records = []
+        for network, a, b in (("unet", 30.0, -0.1), ("dit", 30.0 * equal**0.1, -0.2)):
+            for size, units in enumerate((1, 3, 9, 27)):
+                for seed in (0, 1):
+                    records.append(record("sizes", studies.size_name(network, size, None), seed,
+                                          [(studies.Evaluation("euler", 50), a * units ** b)],
+                                          flops_per_example=units * 1e12 / (1600 * 64)))
+        assert claims.crossover(Measured(records), "frechet") == pytest.approx(equal * 1e12)
+        assert f"the lines cross at {words}" in tables.size_table(Measured(records))
 
 
 def test_what_contradicts_the_usual_telling_comes_first():

@@ -139,8 +139,7 @@ def test_a_cpu_without_bf16_has_rows_of_its_own(monkeypatch):
                         ("NVIDIA X1", "dit")):
         monkeypatch.setattr(ladder, "device_name", lambda name=name: name)
         whole = ladder.Ladder("dit", Path("runs"), Path("r.jsonl"), Path("data"), 20)
-        assert whole.study == study and ladder.goal_of(study) is ladder.BASES["dit"]
-        assert whole.run(ladder.RUNGS["default"], 0).name == "dit-0"
+        assert whole.study == study and ladder.base_of(study) is ladder.BASES["dit"]
 
 
 def test_the_table():
@@ -164,6 +163,9 @@ def test_the_table():
     assert ladder.table([*rows, *slower], "dit") == ladder.table(rows, "dit")
     assert "| +0.036, -2.80 |" in ladder.table([*rows, *slower], lacking)
     assert ladder.table([], "dit") == ""
+    for base, is_default in (("dit-small", "no"), ("dit-one-core", "yes")):
+        first = ladder.table([rows[0] | {"study": base}], base).splitlines()[-1]
+        assert f"| {ladder.BASES[base].what} | 10 |" in first and f"|  | {is_default} | 1.25 |" in first
     later = record("default", 0.97, 5.0, seed=1)
     later["network"]["commit"] = "ghi"
     assert ladder.table([rows[0], later], "dit").endswith("| abc, ghi |")
@@ -181,5 +183,7 @@ def test_the_table():
     assert ladder.against_targets(rows[1:2], "dit").startswith(
         "The first row against the targets: agreement 0.970, met (target 0.965); distance 5.00, met "
         "(target 5);")
+    narrow = [record("default", agreement, 5.0) for agreement in (0.965, 0.9648)]
+    assert "agreement 0.9649, missed by 0.0001 (target 0.965)" in ladder.against_targets(narrow, "dit")
     assert ladder.against_targets([row | {"study": "dit-short"} for row in rows], "dit-short") == ""
     assert ladder.against_targets(rows, "dit-small") == ""
