@@ -256,6 +256,11 @@ def average_of_width(run: str, checkpoint: dict, width: float) -> dict:
     return ema.combine(states, weights)
 
 
+def is_finished(checkpoint: dict) -> bool:
+    """Whether its training came to its end."""
+    return bool((checkpoint.get("training") or {}).get("finished"))
+
+
 def load_vae(path: str | Path, name: str | None = None) -> VAE:
     """A VAE with averaged weights, in evaluation mode: from a finished VAE run, from inside another run's
     checkpoint, or a published one (see published.load_vae, also for the name). Raises ValueError with a line
@@ -275,7 +280,7 @@ def load_vae(path: str | Path, name: str | None = None) -> VAE:
     if checkpoint["arch"] != "vae":
         return unpack_vae(checkpoint["vae"])
     # The scale of its latents is measured at the end.
-    if not (checkpoint.get("training") or {}).get("finished"):
+    if not is_finished(checkpoint):
         raise ValueError(f"{path}: this VAE is not finished (step {checkpoint['step']:,}); "
                          "run its command again")
     return unpack_vae({"config": checkpoint["config"], "state": checkpoint["ema"]}, str(path))

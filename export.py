@@ -36,7 +36,7 @@ from torch import Tensor
 
 import dit
 import published
-from checkpoints import load_checkpoint
+from checkpoints import is_finished, load_checkpoint
 from cli import Flag, make_parser, nonempty, program
 from ddpm import DDPM
 from dit import DiTConfig
@@ -496,7 +496,7 @@ def export(run: str, out: str, raw: bool = False, with_correction: bool = False)
     kind = check_out(out)
     checkpoint = load_checkpoint(run)
     arch = checkpoint["arch"]
-    if arch == "vae" and not (checkpoint.get("training") or {}).get("finished"):
+    if arch == "vae" and not is_finished(checkpoint):
         # The scale of its latents is measured at the end.
         raise ValueError(f"{run}: this VAE is not finished (step {checkpoint['step']:,}); run its command "
                          "again")

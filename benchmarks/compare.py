@@ -37,6 +37,7 @@ import settings
 from benchmarks import fashion_mnist, figures, measures
 from benchmarks.studies import (BUDGETS, CHECKPOINTS, GUIDANCE, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
                                 Evaluation)
+from checkpoints import is_finished
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_atomically, write_stamp
 from machine import has_bf16
@@ -510,7 +511,7 @@ def last_step(run: Path) -> int:
 
 def finished(run: Path) -> bool:
     """Whether a run is trained to its end."""
-    return bool((checkpoint_of(run).get("training") or {}).get("finished"))
+    return is_finished(checkpoint_of(run))
 
 
 # ---- the program

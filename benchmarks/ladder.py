@@ -366,7 +366,7 @@ def table(records: list[dict], study: str) -> str:
     heads = ["change", "minutes of one core", "agreement", "Fréchet", "gain", "a default?", "floor",
              "quality met", "trained at"]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    goal = base_of(study)
+    base = base_of(study)
     by_rung = {name: [record for record in records if (record["study"], record["cell"]) == (study, name)]
                for name in RUNGS}
     for name, found in by_rung.items():
@@ -374,12 +374,13 @@ def table(records: list[dict], study: str) -> str:
             continue
         rung = RUNGS[name]
         commits = sorted({record["network"]["commit"] for record in found})
-        good = [record["agreement"] >= goal.agreement and record["frechet"] <= goal.frechet
+        good = [record["agreement"] >= base.agreement and record["frechet"] <= base.frechet
                 for record in found]
-        what, is_default = described(rung), "no, its opposite" if rung.undoes else "no"
+        what = described(rung)
+        is_default = "no, its opposite" if rung.undoes else "no"
         if name == "default":
-            what = goal.what or what
-            is_default = "yes" if goal.default else "no"
+            what = base.what or what
+            is_default = "yes" if base.default else "no"
         rows.append(f"| {what} | {took(found)} "
                     f"| {spread([record['agreement'] for record in found], 3)} "
                     f"| {spread([record['frechet'] for record in found], 2)} "
@@ -393,11 +394,11 @@ def against_targets(records: list[dict], study: str) -> str:
     """A sentence on what the default reaches and misses, by its means; "" where it is not measured, or is no
     whole training."""
     found = [record for record in records if (record["study"], record["cell"]) == (study, "default")]
-    goal = base_of(study)
-    if not found or not goal.whole:
+    base = base_of(study)
+    if not found or not base.whole:
         return ""
-    goals = [("agreement", [record["agreement"] for record in found], goal.agreement, 3),
-             ("distance", [record["frechet"] for record in found], goal.frechet, 2),
+    goals = [("agreement", [record["agreement"] for record in found], base.agreement, 3),
+             ("distance", [record["frechet"] for record in found], base.frechet, 2),
              ("floor", [record["floor"]["frechet"] for record in found], FLOOR, 2),
              ("minutes on two cores", wall_minutes(found), MINUTES, 1)]
     parts = []

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
 from benchmarks.compare import git_commit
-from checkpoints import load_checkpoint
+from checkpoints import is_finished, load_checkpoint
 from files import write_atomically
 from networks import latent_space, unpack_vae
 from run import Run
@@ -101,7 +101,7 @@ def make_reference(runs: list[str], out: Path | None) -> Path:
         folder, checkpoint = folder_of(name), load_checkpoint(name)
         if checkpoint["arch"] == "vae":
             raise ValueError(f"{name}: is a VAE; a reference is made of runs of a network")
-        if not (checkpoint.get("training") or {}).get("finished"):
+        if not is_finished(checkpoint):
             raise ValueError(f"{name}: is not finished (step {checkpoint['step']:,}); run its command again")
         found = identity(folder, checkpoint)
         first = first or found

@@ -109,7 +109,7 @@ def seeds_of(m: Measured, study: str, ranges: bool = True) -> str:
     words += f" ({', '.join(map(str, sorted(set().union(*counts.values()))))})"
     if sizes[0] == 1 < sizes[-1]:
         alone = ", ".join(cell for cell, seeds in counts.items() if len(seeds) == 1)
-        words += ", where no range is given one" if ranges else f"; one seed each: {alone}"
+        words += ", where no range is given one" if ranges else f"; one seed: {alone}"
     return words
 
 
@@ -737,10 +737,11 @@ def speed_table(m: Measured) -> str:
         texts = [shown([pace.milliseconds[batch] / pace.evaluations for pace in each], 2)
                  for batch in batches]
         rows.append(f"| {cell}, one evaluation | 1 | {' | '.join(texts)} |")
-    notes = ("At equal quality: as many evaluations, without guidance, as reach a distance 10 % above the "
-             "best of the network that is worse; and at equal steps: of one evaluation. Milliseconds in "
-             "a batch of one are the latency; 1000 divided by those of the upper rows is pictures per "
-             "second. Of the network alone, without the VAE, in bf16 where the device multiplies it. "
+    notes = ("The upper rows are at equal quality: as many evaluations, without guidance, as reach a "
+             "distance 10 % above the best of the network that is worse. The lower rows are at equal steps: "
+             "one evaluation. Milliseconds in a batch of one are the latency; 1000 divided by those of the "
+             "upper rows is pictures per second. Of the network alone, without the VAE, in bf16 where the "
+             "device multiplies it. "
              f"{seeds_of(m, 'speed')}; {made_with(m, 'speed')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 

@@ -338,7 +338,7 @@ def test_seeds_that_only_other_studies_have_are_named():
                record("noise", "dit ddpm eps", 2, rows, commit="abc"), record("steps", "other", 7, rows)]
     m = Measured(records)
     assert tables.seeds_of(m, "grid") == "1 to 2 seeds per cell (0, 2), where no range is given one"
-    assert tables.seeds_of(m, "grid", ranges=False).endswith("(0, 2); one seed each: dit ddpm v")
+    assert tables.seeds_of(m, "grid", ranges=False).endswith("(0, 2); one seed: dit ddpm v")
     assert tables.made_with(m, "grid").endswith("; commit 0123456789, abc")
 
 
