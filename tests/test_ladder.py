@@ -31,10 +31,11 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
             assert Path(args.vae) == Path(vae.runs_dir, vae.name)
             # The VAE trained apart is the one that the network's command would train without --vae, except
             # that in such a command --cooldown is the network's.
-            flags = [*whole.base.train, *whole.shared_flags(rung), *rung.vae, "--vae-steps", "4500"]
+            flags = [*whole.base.train, *whole.shared_flags(rung), *whole.vae_flags(rung),
+                     "--vae-steps", "4500"]
             own = settings.vae_settings(settings.parse(flags), None)
             differ = {key for key in settings.SAME_VAE if getattr(own, key) != getattr(vae, key)}
-            assert differ == {"cooldown"} & {flag.removeprefix("--") for flag in rung.vae}
+            assert differ == {"cooldown"} & {flag.removeprefix("--") for flag in whole.vae_flags(rung)}
             assert (own.runs_dir, own.name, own.steps) == (vae.runs_dir, vae.name, 4500)
             assert args.seed == 3 and args.steps == whole.steps(rung)
             whole.run(rung, 3).mkdir(parents=True, exist_ok=True)
@@ -48,6 +49,12 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path, monkeypatch):
             names.add((base, name, args.runs_dir, args.name, *(rung.sample or ())))
     assert len(names) == len({entry[:2] for entry in names})
     assert "smaller" in ladder.rungs_of("dit") and "smaller" not in ladder.rungs_of("dit-small")
+    # What a base has already is no rung of it.
+    together, all_rungs = ladder.rungs_of("dit-together"), ladder.rungs_of("dit")
+    assert {"smaller", "full-cooldown", "double-rate", "stronger-kl", "vae-full-cooldown",
+            "noisy-1.8"} == set(all_rungs) - set(together) - {"full-cooldown-" + name for name in (
+                "2.1", "2.2", "2.5", "3", "noisy-1.8", "noisy-2")}
+    assert {"without-rate", "without-kl"} == {"without-rate", "without-kl"} & (set(together) - set(all_rungs))
 
 
 def test_rungs_that_differ_in_training_have_runs_of_their_own():
