@@ -355,7 +355,8 @@ class AudioVAE(nn.Module):
         per sample of the waveform; and a dict to log: "snr" in dB, "kl" in nats, "latent_std" (C,).
 
         noise: the decoder is given latents with noise of up to this share of their deviation, another share
-        for each sound, as a sampled latent has errors too (Yang et al. 2025, arXiv:2507.15856).
+        for each sound, as a sampled latent has errors too (Yang et al. 2025, arXiv:2507.15856). The deviation
+        is that of a sound's channel.
         rows: (count, part) where x is a part of a batch of `count` sounds that several processes share. The
         random numbers of that whole batch are drawn, so that they do not depend on how it is shared.
 
@@ -364,9 +365,10 @@ class AudioVAE(nn.Module):
         z = posterior.sample(generator, rows)
         if noise:
             count, part = rows or (len(z), slice(None))
-            share = noise * torch.rand(count, 1, 1, 1, device=z.device)[part]
-            unit = torch.randn(count, *z.shape[1:], device=z.device, dtype=z.dtype)[part]
-            z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * unit
+            share = noise * torch.rand(count, 1, 1, 1, generator=generator, device=z.device)[part]
+            unit = torch.randn(count, *z.shape[1:], generator=generator, device=z.device, dtype=z.dtype)[part]
+            deviation = z.var(dim=(2, 3), correction=0, keepdim=True).clamp_min(1e-12).sqrt()
+            z = z + share * deviation * unit
         recon = self.decode(z)
         error = spectral_distance(recon, x, self.config.rate)
         error = error + waveform * (recon - x).abs().flatten(1).mean(1)

@@ -80,7 +80,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     device = stage.device
     medium = medium_of(vae.config)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = noise_like(torch.empty(len(seeds), *shape), generators).to(device)       # (B, C, h, w)
+    noise = noise_like(torch.empty(len(seeds), *shape), generators).to(device)   # (B, C, h, w)
 
     # ---- the times to visit, and the denoiser, which is all that a sampler sees of the network
     t = TIMES[times](path, steps)                          # (steps + 1,), falling to 0 or nearly
@@ -91,7 +91,11 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     denoise = guided(model, path, cond, uncond, scale, weak=weak, interval=interval, rescale=rescale,
                      channels=channels, variance=options.get("variance") == "learned", **skipping)
 
-    # ---- from a picture: begin at the time `strength`, where it is mixed with that much noise
+    # ---- where to begin: from noise of the deviation that xt has there, as latents have a deviation of 1. It
+    # is 1 on the diffusion path, and less where the straight path begins before t = 1.
+    alpha, sigma = path.alpha_sigma(t[0])
+    x = (alpha**2 + sigma**2).sqrt().to(noise) * noise
+    # Or from a picture, at the time `strength`, where it is mixed with that much noise.
     if image is not None:
         x0 = stage.encode(vae, image)
         # Round to the diffusion path's steps of 1/1000, and make the first step at least half as long: a step
@@ -100,7 +104,7 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
         if start < t[0]:
             t = torch.cat([t.new_tensor([start]), t[t < start - 5e-4]])      # the steps that are left
             alpha, sigma = path.alpha_sigma(t[0])
-            x = alpha * x0 + sigma * x                     # xt of this picture at that time
+            x = alpha * x0 + sigma * noise                 # xt of this picture at that time
     if mask is not None:
         # One latent position stands for factor x factor pixels: it is drawn if any of them is.
         repaint = medium.of_latent(mask, vae.factor).to(device)

@@ -211,6 +211,7 @@ class MixedDenoising(Denoising):
         path = copy.copy(self.path)
         if getattr(path, "shift_tokens", None) is not None:
             path.shift = path.shift_of(math.prod(size) / math.prod(self.plan.multiple))
+            path.shift_tokens = None
         return path
 
     def sizes(self) -> dict:

@@ -117,10 +117,15 @@ class RectifiedFlow:
 
     # ---- times: where to train, and where to sample
 
-    def shift_of(self, tokens: Tensor | float) -> Tensor | float:
+    def shift_of(self, tokens: Tensor | float | None = None) -> Tensor | float:
         """The shift of pictures of so many tokens: sqrt(m / n) (Esser et al. below eq. 23), or the same for
-        all where it does not follow them."""
-        return self.shift if self.shift_tokens is None else (tokens / self.shift_tokens) ** 0.5
+        all where it does not follow them. Raises ValueError where it does and they are not given."""
+        if self.shift_tokens is None:
+            return self.shift
+        if tokens is None:
+            raise ValueError(f"shift_tokens {self.shift_tokens}: the shift follows each picture's tokens; give "
+                             "their number, or a path with a `shift` of its own")
+        return (tokens / self.shift_tokens) ** 0.5
 
     def sample_t(self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None,
                  tokens: Tensor | None = None) -> Tensor:
@@ -128,10 +133,11 @@ class RectifiedFlow:
         of each picture, where the shift follows them."""
         # on the CPU, as not every device has float64; inside (0, 1), as both ends map to infinity
         u = torch.rand(n, dtype=torch.float64, generator=generator).clamp(1e-6, 1 - 1e-6)
-        t = density_quantile(self.density, u, self.mean, self.std, self.mode_scale)
-        # an x0 prediction is divided by sigma to obtain eps, so t = 0 is excluded
-        shift = self.shift if tokens is None else self.shift_of(tokens)
-        return shift_time(t, shift).clamp(1e-5, self.t_max).to(torch.float32).to(device)
+        t = shift_time(density_quantile(self.density, u, self.mean, self.std, self.mode_scale),
+                       self.shift_of(tokens))
+        # Times that round to 0 are moved a little, and with eps prediction those above t_max, where sampling
+        # begins, are moved to it: 2 % of uniform times, more if they are shifted.
+        return t.clamp(1e-5, self.t_max).to(torch.float32).to(device)
 
     def training_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Training times, on the CPU, as keyword arguments of `loss`. tokens: as in sample_t."""
@@ -139,12 +145,13 @@ class RectifiedFlow:
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,) float64 sampling times from t_max to 0, evenly spaced and then shifted. t_max is 1,
-        or 0.98 for eps prediction. Raises ValueError for steps < 1."""
+        or 0.98 for eps prediction. Raises ValueError for steps < 1, and as `shift_of` does."""
         if steps < 1:
             raise ValueError(f"steps {steps}: at least 1")
         # the time that the shift maps to t_max, so that the shifted times start at t_max
-        start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / self.shift)
-        times = shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), self.shift)
+        shift = self.shift_of()
+        start = shift_time(torch.tensor(self.t_max, dtype=torch.float64), 1 / shift)
+        times = shift_time(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift)
         times[0] = self.t_max              # exactly: rounding could exceed 1, and alpha would be negative
         return times
 

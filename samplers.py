@@ -94,7 +94,7 @@ def guided(model, path, cond: dict, uncond: dict | None = None, scale: float = 1
         if rescale and raw is not unguided:
             latent = slice(xt.shape[1])    # the channels of xt
             wanted, found = std_per_image(unguided[:, latent]), std_per_image(raw[:, latent])
-            raw = raw * (rescale * wanted / found + 1 - rescale)
+            raw = raw * (rescale * wanted / found.clamp_min(1e-12) + 1 - rescale)
         x0, eps = path.to_x0_eps(raw, xt, t)
         if variance:
             return x0, eps, path.fraction(unguided, xt)

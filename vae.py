@@ -336,7 +336,8 @@ class VAE(nn.Module):
         log: "psnr" in dB, "kl" in nats, "latent_std" (C,).
 
         noise: the decoder is given latents with noise of up to this share of their deviation, another share
-        for each picture, as a sampled latent has errors too (Yang et al. 2025, arXiv:2507.15856).
+        for each picture, as a sampled latent has errors too (Yang et al. 2025, arXiv:2507.15856). The
+        deviation is that of a picture's channel.
         equivariance: weight of the same error where latent and image are both scaled to half their size,
         which removes detail from the latent that scaling would destroy (Kouzelis et al. 2025,
         arXiv:2502.09509; Skorokhodov et al. 2025, arXiv:2502.14831).
@@ -356,8 +357,9 @@ class VAE(nn.Module):
         if noise:
             count, part = rows or (len(z), slice(None))
             share = noise * torch.rand(count, 1, 1, 1, generator=generator, device=z.device)[part]
-            whole = z.new_empty_strided((count, *z.shape[1:]), z.stride())     # in z's order in memory
-            z = z + share * z.std(dim=(0, 2, 3), keepdim=True) * whole.normal_(generator=generator)[part]
+            unit = torch.randn(count, *z.shape[1:], generator=generator, device=z.device, dtype=z.dtype)[part]
+            deviation = z.var(dim=(2, 3), correction=0, keepdim=True).clamp_min(1e-12).sqrt()
+            z = z + share * deviation * unit
         image_error, decoded = error(z, x)
         if equivariance:
             half = [F.interpolate(part, scale_factor=0.5, mode="area") for part in (z, x)]

@@ -19,25 +19,26 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.studies import (CHECKPOINTS, CORNER_NETWORKS, CORNERS_AT, FACTORS, FIRST_ORDER, GUIDANCE,
-                                LITTLE, LITTLE_SIZES, NETWORKS, NOISY, OBJECTIVES, OWN, PROMPT_KINDS,
-                                PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS, SIZES, exchanges,
-                                size_name, weighting_name)
+from benchmarks.studies import (CHECKPOINTS, CORNER_NETWORKS, CORNERS_AT, DEFAULT_SAMPLERS, FACTORS,
+                                FIRST_ORDER, GUIDANCE, LITTLE, LITTLE_SIZES, NETWORKS, NOISY, OBJECTIVES,
+                                OWN, PROMPT_KINDS, PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS, SIZES,
+                                exchanges, size_name, weighting_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 USABLE = 1.5         # a learning rate works if its distance is within this factor of the best rate's
 WITHIN = 1.1         # a distance within this factor of the best counts as equal quality
 EARLY = 2            # of CHECKPOINTS equal parts of a training
+LEAST = 1 / 4000     # half of one of 2,000 samples: what a share of 0 counts as, and likewise near 1
 
-RULE = ("A comparison is decided where the two means differ by more than the spread of the seeds explains "
-        "(Student's t, 95 %, each comparison by itself), and only with two seeds or more on each side. As "
-        "two seeds say little about their spread, one spread is taken for all that a claim compares by one "
-        "quantity: the pooled deviation of the logarithms, or of the shares and exponents themselves. Where "
-        "all seeds give the same number, there is nothing to compare with, and nothing is decided. A claim "
-        "depends where some of its comparisons are decided for it and some against it; it is true if more "
-        "than half of them are as claimed and none is decided against it, false if it is the other way "
-        "round, and else not shown. Comparisons of one claim can share runs.")
+RULE = ("A comparison is decided if its means differ by more than the spread of the seeds explains "
+        "(two-sided t test, 5 %, no correction for many tests), with two seeds or more on each side. Two "
+        "seeds say little about their spread, so it is pooled over everything that a claim measures in one "
+        "quantity: on a logarithmic scale; for shares, on that of their odds; for exponents and relative "
+        "deviations, as they are. Where all seeds give the same number, nothing is decided: the answer is "
+        "equal if both sides have it. A claim is true if more than half of its comparisons are decided for "
+        "it and none against it, false in the opposite case, depends if some are decided each way, and is "
+        "else not shown. Comparisons of one claim can share runs.")
 
 
 # ---- the rule
@@ -50,11 +51,15 @@ class Comparison(NamedTuple):
     higher: bool = False                 # is better; else lower
     factor: float = 1.0                  # of theirs, with which ours is compared: 1.1 for "within 10 % of"
     quantity: str = ""                   # those of one claim and one quantity have one spread
-    plain: bool = False                  # compare the values (shares, exponents), not their logarithms
+    plain: bool = False                  # compare the values (exponents, deviations), not their logarithms
+    share: bool = False                  # compare the logarithms of the odds: shares near 1 vary less
     digits: int | None = None            # of its figures; None: as many as its claim says
 
     def side(self, values: list[float]) -> np.ndarray:
         found = np.array(values, dtype=float)
+        if self.share:
+            found = found.clip(LEAST, 1 - LEAST)
+            found = found / (1 - found)
         return found if self.plain else np.log(found)
 
 
@@ -93,15 +98,21 @@ def measured(comparison: Comparison, seeds: int = 2) -> bool:
 # The usual telling's contrary first; "not decided yet" where a comparison lacks its second seed.
 VERDICTS = ("false", "not shown", "depends", "true", "not decided yet", "not measured yet")
 ANSWERS = {True: "yes", False: "no", None: "not significant"}
+EQUAL = "equal"                          # one number everywhere
 UNDECIDED = "undecided"
 
 
 def answers_to(comparisons: list[Comparison]) -> list[str]:
-    """Of a claim: for each comparison one of ANSWERS, or UNDECIDED."""
+    """Of a claim: for each comparison one of ANSWERS, EQUAL or UNDECIDED."""
     found = []
     for each in comparisons:
         alike = [other for other in comparisons if other.quantity == each.quantity]
-        found.append(ANSWERS[decide(each, spread_of(alike))] if measured(each) else UNDECIDED)
+        if not measured(each):
+            found.append(UNDECIDED)
+        elif len({*each.ours, *each.theirs}) == 1 and each.factor == 1:
+            found.append(EQUAL)
+        else:
+            found.append(ANSWERS[decide(each, spread_of(alike))])
     return found
 
 
@@ -132,20 +143,23 @@ def typical(comparisons: list[Comparison]) -> tuple[str, Comparison]:
 
 
 def depends_on(comparisons: list[Comparison]) -> str:
-    """Which comparisons were decided which way: "yes: two shapes · four shapes; no: one shape"."""
+    """Which comparisons were decided which way: "yes: two shapes · four shapes; no: one shape". Where all of
+    a quantity that are decided agree, the quantity's name stands for them."""
+    found = {chosen: [comparison for answer, comparison in zip(answers_to(comparisons), comparisons)
+                      if answer == chosen] for chosen in (ANSWERS[True], ANSWERS[False])}
+    mixed = set.intersection(*({each.quantity for each in decided} for decided in found.values()))
     parts = []
-    for chosen in (ANSWERS[True], ANSWERS[False]):
-        found = [comparison.what for answer, comparison in zip(answers_to(comparisons), comparisons)
-                 if answer == chosen]
-        if found:
-            parts.append(f"{chosen}: {' · '.join(found)}")
+    for chosen, decided in found.items():
+        names = [each.what if each.quantity in mixed else each.quantity or each.what for each in decided]
+        if names:
+            parts.append(f"{chosen}: {' · '.join(dict.fromkeys(names))}")
     return "; ".join(parts)
 
 
 def counted(comparisons: list[Comparison]) -> str:
     """How the comparisons were decided: "2 yes, 1 no"."""
     answers = answers_to(comparisons)
-    return ", ".join(f"{answers.count(answer)} {answer}" for answer in (*ANSWERS.values(), UNDECIDED)
+    return ", ".join(f"{answers.count(answer)} {answer}" for answer in (*ANSWERS.values(), EQUAL, UNDECIDED)
                      if answer in answers)
 
 
@@ -329,22 +343,20 @@ def width_below(x: list[float], y: list[float], level: float) -> float:
     return total
 
 
-def easier_training(m: Measured) -> list[Comparison]:
-    """Per network, the spread over schedules, and how far the learning rate can vary. A schedule of rf is a
-    density of the training times; one of ddpm is its path, which sampling takes as well."""
-    found = []
+def schedules_matter_less(m: Measured) -> list[Comparison]:
+    """Per network. A schedule of rf is a density of the training times; one of ddpm is its path, which
+    sampling takes as well."""
     flow = [name for name in SCHEDULES if name.startswith("rf")]
     # With eps, samples from the cosine schedule begin by a division by almost 0, however well it was learned.
     milder = [name for name in SCHEDULES if name.startswith("ddpm") and name != "ddpm cosine"]
-    for network in NETWORKS:
-        rates = (usable_octaves(m, network, objective) for objective in ("rf logit-normal", "ddpm eps"))
-        octaves = math.log2(FACTORS[-1] / FACTORS[0])
-        found += [Comparison(f"{network}, relative deviation of the distance over schedules, without cosine",
-                             schedule_spread(m, network, flow), schedule_spread(m, network, milder),
-                             plain=True),
-                  Comparison(f"{network}, usable octaves of the learning rate, of {octaves:g}", *rates,
-                             higher=True, quantity="octaves")]
-    return found
+    return [Comparison(network, schedule_spread(m, network, flow), schedule_spread(m, network, milder),
+                       plain=True) for network in NETWORKS]
+
+
+def more_rates_work(m: Measured) -> list[Comparison]:
+    return [Comparison(network, *(usable_octaves(m, network, objective)
+                                  for objective in ("rf logit-normal", "ddpm eps")), higher=True)
+            for network in NETWORKS]
 
 
 def calmer_gradients(m: Measured) -> list[Comparison]:
@@ -355,11 +367,13 @@ def calmer_gradients(m: Measured) -> list[Comparison]:
 
 
 def straighter(m: Measured) -> list[Comparison]:
-    """In common coordinates: measures.curvature."""
-    def curvature(record: dict) -> float:
-        return record["curvature"]
-
-    return uniform_against_diffusion(lambda cell: m.values("curvature", cell, curvature))
+    """In common coordinates: from the same mixtures, measures.curvature, and as in sampling,
+    measures.straightness."""
+    mixtures = uniform_against_diffusion(lambda cell: m.values("curvature", cell, lambda r: r["curvature"]))
+    noise = uniform_against_diffusion(lambda cell: m.pooled(cell, lambda r: r["straightness"]))
+    return [each._replace(what=f"{each.what}, {where}", quantity=where)
+            for found, where in ((mixtures, "from the same mixtures"), (noise, "from noise"))
+            for each in found]
 
 
 def any_sampler(m: Measured, cell: str) -> list[float]:
@@ -369,9 +383,23 @@ def any_sampler(m: Measured, cell: str) -> list[float]:
 
 
 def whatever_the_sampler(m: Measured) -> list[Comparison]:
-    pairs = [(f"{network} rf logit-normal", f"{network} ddpm eps") for network in NETWORKS]
-    return [Comparison(f"{ours} against {theirs}", any_sampler(m, ours), any_sampler(m, theirs))
-            for ours, theirs in (*pairs, ("dit rf logit-normal", "unet ddpm eps"))]
+    return [Comparison(network, *(any_sampler(m, f"{network} {objective}")
+                                  for objective in ("rf logit-normal", "ddpm eps"))) for network in NETWORKS]
+
+
+FAMILIES = (("dit", "rf logit-normal"), ("unet", "ddpm eps"))
+
+
+def families(m: Measured) -> list[Comparison]:
+    """Network and objective together."""
+    def guided(network: str, objective: str) -> list[float]:
+        chosen = next(each for each in DEFAULT_SAMPLERS[objective.split()[0]] if each.scale == GUIDANCE)
+        return m.pooled(f"{network} {objective}", score(chosen.label))
+
+    return [Comparison(what, *(get(*family) for family in FAMILIES)) for what, get in (
+        ("50 first-order steps", lambda network, objective: distance(m, network, objective)),
+        ("at most 50 evaluations, any sampler", lambda *family: any_sampler(m, " ".join(family))),
+        (f"guidance {GUIDANCE:g}, the samplers by default", guided))]
 
 
 def weighted(m: Measured, path: str, prediction: str, loss: str) -> list[float]:
@@ -460,7 +488,7 @@ def scaling(m: Measured) -> list[Comparison]:
 
 def little_data(m: Measured) -> list[Comparison]:
     """On a tenth of the pictures."""
-    return [Comparison(f"size {size + 1}", *(
+    return [Comparison(f"size {size + 1} of 4", *(
         m.values("sizes", size_name(network, size, LITTLE), score(first_order("rf")))
         for network in ("unet", "dit"))) for size in LITTLE_SIZES]
 
@@ -477,7 +505,7 @@ def far_corners(m: Measured) -> list[Comparison]:
     """Attention within the U-Net."""
     without, *others, _ = CORNER_NETWORKS
     return [Comparison(f"{name}, {when}", m.values("corners", name, corners_at(part)),
-                       m.values("corners", without, corners_at(part)), higher=True, plain=True)
+                       m.values("corners", without, corners_at(part)), higher=True, share=True)
             for when, part in CORNER_PARTS.items() for name in others]
 
 
@@ -485,7 +513,7 @@ def far_corners_of_a_transformer(m: Measured) -> list[Comparison]:
     """Against each U-Net."""
     *unets, transformer = CORNER_NETWORKS
     return [Comparison(f"against {name}, {when}", m.values("corners", transformer, corners_at(part)),
-                       m.values("corners", name, corners_at(part)), higher=True, plain=True)
+                       m.values("corners", name, corners_at(part)), higher=True, share=True)
             for when, part in CORNER_PARTS.items() for name in unets]
 
 
@@ -526,7 +554,7 @@ def follows_prompts(m: Measured) -> list[Comparison]:
     joint, cross = (f"{network}, {name}" for network, name in PROMPTED.items())
     return [Comparison(what, m.values("prompts", joint, score(PROMPTED_AT.label, figure)),
                        m.values("prompts", cross, score(PROMPTED_AT.label, figure)), higher=True,
-                       plain=True)
+                       share=True)
             for figure, what in PROMPT_KINDS.items()]
 
 
@@ -561,7 +589,7 @@ def faster(m: Measured) -> list[Comparison]:
     ours, theirs = (found[cell] for cell in FASTER)
     return [Comparison(what, [pace.milliseconds[batch] for pace in ours],
                        [pace.milliseconds[batch] for pace in theirs])
-            for what, batch in (("one picture alone", 1), ("in batches of 256", 256))]
+            for what, batch in (("in batches of 256", 256), ("one picture alone", 1))]
 
 
 def parent(m: Measured, nfe: int) -> list[float]:
@@ -574,7 +602,7 @@ ONE_STEP = 1.5       # one step's distance, relative to the parent's: what count
 
 
 def few_steps_after_reflow(m: Measured) -> list[Comparison]:
-    return [Comparison(f"{name}, 4 evaluations, against its parent's 8 (4 guided steps)",
+    return [Comparison(f"{name}, 4 evaluations, against its parent's 8 evaluations (4 guided steps)",
                        m.values("few steps", name, best_within(4)), parent(m, 8), factor=WITHIN)
             for name in REFLOWS]
 
@@ -588,7 +616,7 @@ def straightened(m: Measured) -> list[Comparison]:
 
 
 def one_step(m: Measured) -> list[Comparison]:
-    return [Comparison("MeanFlow, one evaluation, against its parent's 8 (4 guided steps)",
+    return [Comparison("MeanFlow, one evaluation, against its parent's 8 evaluations (4 guided steps)",
                        m.values("few steps", "meanflow", best_within(1)), parent(m, 8), factor=ONE_STEP)]
 
 
@@ -617,8 +645,13 @@ class Claim(NamedTuple):
 
 
 CLAIMS = [
-    Claim("1", "rectified flow trains more easily than diffusion: its schedule matters less, and a wider "
-               "range of learning rates works", easier_training, 2, "learning rates"),
+    Claim("0", "rectified flow with a transformer beats latent diffusion (with eps) with a U-Net: Fréchet "
+               "distance", families, 1, "grid"),
+    Claim("1", "rectified flow has less to tune: relative deviation of the Fréchet distance over four "
+               "densities of its training times, against that over two of diffusion's noise schedules (with "
+               "eps; without cosine, where it fails)", schedules_matter_less, 2, "schedules"),
+    Claim("1b", "a wider range of learning rates works with rectified flow: how many octaves, of the four "
+                "that were tried; more is better", more_rates_work, 2, "learning rates"),
     Claim("1a", "rectified flow's gradients are calmer than diffusion's: spread of the gradient norm",
           calmer_gradients, 2, "grid in full"),
     Claim("2", "straight path + velocity beats eps, v and x0 on the diffusion path, at equal training and "
@@ -631,10 +664,11 @@ CLAIMS = [
                 "50 evaluations by the best of first-order steps and of samplers that add noise",
           whatever_the_sampler, 1, "noise"),
     Claim("2d", "rectified flow's sampling paths are straighter than diffusion's: mean squared distance of "
-                "the velocity from the chord", straighter, 3, "curvature"),
-    Claim("2e", "a network that predicts x0 is better than one that predicts the velocity, or v, if the loss "
-                "is that of the velocity, or v (Li and He 2025, JiT): Fréchet distance", x0_prediction, 1,
-          "weighting"),
+                "the velocity from the chord, from the same mixtures of data and noise, and from noise",
+          straighter, 3, "curvature"),
+    Claim("2e", "predicting x0, with the loss of the velocity, or v, beats predicting that quantity itself, "
+                "also on latents of 16 values per token (Li and He 2025, JiT, propose it for pixel patches "
+                "of hundreds): Fréchet distance", x0_prediction, 1, "weighting"),
     Claim("2f", "predicting the velocity, or v, with the loss of that quantity is best: Fréchet distance, "
                 "against another prediction or another loss", own_prediction_and_loss, 1, "weighting"),
     Claim("3", "rectified flow (dit, logit-normal) needs fewer evaluations of the network than diffusion "
@@ -648,17 +682,18 @@ CLAIMS = [
           early, 3, "errors"),
     Claim("4b", "a U-Net's inductive bias helps on little data: Fréchet distance with a tenth of the "
                 "pictures, against the transformer of equal FLOPs", little_data, 1, "sizes"),
-    Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, lower is "
-                "steeper, against the U-Net", scaling, 3, "sizes"),
+    Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, against the "
+                "U-Net; more negative is better", scaling, 3, "sizes"),
     Claim("5", "attention makes distant parts agree: share of samples whose two far corners show the same "
-               "shape, against a U-Net without any", far_corners, 3, "corners"),
+               "shape, against a U-Net without any (which convolutions alone connect: its bottom is 2 x 2)",
+          far_corners, 3, "corners"),
     Claim("5a", "a transformer makes distant parts agree better than a U-Net: the same share",
           far_corners_of_a_transformer, 3, "corners"),
     Claim("6", "the MM-DiT (joint attention) follows prompts better than the U-Net (cross-attention): share "
                "of pictures that show all of their prompt, after a short training", follows_prompts, 3,
           "prompts"),
     *(Claim(number, f"larger pictures need shifted times, in {where}: Fréchet distance at 64 pixels with "
-                    "shift 2 against shift 1, and the ratio of the two against that at 32 pixels",
+                    "shift 2 against shift 1, and whether this gains more than at 32 pixels",
             shifted_times(where), 1, "shift")
       for number, where in (("7", "training and sampling"), ("7a", "training only"),
                             ("7b", "sampling only"))),
@@ -666,9 +701,9 @@ CLAIMS = [
                "quality, by solvers without noise: milliseconds per picture on one CPU core",
           faster, 1, "speed"),
     Claim("9", "reflow makes four evaluations as good as its parent's eight: Fréchet distance within 10 %, "
-               "after half as many steps again", few_steps_after_reflow, 1, "few steps"),
-    Claim("9a", "one step is enough: Fréchet distance of MeanFlow, after half as many steps again, within "
-                "1.5 times its parent's", one_step, 1, "few steps"),
+               "after further training for half as many steps", few_steps_after_reflow, 1, "few steps"),
+    Claim("9a", "one step is enough: Fréchet distance of MeanFlow, after further training for half as many "
+                "steps, within 1.5 times its parent's", one_step, 1, "few steps"),
     Claim("9b", "reflow straightens the paths: mean squared distance of the velocity from the chord",
           straightened, 3, "few steps"),
 ]

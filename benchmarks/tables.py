@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import figures, ladder
 from benchmarks.claims import (CLAIMS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison,
                                Measured, answers_to, best_within, counted, crossover, depends_on, distance,
-                               exponents, first_order, needed, paces, parent, rate_distances, score, shifted,
-                               sizes, typical, usable_octaves, verdict)
+                               exponents, families, first_order, measured, needed, paces, parent,
+                               rate_distances, score, shifted, sizes, ten_against_fifty, typical,
+                               usable_octaves, verdict, whatever_the_sampler)
 from benchmarks.compare import WITHOUT_BF16, on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, NOISY, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
@@ -36,6 +38,48 @@ from files import write_atomically
 
 
 COLOUR_OF = {"unet": BLUE, "dit": VERMILLION, "mmdit": VERMILLION}        # of a network, in every chart
+
+
+def summary(m: Measured) -> str:
+    """The README's first findings, a line each, of means; without those that are not measured."""
+    def means(what: list[list[float]]) -> list[str]:
+        return [f"{np.mean(values):.1f}" for values in what]
+
+    first, noisy, guided = families(m)
+    found = [each for each in (first, guided) if measured(each, 1)]
+    lines = []
+    if len(found) == 2:
+        ours, theirs, ours_guided, theirs_guided = means([side for each in found
+                                                          for side in (each.ours, each.theirs)])
+        lines.append(f"**The families**: rectified flow with a transformer has a Fréchet distance of {ours}, "
+                     f"latent diffusion with a U-Net {theirs}; with guidance {GUIDANCE:g}, {ours_guided} and "
+                     f"{theirs_guided}.")
+    steps = staircase_values(m, "frechet")[:5]
+    if len(steps) == 5:
+        eps, v, straight, logit_normal, transformer = means([values for _, _, values in steps])
+        lines.append(f"**One change at a time**: from {eps}, v prediction leads to {v}, the straight path to "
+                     f"{straight}, logit-normal times to {logit_normal}, the transformer to {transformer}.")
+    few = ten_against_fifty(m)[0]
+    if measured(few, 1):
+        ten, fifty = means([few.ours, few.theirs])
+        lines.append(f"**Few steps**: ten evaluations of rectified flow give {ten}, fifty of diffusion with "
+                     f"the same transformer {fifty}, each by its best solver without noise.")
+    if measured(noisy, 1):
+        unet = whatever_the_sampler(m)[0]
+        flow, diffusion, best = means([unet.ours, unet.theirs, noisy.ours])
+        lines.append("**The sampler**: the best that adds noise brings the U-Net to "
+                     f"{diffusion} with diffusion and {flow} with rectified flow, and the transformer to {best}.")
+    numbers = {name: [claim.number for claim in CLAIMS if verdict(claim.comparisons(m)) == name]
+               for name in COUNTED}
+    if lines:
+        lines.append(f"**Of {len(CLAIMS)} claims**, " + ", ".join(
+            f"{len(found)} {COUNTED[name]} ({', '.join(found)})" for name, found in numbers.items() if found)
+            + ": [the table](#what-people-say-measured).")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+COUNTED = {"false": "are false here", "not shown": "are not shown", "depends": "depend on what is compared",
+           "true": "are true"}
 
 
 def claims_table(m: Measured) -> str:
@@ -543,27 +587,43 @@ def corner_chart(m: Measured) -> Chart | None:
                  "share of samples", series) if series else None
 
 
+BENT = {"from the same mixtures": ("curvature", "curvature"), "from noise": ("grid", "straightness")}
+
+
+def bent(m: Measured, where: str, cell: str) -> list[float]:
+    """Per seed, how much a cell's trajectories bend; where: of BENT, which has the study and the figure."""
+    study, figure = BENT[where]
+    get = itemgetter(figure)
+    return m.values(study, cell, get) if study == "curvature" else m.pooled(cell, get)
+
+
 def curvature_table(m: Measured) -> str:
     rows = []
     for cell in STUDIES["curvature"].cells:
-        if m.of("curvature", cell.name):
-            bent = mean_of(m, "curvature", cell.name, lambda r: r["curvature"], 3)
-            rows.append(f"| {cell.name} | {bent} |")
+        found = [shown(bent(m, where, cell.name), 3) for where in BENT]
+        if any(found):
+            rows.append(f"| {cell.name} | {' | '.join(found)} |")
     if not rows:
         return ""
-    return "\n".join(["| | curvature |", "|---|---|", *rows]) + (
-        "\n\nThe mean square of the velocity's distance from the chord of a trajectory, per latent value: 0 "
-        "if all are straight. Trajectories begin at the same mixtures of data and noise, and take the same "
-        "20 steps in the noise level u. The exact flow is then the same for every path and prediction, so "
-        "only the errors of the networks differ. (The straight path joins single pairs of data and noise; "
-        "the flow is the average over all pairs through a point, and it bends.) "
-        f"{seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}.")
+    return "\n".join([f"| | {' | '.join(BENT)} |", "|---|---|---|", *rows]) + (
+        "\n\nThe mean square of the velocity's distance from the chord of a trajectory, per latent value, over "
+        "20 steps in the coordinates that all paths have in common: 0 if all are straight. From the same "
+        "mixtures of data and noise, with the same noise levels u, the exact flow is the same for every path "
+        "and prediction, so only the errors of the networks differ. (The straight path joins single pairs of "
+        "data and noise; the flow is the average over all pairs through a point, and it bends.) From noise, "
+        "each path has its own times: the diffusion path begins at u = 0.936, where some data is left, the "
+        "straight path at u = 1, where the velocity says least about the end of the trajectory. From the same "
+        f"mixtures {seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}; from noise as in the grid.")
 
 
 def curvature_chart(m: Measured) -> Chart | None:
-    return objective_chart("Curvature of the trajectories of sampling", "curvature",
-                           lambda network, objective: m.values("curvature", f"{network} {objective}",
-                                                               lambda r: r["curvature"]))
+    series = []
+    for where, mark in zip(BENT, MARKS):
+        for network in NETWORKS:
+            points = {objective: bent(m, where, f"{network} {objective}") for objective in OBJECTIVES}
+            series += series_of(f"{network}, {where}", points, COLOUR_OF[network], mark)
+    return Chart("How much the trajectories of sampling bend", "objective", "squared distance from the chord",
+                 series) if series else None
 
 
 def weighting_table(m: Measured) -> str:
@@ -863,6 +923,7 @@ def picture(section: str) -> str:
 
 COMPARE = "python benchmarks/compare.py --budget cpu"
 SECTIONS = {
+    "compare: in short": Section(summary, COMPARE),
     "compare: claims": Section(claims_table, COMPARE),
     "compare: grid": Section(grid_table, f"{COMPARE} --only grid", grid_chart,
                              "Fréchet distance of every cell"),

@@ -183,6 +183,10 @@ def test_the_shift_follows_the_tokens():
     assert sample_settings.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 2.0}
     args.shift = 3.0
     assert sample_settings.sampling_path(args, checkpoint, 256) == {"name": "rf", "shift": 3.0}
+    x0 = torch.zeros(2, 4, 8, 8)                           # without tokens: never a silent shift of 1
+    for call in (lambda: path.loss(lambda xt, t: xt, x0), lambda: path.sample_t(3), lambda: path.times(3)):
+        with pytest.raises(ValueError, match="shift_tokens 64: the shift follows each picture's tokens"):
+            call()
     with pytest.raises(ValueError, match="shift_tokens 64: must be at least 1, and without a shift"):
         RectifiedFlow(shift=2.0, shift_tokens=64)
 

@@ -131,15 +131,16 @@ def test_every_parameter_gets_a_gradient(cwd, tmp_path, name):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_a_vae_draws_the_noise_of_the_whole_batch():
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_vae_draws_the_noise_of_the_whole_batch(noise):
     torch.manual_seed(0)
     model = networks.build_model("vae", {"widths": (8, 16), "groups": 4})
     x = torch.rand(6, 3, 8, 8) * 2 - 1
     torch.manual_seed(1)
-    wanted, _ = model.loss(x, 1e-3)
+    wanted, _ = model.loss(x, 1e-3, noise=noise)
     for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
         torch.manual_seed(1)
-        found, _ = model.loss(x[part], 1e-3, rows=(6, part))
+        found, _ = model.loss(x[part], 1e-3, noise=noise, rows=(6, part))
         torch.testing.assert_close(found, wanted[part])
 
 

@@ -27,6 +27,7 @@ import settings
 import toys
 import train
 from pictures import to_tensor, to_uint8
+from rectified_flow import RectifiedFlow
 
 
 def draw(*flags, out):
@@ -714,3 +715,21 @@ def test_a_failed_write_keeps_the_old_picture(cwd, monkeypatch, kind):
     with pytest.raises(OSError, match=f"cannot write old.{kind}.*: .*No space left"):
         sample.main(["runs/done", "--steps", "2", "--n", "2", "--out", str(old)])
     assert old.read_bytes() == b"precious" and not list(Path().glob("*.part"))
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0", "eps"])
+def test_sampling_begins_with_the_deviation_that_xt_has_there(prediction, monkeypatch):
+    """With eps prediction, the straight path begins before t = 1, where xt varies less than noise does. From
+    the exact denoiser of data of deviation 1, samples have that deviation."""
+    def network(xt, t, **cond):
+        alpha, sigma = (part.view(-1, 1, 1, 1) for part in path.alpha_sigma(t))
+        x0, eps = alpha * xt / (alpha**2 + sigma**2), sigma * xt / (alpha**2 + sigma**2)     # E[x0 | xt], ...
+        return {"velocity": eps - x0, "x0": x0, "eps": eps}[prediction]
+
+    path = RectifiedFlow(prediction)
+    vae = networks.build_model("vae", {"widths": (8, 16), "groups": 4})
+    latents, decode = [], vae.decode
+    monkeypatch.setattr(vae, "decode", lambda x0: latents.append(x0) or decode(x0))
+    draw_file.draw(network, vae, path, (4, 32, 32), range(8), {}, sampler="heun", steps=40)
+    noise = samplers.noise_like(torch.empty(8, 4, 32, 32), [torch.Generator().manual_seed(i) for i in range(8)])
+    assert abs(latents[0].std() / noise.std() - 1) < 2e-3

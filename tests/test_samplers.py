@@ -1,5 +1,8 @@
 """samplers.py against exact solutions."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -527,6 +530,8 @@ def test_guidance():
     torch.testing.assert_close(std(raw(rescale=1.0)), std(base))
     torch.testing.assert_close(std(raw(rescale=0.5)), (std(base) + std(raw())) / 2)
     assert (std(raw()) > 2 * std(base)).all()
+    base = torch.ones(3, 4, 2, 2)                          # no deviation to scale to, nor from
+    assert raw(rescale=0.5).isfinite().all()
 
 
 def doubled(xt, t, y):
@@ -729,3 +734,19 @@ def test_mixture_denoiser_by_monte_carlo():
     x0, eps = gaussian_mixture(path, means, 0.3)(xt, t)
     assert abs(x0.item() - ((weight * draws).sum() / weight.sum()).item()) < 0.01
     torch.testing.assert_close(0.6 * x0 + 0.4 * eps, xt)
+
+
+@pytest.mark.parametrize("make", [RectifiedFlow, DDPM])
+def test_the_lines_in_the_readme_are_the_loss_and_the_sampler(make):
+    """On either path, word for word, but for the path that is named there."""
+    code, = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+    assert code.startswith("path = RectifiedFlow()")
+    x0, path = torch.randn(6, 4, 8, 8), make()
+    model = lambda xt, t, **cond: 0.3 * xt + t.view(-1, 1, 1, 1)
+    names = {"torch": torch, "RectifiedFlow": make, "x0": x0, "model": model}
+    torch.manual_seed(0)
+    exec(code, names)
+    torch.manual_seed(0)
+    torch.testing.assert_close(names["loss"], path.loss(model, x0).mean())
+    x = SAMPLERS["euler"](guided(model, path, {}), path, torch.randn_like(x0), path.times(20))
+    torch.testing.assert_close(names["x"], x, rtol=1e-4, atol=1e-4)
