@@ -239,7 +239,8 @@ def covered(box: Box, points: list[tuple[float, float]]) -> int:
 
 
 def legend_box(chart: Chart, frame: Frame, points: list[tuple[float, float]]) -> Box | None:
-    """In the corner that has the fewest points, the upper right one first; None for no name."""
+    """In the corner that has the fewest points in and beside it, as one just beside the legend looks like its
+    own; the upper right corner first. None for no name."""
     entries = entries_of(chart)
     if not entries:
         return None
@@ -250,7 +251,11 @@ def legend_box(chart: Chart, frame: Frame, points: list[tuple[float, float]]) ->
     boxes = [(x, y, x + wide, y + high)
              for y in (frame.top, frame.bottom - high - text // 3)
              for x in (frame.right - wide, frame.left + text // 3)]
-    return min(boxes, key=lambda box: covered(box, points))
+
+    def beside(box: Box) -> Box:
+        return box[0] - 2 * text, box[1] - text, box[2] + 2 * text, box[3] + text
+
+    return min(boxes, key=lambda box: covered(beside(box), points))
 
 
 def draw_legend(pen: ImageDraw.ImageDraw, chart: Chart, box: Box) -> None:

@@ -45,6 +45,7 @@ from networks import build_path
 from run import Run
 
 RESULTS = Path(__file__).with_name("results")
+CLASSIC = ("ddpm eps", "rf logit-normal")    # the objective that each family is known by
 WITHOUT_BF16 = " without bf16"               # in a device's name: a CPU that does not multiply it
 OF_A_CELL = ("study", "cell", "seed", "budget", "commands", "evaluations")     # not of its training
 
@@ -454,8 +455,16 @@ class Comparison:
         if not rows:
             raise ValueError(f"--pictures: {self.runs} has no run of the grid; measure it first, with --only "
                              "grid")
+        self.save_rows(out, ["no guidance", f"guidance {GUIDANCE:g}"], rows)
+        # The README has the two classic objectives only, larger.
+        few = [(name, parts[:1]) for name, parts in rows if name.partition(" ")[2] in CLASSIC]
+        if few:
+            self.save_rows(out.with_name("samples.png"), ["no guidance"], few, zoom=4)
+
+    @staticmethod
+    def save_rows(out: Path, heads: list[str], rows: list[tuple[str, list[np.ndarray]]], zoom: int = 2) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        picture = figures.rows_of_pictures(["no guidance", f"guidance {GUIDANCE:g}"], rows)
+        picture = figures.rows_of_pictures(heads, rows, zoom)
         write_atomically(out, lambda file: picture.save(file, "PNG", optimize=True))
         print(f"{out}: {len(rows)} cells")
 

@@ -85,6 +85,15 @@ def test_a_legend_covers_no_point():
             assert columns.max() - columns.min() > 0.85 * (axis.max() - axis.min())
 
 
+def test_no_mark_stands_beside_the_legend_as_if_it_were_its_own():
+    chart = Chart("t", "x", "y", [line("a name", [(0.0, 0.0), (1.0, 1.0)])])
+    frame = frame_of(chart)
+    left, top, right, bottom = charts.legend_box(chart, frame, [])
+    middle = (top + bottom) / 2
+    assert charts.legend_box(chart, frame, [(left - 200, middle)])[0] == left
+    assert charts.legend_box(chart, frame, [(left - 20, middle)])[0] < left - 200
+
+
 def test_places_lie_side_by_side_and_empty_charts_are_refused():
     chart = Chart("t", "x", "y", [Series(name, ["p", "q"], [[1.0, 3.0], [2.0]]) for name in ("a", "b")])
     picture = np.asarray(draw(chart))

@@ -468,6 +468,15 @@ def test_samples_of_the_grid_side_by_side(tiny, monkeypatch, tmp_path):
     left = picture.shape[1] - 20 * row - 30
     np.testing.assert_array_equal(picture[top + row:top + row + 64:2, left:left + 64:2, 0], first)
     assert (picture[top:, left + 10 * row:left + 10 * row + 26] == 255).all()
+    # And those without guidance of the objectives that the families are known by, four times the size.
+    assert not (tmp_path / "pictures/samples.png").exists()
+    monkeypatch.setattr(compare, "CLASSIC", ("",))                         # here, cells name no objective
+    assert compare.main([*FLAGS, "--pictures"]) == 0
+    large = np.asarray(Image.open(tmp_path / "pictures/samples.png"))
+    assert large.shape[0] == top + 2 * 132
+    begin = large.shape[1] - 10 * 132
+    np.testing.assert_array_equal(large[top:top + 128:4, begin:begin + 128:4],
+                                  picture[top:top + 64:2, left:left + 64:2])
 
 
 @pytest.mark.long
