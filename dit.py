@@ -507,7 +507,7 @@ class DiT(nn.Module):
             mixed = mix(self, xt, self.positions)
             x, packing = mixed.x, mixed.packing                              # (1, N, D), of all pictures
             sincos, rope = mixed.sincos, mixed.rope
-        x = x + sincos.to(self.x_embedder.proj.weight.dtype)                 # under autocast: float32
+        x = x + sincos.to(self.x_embedder.proj.weight.dtype)    # float32 under autocast, and so all residuals
         condition = self.time_condition(t, s)                                # (B, D)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(y)

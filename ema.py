@@ -32,7 +32,8 @@ def widths_kept(length: float) -> list[float]:
 
 def remains(length: float, step: int) -> float:
     """The share of an average that remains when the weights of step `step`, from 1, are added. length: a
-    width, or from CONSTANT on a decay, which is smaller in the first steps."""
+    width, or from CONSTANT on a decay, which is smaller in the first steps so that the initial weights are
+    soon forgotten."""
     if 0 < length < CONSTANT:
         return decay(step, gamma_of(length))
     return min(length, step / (step + 9))

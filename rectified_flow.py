@@ -123,8 +123,8 @@ class RectifiedFlow:
         if self.shift_tokens is None:
             return self.shift
         if tokens is None:
-            raise ValueError(f"shift_tokens {self.shift_tokens}: the shift follows each picture's tokens; give "
-                             "their number, or a path with a `shift` of its own")
+            raise ValueError(f"shift_tokens {self.shift_tokens}: the shift follows each picture's tokens; "
+                             "give their number, or a path with a `shift` of its own")
         return (tokens / self.shift_tokens) ** 0.5
 
     def sample_t(self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None,

@@ -196,7 +196,7 @@ FLAGS = {
                             "straight path in one step, best from the weights of an rf run (--init-from)",
              one_of(OBJECTIVES), "rf"),
         Flag("--prediction", "what the network predicts: velocity, eps, v, x0 (default: velocity for rf, eps "
-                             "for ddpm, v for ddpm with text)",
+                             "for ddpm, v for ddpm with text or the cosine schedule)",
              one_of(("velocity", "eps", "v", "x0")), needs=NETWORK, option="prediction", settled=True),
         Flag("--loss", "the quantity whose squared error is minimised: velocity, eps, v, x0 (default: the "
                        "one that the network predicts)", one_of(("velocity", "eps", "v", "x0")),
@@ -633,6 +633,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
         if args.cond == "text":
             defaults["text_encoder"] = "bytes"
             defaults["prediction"] = OBJECTIVES[args.objective].prediction_with_text
+        if args.schedule == "cosine":     # it ends at alpha = 5e-5, where eps says next to nothing about x0
+            defaults["prediction"] = "v"
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -28,7 +28,7 @@ class VAEConfig:
     latent_channels: int = 4
     widths: tuple[int, ...] = (16, 32, 64)   # one per level; every level but the last halves the image
     layers: int = 1                          # ResNet blocks per encoder level; a decoder level has one more
-    groups: int = 4                          # groups in every GroupNorm: few, to keep an image's brightness
+    groups: int = 4                          # in every GroupNorm: few, as each loses the mean of its channels
     attention: bool = True                   # single-head self-attention in the middle
     attention_levels: tuple[int, ...] = ()   # levels with attention after each block (CompVis f16, f32)
     quant_conv: bool = True                  # 1x1 convolutions around the latent (SD 1, 2, XL; not 3, FLUX)

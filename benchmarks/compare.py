@@ -462,7 +462,8 @@ class Comparison:
             self.save_rows(out.with_name("samples.png"), ["no guidance"], few, zoom=4)
 
     @staticmethod
-    def save_rows(out: Path, heads: list[str], rows: list[tuple[str, list[np.ndarray]]], zoom: int = 2) -> None:
+    def save_rows(out: Path, heads: list[str], rows: list[tuple[str, list[np.ndarray]]],
+                  zoom: int = 2) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         picture = figures.rows_of_pictures(heads, rows, zoom)
         write_atomically(out, lambda file: picture.save(file, "PNG", optimize=True))

@@ -111,8 +111,8 @@ def ends(items: tuple, most: int | None) -> list:
 BUDGETS = {
     # All is tiny: else the samples that every training ends with, and encoding 60,000 pictures, take longest.
     "minutes": Budget("some minutes: two cells of each study, no figure means anything",
-                      ("--steps", "20", "--vae-preset", "tiny"), ("--preset", "tiny", "--batch-size", "8"), 16,
-                      40, (0,), 4, most_cells=2, most_evaluations=2),
+                      ("--steps", "20", "--vae-preset", "tiny"), ("--preset", "tiny", "--batch-size", "8"),
+                      16, 40, (0,), 4, most_cells=2, most_evaluations=2),
     # One thread trains a small network with more examples as far in the same time as a large one with fewer.
     "cpu": Budget("two processes of one thread each: about twelve hours, four for grid and steps",
                   ("--steps", "4500"), ("--ema", "0.03"), 2400, 2000, (0, 1, 2), 100,

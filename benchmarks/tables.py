@@ -67,8 +67,8 @@ def summary(m: Measured) -> str:
     if measured(noisy, 1):
         unet = whatever_the_sampler(m)[0]
         flow, diffusion, best = means([unet.ours, unet.theirs, noisy.ours])
-        lines.append("**The sampler**: the best that adds noise brings the U-Net to "
-                     f"{diffusion} with diffusion and {flow} with rectified flow, and the transformer to {best}.")
+        lines.append(f"**The sampler**: the best that adds noise brings the U-Net to {diffusion} with "
+                     f"diffusion and {flow} with rectified flow, and the transformer to {best}.")
     numbers = {name: [claim.number for claim in CLAIMS if verdict(claim.comparisons(m)) == name]
                for name in COUNTED}
     if lines:
@@ -192,7 +192,7 @@ class Column(NamedTuple):
 
 
 def training_minutes(record: dict) -> float | None:
-    """Processor time of a training on a CPU; None on a GPU, or where a kill left no account of it."""
+    """CPU time of a training on a CPU; None on a GPU, or where a kill left no account of it."""
     if not on_cpu(record) or "processor_seconds" not in record:
         return None
     return record["processor_seconds"] / 60
@@ -206,7 +206,7 @@ def grid_columns(objective: str) -> list[Column]:
             Column("agreement", score(plain, "agreement"), 3),
             Column("Fréchet, guidance 1.5", score(guided), 1),
             Column("agreement", score(guided, "agreement"), 3),
-            Column("processor minutes", training_minutes, 0)]
+            Column("CPU minutes", training_minutes, 0)]
 
 
 def full_columns(objective: str) -> list[Column]:
@@ -606,14 +606,14 @@ def curvature_table(m: Measured) -> str:
     if not rows:
         return ""
     return "\n".join([f"| | {' | '.join(BENT)} |", "|---|---|---|", *rows]) + (
-        "\n\nThe mean square of the velocity's distance from the chord of a trajectory, per latent value, over "
-        "20 steps in the coordinates that all paths have in common: 0 if all are straight. From the same "
-        "mixtures of data and noise, with the same noise levels u, the exact flow is the same for every path "
+        "\n\nThe mean square of the velocity's distance from the chord of a trajectory, per latent value, "
+        "over 20 steps in the coordinates that all paths have in common: 0 if all are straight. From the "
+        "same mixtures of data and noise, with the same noise levels u, the exact flow is the same for every path "
         "and prediction, so only the errors of the networks differ. (The straight path joins single pairs of "
         "data and noise; the flow is the average over all pairs through a point, and it bends.) From noise, "
         "each path has its own times: the diffusion path begins at u = 0.936, where some data is left, the "
-        "straight path at u = 1, where the velocity says least about the end of the trajectory. From the same "
-        f"mixtures {seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}; from noise as in the grid.")
+        "straight path at u = 1, where the velocity says least about the end of the trajectory. From the "
+        f"same mixtures {seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}; from noise as in the grid.")
 
 
 def curvature_chart(m: Measured) -> Chart | None:
@@ -749,7 +749,7 @@ def prompt_columns(m: Measured, cell: str) -> list[list[float]]:
 def cells_and_costs(m: Measured, study: str, head: list[str], texts_of: Callable[[str], list[str]]) -> str:
     """A row for each cell of the study that has been measured: texts_of(its name), and what it costs. Nothing
     where there is none."""
-    head = [*head, "MFLOP", "parameters", "processor minutes"]
+    head = [*head, "MFLOP", "parameters", "CPU minutes"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell in STUDIES[study].cells:
         records = m.of(study, cell.name)
@@ -829,7 +829,7 @@ FEW_STEPS = [                            # (row, cell, guidance of its samples)
 def few_step_table(m: Measured) -> str:
     counts = (1, 2, 4, 8, 50)
     rows = ["| evaluations, at most | " + " | ".join(map(str, counts))
-            + " | deviation from the chord | processor minutes |", "|---" * (len(counts) + 3) + "|"]
+            + " | deviation from the chord | CPU minutes |", "|---" * (len(counts) + 3) + "|"]
     for name, cell, scale in FEW_STEPS:
         if m.of("few steps", cell):
             texts = [mean_of(m, "few steps", cell, measured_at(before, count, scale), 1)

@@ -53,9 +53,9 @@ def test_shares_are_compared_by_their_odds():
     """Of one claim: what is far from 0 and 1 varies more, which must not hide a difference near 1."""
     near = Comparison("a", [0.98, 0.981], [0.95, 0.951], higher=True)
     middle = Comparison("b", [0.45, 0.5], [0.5, 0.45], higher=True)
-    assert claims.answers_to([each._replace(share=True) for each in (near, middle)]) == [
-        "yes", "not significant"]
-    assert claims.answers_to([each._replace(plain=True) for each in (near, middle)]) == ["not significant"] * 2
+    for name, answer in (("share", "yes"), ("plain", "not significant")):
+        pair = [each._replace(**{name: True}) for each in (near, middle)]
+        assert claims.answers_to(pair) == [answer, "not significant"]
     odds = Comparison("", [], [], share=True).side([0.0, 0.2, 0.5, 1.0])
     assert odds == pytest.approx([-math.log(3999), -math.log(4), 0, math.log(3999)])
 
@@ -315,8 +315,8 @@ def test_few_steps_are_compared_with_the_parent():
             r["straightness"] = 0.1 + 0.01 * r["seed"]
     m = Measured(records)
     found = {c.what: decide(c) for c in claims.few_steps_after_reflow(m) + claims.straightened(m)}
-    assert found == {"reflow, 4 evaluations, against its parent's 8 evaluations (4 guided steps)": True,
-                     "reflow twice, 4 evaluations, against its parent's 8 evaluations (4 guided steps)": False,
+    eight = "4 evaluations, against its parent's 8 evaluations (4 guided steps)"
+    assert found == {f"reflow, {eight}": True, f"reflow twice, {eight}": False,
                      "reflow, against its parent": True, "reflow twice, against its parent": None}
     assert claims.parent(m, 8) == [4.0, 4.01, 4.02] and decide(claims.one_step(m)[0]) is True
     text = tables.few_step_table(m)

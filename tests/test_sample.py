@@ -731,5 +731,6 @@ def test_sampling_begins_with_the_deviation_that_xt_has_there(prediction, monkey
     latents, decode = [], vae.decode
     monkeypatch.setattr(vae, "decode", lambda x0: latents.append(x0) or decode(x0))
     draw_file.draw(network, vae, path, (4, 32, 32), range(8), {}, sampler="heun", steps=40)
-    noise = samplers.noise_like(torch.empty(8, 4, 32, 32), [torch.Generator().manual_seed(i) for i in range(8)])
+    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    noise = samplers.noise_like(torch.empty(8, 4, 32, 32), generators)
     assert abs(latents[0].std() / noise.std() - 1) < 2e-3
