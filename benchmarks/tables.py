@@ -607,13 +607,14 @@ def curvature_table(m: Measured) -> str:
         return ""
     return "\n".join([f"| | {' | '.join(BENT)} |", "|---|---|---|", *rows]) + (
         "\n\nThe mean square of the velocity's distance from the chord of a trajectory, per latent value, "
-        "over 20 steps in the coordinates that all paths have in common: 0 if all are straight. From the same "
-        "mixtures of data and noise, with the same noise levels u, the exact flow is the same for every "
-        "path and prediction, so only the errors of the networks differ. (The straight path joins single "
-        "pairs of data and noise; the flow is the average over all pairs through a point, and it bends.) "
-        "From noise, each path has its own times: the diffusion path begins at u = 0.936, where some data "
-        "is left, the straight path at u = 1, where the velocity says least about the end of the trajectory. "
-        f"From the same mixtures {seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}; from noise as in the grid.")
+        "over 20 steps in the coordinates that all paths have in common: 0 if all are straight. From the "
+        "same mixtures of data and noise, with the same noise levels u, the exact flow is the same for "
+        "every path and prediction, so only the errors of the networks differ. (The straight path joins "
+        "single pairs of data and noise; the flow is the average over all pairs through a point, and it "
+        "bends.) From noise, each path has its own times: the diffusion path begins at u = 0.936, where "
+        "some data is left, the straight path at u = 1, where the velocity says least about the end of the "
+        f"trajectory. From the same mixtures {seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}; from "
+        "noise as in the grid.")
 
 
 def curvature_chart(m: Measured) -> Chart | None:
