@@ -210,20 +210,21 @@ class Run:
                     now = f"the default {now}"
                     remedy = f"give --steps {found[name]} to continue it, or more to train on"
                 raise ValueError(f"{self.folder} holds a run with --{name.replace('_', '-')} {found[name]}, "
-                                 f"not {now}; {remedy}")
+                                 f"not {'the default' if now is None else now}; {remedy}")
 
     # ---- metrics
 
     def read_metrics(self) -> list[dict]:
-        """The records of metrics.jsonl: a loss or a validation each."""
+        """The records of metrics.jsonl: a loss or a validation each, whose losses are numbers."""
         records = []
         lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
         for line in lines:
             try:
                 record = json.loads(line)
-                loss = record["loss"] if "loss" in record else record["val_loss"]
-                if is_count(record["step"]) and type(loss) in (int, float):
-                    float(loss)                        # OverflowError for hundreds of digits
+                losses = [record["loss"] if "loss" in record else record["val_loss"],
+                          *dict(record.get("val_by_time", {})).values()]
+                if is_count(record["step"]) and all(type(loss) in (int, float) for loss in losses):
+                    list(map(float, losses))           # OverflowError for hundreds of digits
                     records.append(record)
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 continue                               # truncated by a kill, or not a line of ours

@@ -287,7 +287,8 @@ FLAGS = {
     "objective": [
         *objective_flags(),
         Flag("--label-dropout", "share of labels or captions replaced by the null condition (default: 0.1; 0 "
-                                "with --reflow); with 0, samples cannot be guided", number(0, 1)),
+                                "with --reflow); with 0, samples cannot be guided; for all, --cond none",
+             number(0, 0.99)),
     ],
     "reflow: train on pairs of noise and the sample that a run draws from it": [
         Flag("--reflow", "the run that draws them; this run begins with its VAE and averaged weights",

@@ -58,7 +58,8 @@ def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
     label = index % len(SHAPE_CLASSES)
     colour, kind = SHAPE_CLASSES[label].split("-")
     radius = rng.uniform(0.2, 0.34) * min(size)
-    margin = 1.15 * radius + 1                       # keeps the whole shape inside the picture
+    # The whole shape is inside the picture: below about ten pixels, in the middle.
+    margin = min(1.15 * radius + 1, min(size) / 2)
     cx, cy = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
     x, y = np.arange(width) + 0.5 - cx, np.arange(height)[:, None] + 0.5 - cy
     grey, slope = rng.uniform(15, 95), rng.uniform(-30, 30)

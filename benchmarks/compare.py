@@ -61,7 +61,7 @@ class Results:
 
     def read(self) -> list[dict]:
         records, judges = [], (None, fashion_mnist.classifier_in_use())
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
             try:
                 record = json.loads(line)
                 record["study"], record["cell"], record["seed"]
@@ -583,7 +583,11 @@ def main(argv: list[str] | None = None) -> int:
         # here, because it reads what this program writes
         from benchmarks import ladder, tables
         results = Path(args.results or RESULTS / f"compare-{args.budget or 'cpu'}.jsonl")
-        tables.write(ROOT, Results(results).read(), Results(ladder.RESULTS).read())
+        found = Results(results).read()
+        if not found:            # the documents would lose all their figures
+            raise ValueError(f"--results {results}: holds no results of the classifier in use; measure some "
+                             "first, with --budget")
+        tables.write(ROOT, found, Results(ladder.RESULTS).read())
         return 0
     if args.budget is None:
         p.error("--budget is required: " + ", ".join(BUDGETS))

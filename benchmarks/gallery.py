@@ -25,6 +25,7 @@ from benchmarks.neighbours import compare, nearest, of_array
 from benchmarks.samples import check_out, drawn
 from checkpoints import load_checkpoint
 from cli import Parser, program
+from conditioning import read_prompts
 from data import Dataset, load_data
 from pictures import PICTURES, grid
 from run import Run
@@ -107,14 +108,10 @@ def main() -> None:
     p.add_argument("--data-dir", type=Path, default=Path("data"))
     args, more = p.parse_known_args()
     check_out("OUT", args.out, PICTURES)
+    prompts = read_prompts("--prompts", str(args.prompts)) if args.prompts else None
     name, train, val = pictures_of(args.run, args.data_dir)
-    if args.prompts:
-        prompts = args.prompts.read_text("utf-8").splitlines()
-        if not prompts:
-            raise ValueError(f"--prompts {args.prompts}: is empty; give one prompt per line")
-    elif name in PROMPTS:
-        prompts = PROMPTS[name]
-    else:
+    prompts = prompts or PROMPTS.get(name)
+    if prompts is None:
         raise ValueError(f"--prompts FILE: needed for --data {name}; PROMPTS has {', '.join(PROMPTS)}")
     origins = [origin(prompt, train, val) for prompt in prompts]
     if not args.prompts:

@@ -472,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     ladder = Ladder(args.base, Path(args.runs_dir), Path(args.results), Path(args.data_dir), args.n)
     if args.table:
-        print(table(ladder.results.read(), ladder.study) or "nothing is measured yet")
+        print(table(ladder.results.read(), ladder.study) or f"nothing is measured yet of {ladder.study}")
         return 0
     ladder.results.path.parent.mkdir(parents=True, exist_ok=True)
     status = 0

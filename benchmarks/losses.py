@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
 from benchmarks.compare import git_commit
+from benchmarks.samples import check_out
 from checkpoints import is_finished, load_checkpoint
 from files import write_atomically
 from networks import latent_space, unpack_vae
@@ -95,7 +96,11 @@ def versions() -> dict:
 
 def make_reference(runs: list[str], out: Path | None) -> Path:
     """Write the losses of runs that differ in their seeds alone. out: by default a name in RESULTS that says
-    what they are. Raises ValueError for runs that differ in more, or are not finished."""
+    what they are. Raises ValueError for runs that differ in more, are not finished or have diverged, and for
+    an `out` that is another file."""
+    check_out("--out", out, (".json",))
+    if out is not None and out.exists() and not is_reference(out):
+        raise ValueError(f"--out {out}: there is a file of that name that is no reference; give another")
     rows, first = [], None
     for name in runs:
         folder, checkpoint = folder_of(name), load_checkpoint(name)
@@ -112,13 +117,24 @@ def make_reference(runs: list[str], out: Path | None) -> Path:
                                  "--seed alone")
         if found["seed"] in [row["seed"] for row in rows]:
             raise ValueError(f"{name}: has the --seed {found['seed']} of another run here; give it once")
-        rows.append({"seed": found["seed"], "latents": found["latents"], **curve(folder)})
+        losses = curve(folder)
+        if not all(math.isfinite(loss) for part in ("train", "validation") for _, loss in losses[part]):
+            raise ValueError(f"{name}: has losses that are not finite, so its training diverged; a reference "
+                             "needs runs that did not")
+        rows.append({"seed": found["seed"], "latents": found["latents"], **losses})
     if out is None:
         args = first["settings"]
         out = RESULTS / f"reference-{Path(args['data']).name}-{args['arch']}-{args['objective']}.json"
     reference = {part: first[part] for part in (*SAME, "settings")} | versions() | {"runs": rows}
     write_atomically(out, lambda file: file.write((json.dumps(reference) + "\n").encode()))
     return out
+
+
+def is_reference(file: Path) -> bool:
+    try:
+        return bool(read_reference(file))
+    except ValueError:
+        return False
 
 
 def read_reference(file: Path) -> dict:

@@ -37,7 +37,7 @@ import settings
 from benchmarks import losses, neighbours
 from benchmarks.fashion_mnist import classify, frechet, frechet_limit, load_classifier
 from benchmarks.neighbours import Vectors
-from benchmarks.report_picture import draw_report
+from benchmarks.report_picture import draw_report, read_report
 from benchmarks.samples import check_out
 from checkpoints import load_checkpoint
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
@@ -469,7 +469,14 @@ def begin(args: argparse.Namespace, out: Path) -> Job:
     """Check what was asked for, and find what an earlier process has done of it."""
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: must end in .png; the JSON of the same name is written beside it")
-    check_out("--out", out)
+    for file in (out, out.with_suffix(".json")):
+        check_out("--out", file)
+    if out.with_suffix(".json").exists():
+        try:
+            read_report(out.with_suffix(".json"))
+        except ValueError:
+            raise ValueError(f"--out {out}: {out.with_suffix('.json')} would be replaced, which is no "
+                             "report; give another name") from None
     checkpoints = [load_checkpoint(run) for run in args.runs]
     checkpoint = checkpoints[0]
     for run, other in zip(args.runs, checkpoints):

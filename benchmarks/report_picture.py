@@ -175,13 +175,24 @@ def draw_report(report: dict, pairs: np.ndarray | None = None) -> Image.Image:
     return image.reduce(SCALE)
 
 
+def read_report(file: Path) -> dict:
+    """The JSON of a report. Raises ValueError for a file that is none."""
+    try:
+        report = json.loads(file.read_text())
+        if {"run", "step", "versions", "words", "protocol"} <= set(report):
+            return report
+    except (OSError, ValueError, TypeError):
+        pass
+    raise ValueError(f"{file}: not a report, or damaged; make one by python benchmarks/report.py RUN")
+
+
 def main() -> None:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("json", help="a report's JSON")
     p.add_argument("out", help="PNG file to write")
     args = p.parse_args()
     check_out("OUT", args.out, PICTURES)
-    write_picture(Path(args.out), draw_report(json.loads(Path(args.json).read_text())))
+    write_picture(Path(args.out), draw_report(read_report(Path(args.json))))
 
 
 if __name__ == "__main__":

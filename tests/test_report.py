@@ -109,6 +109,13 @@ def test_reference_of_several_seeds(cwd, tmp_path, monkeypatch):
     assert any("3 seeds. A further seed lies outside the range of 3 by chance in 50 %" in line
                for line in row["words"])
     assert not any("settings are others" in line or "another VAE" in line for line in row["words"])
+    # its file may be made again, but not from a training that diverged
+    report.main(["--make-reference", *runs, "--out", str(file)])
+    assert losses.read_reference(file)["runs"] == reference["runs"]
+    with open(Path(runs[0]) / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 4, "val_loss": Infinity}\n')
+    with pytest.raises(ValueError, match=f"{runs[0]}: has losses that are not finite"):
+        report.main(["--make-reference", *runs, "--out", str(file)])
     # of two that fit, the one with fewer differences; and those are named
     report.main(["--make-reference", seed_of(cwd, tmp_path, 4, lr=0.5), "--out",
                  str(tmp_path / "reference-a.json")])
@@ -428,13 +435,20 @@ def test_fewer_samples_where_time_is_short(tmp_path, monkeypatch, each, minutes,
     (["--make-reference", "runs/done", "runs/done"], "runs/done: has the --seed 0 of another run"),
     (["--make-reference", "runs/shapes-vae"], "runs/shapes-vae: is a VAE"),
     (["--make-reference", "runs/done", "runs/mmdit"], "its data is not that of runs/done"),
+    # what is there and is not its own is never replaced
+    (["--make-reference", "runs/done", "--out", "runs/done/settings.json"], "that is no reference; give"),
+    (["--make-reference", "runs/done", "--out", "runs/done/checkpoint.pt"], "must end in .json"),
+    (["runs/done", "--out", "runs/done/settings.png"], "settings.json would be replaced, which is no report"),
 ])
 def test_report_refuses(cwd, text_runs, tmp_path, flags, message):
-    files = {path for path in cwd.glob("runs/*")}
+    def files():
+        return {path: path.read_bytes() for path in (cwd / "runs").rglob("*") if path.is_file()}
+
+    before = files()
     with pytest.raises(ValueError, match=message) as refusal:
         report.main(flags if "--out" in flags or flags[0] == "--make-reference" else
                     [*flags, "--out", str(tmp_path / "x.png")])
-    assert "\n" not in str(refusal.value) and files == {path for path in cwd.glob("runs/*")}
+    assert "\n" not in str(refusal.value) and files() == before
     assert not list(tmp_path.iterdir())
 
 

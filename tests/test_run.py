@@ -381,6 +381,7 @@ def test_damaged_lines_of_metrics_never_stop_a_run(tmp_path):
               "\u732b", '{"loss": 1}']
     broken += [f'{{"step": 2, "loss": {value}}}' for value in ("null", '"x"', "[1]", "true", "1" * 400)]
     broken += ['{"step": 2, "val_loss": null}', '{"step": -1, "loss": 1}', '{"step": 1.5, "loss": 1}']
+    broken += [f'{{"step": 2, "val_loss": 1, "val_by_time": {by}}}' for by in ("3", '{"a": "x"}', "[1]")]
     odd = ['{"step": 2, "loss": NaN}', '{"step": 2, "val_loss": Infinity}']
     lines = [json.dumps(good[0]), *broken, *odd, json.dumps(good[1])]
     folder.metrics.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
