@@ -687,7 +687,8 @@ CLAIMS = [
     Claim("5", "attention makes distant parts agree: share of samples whose two far corners show the same "
                "shape, against a U-Net without any (which convolutions alone connect: its bottom is 2 x 2)",
           far_corners, 3, "corners"),
-    Claim("5a", "a transformer makes distant parts agree better than a U-Net: the same share",
+    Claim("5a", "a transformer makes distant parts agree better than a U-Net: share of samples whose two far "
+                "corners show the same shape",
           far_corners_of_a_transformer, 3, "corners"),
     Claim("6", "the MM-DiT (joint attention) follows prompts better than the U-Net (cross-attention): share "
                "of pictures that show all of their prompt, after a short training", follows_prompts, 3,
