@@ -109,7 +109,7 @@ RUNGS = {
     **{f"guidance-{scale}": Rung(f"guidance {scale}", sample=guided(scale))
        for scale in ("2.05", "2.1", "2.2", "2.5", "3")},
     **{f"noisy-{scale}": Rung(f"guidance {scale}, and 20 steps of a sampler that adds noise",
-                              sample=noisy(scale)) for scale in ("1.8", "2", "2.5")},
+                              sample=noisy(scale)) for scale in ("1.8", "1.95", "2", "2.5")},
     "stronger-and-later": Rung("guidance 2.2, but none in the last tenth of the time",
                                sample=("--cfg", "2.2", "--interval", "0.1", "0.8")),
     "autoguidance": Rung("guidance by the network of a quarter of the training, conditions and all",
