@@ -239,8 +239,8 @@ def covered(box: Box, points: list[tuple[float, float]]) -> int:
 
 
 def legend_box(chart: Chart, frame: Frame, points: list[tuple[float, float]]) -> Box | None:
-    """In the corner that has the fewest points in and beside it, as one just beside the legend looks like its
-    own; the upper right corner first. None for no name."""
+    """In the corner with the fewest points and, of several, the fewest just beside it, which would look like
+    marks of the legend; the upper right corner first. None where no series has a name."""
     entries = entries_of(chart)
     if not entries:
         return None
@@ -255,7 +255,7 @@ def legend_box(chart: Chart, frame: Frame, points: list[tuple[float, float]]) ->
     def beside(box: Box) -> Box:
         return box[0] - 2 * text, box[1] - text, box[2] + 2 * text, box[3] + text
 
-    return min(boxes, key=lambda box: covered(beside(box), points))
+    return min(boxes, key=lambda box: (covered(box, points), covered(beside(box), points)))
 
 
 def draw_legend(pen: ImageDraw.ImageDraw, chart: Chart, box: Box) -> None:

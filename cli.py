@@ -25,13 +25,16 @@ from typing import TextIO
 
 # ---- what a flag accepts: functions for argparse's `type=`
 
-def number(low: float, high: float = math.inf, kind: type = float,
-           above: bool = False) -> Callable[[str], float]:
-    """A number in [low, high], or in (low, high] with `above`; NaN is outside every range."""
+def number(low: float, high: float = math.inf, kind: type = float, above: bool = False,
+           below: bool = False) -> Callable[[str], float]:
+    """A number in [low, high], or in (low, high] with `above`, or in [low, high) with `below`; NaN is outside
+    every range."""
     noun = "a whole number" if kind is int else "a number"
     limits = f"between {low:,} and {high:,}"
     if above:
         limits = f"above {low:,} and at most {high:,}"
+    elif below:
+        limits = f"at least {low:,} and below {high:,}"
     elif high == math.inf:
         limits = f"at least {low:,}"
     limits = limits.replace(".0 ", " ").removesuffix(".0")       # "between 0 and 1", not "0.0 and 1.0"
@@ -41,7 +44,7 @@ def number(low: float, high: float = math.inf, kind: type = float,
             value = kind(string)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{string}: must be {noun} {limits}") from None
-        if not low <= value <= high or (above and value == low):
+        if not low <= value <= high or (above and value == low) or (below and value == high):
             raise argparse.ArgumentTypeError(f"{string}: must be {limits}")
         return value
     return check

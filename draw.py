@@ -23,7 +23,7 @@ from conditioning import Asked
 from media import medium_of
 from offload import Stage
 from ranks import ALONE, Ranks
-from samplers import SAMPLERS, guided, inpainting, noise_like
+from samplers import SAMPLERS, guided, inpainting, noise_at, noise_like
 from times import TIMES, interval_of_steps
 from vae import VAE
 
@@ -91,11 +91,9 @@ def draw(model: Callable, vae: VAE, path, shape: tuple[int, int, int], seeds: ra
     denoise = guided(model, path, cond, uncond, scale, weak=weak, interval=interval, rescale=rescale,
                      channels=channels, variance=options.get("variance") == "learned", **skipping)
 
-    # ---- where to begin: from noise of the deviation that xt has there, as latents have a deviation of 1. It
-    # is 1 on the diffusion path, and less where the straight path begins before t = 1.
-    alpha, sigma = path.alpha_sigma(t[0])
-    x = (alpha**2 + sigma**2).sqrt().to(noise) * noise
-    # Or from a picture, at the time `strength`, where it is mixed with that much noise.
+    x = noise_at(path, noise, t[0])
+
+    # ---- from a picture: begin at the time `strength`, where it is mixed with that much noise
     if image is not None:
         x0 = stage.encode(vae, image)
         # Round to the diffusion path's steps of 1/1000, and make the first step at least half as long: a step

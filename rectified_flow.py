@@ -135,8 +135,8 @@ class RectifiedFlow:
         u = torch.rand(n, dtype=torch.float64, generator=generator).clamp(1e-6, 1 - 1e-6)
         t = shift_time(density_quantile(self.density, u, self.mean, self.std, self.mode_scale),
                        self.shift_of(tokens))
-        # Times that round to 0 are moved a little, and with eps prediction those above t_max, where sampling
-        # begins, are moved to it: 2 % of uniform times, more if they are shifted.
+        # Kept where to_x0_eps works: x0 prediction needs sigma > 0, and eps prediction t <= t_max, where
+        # sampling begins. 2 % of uniform times become t_max, more if they are shifted.
         return t.clamp(1e-5, self.t_max).to(torch.float32).to(device)
 
     def training_times(self, n: int, tokens: Tensor | None = None) -> dict[str, Tensor]:

@@ -209,13 +209,15 @@ class Run:
                 if name == "steps" and "steps" not in args.asked:
                     now = f"the default {now}"
                     remedy = f"give --steps {found[name]} to continue it, or more to train on"
-                raise ValueError(f"{self.folder} holds a run with --{name.replace('_', '-')} {found[name]}, "
-                                 f"not {'the default' if now is None else now}; {remedy}")
+                begun, now = ("the default" if value is None else value for value in (found[name], now))
+                raise ValueError(f"{self.folder} holds a run with --{name.replace('_', '-')} {begun}, "
+                                 f"not {now}; {remedy}")
 
     # ---- metrics
 
     def read_metrics(self) -> list[dict]:
-        """The records of metrics.jsonl: a loss or a validation each, whose losses are numbers."""
+        """The records of metrics.jsonl, each a loss or a validation; lines whose losses are not numbers are
+        left out."""
         records = []
         lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
         for line in lines:

@@ -139,6 +139,13 @@ def soft_border(mask: Tensor, width: int) -> Tensor:
 
 # ---- what the solvers share
 
+def noise_at(path, noise: Tensor, t: Tensor) -> Tensor:
+    """Unit Gaussian noise, scaled to the deviation of xt at t, where sampling begins, if data has a deviation
+    of 1: by 1 on the diffusion path, by less where the straight path begins before t = 1."""
+    alpha, sigma = path.alpha_sigma(t)
+    return (alpha**2 + sigma**2).sqrt().to(noise) * noise
+
+
 def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Unit Gaussian noise of x's shape. With one generator per image, an image does not depend on the others
     in its batch; raises ValueError unless there are as many generators as images."""

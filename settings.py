@@ -277,8 +277,8 @@ FLAGS = {
                                   "spectrograms; a large one keeps the waveform, a small one what is heard "
                                   "(default: 100)",
              number(0, 1e9)),
-        Flag("--latent-noise", "noise on the decoder's input in training, relative to the latent's deviation "
-                               "(default: 0)", number(0, 10)),
+        Flag("--latent-noise", "noise on the decoder's input in training, relative to the deviation within "
+                               "each channel of a latent (default: 0)", number(0, 10)),
         Flag("--equivariance", "weight of reconstructing the picture at half its size from the latent at "
                                "half its size (default: 0)", number(0, 100)),
         Flag("--vae-steps", "optimizer steps of the VAE, when it is trained before another network",
@@ -287,8 +287,9 @@ FLAGS = {
     "objective": [
         *objective_flags(),
         Flag("--label-dropout", "share of labels or captions replaced by the null condition (default: 0.1; 0 "
-                                "with --reflow); with 0, samples cannot be guided; for all, --cond none",
-             number(0, 0.99)),
+                                "with --reflow); with 0, samples cannot be guided; for a network without any "
+                                "conditions, see --cond",
+             number(0, 1, below=True)),
     ],
     "reflow: train on pairs of noise and the sample that a run draws from it": [
         Flag("--reflow", "the run that draws them; this run begins with its VAE and averaged weights",
@@ -708,6 +709,8 @@ def complete(found: dict, file: str) -> dict:
         if name in ROWS and name not in RESUMABLE and not accepted(ROWS[name], value):
             raise ValueError(f"{file}: damaged, or of another version: its setting {name} is "
                              f"{json.dumps(value)[:80]}; restore it, or use another --name")
+    if found.get("schedule") == "cosine" and found.get("prediction") is None:
+        found = found | {"prediction": "eps"}              # its default until 2026-11
     if set(ROWS) <= set(found):
         return found
     args = make_parser("", FLAGS).parse_args([])

@@ -124,9 +124,10 @@ def one_higher(path, steps: int) -> Tensor:
 def sd3_times(path, steps: int) -> Tensor:
     """Stable Diffusion 3: times are spaced evenly between the shifted ends 1 and 1/1000, and then shifted; a
     last step goes to 0. As the lower end is shifted twice, all of them differ a little from path.times."""
-    least = shift_time(torch.tensor(1e-3, dtype=torch.float64), path.shift)
-    start = shift_time(least.new_tensor(path.t_max), 1 / path.shift)
-    noisy = shift_time(torch.linspace(start, least, steps, dtype=torch.float64), path.shift)
+    shift = path.shift_of()
+    least = shift_time(torch.tensor(1e-3, dtype=torch.float64), shift)
+    start = shift_time(least.new_tensor(path.t_max), 1 / shift)
+    noisy = shift_time(torch.linspace(start, least, steps, dtype=torch.float64), shift)
     return torch.cat([noisy.clamp(max=path.t_max), noisy.new_zeros(1)])
 
 

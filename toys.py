@@ -58,7 +58,7 @@ def draw_shape(index: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
     label = index % len(SHAPE_CLASSES)
     colour, kind = SHAPE_CLASSES[label].split("-")
     radius = rng.uniform(0.2, 0.34) * min(size)
-    # The whole shape is inside the picture: below about ten pixels, in the middle.
+    # Keeps the whole shape inside the picture; where the short side is below about ten pixels, in its middle.
     margin = min(1.15 * radius + 1, min(size) / 2)
     cx, cy = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
     x, y = np.arange(width) + 0.5 - cx, np.arange(height)[:, None] + 0.5 - cy

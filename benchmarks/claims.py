@@ -19,26 +19,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.studies import (CHECKPOINTS, CORNER_NETWORKS, CORNERS_AT, DEFAULT_SAMPLERS, FACTORS,
-                                FIRST_ORDER, GUIDANCE, LITTLE, LITTLE_SIZES, NETWORKS, NOISY, OBJECTIVES,
-                                OWN, PROMPT_KINDS, PROMPTED, PROMPTED_AT, SCHEDULES, SHIFT_STEPS, SIZES,
-                                exchanges, size_name, weighting_name)
+from benchmarks.studies import (CHECKPOINTS, CLASSIC, CORNER_NETWORKS, CORNERS_AT, DEFAULT_SAMPLERS,
+                                FACTORS, FIRST_ORDER, GUIDANCE, LITTLE, LITTLE_SIZES, NETWORKS, NOISY,
+                                OBJECTIVES, OWN, PROMPT_KINDS, PROMPTED, PROMPTED_AT, SCHEDULES,
+                                SHIFT_STEPS, SIZES, exchanges, size_name, weighting_name)
 
 # 97.5 % quantiles of Student's t by degrees of freedom; beyond the table, the last one, a little too high.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 USABLE = 1.5         # a learning rate works if its distance is within this factor of the best rate's
 WITHIN = 1.1         # a distance within this factor of the best counts as equal quality
 EARLY = 2            # of CHECKPOINTS equal parts of a training
-LEAST = 1 / 4000     # half of one of 2,000 samples: what a share of 0 counts as, and likewise near 1
 
 RULE = ("A comparison is decided if its means differ by more than the spread of the seeds explains "
         "(two-sided t test, 5 %, no correction for many tests), with two seeds or more on each side. Two "
         "seeds say little about their spread, so it is pooled over everything that a claim measures in one "
         "quantity: on a logarithmic scale; for shares, on that of their odds; for exponents and relative "
-        "deviations, as they are. Where all seeds give the same number, nothing is decided: the answer is "
-        "equal if both sides have it. A claim is true if more than half of its comparisons are decided for "
-        "it and none against it, false in the opposite case, depends if some are decided each way, and is "
-        "else not shown. Comparisons of one claim can share runs.")
+        "deviations, as they are. Where the seeds do not vary at all, nothing is decided; if both sides have "
+        "the same number, the answer is equal. A claim is true if more than half of its comparisons are "
+        "decided for it and none against it, false in the opposite case, depends if some are decided each "
+        "way, and is else not shown. Comparisons of one claim can share runs.")
 
 
 # ---- the rule
@@ -51,14 +50,17 @@ class Comparison(NamedTuple):
     higher: bool = False                 # is better; else lower
     factor: float = 1.0                  # of theirs, with which ours is compared: 1.1 for "within 10 % of"
     quantity: str = ""                   # those of one claim and one quantity have one spread
+    group: str = ""                      # stands for its comparisons where all that are decided agree
     plain: bool = False                  # compare the values (exponents, deviations), not their logarithms
-    share: bool = False                  # compare the logarithms of the odds: shares near 1 vary less
+    share: int | None = None             # of so many samples: compare the logarithms of the odds, because
+                                         # shares near 0 and 1 vary less
     digits: int | None = None            # of its figures; None: as many as its claim says
 
     def side(self, values: list[float]) -> np.ndarray:
         found = np.array(values, dtype=float)
-        if self.share:
-            found = found.clip(LEAST, 1 - LEAST)
+        if self.share is not None:
+            least = 1 / (2 * self.share)                   # half a sample
+            found = found.clip(least, 1 - least)
             found = found / (1 - found)
         return found if self.plain else np.log(found)
 
@@ -143,14 +145,14 @@ def typical(comparisons: list[Comparison]) -> tuple[str, Comparison]:
 
 
 def depends_on(comparisons: list[Comparison]) -> str:
-    """Which comparisons were decided which way: "yes: two shapes · four shapes; no: one shape". Where all of
-    a quantity that are decided agree, the quantity's name stands for them."""
+    """Which comparisons were decided which way: "yes: two shapes · four shapes; no: one shape". If all
+    decided comparisons of a group agree, the group's name stands for them."""
     found = {chosen: [comparison for answer, comparison in zip(answers_to(comparisons), comparisons)
                       if answer == chosen] for chosen in (ANSWERS[True], ANSWERS[False])}
-    mixed = set.intersection(*({each.quantity for each in decided} for decided in found.values()))
+    mixed = set.intersection(*({each.group for each in decided} for decided in found.values()))
     parts = []
     for chosen, decided in found.items():
-        names = [each.what if each.quantity in mixed else each.quantity or each.what for each in decided]
+        names = [each.what if each.group in mixed else each.group or each.what for each in decided]
         if names:
             parts.append(f"{chosen}: {' · '.join(dict.fromkeys(names))}")
     return "; ".join(parts)
@@ -355,7 +357,7 @@ def schedules_matter_less(m: Measured) -> list[Comparison]:
 
 def more_rates_work(m: Measured) -> list[Comparison]:
     return [Comparison(network, *(usable_octaves(m, network, objective)
-                                  for objective in ("rf logit-normal", "ddpm eps")), higher=True)
+                                  for objective in reversed(CLASSIC)), higher=True)
             for network in NETWORKS]
 
 
@@ -366,14 +368,23 @@ def calmer_gradients(m: Measured) -> list[Comparison]:
     return uniform_against_diffusion(lambda cell: m.pooled(cell, spread))
 
 
+def from_mixtures(m: Measured, cell: str) -> list[float]:
+    """How much trajectories bend: measures.curvature, one per seed."""
+    return m.values("curvature", cell, lambda record: record["curvature"])
+
+
+def from_noise(m: Measured, cell: str) -> list[float]:
+    """The same as in sampling: measures.straightness."""
+    return m.pooled(cell, lambda record: record["straightness"])
+
+
+BENT = {"from the same mixtures": from_mixtures, "from noise": from_noise}
+
+
 def straighter(m: Measured) -> list[Comparison]:
-    """In common coordinates: from the same mixtures, measures.curvature, and as in sampling,
-    measures.straightness."""
-    mixtures = uniform_against_diffusion(lambda cell: m.values("curvature", cell, lambda r: r["curvature"]))
-    noise = uniform_against_diffusion(lambda cell: m.pooled(cell, lambda r: r["straightness"]))
-    return [each._replace(what=f"{each.what}, {where}", quantity=where)
-            for found, where in ((mixtures, "from the same mixtures"), (noise, "from noise"))
-            for each in found]
+    return [each._replace(what=f"{each.what}, {where}", quantity=where, group=where)
+            for where, bent in BENT.items()
+            for each in uniform_against_diffusion(lambda cell, bent=bent: bent(m, cell))]
 
 
 def any_sampler(m: Measured, cell: str) -> list[float]:
@@ -384,7 +395,7 @@ def any_sampler(m: Measured, cell: str) -> list[float]:
 
 def whatever_the_sampler(m: Measured) -> list[Comparison]:
     return [Comparison(network, *(any_sampler(m, f"{network} {objective}")
-                                  for objective in ("rf logit-normal", "ddpm eps"))) for network in NETWORKS]
+                                  for objective in reversed(CLASSIC))) for network in NETWORKS]
 
 
 FAMILIES = (("dit", "rf logit-normal"), ("unet", "ddpm eps"))
@@ -505,7 +516,7 @@ def far_corners(m: Measured) -> list[Comparison]:
     """Attention within the U-Net."""
     without, *others, _ = CORNER_NETWORKS
     return [Comparison(f"{name}, {when}", m.values("corners", name, corners_at(part)),
-                       m.values("corners", without, corners_at(part)), higher=True, share=True)
+                       m.values("corners", without, corners_at(part)), higher=True, share=2000)
             for when, part in CORNER_PARTS.items() for name in others]
 
 
@@ -513,7 +524,7 @@ def far_corners_of_a_transformer(m: Measured) -> list[Comparison]:
     """Against each U-Net."""
     *unets, transformer = CORNER_NETWORKS
     return [Comparison(f"against {name}, {when}", m.values("corners", transformer, corners_at(part)),
-                       m.values("corners", name, corners_at(part)), higher=True, share=True)
+                       m.values("corners", name, corners_at(part)), higher=True, share=2000, group=when)
             for when, part in CORNER_PARTS.items() for name in unets]
 
 
@@ -554,11 +565,11 @@ def follows_prompts(m: Measured) -> list[Comparison]:
     joint, cross = (f"{network}, {name}" for network, name in PROMPTED.items())
     return [Comparison(what, m.values("prompts", joint, score(PROMPTED_AT.label, figure)),
                        m.values("prompts", cross, score(PROMPTED_AT.label, figure)), higher=True,
-                       share=True)
+                       share=500)
             for figure, what in PROMPT_KINDS.items()]
 
 
-FASTER = ("dit rf logit-normal", "unet ddpm eps")            # what claim 8 compares
+FASTER = tuple(map(" ".join, FAMILIES))  # what claim 8 compares
 
 
 class Pace(NamedTuple):
@@ -632,7 +643,7 @@ def transformer(m: Measured) -> list[Comparison]:
              for objective in OBJECTIVES]
     return found + [Comparison(f"{objective}, dit against unet, any sampler",
                                any_sampler(m, f"dit {objective}"), any_sampler(m, f"unet {objective}"))
-                    for objective in ("ddpm eps", "rf logit-normal")]
+                    for objective in CLASSIC]
 
 
 class Claim(NamedTuple):
@@ -647,13 +658,13 @@ class Claim(NamedTuple):
 CLAIMS = [
     Claim("0", "rectified flow with a transformer beats latent diffusion (with eps) with a U-Net: Fréchet "
                "distance", families, 1, "grid"),
-    Claim("1", "rectified flow has less to tune: relative deviation of the Fréchet distance over four "
+    Claim("1", "rectified flow's schedule matters less: relative deviation of the Fréchet distance over four "
                "densities of its training times, against that over two of diffusion's noise schedules (with "
                "eps; without cosine, where it fails)", schedules_matter_less, 2, "schedules"),
-    Claim("1b", "a wider range of learning rates works with rectified flow: how many octaves, of the four "
-                "that were tried; more is better", more_rates_work, 2, "learning rates"),
     Claim("1a", "rectified flow's gradients are calmer than diffusion's: spread of the gradient norm",
           calmer_gradients, 2, "grid in full"),
+    Claim("1b", "a wider range of learning rates works with rectified flow: how many octaves, of the four "
+                "that were tried; more is better", more_rates_work, 2, "learning rates"),
     Claim("2", "straight path + velocity beats eps, v and x0 on the diffusion path, at equal training and "
                "with uniform times: Fréchet distance, 50 first-order steps without noise", straight_path, 1,
           "grid"),
@@ -666,15 +677,15 @@ CLAIMS = [
     Claim("2d", "rectified flow's sampling paths are straighter than diffusion's: mean squared distance of "
                 "the velocity from the chord, from the same mixtures of data and noise, and from noise",
           straighter, 3, "curvature"),
-    Claim("2e", "predicting x0, with the loss of the velocity, or v, beats predicting that quantity itself, "
-                "also on latents of 16 values per token (Li and He 2025, JiT, propose it for pixel patches "
-                "of hundreds): Fréchet distance", x0_prediction, 1, "weighting"),
+    Claim("2e", "with the loss of the velocity (or of v), predicting x0 beats predicting the velocity (or v) "
+                "itself, even on latents of 16 values per token (Li and He 2025, JiT, propose it for pixel "
+                "patches of hundreds of values): Fréchet distance", x0_prediction, 1, "weighting"),
     Claim("2f", "predicting the velocity, or v, with the loss of that quantity is best: Fréchet distance, "
                 "against another prediction or another loss", own_prediction_and_loss, 1, "weighting"),
     Claim("3", "rectified flow (dit, logit-normal) needs fewer evaluations of the network than diffusion "
                "(with eps), each by its best solver without noise", few_evaluations, 1, "steps"),
-    Claim("3b", "ten evaluations of rectified flow (dit, logit-normal) are as good as fifty of diffusion "
-                "(with eps): Fréchet distance of the best solver, within 10 %",
+    Claim("3b", "at most ten evaluations of rectified flow (dit, logit-normal) are as good as at most fifty "
+                "of diffusion (with eps): Fréchet distance of the best solver, within 10 %",
           ten_against_fifty, 1, "steps"),
     Claim("3a", "high order is not needed on straight paths: Euler's distance is within 10 % of the best "
                 "solver's, with at most 4 and 10 evaluations", euler_is_enough, 1, "steps"),
@@ -685,7 +696,8 @@ CLAIMS = [
     Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, against the "
                 "U-Net; more negative is better", scaling, 3, "sizes"),
     Claim("5", "attention makes distant parts agree: share of samples whose two far corners show the same "
-               "shape, against a U-Net without any (which convolutions alone connect: its bottom is 2 x 2)",
+               "shape, against a U-Net without any, whose convolutions alone connect them (it has 2 x 2 at "
+               "the bottom)",
           far_corners, 3, "corners"),
     Claim("5a", "a transformer makes distant parts agree better than a U-Net: share of samples whose two far "
                 "corners show the same shape",

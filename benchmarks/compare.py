@@ -35,8 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 import settings
 from benchmarks import fashion_mnist, figures, measures
-from benchmarks.studies import (BUDGETS, CHECKPOINTS, GUIDANCE, PARENT, PICTURES, STUDIES, VAE_FLAGS, Cell,
-                                Evaluation)
+from benchmarks.studies import (BUDGETS, CHECKPOINTS, CLASSIC, GUIDANCE, PARENT, PICTURES, STUDIES,
+                                VAE_FLAGS, Cell, Evaluation)
 from checkpoints import is_finished
 from cli import Parser, integer, one_of, program
 from files import locked, read_stamp, write_atomically, write_stamp
@@ -45,7 +45,6 @@ from networks import build_path
 from run import Run
 
 RESULTS = Path(__file__).with_name("results")
-CLASSIC = ("ddpm eps", "rf logit-normal")    # the objective that each family is known by
 WITHOUT_BF16 = " without bf16"               # in a device's name: a CPU that does not multiply it
 OF_A_CELL = ("study", "cell", "seed", "budget", "commands", "evaluations")     # not of its training
 
@@ -585,8 +584,8 @@ def main(argv: list[str] | None = None) -> int:
         results = Path(args.results or RESULTS / f"compare-{args.budget or 'cpu'}.jsonl")
         found = Results(results).read()
         if not found:            # the documents would lose all their figures
-            raise ValueError(f"--results {results}: holds no results of the classifier in use; measure some "
-                             "first, with --budget")
+            raise ValueError(f"{results}: has no results that the classifier in use has scored; measure some "
+                             "first (--budget), or give --results")
         tables.write(ROOT, found, Results(ladder.RESULTS).read())
         return 0
     if args.budget is None:

@@ -87,7 +87,8 @@ TOGETHER = dict(vae=("--kl-weight", "1e-4", "--cooldown", "1"), default=False)
 BASES["dit-together"] = BASES["dit-small"]._replace(
     train=BASES["dit-small"].train + ("--compile", "--cooldown", "1", "--lr", "8e-3"), sample=noisy("1.8"),
     what="a smaller network and more steps, compiled; both learning rates fall from the first step on, the "
-         "network's from twice the peak; ten times the KL weight; noise in sampling", **TOGETHER)
+         "network's from twice the peak; ten times the KL weight; guidance 1.8 by a sampler that adds noise",
+    **TOGETHER)
 BASES["unet-together"] = BASES["unet"]._replace(
     train=BASES["unet"].train + ("--cooldown", "1", "--lr", "4e-3"), sample=guided("3"),
     what="both learning rates fall from the first step on, the network's from twice the peak; ten times the "
@@ -173,8 +174,14 @@ def rungs_of(base: str) -> list[str]:
                    for flags, its in ((rung.train, own.train), (rung.vae, own.vae))]
         return rung.sample != own.sample and not any(repeats)
 
+    def replaces_only_what_it_names(rung: Rung) -> bool:
+        """Flags of sampling are written for GUIDED: beside others, they may only change the scale."""
+        return (own.sample == GUIDED or rung.sample is None or base == rung.arch
+                or rung.sample[2:] == own.sample[2:])
+
     return [name for name, rung in RUNGS.items()
-            if (rung.arch is None or base.startswith(rung.arch)) and is_new(rung)]
+            if (rung.arch is None or base.startswith(rung.arch)) and is_new(rung)
+            and replaces_only_what_it_names(rung)]
 
 
 def studies_of(base: str) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def make_reference(runs: list[str], out: Path | None) -> Path:
     an `out` that is another file."""
     check_out("--out", out, (".json",))
     if out is not None and out.exists() and not is_reference(out):
-        raise ValueError(f"--out {out}: there is a file of that name that is no reference; give another")
+        raise ValueError(f"--out {out}: exists and is not a reference; give another name")
     rows, first = [], None
     for name in runs:
         folder, checkpoint = folder_of(name), load_checkpoint(name)

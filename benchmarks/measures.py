@@ -28,7 +28,7 @@ from data import load_data, load_drawn, load_mnist
 from machine import has_bf16
 from networks import build_model, build_path, unpack_vae
 from pictures import to_tensor
-from samplers import SAMPLERS, guided, noise_like
+from samplers import SAMPLERS, guided, noise_at, noise_like
 from toys import Scene, describe_scene, draw_scene, read_corners
 from weights import load_weights
 
@@ -132,9 +132,11 @@ def straightness(trained: Trained, held_out: Examples, count: int = 100, steps: 
     """How straight sampling is, at the path's own times, from noise: `deviation` (Liu et al. 2022,
     arXiv:2209.03003)."""
     chosen = torch.arange(count) % len(held_out.x0)
-    start = noise_like(torch.empty(count, *held_out.x0.shape[1:]),
+    noise = noise_like(torch.empty(count, *held_out.x0.shape[1:]),
                        [torch.Generator().manual_seed(i) for i in range(count)])
-    return deviation(trained, start, held_out.cond(trained.model, chosen), trained.path.times(steps))
+    times = trained.path.times(steps)
+    start = noise_at(trained.path, noise, times[0])
+    return deviation(trained, start, held_out.cond(trained.model, chosen), times)
 
 
 @torch.no_grad()

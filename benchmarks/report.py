@@ -475,8 +475,8 @@ def begin(args: argparse.Namespace, out: Path) -> Job:
         try:
             read_report(out.with_suffix(".json"))
         except ValueError:
-            raise ValueError(f"--out {out}: {out.with_suffix('.json')} would be replaced, which is no "
-                             "report; give another name") from None
+            raise ValueError(f"--out {out}: {out.with_suffix('.json')} exists and is not a report; give "
+                             "another name") from None
     checkpoints = [load_checkpoint(run) for run in args.runs]
     checkpoint = checkpoints[0]
     for run, other in zip(args.runs, checkpoints):

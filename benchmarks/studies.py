@@ -109,8 +109,9 @@ def ends(items: tuple, most: int | None) -> list:
 
 
 BUDGETS = {
-    # All is tiny: else the samples that every training ends with, and encoding 60,000 pictures, take longest.
-    "minutes": Budget("some minutes: two cells of each study, no figure means anything",
+    # Everything is tiny; otherwise the samples at the end of every training, and encoding 60,000 pictures,
+    # would take most of the time.
+    "minutes": Budget("about a quarter of an hour: two cells of each study, no figure means anything",
                       ("--steps", "20", "--vae-preset", "tiny"), ("--preset", "tiny", "--batch-size", "8"),
                       16, 40, (0,), 4, most_cells=2, most_evaluations=2),
     # One thread trains a small network with more examples as far in the same time as a large one with fewer.
@@ -134,6 +135,7 @@ OBJECTIVES = {
     "rf uniform": ("--objective", "rf", "--density", "uniform"),
     "rf logit-normal": ("--objective", "rf", "--density", "logit_normal"),
 }
+CLASSIC = ("ddpm eps", "rf logit-normal")    # the objective that each family is known by
 # The first-order solver of each path. Euler is the straight path's DDIM: with it, both paths can be compared
 # by one and the same solver.
 FIRST = {"ddpm": "ddim", "rf": "euler"}

@@ -13,7 +13,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (CLAIMS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS, Claim, Comparison,
-                               Measured, answers_to, best_within, counted, crossover, depends_on, distance,
-                               exponents, families, first_order, measured, needed, paces, parent,
-                               rate_distances, score, shifted, sizes, ten_against_fifty, typical,
-                               usable_octaves, verdict, whatever_the_sampler)
+from benchmarks.claims import (BENT, CLAIMS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS, Claim,
+                               Comparison, Measured, answers_to, best_within, counted, crossover,
+                               depends_on, distance, exponents, families, first_order, measured, needed,
+                               paces, parent, rate_distances, score, shifted, sizes, ten_against_fifty,
+                               typical, usable_octaves, verdict, whatever_the_sampler)
 from benchmarks.compare import WITHOUT_BF16, on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, NOISY, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
@@ -55,20 +54,23 @@ def summary(m: Measured) -> str:
                      f"latent diffusion with a U-Net {theirs}; with guidance {GUIDANCE:g}, {ours_guided} and "
                      f"{theirs_guided}.")
     steps = staircase_values(m, "frechet")[:5]
-    if len(steps) == 5:
+    if [change for change, *_ in steps] == [change for change, *_ in STAIRCASE[:5]]:
         eps, v, straight, logit_normal, transformer = means([values for _, _, values in steps])
-        lines.append(f"**One change at a time**: from {eps}, v prediction leads to {v}, the straight path to "
-                     f"{straight}, logit-normal times to {logit_normal}, the transformer to {transformer}.")
+        lines.append(f"**One change at a time**, beginning with {eps}: v prediction makes it {v}, then the "
+                     f"straight path {straight}, then logit-normal times {logit_normal}, and then the "
+                     f"transformer {transformer}.")
     few = ten_against_fifty(m)[0]
     if measured(few, 1):
         ten, fifty = means([few.ours, few.theirs])
-        lines.append(f"**Few steps**: ten evaluations of rectified flow give {ten}, fifty of diffusion with "
-                     f"the same transformer {fifty}, each by its best solver without noise.")
-    if measured(noisy, 1):
-        unet = whatever_the_sampler(m)[0]
+        lines.append(f"**Few steps**: with at most ten evaluations, rectified flow reaches {ten}; with at "
+                     f"most fifty, diffusion with the same transformer reaches {fifty} (each by its best "
+                     "solver without noise and its best number of steps).")
+    unet = next(each for each in whatever_the_sampler(m) if each.what == "unet")
+    if measured(noisy, 1) and measured(unet, 1):
         flow, diffusion, best = means([unet.ours, unet.theirs, noisy.ours])
-        lines.append(f"**The sampler**: the best that adds noise brings the U-Net to {diffusion} with "
-                     f"diffusion and {flow} with rectified flow, and the transformer to {best}.")
+        lines.append("**The sampler**: with the sampler and the number of steps that suit each run best (at "
+                     f"most 50 evaluations, noise allowed), the U-Net reaches {diffusion} with diffusion and "
+                     f"{flow} with rectified flow, and the transformer {best} with rectified flow.")
     numbers = {name: [claim.number for claim in CLAIMS if verdict(claim.comparisons(m)) == name]
                for name in COUNTED}
     if lines:
@@ -587,21 +589,11 @@ def corner_chart(m: Measured) -> Chart | None:
                  "share of samples", series) if series else None
 
 
-BENT = {"from the same mixtures": ("curvature", "curvature"), "from noise": ("grid", "straightness")}
-
-
-def bent(m: Measured, where: str, cell: str) -> list[float]:
-    """Per seed, how much a cell's trajectories bend; where: of BENT, which has the study and the figure."""
-    study, figure = BENT[where]
-    get = itemgetter(figure)
-    return m.values(study, cell, get) if study == "curvature" else m.pooled(cell, get)
-
-
 def curvature_table(m: Measured) -> str:
     rows = []
     for cell in STUDIES["curvature"].cells:
-        found = [shown(bent(m, where, cell.name), 3) for where in BENT]
-        if any(found):
+        if m.of("curvature", cell.name):
+            found = [shown(bent(m, cell.name), 3) for bent in BENT.values()]
             rows.append(f"| {cell.name} | {' | '.join(found)} |")
     if not rows:
         return ""
@@ -613,15 +605,15 @@ def curvature_table(m: Measured) -> str:
         "single pairs of data and noise; the flow is the average over all pairs through a point, and it "
         "bends.) From noise, each path has its own times: the diffusion path begins at u = 0.936, where "
         "some data is left, the straight path at u = 1, where the velocity says least about the end of the "
-        f"trajectory. From the same mixtures {seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}; from "
-        "noise as in the grid.")
+        f"trajectory. From the same mixtures: {seeds_of(m, 'curvature')}; {made_with(m, 'curvature')}. From "
+        "noise: as in the grid.")
 
 
 def curvature_chart(m: Measured) -> Chart | None:
     series = []
-    for where, mark in zip(BENT, MARKS):
+    for (where, bent), mark in zip(BENT.items(), MARKS):
         for network in NETWORKS:
-            points = {objective: bent(m, where, f"{network} {objective}") for objective in OBJECTIVES}
+            points = {objective: bent(m, f"{network} {objective}") for objective in OBJECTIVES}
             series += series_of(f"{network}, {where}", points, COLOUR_OF[network], mark)
     return Chart("How much the trajectories of sampling bend", "objective", "squared distance from the chord",
                  series) if series else None
@@ -901,6 +893,7 @@ def expert_table(m: Measured) -> str:
 # ---- the documents
 
 DOCUMENTS = ("README.md", "benchmarks/RESULTS.md")
+UNMEASURED = "Not measured yet: "
 
 
 class Section(NamedTuple):
@@ -914,7 +907,7 @@ class Section(NamedTuple):
         parts = [self.table(m)]
         if self.chart(m):
             parts.append(f"![{self.caption}]({picture(name)})")
-        return "\n\n".join(filter(None, parts)) or f"Not measured yet: `{self.command}`."
+        return "\n\n".join(filter(None, parts)) or f"{UNMEASURED}`{self.command}`."
 
 
 def picture(section: str) -> str:
@@ -1022,7 +1015,7 @@ def sections(records: list[dict], rungs: list[dict]) -> dict[str, str]:
                 texts.append("On a CPU without bf16 instructions, where all is in fp32:")
             texts += [table, ladder.against_targets(rungs, study)]
         found[f"ladder: {base}"] = ("\n\n".join(filter(None, texts))
-                                    or f"Not measured yet: `python benchmarks/ladder.py --base {base}`.")
+                                    or f"{UNMEASURED}`python benchmarks/ladder.py --base {base}`.")
     return found
 
 
@@ -1038,9 +1031,14 @@ def charts(records: list[dict]) -> dict[str, Chart]:
 
 
 def write(root: Path, records: list[dict], rungs: list[dict]) -> None:
-    """Bring the documents and their charts up to date with the results."""
+    """Bring the documents and their charts up to date with the results. Raises ValueError, and writes
+    nothing, where a section would lose its figures."""
     texts = {file: (root / file).read_text() for file in DOCUMENTS}
     filled = fill(texts, sections(records, rungs))
+    empty = [sum(text.count(UNMEASURED) for text in found.values()) for found in (texts, filled)]
+    if empty[1] > empty[0]:
+        raise ValueError(f"these results would empty {empty[1] - empty[0]} of the sections that have figures "
+                         "now; give --results with all of them")
     for name, chart in charts(records).items():
         figures.save(root / "benchmarks/pictures" / name, chart)
     for file, text in filled.items():

@@ -30,8 +30,8 @@ from ddpm import DDPM
     ([-0.2, -0.21], [-0.1, -0.11], {"plain": True}, True),       # of which there is no logarithm
     ([0.0, 0.1], [0.9, 1.0], {"plain": True, "higher": True}, False),
     # shares: near 1, a half of a percent is a doubling of the odds
-    ([0.995, 0.9952], [0.99, 0.9902], {"share": True, "higher": True}, True),
-    ([1.0, 1.0], [0.0, 0.001], {"share": True, "higher": True}, True),
+    ([0.995, 0.9952], [0.99, 0.9902], {"share": 2000, "higher": True}, True),
+    ([1.0, 1.0], [0.0, 0.001], {"share": 2000, "higher": True}, True),
 ])
 def test_a_comparison_is_decided_by_the_spread_of_the_seeds(ours, theirs, options, answer):
     assert decide(Comparison("", ours, theirs, **options)) is answer
@@ -53,10 +53,10 @@ def test_shares_are_compared_by_their_odds():
     """Of one claim: what is far from 0 and 1 varies more, which must not hide a difference near 1."""
     near = Comparison("a", [0.98, 0.981], [0.95, 0.951], higher=True)
     middle = Comparison("b", [0.45, 0.5], [0.5, 0.45], higher=True)
-    for name, answer in (("share", "yes"), ("plain", "not significant")):
-        pair = [each._replace(**{name: True}) for each in (near, middle)]
+    for scale, answer in (({"share": 2000}, "yes"), ({"plain": True}, "not significant")):
+        pair = [each._replace(**scale) for each in (near, middle)]
         assert claims.answers_to(pair) == [answer, "not significant"]
-    odds = Comparison("", [], [], share=True).side([0.0, 0.2, 0.5, 1.0])
+    odds = Comparison("", [], [], share=2000).side([0.0, 0.2, 0.5, 1.0])
     assert odds == pytest.approx([-math.log(3999), -math.log(4), 0, math.log(3999)])
 
 
@@ -106,11 +106,11 @@ def test_what_a_verdict_depends_on_is_named():
     more = YES._replace(what="d, at the end")
     assert claims.depends_on([YES, OPEN, more, NO]) == "yes: a · d, at the end; no: b"
     assert claims.depends_on([OPEN]) == "" and claims.depends_on([NO]) == "no: b"
-    # a quantity whose answers agree stands for its comparisons
-    cold, warm = [[each._replace(what=name, quantity=quantity) for name in "de"]
-                  for each, quantity in ((YES, "cold"), (NO, "warm"))]
+    # a group whose answers agree stands for its comparisons
+    cold, warm = [[each._replace(what=name, group=group) for name in "de"]
+                  for each, group in ((YES, "cold"), (NO, "warm"))]
     assert claims.depends_on([*cold, *warm]) == "yes: cold; no: warm"
-    assert claims.depends_on([*cold, *warm, NO._replace(quantity="cold")]) == "yes: d · e; no: warm · b"
+    assert claims.depends_on([*cold, *warm, NO._replace(group="cold")]) == "yes: d · e; no: warm · b"
 
 
 def test_the_comparison_that_is_shown_is_answered_as_most_are():
@@ -599,8 +599,10 @@ def test_a_study_that_is_half_measured_names_no_missing_chart():
 
 def test_documents_are_filled_from_results(tmp_path):
     (tmp_path / "benchmarks/pictures").mkdir(parents=True)
-    for file in tables.DOCUMENTS:
-        (tmp_path / file).write_text((ROOT / file).read_text())
+    nothing = tables.fill({file: (ROOT / file).read_text() for file in tables.DOCUMENTS},
+                          tables.sections([], []))
+    for file, text in nothing.items():
+        (tmp_path / file).write_text(text)
     pictures = tmp_path / "benchmarks/pictures"
 
     def texts():
@@ -608,6 +610,7 @@ def test_documents_are_filled_from_results(tmp_path):
 
     tables.write(tmp_path, [], [])
     empty = texts()
+    assert empty == list(nothing.values())
     lacking = "Not measured yet: `python benchmarks/compare.py --budget cpu"
     assert "".join(empty).count(lacking) == len(tables.SECTIONS)
     assert not list(pictures.glob("*.png"))
@@ -630,8 +633,28 @@ def test_documents_are_filled_from_results(tmp_path):
     assert texts() == [readme, results] and (pictures / "compare-grid.png").stat().st_mtime_ns == before
     records[0]["evaluations"][2 if "rf" in records[0]["cell"] else 0]["frechet"] = 77.0
     assert tables.charts(records)["compare-grid.png"] != drawn["compare-grid.png"]
-    tables.write(tmp_path, [], [])                                      # and back
-    assert texts() == empty
+    with pytest.raises(ValueError, match="these results would empty [0-9]+ of the sections"):
+        tables.write(tmp_path, [r for r in records if r["study"] == "grid"], [])
+    assert texts() == [readme, results]
+    assert list(tables.fill(dict(zip(tables.DOCUMENTS, texts())), tables.sections([], [])).values()) == empty
+
+
+def test_what_is_not_measured_is_left_out_of_the_findings():
+    """And never shifted into another's place."""
+    records = made_up(plain)
+    text = tables.summary(Measured(records))
+    assert text.count("\n") == 4 and "nan" not in text
+    found = tables.staircase_values(Measured(records), "frechet")
+    eps, v, straight, times, transformer = [f"{np.mean(values):.1f}" for _, _, values in found[:5]]
+    assert (f"beginning with {eps}: v prediction makes it {v}, then the straight path {straight}, then "
+            f"logit-normal times {times}, and then the transformer {transformer}.") in text
+    for study, cell, lost in (("noise", "unet rf logit-normal", "**The sampler**"),
+                              (None, "unet ddpm v", "**One change at a time**"),
+                              ("steps", "dit ddpm eps", "**Few steps**")):
+        some = [r for r in records if r["cell"] != cell or study not in (None, r["study"])]
+        left = tables.summary(Measured(some))
+        assert lost in text and lost not in left and "nan" not in left and left.count("\n") == 3
+    assert tables.summary(Measured([])) == ""
 
 
 def test_markers_that_lack_or_repeat_are_named():

@@ -435,10 +435,10 @@ def test_fewer_samples_where_time_is_short(tmp_path, monkeypatch, each, minutes,
     (["--make-reference", "runs/done", "runs/done"], "runs/done: has the --seed 0 of another run"),
     (["--make-reference", "runs/shapes-vae"], "runs/shapes-vae: is a VAE"),
     (["--make-reference", "runs/done", "runs/mmdit"], "its data is not that of runs/done"),
-    # what is there and is not its own is never replaced
-    (["--make-reference", "runs/done", "--out", "runs/done/settings.json"], "that is no reference; give"),
+    # a JSON file that is not its own is never replaced
+    (["--make-reference", "runs/done", "--out", "runs/done/settings.json"], "exists and is not a reference"),
     (["--make-reference", "runs/done", "--out", "runs/done/checkpoint.pt"], "must end in .json"),
-    (["runs/done", "--out", "runs/done/settings.png"], "settings.json would be replaced, which is no report"),
+    (["runs/done", "--out", "runs/done/settings.png"], "settings.json exists and is not a report"),
 ])
 def test_report_refuses(cwd, text_runs, tmp_path, flags, message):
     def files():

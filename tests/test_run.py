@@ -79,10 +79,18 @@ def test_settings_of_an_earlier_version(tmp_path):
         folder.check_settings(settings.parse([*begun, *flags]))
     for flags, message in ((["--seed", "1"], "--seed 0, not 1; repeat its settings to continue it"),
                            (["--image-size", "64"], r"--image-size \[32, 32\], not \[64, 64\]; repeat"),
-                           (["--conv"], "--conv False, not True"), (["--vae", "x"], "--vae None, not x"),
+                           (["--conv"], "--conv False, not True"),
+                           (["--vae", "x"], "--vae the default, not x"),
                            (["--steps", "2399"], "--steps 2400, not 2399; .*, or raise --steps, to")):
         with pytest.raises(ValueError, match=f"{tmp_path} holds a run with {message}"):
             folder.check_settings(settings.parse([*begun, *flags]))
+    # cosine's prediction was eps by default
+    cosine = EARLIER | {"objective": "ddpm", "schedule": "cosine", "name": "shapes-dit-ddpm"}
+    folder.settings.write_text(json.dumps(cosine))
+    begun_with_cosine = [*begun, "--objective", "ddpm", "--schedule", "cosine"]
+    folder.check_settings(settings.parse([*begun_with_cosine, "--prediction", "eps"]))
+    with pytest.raises(ValueError, match="--prediction eps, not v; repeat its settings to continue it"):
+        folder.check_settings(settings.parse(begun_with_cosine))
     folder.settings.write_text(json.dumps(EARLIER | {"lr": 0.1}))
     with pytest.raises(ValueError, match="--lr 0.1, not 0.004; repeat its settings"):      # by a default only
         folder.check_settings(settings.parse(begun))
