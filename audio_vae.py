@@ -356,7 +356,7 @@ class AudioVAE(nn.Module):
 
         noise: the decoder is given latents with noise of up to this share of their deviation, another share
         for each sound, as a sampled latent has errors too (Yang et al. 2025, arXiv:2507.15856). The deviation
-        is that of a sound's channel.
+        is taken within each channel of a sound.
         rows: (count, part) where x is a part of a batch of `count` sounds that several processes share. The
         random numbers of that whole batch are drawn, so that they do not depend on how it is shared.
 

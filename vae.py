@@ -337,7 +337,7 @@ class VAE(nn.Module):
 
         noise: the decoder is given latents with noise of up to this share of their deviation, another share
         for each picture, as a sampled latent has errors too (Yang et al. 2025, arXiv:2507.15856). The
-        deviation is that of a picture's channel.
+        deviation is taken within each channel of a picture.
         equivariance: weight of the same error where latent and image are both scaled to half their size,
         which removes detail from the latent that scaling would destroy (Kouzelis et al. 2025,
         arXiv:2502.09509; Skorokhodov et al. 2025, arXiv:2502.14831).

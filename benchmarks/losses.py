@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
 from benchmarks.compare import git_commit
-from benchmarks.samples import check_out
+from benchmarks.samples import check_out, check_replaces
 from checkpoints import is_finished, load_checkpoint
 from files import write_atomically
 from networks import latent_space, unpack_vae
@@ -99,8 +99,8 @@ def make_reference(runs: list[str], out: Path | None) -> Path:
     what they are. Raises ValueError for runs that differ in more, are not finished or have diverged, and for
     an `out` that is another file."""
     check_out("--out", out, (".json",))
-    if out is not None and out.exists() and not is_reference(out):
-        raise ValueError(f"--out {out}: exists and is not a reference; give another name")
+    if out is not None:
+        check_replaces(out, out, read_reference, "reference")
     rows, first = [], None
     for name in runs:
         folder, checkpoint = folder_of(name), load_checkpoint(name)
@@ -128,13 +128,6 @@ def make_reference(runs: list[str], out: Path | None) -> Path:
     reference = {part: first[part] for part in (*SAME, "settings")} | versions() | {"runs": rows}
     write_atomically(out, lambda file: file.write((json.dumps(reference) + "\n").encode()))
     return out
-
-
-def is_reference(file: Path) -> bool:
-    try:
-        return bool(read_reference(file))
-    except ValueError:
-        return False
 
 
 def read_reference(file: Path) -> dict:

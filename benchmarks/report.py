@@ -38,7 +38,7 @@ from benchmarks import losses, neighbours
 from benchmarks.fashion_mnist import classify, frechet, frechet_limit, load_classifier
 from benchmarks.neighbours import Vectors
 from benchmarks.report_picture import draw_report, read_report
-from benchmarks.samples import check_out
+from benchmarks.samples import check_out, check_replaces
 from checkpoints import load_checkpoint
 from cli import Flag, integer, make_parser, nonempty, number, one_of, program
 from data import CLASSES, Dataset, load_data, load_mnist
@@ -471,12 +471,7 @@ def begin(args: argparse.Namespace, out: Path) -> Job:
         raise ValueError(f"--out {out}: must end in .png; the JSON of the same name is written beside it")
     for file in (out, out.with_suffix(".json")):
         check_out("--out", file)
-    if out.with_suffix(".json").exists():
-        try:
-            read_report(out.with_suffix(".json"))
-        except ValueError:
-            raise ValueError(f"--out {out}: {out.with_suffix('.json')} exists and is not a report; give "
-                             "another name") from None
+    check_replaces(out, out.with_suffix(".json"), read_report, "report")
     checkpoints = [load_checkpoint(run) for run in args.runs]
     checkpoint = checkpoints[0]
     for run, other in zip(args.runs, checkpoints):

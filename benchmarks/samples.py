@@ -6,7 +6,7 @@ import contextlib
 import io
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,15 @@ def check_out(flag: str, file: str | Path | None, endings: Collection[str] = ())
     if not file.parent.is_dir():
         raise ValueError(f"{flag} {file}: the folder {file.parent} does not exist; create it first")
     check_writable(file)
+
+
+def check_replaces(out: Path, file: Path, read: Callable[[Path], object], what: str) -> None:
+    """Raise ValueError where a file that --out would replace is there and `read` refuses it."""
+    if file.exists():
+        try:
+            read(file)
+        except ValueError:
+            raise ValueError(f"--out {out}: {file} exists and is not a {what}; give another name") from None
 
 
 def network_run(run: str, source: str) -> dict:

@@ -39,17 +39,20 @@ from files import write_atomically
 COLOUR_OF = {"unet": BLUE, "dit": VERMILLION, "mmdit": VERMILLION}        # of a network, in every chart
 
 
+COUNTED = {"false": "are false here", "not shown": "are not shown", "depends": "depend on what is compared",
+           "true": "are true"}
+
+
 def summary(m: Measured) -> str:
     """The README's first findings, a line each, of means; without those that are not measured."""
     def means(what: list[list[float]]) -> list[str]:
         return [f"{np.mean(values):.1f}" for values in what]
 
     first, noisy, guided = families(m)
-    found = [each for each in (first, guided) if measured(each, 1)]
     lines = []
-    if len(found) == 2:
-        ours, theirs, ours_guided, theirs_guided = means([side for each in found
-                                                          for side in (each.ours, each.theirs)])
+    if measured(first, 1) and measured(guided, 1):
+        ours, theirs, ours_guided, theirs_guided = means([first.ours, first.theirs, guided.ours,
+                                                          guided.theirs])
         lines.append(f"**The families**: rectified flow with a transformer has a Fréchet distance of {ours}, "
                      f"latent diffusion with a U-Net {theirs}; with guidance {GUIDANCE:g}, {ours_guided} and "
                      f"{theirs_guided}.")
@@ -71,17 +74,15 @@ def summary(m: Measured) -> str:
         lines.append("**The sampler**: with the sampler and the number of steps that suit each run best (at "
                      f"most 50 evaluations, noise allowed), the U-Net reaches {diffusion} with diffusion and "
                      f"{flow} with rectified flow, and the transformer {best} with rectified flow.")
-    numbers = {name: [claim.number for claim in CLAIMS if verdict(claim.comparisons(m)) == name]
-               for name in COUNTED}
     if lines:
+        numbers = {name: [] for name in VERDICTS}
+        for claim in CLAIMS:
+            numbers[verdict(claim.comparisons(m))].append(claim.number)
         lines.append(f"**Of {len(CLAIMS)} claims**, " + ", ".join(
-            f"{len(found)} {COUNTED[name]} ({', '.join(found)})" for name, found in numbers.items() if found)
+            f"{len(numbers[name])} {words} ({', '.join(numbers[name])})" for name, words in COUNTED.items()
+            if numbers[name])
             + ": [the table](#what-people-say-measured).")
     return "\n".join(f"- {line}" for line in lines)
-
-
-COUNTED = {"false": "are false here", "not shown": "are not shown", "depends": "depend on what is compared",
-           "true": "are true"}
 
 
 def claims_table(m: Measured) -> str:
@@ -194,7 +195,7 @@ class Column(NamedTuple):
 
 
 def training_minutes(record: dict) -> float | None:
-    """CPU time of a training on a CPU; None on a GPU, or where a kill left no account of it."""
+    """Its CPU time; None on a GPU, or where a kill left no account of it."""
     if not on_cpu(record) or "processor_seconds" not in record:
         return None
     return record["processor_seconds"] / 60
