@@ -39,7 +39,7 @@ from benchmarks.studies import (BUDGETS, CHECKPOINTS, CLASSIC, GUIDANCE, PARENT,
                                 VAE_FLAGS, Cell, Evaluation)
 from checkpoints import is_finished
 from cli import Parser, integer, one_of, program
-from files import locked, read_stamp, write_atomically, write_stamp
+from files import fingerprint_tensors, locked, read_stamp, write_atomically, write_stamp
 from machine import has_bf16
 from networks import build_path
 from run import Run
@@ -197,6 +197,7 @@ class Comparison:
         self.data_dir = data_dir
         self.keep_runs = keep_runs
         self.judges: dict[str, object] = {}
+        self.vaes: dict[str, str] = {}   # their fingerprints
         self.held_out: dict[str, measures.Examples] = {}
 
     # -- commands, as a user would type them
@@ -306,36 +307,48 @@ class Comparison:
             if pictures.prompts:
                 text = "".join(f"{prompt}\n" for prompt in self.judges[data].prompts(self.budget.n))
                 write_atomically(self.prompts_file(data), lambda file: file.write(text.encode()))
-            if not finished(folder) or not self.results.has("floor", data, 0):
+            if not finished(folder):
                 command = self.vae_command(data)
                 print(as_typed(command), flush=True)
                 call(command, folder.with_name(f"{folder.name}.log"))
-                rows = self.judges[data].floor(folder, self.budget.n)
-                self.results.append({"study": "floor", "cell": data, "seed": 0, "budget": self.name,
-                                     "commands": [as_typed(command)], "evaluations": rows,
-                                     **self.judge_of(data), **stamp()})
+            self.vaes[data] = fingerprint_tensors(measures.load_vae(folder).state_dict())
+            self.measure_floor(data, folder)
         self.held_out[data] = measures.examples(pictures.source, pictures.side, self.data_dir, folder,
                                                 captioned=pictures.cond == "text")
 
-    def judge_of(self, data: str) -> dict:
-        """The entry of a record that says which classifier its scores are by, where there is one."""
+    def measure_floor(self, data: str, folder: Path) -> None:
+        """What reconstructions by the VAE score. A VAE that was trained by another machine has other weights,
+        and a record of its own: its seed is the number of those before."""
+        before = [record for record in self.results.read()
+                  if (record["study"], record["cell"]) == ("floor", data)]
+        if any(record.get("vae") == self.vaes[data] for record in before):
+            return
+        rows = self.judges[data].floor(folder, self.budget.n)
+        self.results.append({"study": "floor", "cell": data, "seed": len(before), "budget": self.name,
+                             "commands": [as_typed(self.vae_command(data))], "evaluations": rows,
+                             **self.seen_by(data), **stamp()})
+
+    def seen_by(self, data: str) -> dict:
+        """The entries of a record that say by which VAE its pictures are decoded and, where there is one, by
+        which classifier they are scored."""
         fingerprint = self.judges[data].fingerprint
-        return {"judge": fingerprint} if fingerprint else {}
+        return {"vae": self.vaes[data]} | ({"judge": fingerprint} if fingerprint else {})
 
     def record(self, cell: Cell, seed: int, run: Path) -> dict:
         """All that is known of a cell. What is measured on the way is kept in compare.json in the run's
         folder, for a later process and for other cells of the same run."""
         run.mkdir(exist_ok=True)
         known = read_stamp(run / "compare.json")
-        judge = self.judge_of(cell.data)
-        if known.get("judge") != judge.get("judge"):       # scores by another classifier
-            known |= {"scores": {}, **judge}
+        seen_by = self.seen_by(cell.data)
+        if known.get("judge") != seen_by.get("judge"):     # scores by another classifier
+            known |= {"scores": {}} | seen_by
         scores = known.setdefault("scores", {})
-        found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name, **judge,
+        found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
                  "commands": [as_typed(command) for command in self.commands(cell, seed)]}
         measured = self.measured_before(cell, found["commands"])
         if measured is not None:
             return found | measured
+        found |= seen_by
         missing = [self.source(cell, seed, each) for each in cell.evaluations if each.label not in scores]
         if cell.batches or cell.curvature:
             missing.append(run / "checkpoint.pt")

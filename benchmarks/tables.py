@@ -166,7 +166,19 @@ def made_with(m: Measured, study: str) -> str:
     parts = [sorted({record[name] for record in found}) for name in ("device", "date", "commit")]
     devices, dates, commits = parts
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{' and '.join(devices)}; {when}; commit {', '.join(commits)}"
+    count = most_vaes(found)
+    vaes = f"; {count} VAEs, of one command on {count} machines" if count > 1 else ""
+    return f"{' and '.join(devices)}{vaes}; {when}; commit {', '.join(commits)}"
+
+
+def most_vaes(records: list[dict]) -> int:
+    """With how many VAEs a study's cells were measured, for that data set which has most. A record without
+    the fingerprint of its VAE is older; such records have one VAE per device."""
+    vaes: dict[str, set[str]] = {}
+    for record in records:
+        vae_command = record["commands"][0]
+        vaes.setdefault(vae_command, set()).add(record.get("vae", record["device"]))
+    return max(map(len, vaes.values()))
 
 
 def shown(values: list[float], digits: int) -> str:
@@ -262,15 +274,17 @@ def full_grid_table(m: Measured) -> str:
 
 
 def floor(m: Measured) -> str:
-    rows = [row for record in m.records if (record["study"], record["cell"]) == ("floor", "fashion-mnist")
-            for row in record["evaluations"]]
-    if not rows:
+    """What real pictures score, and their reconstructions by each VAE that was used."""
+    found = [record["evaluations"] for record in m.of("floor", "fashion-mnist")]
+    if not found:
         return ""
-    texts = [f"{row['n']:,} {row['label']} at {row['frechet']:.2f}" for row in rows]
+    texts = [f"{rows[0]['n']:,} {rows[0]['label']} at {span([row['frechet'] for row in rows], 2)}"
+             for rows in zip(*found)]
     # the first row has the classifier's accuracy, which is the agreement of the test images
-    real, restored = (row["agreement"] for row in rows if row.get("agreement") is not None)
+    real, restored = (span([row["agreement"] for row in rows], 3) for rows in zip(*found)
+                      if rows[0].get("agreement") is not None)
     return (f"\n\nFréchet distances for reference: {'; '.join(texts)}. The real test images have agreement "
-            f"{real:.3f}, their reconstructions {restored:.3f}: more than that is more typical, not better.")
+            f"{real}, their reconstructions {restored}: more than that is more typical, not better.")
 
 
 def series_of(name: str, points: dict, colour: str | None = None, mark: str | None = None) -> list[Series]:

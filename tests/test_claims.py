@@ -142,7 +142,7 @@ def record(study, cell, seed, rows, **more):
             "steps": 1600, "batch_size": 64, "flops_per_example": 476e6, "parameters": 7.4e6,
             "processor_seconds": 600.0, "wall_seconds": 620.0, "device": "a machine, 1 thread",
             "date": "2026-11-26", "commit": "0123456789",
-            "val_loss": 0.5, "commands": [], "versions": {}} | more
+            "val_loss": 0.5, "commands": ["python train.py --arch vae"], "versions": {}} | more
 
 
 def made_up(distance, seeds=(0, 1, 2)):
@@ -365,6 +365,24 @@ def test_seeds_that_only_other_studies_have_are_named():
     assert tables.seeds_of(m, "grid") == "1 to 2 seeds per cell (0, 2), where no range is given one"
     assert tables.seeds_of(m, "grid", ranges=False).endswith("(0, 2); one seed: dit ddpm v")
     assert tables.made_with(m, "grid").endswith("; commit 0123456789, abc")
+
+
+def test_each_vae_is_counted_and_has_its_floor():
+    """Of records that do not name theirs, one per device; VAEs of other data are others anyway."""
+    rows = [(compare.Evaluation("ddim", 50), 4.0)]
+    records = [record("grid", "dit ddpm eps", 0, rows), record("grid", "dit ddpm eps", 1, rows, vae="b"),
+               record("shift", "64", 0, rows, commands=["python train.py --image-size 64"], vae="c")]
+    assert tables.made_with(Measured(records[:1]), "grid").startswith("a machine, 1 thread; 2026")
+    assert tables.made_with(Measured(records), "grid").startswith(
+        "a machine, 1 thread; 2 VAEs, of one command on 2 machines; 2026")
+    assert tables.made_with(Measured([*records, record("shift", "32", 0, rows)]), "shift").startswith(
+        "a machine, 1 thread; 2026")
+    floors = [{"study": "floor", "cell": "fashion-mnist", "seed": seed, "evaluations": [
+        {"label": "training images", "n": 2000, "agreement": 0.93, "frechet": 1.3},
+        {"label": "reconstructions", "n": 2000, "agreement": 0.92 + 0.01 * seed, "frechet": 1.7 - 0.25 * seed}]}
+        for seed in (0, 1)]
+    assert ("2,000 training images at 1.30; 2,000 reconstructions at 1.45–1.70. The real test images have "
+            "agreement 0.930, their reconstructions 0.920–0.930: more") in tables.floor(Measured(floors))
 
 
 def test_prompts_are_compared_by_their_kind():

@@ -377,6 +377,7 @@ def stub(monkeypatch, tmp_path):
         score=lambda images: {"frechet": 1.0, "agreement": 0.5},
         floor=lambda *more: [{"label": "a", "n": 20, "frechet": 0.1}]))
     monkeypatch.setattr(measures, "examples", lambda *more, **named: None)
+    monkeypatch.setattr(measures, "load_vae", lambda folder: torch.nn.Identity())
     monkeypatch.setattr(compare.Comparison, "figures", lambda *more: {"steps": 8})
     programs = SimpleNamespace(commands=[], before=lambda command: None)
 
@@ -511,6 +512,30 @@ def test_pictures_of_prompts_are_drawn_and_scored(tiny, monkeypatch):
     for row in (floor["evaluations"][0], record["evaluations"][0]):
         assert {"agreement", "n", *studies.PROMPT_KINDS} <= set(row) and 0 <= row["agreement"] <= 1
     assert [each["step"] for each in record["errors"]] == [4, 8] and record["straightness"] > 0
+
+
+def test_records_name_their_vae_and_each_vae_has_its_floor(stub, monkeypatch):
+    """A later seed can be measured on another machine, whose VAE has other weights."""
+    assert compare.main([*FLAGS, "--only", "grid"]) == 0
+    floor, *cells = lines()
+    assert (floor["study"], floor["seed"]) == ("floor", 0)
+    assert cells and {record["vae"] for record in cells} == {floor["vae"]}
+    other = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(measures, "load_vae", lambda folder: other)
+    elsewhere = [*FLAGS[:-1], "elsewhere", "--only", "grid", "--seeds", "1"]
+    assert compare.main(elsewhere) == 0
+    second, *more = lines()[len(cells) + 1:]
+    assert (second["study"], second["seed"]) == ("floor", 1) and second["vae"] != floor["vae"]
+    assert len(more) == len(cells) and {record["vae"] for record in more} == {second["vae"]}
+    # What is known from before, by the first VAE, stays known as that; neither floor is measured again.
+    assert compare.main([*elsewhere, "--seeds", "0"]) == 0
+    compare.Path("results/r.jsonl").write_text("".join(
+        json.dumps(record) + "\n" for record in lines() if record != cells[0]))
+    monkeypatch.setattr(compare.Comparison, "measured_before", lambda *more: {
+        name: cells[0][name] for name in cells[0] if name not in compare.OF_A_CELL} | {"evaluations": []})
+    assert compare.main([*elsewhere, "--seeds", "0"]) == 0
+    assert lines()[-1]["cell"] == cells[0]["cell"] and lines()[-1]["vae"] == floor["vae"]
+    assert len(lines()) == 2 + len(cells) + len(more)
 
 
 def test_nothing_begins_from_a_run_that_diverged(stub, monkeypatch, capsys):
