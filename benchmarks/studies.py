@@ -200,11 +200,15 @@ def noise_cells() -> Iterator[Cell]:
 
 # 50 first-order steps, the same solver on either path: what further studies compare trainings by.
 FIRST_ORDER = {path: (Evaluation(solver, 50),) for path, solver in FIRST.items()}
-# What can be chosen on either path, the grid's choices first. Without --schedule, ddpm has scaled_linear.
+# What can be chosen on either path, the grid's choices first. ddpm has scaled_linear without --schedule, and
+# eps where no prediction is named.
 SCHEDULES = {
     "ddpm eps": OBJECTIVES["ddpm eps"],
     "ddpm linear": OBJECTIVES["ddpm eps"] + ("--schedule", "linear"),
     "ddpm cosine": OBJECTIVES["ddpm eps"] + ("--schedule", "cosine"),
+    "ddpm v": OBJECTIVES["ddpm v"],
+    "ddpm linear, v": OBJECTIVES["ddpm v"] + ("--schedule", "linear"),
+    "ddpm cosine, v": OBJECTIVES["ddpm v"] + ("--schedule", "cosine"),
     "rf uniform": OBJECTIVES["rf uniform"],
     "rf logit-normal": OBJECTIVES["rf logit-normal"],
     "rf mode": ("--objective", "rf", "--density", "mode"),
@@ -240,7 +244,7 @@ def weighting_name(path: str, prediction: str, loss: str) -> str:
 
 def schedule_cells() -> Iterator[Cell]:
     for network, objective in itertools.product(NETWORKS, SCHEDULES):
-        yield Cell("schedules", f"{network} {objective}", f"{network}-{objective}".replace(" ", "-"),
+        yield Cell("schedules", f"{network} {objective}", f"{network}-{objective}".replace(",", "").replace(" ", "-"),
                    NETWORKS[network] + SCHEDULES[objective], FIRST_ORDER[objective.split()[0]])
 
 
