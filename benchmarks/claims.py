@@ -662,8 +662,8 @@ CLAIMS = [
     Claim("0", "rectified flow with a transformer beats latent diffusion (with eps) with a U-Net: Fréchet "
                "distance", families, 1, "grid"),
     Claim("1", "rectified flow's schedule matters less: relative deviation of the Fréchet distance over four "
-               "densities of its training times, against that over diffusion's noise schedules (three with v; "
-               "two with eps, where cosine fails)", schedules_matter_less, 2, "schedules"),
+               "densities of its training times, against that over diffusion's noise schedules (three with "
+               "v; two with eps, where cosine fails)", schedules_matter_less, 2, "schedules"),
     Claim("1a", "rectified flow's gradients are calmer than diffusion's: spread of the gradient norm",
           calmer_gradients, 2, "grid in full"),
     Claim("1b", "a wider range of learning rates works with rectified flow: how many octaves, of the four "

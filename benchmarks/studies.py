@@ -244,7 +244,8 @@ def weighting_name(path: str, prediction: str, loss: str) -> str:
 
 def schedule_cells() -> Iterator[Cell]:
     for network, objective in itertools.product(NETWORKS, SCHEDULES):
-        yield Cell("schedules", f"{network} {objective}", f"{network}-{objective}".replace(",", "").replace(" ", "-"),
+        name = f"{network} {objective}"
+        yield Cell("schedules", name, name.replace(",", "").replace(" ", "-"),
                    NETWORKS[network] + SCHEDULES[objective], FIRST_ORDER[objective.split()[0]])
 
 
