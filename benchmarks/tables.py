@@ -75,6 +75,7 @@ def summary(m: Measured) -> str:
                      f"most 50 evaluations, noise allowed), the U-Net reaches {diffusion} with diffusion and "
                      f"{flow} with rectified flow, and the transformer {best} with rectified flow.")
     if lines:
+        lines += scale(m)
         numbers = {name: [] for name in VERDICTS}
         for claim in CLAIMS:
             numbers[verdict(claim.comparisons(m))].append(claim.number)
@@ -83,6 +84,34 @@ def summary(m: Measured) -> str:
             if numbers[name])
             + ": [the table](#what-people-say-measured).")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def scale(m: Measured) -> list[str]:
+    """A line by which a reader can judge the distances and the trainings; none without a floor."""
+    real, restored = (as_many_as_samples(m, "fashion-mnist", label)
+                      for label in ("training images", "reconstructions"))
+    if not real:
+        return []
+    trained = [record for record in m.records if "parameters" in record]
+    timed = [record for record in trained if on_cpu(record) and "processor_seconds" in record]
+    n = f"{real[0]['n']:,}"
+    distances = [span([row["frechet"] for row in rows], 1, to=" to ") for rows in (real, restored)]
+    parameters = span([record["parameters"] / 1e6 for record in trained], 1, to=" to ")
+    steps = span([record["steps"] for record in trained], 0, to=" to ")
+    batches = " or ".join(map(str, sorted({record["batch_size"] for record in trained})))
+    minutes = span([record["processor_seconds"] / 60 for record in timed], 0, to=" to ")
+    return [f"**The scale**: {n} real pictures have a distance of {distances[0]}, {n} reconstructions by the "
+            f"VAE {distances[1]}. The networks are small: {parameters} M parameters, trained for {steps} "
+            f"steps of {batches} pictures ({minutes} minutes of one core). Longer training may change a "
+            "verdict."]
+
+
+def as_many_as_samples(m: Measured, cell: str, label: str) -> list[dict]:
+    """What real pictures or reconstructions score: of each VAE that row which has as many as an evaluation,
+    the fewest."""
+    found = [[row for row in record["evaluations"] if label in row["label"]]
+             for record in m.of("floor", cell)]
+    return [min(rows, key=lambda row: row["n"]) for rows in found]
 
 
 def claims_table(m: Measured) -> str:
@@ -192,12 +221,12 @@ def mean_of(m: Measured, study: str, cell: str, get: Callable[[dict], float | No
     return shown(m.values(study, cell, get), digits)
 
 
-def span(values: list[float], digits: int) -> str:
-    """Short, for a wide table: "26.1–26.4", or "26.2" where there is one value; "" for none."""
+def span(values: list[float], digits: int, to: str = "–") -> str:
+    """Short, for a wide table: "26.1–26.4", or "26.2" where the ends do not differ; "" for none."""
     if not values:
         return ""
-    low, high = (f"{end(values):.{digits}f}" for end in (min, max))
-    return low if low == high else f"{low}–{high}"
+    low, high = (f"{end(values):,.{digits}f}" for end in (min, max))
+    return low if low == high else f"{low}{to}{high}"
 
 
 class Column(NamedTuple):
@@ -278,10 +307,11 @@ def floor(m: Measured) -> str:
     found = [record["evaluations"] for record in m.of("floor", "fashion-mnist")]
     if not found:
         return ""
-    texts = [f"{rows[0]['n']:,} {rows[0]['label']} at {span([row['frechet'] for row in rows], 2)}"
+    texts = [f"{rows[0]['n']:,} {rows[0]['label']} at "
+             f"{span([row['frechet'] for row in rows], 2, to=' to ')}"
              for rows in zip(*found)]
     # the first row has the classifier's accuracy, which is the agreement of the test images
-    real, restored = (span([row["agreement"] for row in rows], 3) for rows in zip(*found)
+    real, restored = (span([row["agreement"] for row in rows], 3, to=" to ") for rows in zip(*found)
                       if rows[0].get("agreement") is not None)
     return (f"\n\nFréchet distances for reference: {'; '.join(texts)}. The real test images have agreement "
             f"{real}, their reconstructions {restored}: more than that is more typical, not better.")
@@ -515,8 +545,10 @@ def floors(m: Measured) -> str:
     """Of the VAEs of both sizes, a half sentence: "; 2,000 reconstructions have ..."; "" for none."""
     parts = []
     for side, cell in ((32, "fashion-mnist"), (64, "fashion-mnist-64")):
-        parts += [f"{row['frechet']:.2f} with the VAE of {side} pixels" for record in m.of("floor", cell)
-                  for row in record["evaluations"] if "reconstructions" in row["label"] and row["n"] == 2000]
+        rows = as_many_as_samples(m, cell, "reconstructions")
+        if rows:
+            distances = span([row["frechet"] for row in rows], 2, to=" to ")
+            parts.append(f"{distances} with the VAE of {side} pixels")
     return f"; 2,000 reconstructions have a distance of {' and '.join(parts)}" if parts else ""
 
 
