@@ -186,11 +186,13 @@ class Measured:
         return sorted(found, key=lambda record: record["seed"])
 
     def runs(self, cell: str) -> dict[int, list[dict]]:
-        """By seed, the records of all studies that have this network of the grid, which is the same run."""
+        """By seed, the records of all studies that have this network of the grid, the grid's first. They are
+        of the same run or, on another machine, of one by the same command."""
         found: dict[int, list[dict]] = {}
-        for record in self.records:
-            if record["study"] in SHARED and record["cell"] == cell and "diverged" not in record:
-                found.setdefault(record["seed"], []).append(record)
+        for study in SHARED:
+            for record in self.of(study, cell):
+                if "diverged" not in record:
+                    found.setdefault(record["seed"], []).append(record)
         return dict(sorted(found.items()))
 
     def pooled(self, cell: str, get: Callable[[dict], float | None]) -> list[float]:
