@@ -347,7 +347,8 @@ def width_below(x: list[float], y: list[float], level: float) -> float:
     return total
 
 
-# With eps, samples from the cosine schedule begin by a division by almost 0, however well it was learned.
+# Of ddpm, by prediction. Not cosine with eps: its samples begin by a division by almost 0, however well it
+# was learned.
 NOISE_SCHEDULES = {"eps": ["ddpm eps", "ddpm linear"], "v": ["ddpm v", "ddpm linear, v", "ddpm cosine, v"]}
 
 

@@ -100,10 +100,10 @@ def scale(m: Measured) -> list[str]:
     steps = span([record["steps"] for record in trained], 0, to=" to ")
     batches = " or ".join(map(str, sorted({record["batch_size"] for record in trained})))
     minutes = span([record["processor_seconds"] / 60 for record in timed], 0, to=" to ")
+    took = minutes and f" ({minutes} minutes of one core)"
     return [f"**The scale**: {n} real pictures have a distance of {distances[0]}, {n} reconstructions by the "
             f"VAE {distances[1]}. The networks are small: {parameters} M parameters, trained for {steps} "
-            f"steps of {batches} pictures ({minutes} minutes of one core). Longer training may change a "
-            "verdict."]
+            f"steps of {batches} pictures{took}. Longer training may change a verdict."]
 
 
 def as_many_as_samples(m: Measured, cell: str, label: str) -> list[dict]:

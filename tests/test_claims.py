@@ -383,6 +383,7 @@ def test_each_vae_is_counted_and_has_its_floor():
         "a machine, 1 thread; 2 VAEs, of one command on 2 machines; 2026")
     assert tables.made_with(Measured([*records, record("shift", "32", 0, rows)]), "shift").startswith(
         "a machine, 1 thread; 2026")
+
     def row(label, n, frechet, **more):
         return {"label": label, "n": n, "frechet": frechet} | more
 
@@ -399,6 +400,8 @@ def test_each_vae_is_counted_and_has_its_floor():
         "1.7. The networks are small: 7.4 M parameters, trained for 1,600 steps of 64 pictures (4 to 12 "
         "minutes of one core). Longer training may change a verdict."]
     assert tables.scale(Measured(cells)) == []
+    on_a_gpu = [cell | {"device": "a GPU"} for cell in cells]
+    assert "of 64 pictures. Longer training" in tables.scale(Measured(floors + on_a_gpu))[0]
 
 
 def test_prompts_are_compared_by_their_kind():
