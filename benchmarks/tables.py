@@ -62,6 +62,13 @@ def summary(m: Measured) -> str:
         lines.append(f"**One change at a time**, beginning with {eps}: v prediction makes it {v}, then the "
                      f"straight path {straight}, then logit-normal times {logit_normal}, and then the "
                      f"transformer {transformer}.")
+    schedules = [distance(m, network, objective) for objective in ("ddpm cosine, v", "rf uniform")
+                 for network in NETWORKS]
+    if all(schedules):
+        unet, dit, unet_straight, dit_straight = means(schedules)
+        lines.append("**The noise schedule**: with v prediction and the cosine schedule, diffusion has "
+                     f"{unet} with the U-Net and {dit} with the transformer; the straight path with uniform "
+                     f"times has {unet_straight} and {dit_straight}.")
     few = ten_against_fifty(m)[0]
     if measured(few, 1):
         ten, fifty = means([few.ours, few.theirs])

@@ -238,6 +238,13 @@ def test_what_is_tuned_is_the_schedule_and_the_learning_rate():
         assert each.ours[0] == pytest.approx(np.std([4, 4, 4.4, 4], ddof=1) / 4.1)
         assert each.theirs[0] == pytest.approx(np.std(distances, ddof=1) / np.mean(distances))
         assert decide(each) is True
+    # The cosine schedule is six times as bad as the others with v, and still compared with the straight path.
+    found = {each.what: each for each in claims.any_schedule(Measured(records))}
+    assert list(found) == [f"{network}, rf uniform against {schedule}" for network in ("unet", "dit")
+                           for schedule in ("ddpm v", "ddpm linear, v", "ddpm cosine, v")]
+    against = found["dit, rf uniform against ddpm cosine, v"]
+    assert against.ours == pytest.approx([4, 4.01, 4.02])
+    assert against.theirs == pytest.approx([24, 24.01, 24.02])
     # the last octave rises from 4 to 9, and its first half is below 4 * 1.5 = 6
     unet, transformer = claims.more_rates_work(Measured(records))
     assert transformer.ours == pytest.approx([3.5] * 3, abs=0.01)
@@ -680,17 +687,18 @@ def test_what_is_not_measured_is_left_out_of_the_findings():
     """And never shifted into another's place."""
     records = made_up(plain)
     text = tables.summary(Measured(records))
-    assert text.count("\n") == 4 and "nan" not in text
+    assert text.count("\n") == 5 and "nan" not in text
     found = tables.staircase_values(Measured(records), "frechet")
     eps, v, straight, times, transformer = [f"{np.mean(values):.1f}" for _, _, values in found[:5]]
     assert (f"beginning with {eps}: v prediction makes it {v}, then the straight path {straight}, then "
             f"logit-normal times {times}, and then the transformer {transformer}.") in text
     for study, cell, lost in (("noise", "unet rf logit-normal", "**The sampler**"),
                               (None, "unet ddpm v", "**One change at a time**"),
+                              (None, "dit ddpm cosine, v", "**The noise schedule**"),
                               ("steps", "dit ddpm eps", "**Few steps**")):
         some = [r for r in records if r["cell"] != cell or study not in (None, r["study"])]
         left = tables.summary(Measured(some))
-        assert lost in text and lost not in left and "nan" not in left and left.count("\n") == 3
+        assert lost in text and lost not in left and "nan" not in left and left.count("\n") == 4
     assert tables.summary(Measured([])) == ""
 
 
