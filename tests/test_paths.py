@@ -195,6 +195,24 @@ def test_density_is_not_a_weight():
         torch.testing.assert_close(loss, torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("path, expected", [
+    (RectifiedFlow(density="uniform"), 1 / 2), (DDPM("v", schedule="cosine"), 1.008 / math.pi),
+    (DDPM("v", schedule="scaled_linear"), None)], ids=["rf", "cosine", "scaled_linear"])
+def test_losses_that_weight_noise_levels_alike(path, expected):
+    """The weight of a squared error in x0 per unit of the log-SNR, lam = 2 log(alpha / sigma), is sigma^-2
+    dt/dlam. With uniform times it is exp(lam / 2) on the straight path, and on the cosine schedule with v, both
+    times a constant (Kingma & Gao 2023, arXiv:2303.00848); not so on Stable Diffusion's schedule."""
+    t = torch.linspace(0.02, 0.98, 4001, dtype=torch.float64)
+    alpha, sigma = path.alpha_sigma(t)
+    lam = 2 * (alpha / sigma).log()
+    weight = sigma**-2 / torch.gradient(lam, spacing=(t,))[0].abs()
+    constant = (weight / (lam / 2).exp())[200:-200]
+    if expected is None:
+        assert constant[-1] > 3 * constant[0]
+    else:
+        torch.testing.assert_close(constant, torch.full_like(constant, expected), rtol=0.01, atol=0)
+
+
 def test_shift():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     torch.testing.assert_close(shift_time(t, 1.0), t)
