@@ -68,7 +68,7 @@ def summary(m: Measured) -> str:
         unet, dit, unet_straight, dit_straight = means(schedules)
         lines.append("**The noise schedule**: with the cosine one in place of Stable Diffusion's, v "
                      f"prediction has {unet} with the U-Net and {dit} with the transformer; the straight "
-                     f"path, with uniform times as well, {unet_straight} and {dit_straight}.")
+                     f"path, also with uniform times, {unet_straight} and {dit_straight}.")
     few = ten_against_fifty(m)[0]
     if measured(few, 1):
         ten, fifty = means([few.ours, few.theirs])

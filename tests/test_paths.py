@@ -200,8 +200,8 @@ def test_density_is_not_a_weight():
     (DDPM("v", schedule="scaled_linear"), None)], ids=["rf", "cosine", "scaled_linear"])
 def test_losses_that_weight_noise_levels_alike(path, expected):
     """The weight of a squared error in x0 per unit of the log-SNR, lam = 2 log(alpha / sigma), is sigma^-2
-    dt/dlam. With uniform times it is exp(lam / 2) on the straight path, and on the cosine schedule with v, both
-    times a constant (Kingma & Gao 2023, arXiv:2303.00848); not so on Stable Diffusion's schedule."""
+    dt/dlam. With uniform times it is proportional to exp(lam / 2) on the straight path, and on the cosine
+    schedule with v (Kingma & Gao 2023, arXiv:2303.00848); not so on Stable Diffusion's schedule."""
     t = torch.linspace(0.02, 0.98, 4001, dtype=torch.float64)
     alpha, sigma = path.alpha_sigma(t)
     lam = 2 * (alpha / sigma).log()
