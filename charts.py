@@ -25,7 +25,7 @@ MARKS = ("circle", "square", "triangle", "diamond")
 
 class Series(NamedTuple):
     name: str                        # "": not in the legend
-    x: list                          # numbers, or names of places
+    x: list                          # numbers, or names of places, of two lines if the axis has no name
     y: list[list[float]]             # per x, one value or those of all seeds; none: a gap in the line
     colour: str | None = None        # None: that of its place among the series
     mark: str | None = None          # None: likewise; "": without marks
@@ -215,7 +215,7 @@ def draw_axes(picture: Image.Image, chart: Chart, frame: Frame, across: Axis, up
         marks = [(across(value), number(value)) for value in across.ticks(places)]
     for x, name in marks:
         pen.line((x, bottom, x, bottom + text // 3), "black", text // 15)
-        pen.text((x, bottom + text // 2), name, "black", font, anchor="ma")
+        pen.text((x, bottom + text // 2), name, "black", font, anchor="ma", align="center")
     pen.line([(left, top), (left, bottom), (right, bottom)], "black", text // 10)
     pen.text((width / 2, text // 2), chart.title, "black", font_of(chart, text + text // 8), anchor="ma")
     pen.text((width / 2, height - text // 2), chart.x, "black", font, anchor="md")

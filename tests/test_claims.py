@@ -12,6 +12,7 @@ from benchmarks.claims import Comparison, Measured, decide, verdict
 from benchmarks.studies import STUDIES
 from conftest import ROOT
 
+import charts
 from ddpm import DDPM
 
 # ---- the rule
@@ -677,6 +678,19 @@ def test_documents_are_filled_from_results(tmp_path):
         tables.write(tmp_path, [r for r in records if r["study"] == "grid"], [])
     assert texts() == [readme, results]
     assert list(tables.fill(dict(zip(tables.DOCUMENTS, texts())), tables.sections([], [])).values()) == empty
+
+
+def test_names_below_a_chart_do_not_touch():
+    checked = set()
+    for name, chart in tables.charts(made_up(plain)).items():
+        places = list(dict.fromkeys(x for series in chart.series for x in series.x))
+        if isinstance(places[0], str):
+            font, frame = charts.font_of(chart, chart.text), charts.frame_of(chart)
+            widths = [max(map(font.getlength, place.split("\n"))) for place in places]
+            apart = (frame.right - frame.left) / len(places)
+            assert all((a + b) / 2 < apart for a, b in zip(widths, widths[1:])), name
+            checked.add(name)
+    assert {"compare-grid.png", "compare-schedules.png"} <= checked
 
 
 def test_what_is_not_measured_is_left_out_of_the_findings():
