@@ -25,7 +25,7 @@ MARKS = ("circle", "square", "triangle", "diamond")
 
 class Series(NamedTuple):
     name: str                        # "": not in the legend
-    x: list                          # numbers, or names of places, of two lines if the axis has no name
+    x: list                          # numbers, or names of places; two lines fit if the axis has no name
     y: list[list[float]]             # per x, one value or those of all seeds; none: a gap in the line
     colour: str | None = None        # None: that of its place among the series
     mark: str | None = None          # None: likewise; "": without marks

@@ -317,8 +317,8 @@ class Comparison:
                                                 captioned=pictures.cond == "text")
 
     def measure_floor(self, data: str, folder: Path) -> None:
-        """What reconstructions by the VAE score. A VAE that was trained by another machine has other weights,
-        and a record of its own: its seed is the number of those before."""
+        """What reconstructions by the VAE score. A VAE from another machine has other weights and a record of
+        its own; the seeds of these records count the VAEs."""
         before = [record for record in self.results.read()
                   if (record["study"], record["cell"]) == ("floor", data)]
         if any(record.get("vae") == self.vaes[data] for record in before):
@@ -329,8 +329,8 @@ class Comparison:
                              **self.seen_by(data), **stamp()})
 
     def seen_by(self, data: str) -> dict:
-        """The entries of a record that say by which VAE its pictures are decoded and, where there is one, by
-        which classifier they are scored."""
+        """The entries of a record that name the VAE that decodes its pictures and, if there is one, the
+        classifier that scores them."""
         fingerprint = self.judges[data].fingerprint
         return {"vae": self.vaes[data]} | ({"judge": fingerprint} if fingerprint else {})
 
@@ -341,7 +341,7 @@ class Comparison:
         known = read_stamp(run / "compare.json")
         seen_by = self.seen_by(cell.data)
         if known.get("judge") != seen_by.get("judge"):     # scores by another classifier
-            known |= {"scores": {}} | seen_by
+            known |= {"scores": {}, "judge": seen_by.get("judge")}
         scores = known.setdefault("scores", {})
         found = {"study": cell.study, "cell": cell.name, "seed": seed, "budget": self.name,
                  "commands": [as_typed(command) for command in self.commands(cell, seed)]}

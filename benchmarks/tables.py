@@ -25,8 +25,8 @@ from benchmarks import figures, ladder
 from benchmarks.claims import (BENT, CLAIMS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS, Claim,
                                Comparison, Measured, answers_to, best_within, counted, crossover,
                                depends_on, distance, exponents, families, first_order, measured, needed,
-                               paces, parent, rate_distances, score, shifted, sizes, ten_against_fifty,
-                               typical, usable_octaves, verdict, whatever_the_sampler)
+                               paces, parent, rate_distances, score, shifted, sizes, straight_against_cosine,
+                               ten_against_fifty, typical, usable_octaves, verdict, whatever_the_sampler)
 from benchmarks.compare import WITHOUT_BF16, on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, NOISY, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
@@ -62,10 +62,10 @@ def summary(m: Measured) -> str:
         lines.append(f"**One change at a time**, beginning with {eps}: v prediction makes it {v}, then the "
                      f"straight path {straight}, then logit-normal times {logit_normal}, and then the "
                      f"transformer {transformer}.")
-    schedules = [distance(m, network, objective) for objective in ("ddpm cosine, v", "rf uniform")
-                 for network in NETWORKS]
-    if all(schedules):
-        unet, dit, unet_straight, dit_straight = means(schedules)
+    schedules = straight_against_cosine(m)
+    if all(measured(each, 1) for each in schedules):
+        unet, dit = means([each.theirs for each in schedules])
+        unet_straight, dit_straight = means([each.ours for each in schedules])
         lines.append("**The noise schedule**: with the cosine one in place of Stable Diffusion's, v "
                      f"prediction has {unet} with the U-Net and {dit} with the transformer; the straight "
                      f"path, also with uniform times, {unet_straight} and {dit_straight}.")
@@ -114,8 +114,8 @@ def scale(m: Measured) -> list[str]:
 
 
 def as_many_as_samples(m: Measured, cell: str, label: str) -> list[dict]:
-    """What real pictures or reconstructions score: of each VAE that row which has as many as an evaluation,
-    the fewest."""
+    """The scores of real pictures or of reconstructions, one row per VAE: of as many as a cell has samples,
+    which is the smallest number."""
     found = [[row for row in record["evaluations"] if label in row["label"]]
              for record in m.of("floor", cell)]
     return [min(rows, key=lambda row: row["n"]) for rows in found]
@@ -208,8 +208,8 @@ def made_with(m: Measured, study: str) -> str:
 
 
 def most_vaes(records: list[dict]) -> int:
-    """With how many VAEs a study's cells were measured, for that data set which has most. A record without
-    the fingerprint of its VAE is older; such records have one VAE per device."""
+    """How many VAEs a study was measured with, on the data set that has the most of them. Older records do
+    not name their VAE; those of one device shared one."""
     vaes: dict[str, set[str]] = {}
     for record in records:
         vae_command = record["commands"][0]
@@ -730,7 +730,7 @@ def schedule_chart(m: Measured) -> Chart | None:
                                                                 score(first_order(objective))), SCHEDULES)
     if chart is None:
         return None
-    # ten names, in two lines each, where else the axis has its name
+    # Ten names: each in two lines, the second where other charts name the axis.
     series = [each._replace(x=[name.replace(" ", "\n", 1) for name in each.x]) for each in chart.series]
     return chart._replace(series=series, x="", log_y=True, size=(2000, 900))
 
