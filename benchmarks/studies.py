@@ -330,18 +330,25 @@ def few_step_cells() -> Iterator[Cell]:
         *(Evaluation("unipc_3", steps, GUIDANCE) for steps in (2, 4, 8))))
     few = (*(Evaluation("euler", steps) for steps in (1, 2, 4, 8)), Evaluation("unipc_3", 4))
     common = (*NETWORKS["dit"], "--lr", "1e-3")
-    reflow = (*common, *OBJECTIVES["rf uniform"], "--reflow-pairs", "10000", "--reflow", PARENT)
+    meanflow = (*common, "--objective", "meanflow", "--guidance", f"{GUIDANCE}", "--init-from", PARENT)
+    one = tuple(Evaluation("jump", steps) for steps in (1, 2, 4))
 
-    def child(name: str, of: str, train: tuple[str, ...], evaluations: tuple[Evaluation, ...]) -> Cell:
+    def reflow(scale: float, pairs: int = 10000) -> tuple[str, ...]:
+        return (*common, *OBJECTIVES["rf uniform"], "--reflow-pairs", f"{pairs}", "--reflow", PARENT,
+                "--reflow-cfg", f"{scale:g}")
+
+    def child(name: str, of: str, train: tuple[str, ...], evaluations: tuple[Evaluation, ...],
+              part: float = 0.5) -> Cell:
         return Cell("few steps", name, f"dit-{name.replace(' ', '-')}", train, evaluations, parent=of,
-                    part=0.5)
+                    part=part)
 
-    yield child("meanflow", parent.run, (*common, "--objective", "meanflow", "--guidance", f"{GUIDANCE}",
-                                         "--init-from", PARENT),
-                tuple(Evaluation("jump", steps) for steps in (1, 2, 4)))
-    yield child("reflow", parent.run, (*reflow, "--reflow-cfg", f"{GUIDANCE}"), few)
+    yield child("meanflow", parent.run, meanflow, one)
+    yield child("reflow", parent.run, reflow(GUIDANCE), few)
     yield parent
-    yield child("reflow twice", "dit-reflow", (*reflow, "--reflow-cfg", "1"), few)
+    yield child("reflow twice", "dit-reflow", reflow(1), few)
+    # Four times as long: whether what they miss is a matter of training.
+    yield child("meanflow longer", parent.run, meanflow, one, 2.0)
+    yield child("reflow longer", parent.run, reflow(GUIDANCE, 40000), few, 2.0)
 
 
 PROMPTED = {"mmdit": "joint attention", "unet": "cross-attention"}
