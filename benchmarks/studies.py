@@ -347,8 +347,8 @@ def few_step_cells() -> Iterator[Cell]:
     yield parent
     yield child("reflow twice", "dit-reflow", reflow(1), few)
     # Four times as long: whether what they miss is a matter of training.
-    yield child("meanflow longer", parent.run, meanflow, one, 2.0)
-    yield child("reflow longer", parent.run, reflow(GUIDANCE, 40000), few, 2.0)
+    yield child("longer meanflow", parent.run, meanflow, one, 2.0)
+    yield child("longer reflow", parent.run, reflow(GUIDANCE, 40000), few, 2.0)
 
 
 PROMPTED = {"mmdit": "joint attention", "unet": "cross-attention"}

@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (BENT, CLAIMS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS, Claim,
-                               Comparison, Measured, answers_to, best_within, counted, crossover,
+from benchmarks.claims import (BENT, CLAIMS, MEANFLOWS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS,
+                               Claim, Comparison, Measured, answers_to, best_within, counted, crossover,
                                depends_on, distance, exponents, families, first_order, measured, needed,
                                paces, parent, rate_distances, score, shifted, sizes, straight_against_cosine,
                                ten_against_fifty, typical, usable_octaves, verdict, whatever_the_sampler)
@@ -871,9 +871,8 @@ def speed_chart(m: Measured) -> Chart | None:
 FEW_STEPS = [                            # (row, cell, guidance of its samples)
     ("the parent, unguided", "dit rf logit-normal", 1.0),
     (f"the parent, guidance {GUIDANCE:g}", "dit rf logit-normal", GUIDANCE),
-    ("reflow", "reflow", 1.0),
-    ("reflow twice", "reflow twice", 1.0),
-    ("MeanFlow", "meanflow", 1.0),
+    *((name, name, 1.0) for name in REFLOWS),
+    *((name, cell, 1.0) for name, cell in MEANFLOWS.items()),
 ]
 
 
@@ -892,8 +891,9 @@ def few_step_table(m: Measured) -> str:
     if len(rows) == 2:
         return ""
     notes = ("Fréchet distance of the best solver. An evaluation with guidance counts twice; MeanFlow and "
-             f"reflow have learned guidance {GUIDANCE:g}. Their minutes exclude the parent's training and "
-             f"include the drawing of reflow's pairs. {few_step_targets(m)}{seeds_of(m, 'few steps')}; "
+             f"reflow have learned guidance {GUIDANCE:g}; the longer ones are trained four times as long, "
+             "reflow with four times the pairs, 40,000. Minutes exclude the parent's training and include "
+             f"the drawing of reflow's pairs. {few_step_targets(m)}{seeds_of(m, 'few steps')}; "
              f"{made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
@@ -902,7 +902,7 @@ def few_step_targets(m: Measured) -> str:
     """A sentence on the mean distances relative to the parent's; "" where they are not measured."""
     parts = []
     parents = parent(m, 8)
-    for name, cell, count, target in (("MeanFlow", "meanflow", 1, ONE_STEP),
+    for name, cell, count, target in (*((*each, 1, ONE_STEP) for each in MEANFLOWS.items()),
                                       *((name, name, 4, 1) for name in REFLOWS)):
         values = m.values("few steps", cell, best_within(count))
         if values and parents:

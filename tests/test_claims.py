@@ -310,7 +310,7 @@ def test_what_is_early_is_read_at_its_step():
 
 
 def test_few_steps_are_compared_with_the_parent():
-    distances = {"reflow": 3.0, "reflow twice": 5.0, "meanflow": 5.5}
+    distances = {"reflow": 3.0, "reflow twice": 5.0, "meanflow": 5.5, "longer meanflow": 9.0}
 
     def distance(cell, evaluation, nfe):
         if cell != "dit rf logit-normal":
@@ -327,16 +327,21 @@ def test_few_steps_are_compared_with_the_parent():
     found = {c.what: decide(c) for c in claims.few_steps_after_reflow(m) + claims.straightened(m)}
     eight = "4 evaluations, against its parent's 8 evaluations (4 guided steps)"
     assert found == {f"reflow, {eight}": True, f"reflow twice, {eight}": False,
-                     "reflow, against its parent": True, "reflow twice, against its parent": None}
-    assert claims.parent(m, 8) == [4.0, 4.01, 4.02] and decide(claims.one_step(m)[0]) is True
+                     f"longer reflow, {eight}": True, "reflow, against its parent": True,
+                     "reflow twice, against its parent": None,
+                     "longer reflow, against its parent": None}
+    assert claims.parent(m, 8) == [4.0, 4.01, 4.02]
+    assert [decide(c) for c in claims.one_step(m)] == [True, False]
     text = tables.few_step_table(m)
     assert "| the parent, guidance 1.5 |  | 4.0 (4.0 to 4.0) |" in text       # guided: two at least
     one = "5.5 (5.5 to 5.5)"
     assert f"| MeanFlow | {one} | {one} | {one} |  |  | 0.200" in text        # not measured beyond four
     assert tables.few_step_chart(m).series[-1].x == [1, 2, 4]
-    assert ("MeanFlow with 1 has 1.37 times the distance (target: at most 1.5, met), reflow with 4 has 0.75 "
-            "times the distance (target: at most 1, met), reflow twice with 4 has 1.25 times the distance "
-            "(target: at most 1, missed). ") in text
+    assert ("MeanFlow with 1 has 1.37 times the distance (target: at most 1.5, met), longer MeanFlow "
+            "with 1 has 2.25 times the distance (target: at most 1.5, missed), reflow with 4 has 0.75 times "
+            "the distance (target: at most 1, met), reflow twice with 4 has 1.25 times the distance (target: at "
+            "most 1, missed), longer reflow with 4 has 1.00 times the distance (target: at most 1, "
+            "met). ") in text
 
 
 def test_samplers_with_noise_have_a_row_each():
