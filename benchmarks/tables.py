@@ -22,11 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, ladder
-from benchmarks.claims import (BENT, CLAIMS, MEANFLOWS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE, VERDICTS,
-                               Claim, Comparison, Measured, answers_to, best_within, counted, crossover,
-                               depends_on, distance, exponents, families, first_order, measured, needed,
-                               paces, parent, rate_distances, score, shifted, sizes, straight_against_cosine,
-                               ten_against_fifty, typical, usable_octaves, verdict, whatever_the_sampler)
+from benchmarks.claims import (BENT, CLAIMS, FAMILIES, MEANFLOWS, ONE_STEP, REFLOWS, RULE, SHIFTED, USABLE,
+                               VERDICTS, Claim, Comparison, Measured, answers_to, best_guidance, best_within,
+                               counted, crossover, depends_on, distance, exponents, families, first_order,
+                               measured, needed, paces, parent, rate_distances, score, shifted, sizes,
+                               straight_against_cosine, ten_against_fifty, typical, usable_octaves, vae_of,
+                               verdict, whatever_the_sampler)
 from benchmarks.compare import WITHOUT_BF16, on_cpu
 from benchmarks.studies import (CHECKPOINTS, COUNTS, DEFAULT_SAMPLERS, FACTORS, GUIDANCE, HEADLINES, LITTLE,
                                 NETWORKS, NOISY, OBJECTIVES, PROMPT_KINDS, PROMPTED_AT, RATES, SCHEDULES,
@@ -48,33 +49,36 @@ def summary(m: Measured) -> str:
     def means(what: list[list[float]]) -> list[str]:
         return [f"{np.mean(values):.1f}" for values in what]
 
-    first, noisy, guided = families(m)
+    first, noisy, _, guided = families(m)
     lines = []
     if measured(first, 1) and measured(guided, 1):
         ours, theirs, ours_guided, theirs_guided = means([first.ours, first.theirs, guided.ours,
                                                           guided.theirs])
+        scales = [f"{best_guidance(m, ' '.join(family))[0]:g}" for family in FAMILIES]
         lines.append(f"**The families**: rectified flow with a transformer has a Fréchet distance of {ours}, "
-                     f"latent diffusion with a U-Net {theirs}; with guidance {GUIDANCE:g}, {ours_guided} and "
-                     f"{theirs_guided}.")
-    steps = staircase_values(m, "frechet")[:5]
-    if [change for change, *_ in steps] == [change for change, *_ in STAIRCASE[:5]]:
-        eps, v, straight, logit_normal, transformer = means([values for _, _, values in steps])
+                     f"latent diffusion with a U-Net {theirs}; each with the scale of guidance that suits it "
+                     f"best ({scales[0]} and {scales[1]}), {ours_guided} and {theirs_guided}.")
+    steps = staircase_values(m, "frechet")[:6]
+    if [change for change, *_ in steps] == [change for change, *_ in STAIRCASE[:6]]:
+        eps, v, cosine, straight, logit_normal, transformer = means([values for _, _, values in steps])
         lines.append(f"**One change at a time**, beginning with {eps}: v prediction makes it {v}, then the "
-                     f"straight path {straight}, then logit-normal times {logit_normal}, and then the "
-                     f"transformer {transformer}.")
+                     f"cosine noise schedule {cosine}, then the straight path {straight}, then logit-normal "
+                     f"times {logit_normal}, and then the transformer {transformer}.")
     schedules = straight_against_cosine(m)
-    if all(measured(each, 1) for each in schedules):
-        unet, dit = means([each.theirs for each in schedules])
-        unet_straight, dit_straight = means([each.ours for each in schedules])
-        lines.append("**The noise schedule**: with the cosine one in place of Stable Diffusion's, v "
-                     f"prediction has {unet} with the U-Net and {dit} with the transformer; the straight "
-                     f"path, also with uniform times, {unet_straight} and {dit_straight}.")
-    few = ten_against_fifty(m)[0]
-    if measured(few, 1):
-        ten, fifty = means([few.ours, few.theirs])
+    before = [distance(m, network, "ddpm v") for network in NETWORKS]
+    if all(measured(each, 1) for each in schedules) and all(before):
+        unet, unet_cosine, unet_straight, dit, dit_cosine, dit_straight = means(
+            [side for each, v in zip(schedules, before) for side in (v, each.theirs, each.ours)])
+        lines.append("**The noise schedule**: with v prediction, the U-Net has "
+                     f"{unet} with Stable Diffusion's schedule and {unet_cosine} with the cosine one, and on "
+                     f"the straight path with uniform times {unet_straight}; the transformer has {dit}, "
+                     f"{dit_cosine} and {dit_straight}.")
+    few = ten_against_fifty(m)[:2]
+    if all(measured(each, 1) for each in few):
+        ten, eps, v = means([few[0].ours, *(each.theirs for each in few)])
         lines.append(f"**Few steps**: with at most ten evaluations, rectified flow reaches {ten}; with at "
-                     f"most fifty, diffusion with the same transformer reaches {fifty} (each by its best "
-                     "solver without noise and its best number of steps).")
+                     f"most fifty, diffusion with the same transformer reaches {eps} with eps and {v} with v "
+                     "(each by its best solver without noise and its best number of steps).")
     unet = next(each for each in whatever_the_sampler(m) if each.what == "unet")
     if measured(noisy, 1) and measured(unet, 1):
         flow, diffusion, best = means([unet.ours, unet.theirs, noisy.ours])
@@ -208,12 +212,11 @@ def made_with(m: Measured, study: str) -> str:
 
 
 def most_vaes(records: list[dict]) -> int:
-    """How many VAEs a study was measured with, on the data set that has the most of them. Older records do
-    not name their VAE; those of one device shared one."""
+    """How many VAEs a study was measured with, on the data set that has the most of them."""
     vaes: dict[str, set[str]] = {}
     for record in records:
         vae_command = record["commands"][0]
-        vaes.setdefault(vae_command, set()).add(record.get("vae", record["device"]))
+        vaes.setdefault(vae_command, set()).add(vae_of(record))
     return max(map(len, vaes.values()))
 
 
@@ -380,6 +383,7 @@ def x0_chart(m: Measured) -> Chart | None:
 STAIRCASE = [
     ("latent diffusion", "unet", "ddpm eps", "ddim 50, guidance 1"),
     ("predicts v, with a loss of v", "unet", "ddpm v", "ddim 50, guidance 1"),
+    ("cosine noise schedule", "unet", "ddpm cosine, v", "ddim 50, guidance 1"),
     ("straight path, velocity in place of v", "unet", "rf uniform", "euler 50, guidance 1"),
     ("logit-normal times", "unet", "rf logit-normal", "euler 50, guidance 1"),
     ("transformer", "dit", "rf logit-normal", "euler 50, guidance 1"),

@@ -196,6 +196,11 @@ def test_minutes_of_cpus_with_and_without_bf16_are_not_mixed():
         assert m.pooled("dit ddpm eps", tables.training_minutes) == minutes
         assert len(m.records) == count
     assert len(claims.distance(Measured(tables.one_clock(records)), "dit", "ddpm eps")) == 2
+    # nor does it take those of the same command's training on another machine and VAE
+    again = record("steps", "dit ddpm eps", 1, [(compare.Evaluation("ddim", 10), 9.0)], vae="another")
+    m = Measured(tables.one_clock([*records, again]))
+    assert m.pooled("dit ddpm eps", tables.training_minutes) == [10.0]
+    assert [each["study"] for each in m.runs("dit ddpm eps")[1]] == ["grid"]
 
 
 def test_evaluations_needed_are_the_fewest_within_a_tenth_of_the_best():
@@ -469,9 +474,9 @@ def test_samplers_with_noise_are_compared_where_a_claim_is_about_all():
                                               claims.any_sampler(m, "dit rf logit-normal"))] == [2.0, 4.0]
     found = {c.what: decide(c) for c in claims.whatever_the_sampler(m)}
     assert found == {"unet": False, "dit": False}
-    assert [decide(c) for c in claims.families(m)] == [True, False, True]
+    assert [decide(c) for c in claims.families(m)] == [True, False, True, True]
     found = {c.what: decide(c) for c in claims.transformer(m)}
-    assert found["ddpm eps, dit against unet, any sampler"] is False
+    assert found["ddpm eps, dit against unet, samplers with noise too"] is False
     assert found["ddpm eps, dit against unet"] is None
     without = Measured([r for r in m.records if r["study"] != "noise"])
     assert claims.any_sampler(without, "unet ddpm eps") == []                # it is not measured
@@ -486,9 +491,26 @@ def test_ten_evaluations_are_compared_with_fifty():
 
     found = {c.what: decide(c) for c in claims.ten_against_fifty(Measured(made_up(distance)))}
     assert found == {"against dit ddpm eps": True, "against unet ddpm eps": False,
-                     "against dit ddpm eps, any sampler": True, "against unet ddpm eps, any sampler": False}
+                     "against dit ddpm v": True, "against unet ddpm v": True,
+                     "against dit ddpm eps, samplers with noise too": True,
+                     "against unet ddpm eps, samplers with noise too": False}
     found = [decide(c) for c in claims.few_evaluations(Measured(made_up(distance)))]
-    assert found == [None, None]                             # 10 against 50, but no seed differs
+    assert found == [None] * 4                               # 10 against 50, but no seed differs
+
+
+def test_each_family_is_compared_with_the_guidance_that_suits_it():
+    def distance(cell, evaluation, nfe):
+        best = 2.0 if "rf" in cell else 3.0
+        return 5.0 + abs(evaluation.scale - best) + 10 / nfe
+
+    m = Measured(made_up(distance))
+    assert [claims.best_guidance(m, cell)[0] for cell in ("dit rf logit-normal", "unet ddpm eps")] == [2, 3]
+    assert claims.best_guidance(m, "unet ddpm eps")[1] == pytest.approx([5.1, 5.11, 5.12])     # 50 steps
+    best = claims.families(m)[-1]
+    assert best.theirs == claims.best_guidance(m, "unet ddpm eps")[1] and len(best.ours) == 3
+    text = tables.summary(m)
+    assert "each with the scale of guidance that suits it best (2 and 3), 5.3 and 5.1." in text
+    assert claims.best_guidance(Measured([]), "unet ddpm eps") == (1.0, [])
 
 
 def test_predictions_are_compared_with_one_loss():
@@ -565,6 +587,8 @@ def test_sizes_follow_power_laws_that_cross_where_they_should():
             for size, cost in [(size, costs[size]) for size in measured]:
                 for seed in (0, 1, 2):
                     distance = a * (cost * 1600 * 64 / 1e13) ** (b - 0.001 * seed)
+                    if limit:                            # the U-Net loses more by it, but remains ahead
+                        distance *= (1.3 if network == "unet" else 1.1) + 0.001 * seed
                     records.append(record("sizes", studies.size_name(network, size, limit), seed,
                                           [(studies.Evaluation("euler", 50), distance)],
                                           flops_per_example=cost))
@@ -577,7 +601,9 @@ def test_sizes_follow_power_laws_that_cross_where_they_should():
     bent = [r | {"evaluations": [row | {"frechet": 1000.0 if "size 1" in r["cell"] else row["frechet"]}
                                  for row in r["evaluations"]]} if "unet" in r["cell"] else r for r in records]
     assert [decide(c) for c in claims.scaling(Measured(bent)) if "distance" in c.what] == [False, True]
-    assert [decide(c) for c in claims.little_data(m)] == [True] * 2
+    distances, ratios = claims.little_data(m)[:2]
+    assert ratios.ours == pytest.approx([1.3, 1.301, 1.302]) and ratios.theirs[2] == pytest.approx(1.102)
+    assert claims.answers_to([distances, ratios]) == ["yes", "no"]
     assert "no crossover near these sizes" in tables.size_table(m)
     incomplete = [r for r in records if r["seed"] != 1 or "size 2" not in r["cell"]]
     assert len(claims.exponents(Measured(incomplete), "dit", "frechet")) == 2
@@ -703,16 +729,19 @@ def test_what_is_not_measured_is_left_out_of_the_findings():
     text = tables.summary(Measured(records))
     assert text.count("\n") == 5 and "nan" not in text
     found = tables.staircase_values(Measured(records), "frechet")
-    eps, v, straight, times, transformer = [f"{np.mean(values):.1f}" for _, _, values in found[:5]]
-    assert (f"beginning with {eps}: v prediction makes it {v}, then the straight path {straight}, then "
-            f"logit-normal times {times}, and then the transformer {transformer}.") in text
-    for study, cell, lost in (("noise", "unet rf logit-normal", "**The sampler**"),
-                              (None, "unet ddpm v", "**One change at a time**"),
-                              (None, "dit ddpm cosine, v", "**The noise schedule**"),
-                              ("steps", "dit ddpm eps", "**Few steps**")):
+    eps, v, cosine, straight, times, transformer = [f"{np.mean(values):.1f}" for _, _, values in found[:6]]
+    assert (f"beginning with {eps}: v prediction makes it {v}, then the cosine noise schedule {cosine}, then "
+            f"the straight path {straight}, then logit-normal times {times}, and then the transformer "
+            f"{transformer}.") in text
+    for study, cell, lost in (("noise", "unet rf logit-normal", ["**The sampler**"]),
+                              ("guidance", "unet ddpm eps", ["**The families**"]),
+                              (None, "unet ddpm v", ["**One change at a time**", "**The noise schedule**"]),
+                              (None, "dit ddpm cosine, v", ["**The noise schedule**"]),
+                              ("steps", "dit ddpm v", ["**Few steps**"])):
         some = [r for r in records if r["cell"] != cell or study not in (None, r["study"])]
         left = tables.summary(Measured(some))
-        assert lost in text and lost not in left and "nan" not in left and left.count("\n") == 4
+        assert all(each in text and each not in left for each in lost)
+        assert "nan" not in left and left.count("\n") == 5 - len(lost)
     assert tables.summary(Measured([])) == ""
 
 
@@ -732,4 +761,4 @@ def test_the_quantiles_are_those_of_student():
         x = np.linspace(0, quantile, 200_001)
         constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
         density = constant * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        assert np.trapezoid(density, x) == pytest.approx(0.475, abs=2e-4)
+        assert np.trapezoid(density, x) == pytest.approx(0.475, abs=5e-5)
