@@ -896,8 +896,9 @@ def few_step_table(m: Measured) -> str:
         return ""
     notes = ("Fréchet distance of the best solver. An evaluation with guidance counts twice; MeanFlow and "
              f"reflow have learned guidance {GUIDANCE:g}; the longer ones are trained four times as long, "
-             "reflow with four times the pairs, 40,000. Minutes exclude the parent's training and include "
-             f"the drawing of reflow's pairs. {few_step_targets(m)}{seeds_of(m, 'few steps')}; "
+             "reflow with four times the pairs, 40,000. The deviation is measured without guidance. Minutes "
+             "are those of the last training, with the drawing of reflow's pairs. "
+             f"{few_step_targets(m)}{seeds_of(m, 'few steps')}; "
              f"{made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
