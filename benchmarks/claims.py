@@ -782,7 +782,7 @@ CLAIMS = [
                "quality, by solvers without noise: milliseconds per picture on one CPU core",
           faster, 1, "speed"),
     Claim("9", "reflow makes four evaluations as good as its parent's eight: Fréchet distance within 10 %, "
-               "after further training for half or twice as many steps",
+               "after further training for half as many steps, or as many",
           few_steps_after_reflow, 1, "few steps"),
     Claim("9a", "one step is enough: Fréchet distance of MeanFlow, after further training for half or twice "
                 "as many steps, within 1.5 times its parent's", one_step, 1, "few steps"),

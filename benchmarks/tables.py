@@ -895,11 +895,10 @@ def few_step_table(m: Measured) -> str:
     if len(rows) == 2:
         return ""
     notes = ("Fréchet distance of the best solver. An evaluation with guidance counts twice; MeanFlow and "
-             f"reflow have learned guidance {GUIDANCE:g}; the longer ones are trained four times as long, "
-             "reflow with four times the pairs, 40,000. The deviation is measured without guidance. Minutes "
-             "are those of the last training, with the drawing of reflow's pairs. "
-             f"{few_step_targets(m)}{seeds_of(m, 'few steps')}; "
-             f"{made_with(m, 'few steps')}.")
+             f"reflow have learned guidance {GUIDANCE:g}. The longer MeanFlow is trained four times as long; "
+             "the longer reflow twice as long, with twice the pairs, 20,000. The deviation is measured "
+             "without guidance. Minutes are those of the last training, with the drawing of reflow's pairs. "
+             f"{few_step_targets(m)}{seeds_of(m, 'few steps')}; {made_with(m, 'few steps')}.")
     return "\n".join(rows) + f"\n\n{notes}"
 
 
