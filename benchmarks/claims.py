@@ -34,15 +34,16 @@ EARLY = 2            # of CHECKPOINTS equal parts of a training
 
 RULE = ("A comparison is decided if its means differ by more than the spread of the seeds explains "
         "(two-sided t test, 5 %, no correction for many tests), with two seeds or more on each side. Where a "
-        "claim says within 10 %, or within 1.5 times, the other side is multiplied by that first. Two seeds "
+        "claim says within 10 %, or within 1.5 times, the other side is first multiplied by that. Two seeds "
         "say little about their spread, so it is pooled over everything that a claim measures in one "
-        "quantity: all distances, whatever the sampler and the guidance; all shares, of whatever time; but "
-        "ratios of distances, the two measures of straightness, and each fit of an exponent apart. The scale "
-        "is logarithmic; for shares, that of their odds, where a share of 0 or 1 counts as half a sample from "
-        "it; for exponents and relative deviations, the numbers themselves. Where the seeds do not vary at all, nothing is decided; if both sides have "
-        "the same number, the answer is equal. A claim is true if more than half of its comparisons are "
-        "decided for it and none against it, false in the opposite case, depends if some are decided each "
-        "way, and is else not shown. Comparisons of one claim can share runs.")
+        "quantity: all distances, whatever the sampler and the guidance; all shares, whatever their time; "
+        "but ratios of distances, the two measures of straightness, and each fit of an exponent apart. The "
+        "scale is logarithmic; for shares, that of their odds (0 and 1 count as half a sample more and "
+        "less); for exponents and relative deviations, their own. Where the seeds do not vary at all, "
+        "nothing is decided; if both sides have the same number, the answer is equal. A claim is true if "
+        "more than half of its comparisons are decided for it and none against it, false in the opposite "
+        "case, depends if some are decided each way, and is else not shown. Comparisons of one claim can "
+        "share runs.")
 
 
 # ---- the rule
@@ -454,9 +455,12 @@ def families(m: Measured) -> list[Comparison]:
     def best_guided(*family: str) -> list[float]:
         return best_guidance(m, " ".join(family))[1]
 
+    def noisy(*family: str) -> list[float]:
+        return any_sampler(m, " ".join(family))
+
     return [Comparison(what, *(get(*family) for family in FAMILIES)) for what, get in (
         ("50 first-order steps", lambda network, objective: distance(m, network, objective)),
-        (f"at most 50 evaluations, first-order steps{NOISE_TOO}", lambda *family: any_sampler(m, " ".join(family))),
+        (f"at most 50 evaluations, first-order steps{NOISE_TOO}", noisy),
         (f"guidance {GUIDANCE:g}, the samplers by default", guided),
         ("each with the scale of guidance that suits it", best_guided))]
 
@@ -545,24 +549,24 @@ def scaling(m: Measured) -> list[Comparison]:
             for what, figure in (("velocity error", "velocity"), ("distance", "frechet"))]
 
 
+def ratios(m: Measured, study: str, *places: tuple[str, Callable[[dict], float | None]]) -> list[float]:
+    """One figure over another, each given by its cell and how to get it: one per seed that has both."""
+    ours, theirs = (by_seed(m, study, [cell], get) for cell, get in places)
+    pairs = [(ours[seed][0], theirs[seed][0]) for seed in sorted(ours.keys() & theirs.keys())]
+    return [one / other for one, other in pairs if None not in (one, other)]
+
+
 def little_data(m: Measured) -> list[Comparison]:
-    """On a tenth of the pictures, and what it changes for either network."""
-    def distances(network: str, size: int, limit: int | None) -> dict[int, float]:
-        name = size_name(network, size, limit)
-        return {seed: found for seed, (found,) in by_seed(m, "sizes", [name], score(first_order("rf"))).items()
-                if found is not None}
-
-    def ratios(network: str, size: int) -> list[float]:
-        little, all_of_them = (distances(network, size, limit) for limit in (LITTLE, None))
-        return [little[seed] / all_of_them[seed] for seed in sorted(little.keys() & all_of_them.keys())]
-
+    """On a tenth of the pictures, and what that changes for either network."""
+    get = score(first_order("rf"))
     found = []
     for size in LITTLE_SIZES:
-        found += [Comparison(f"size {size + 1} of 4", *(list(distances(network, size, LITTLE).values())
-                                                        for network in ("unet", "dit"))),
+        cells = [[size_name(network, size, limit) for limit in (LITTLE, None)]
+                 for network in ("unet", "dit")]
+        found += [Comparison(f"size {size + 1} of 4", *(m.values("sizes", few, get) for few, _ in cells)),
                   Comparison(f"size {size + 1} of 4: ratio to the distance with all pictures",
-                             *(ratios(network, size) for network in ("unet", "dit")), quantity="ratio",
-                             digits=2)]
+                             *(ratios(m, "sizes", (few, get), (every, get)) for few, every in cells),
+                             quantity="ratio", digits=2)]
     return found
 
 
@@ -606,18 +610,13 @@ def shifted_times(where: str) -> Callable[[Measured], list[Comparison]]:
     """By 2 at 64 pixels: sqrt(m / n) for four times as many pixels (Esser et al. 2024, eq. 23). Against none
     there; and what it changes there, against what it changes at 32 pixels. where: one of SHIFTED."""
     def comparisons(m: Measured) -> list[Comparison]:
-        def ratios(side: int, steps: int) -> list[float]:
-            places = [shifted(side, steps, where, shift) for shift in (2, 1)]
-            ours, theirs = (by_seed(m, "shift", [cell], get) for cell, get in places)
-            pairs = [(ours[seed][0], theirs[seed][0]) for seed in sorted(ours.keys() & theirs.keys())]
-            return [with_it / without for with_it, without in pairs if None not in (with_it, without)]
-
         found = []
         for steps in SHIFT_STEPS:
-            found += [Comparison(f"{steps} steps", *(m.values("shift", *shifted(64, steps, where, shift))
-                                                     for shift in (2, 1))),
-                      Comparison(f"{steps} steps: ratio to shift 1, against 32 pixels", ratios(64, steps),
-                                 ratios(32, steps), quantity="ratio", digits=2)]
+            small, large = ([shifted(side, steps, where, shift) for shift in (2, 1)] for side in (32, 64))
+            found += [Comparison(f"{steps} steps", *(m.values("shift", *place) for place in large)),
+                      Comparison(f"{steps} steps: ratio to shift 1, against 32 pixels",
+                                 ratios(m, "shift", *large), ratios(m, "shift", *small), quantity="ratio",
+                                 digits=2)]
         return found
 
     return comparisons
