@@ -79,6 +79,12 @@ def summary(m: Measured) -> str:
         lines.append(f"**Few steps**: with at most ten evaluations, rectified flow reaches {ten}; with at "
                      f"most fifty, diffusion with the same transformer reaches {eps} with eps and {v} with v "
                      "(each by its best solver without noise and its best number of steps).")
+    one_and_two = [m.values("few steps", "longer meanflow", best_within(count)) for count in (1, 2)]
+    if all(one_and_two) and parent(m, 8):
+        one, two, eight = means([*one_and_two, parent(m, 8)])
+        lines.append("**One step**: a MeanFlow that begins with this network of rectified flow and is trained "
+                     f"for twice as many steps reaches {one} with one evaluation and {two} with two; the "
+                     f"network that it began with, {eight} with eight (all with guidance {GUIDANCE:g}).")
     unet = next(each for each in whatever_the_sampler(m) if each.what == "unet")
     if measured(noisy, 1) and measured(unet, 1):
         flow, diffusion, best = means([unet.ours, unet.theirs, noisy.ours])

@@ -342,6 +342,8 @@ def test_few_steps_are_compared_with_the_parent():
     one = "5.5 (5.5 to 5.5)"
     assert f"| MeanFlow | {one} | {one} | {one} |  |  | 0.200" in text        # not measured beyond four
     assert tables.few_step_chart(m).series[-1].x == [1, 2, 4]
+    assert ("trained for twice as many steps reaches 9.0 with one evaluation and 9.0 with two; the network "
+            "that it began with, 4.0 with eight") in tables.summary(m)
     targets = ("MeanFlow with 1 has 1.37 times the distance (target: at most 1.5, met), longer MeanFlow with "
                "1 has 2.25 times the distance (target: at most 1.5, missed), reflow with 4 has 0.75 times "
                "the distance (target: at most 1, met), reflow twice with 4 has 1.25 times the distance "
@@ -729,7 +731,7 @@ def test_what_is_not_measured_is_left_out_of_the_findings():
     """And never shifted into another's place."""
     records = made_up(plain)
     text = tables.summary(Measured(records))
-    assert text.count("\n") == 5 and "nan" not in text
+    assert text.count("\n") == 6 and "nan" not in text
     found = tables.staircase_values(Measured(records), "frechet")
     eps, v, cosine, straight, times, transformer = [f"{np.mean(values):.1f}" for _, _, values in found[:6]]
     assert (f"beginning with {eps}: v prediction makes it {v}, then the cosine noise schedule {cosine}, then "
@@ -739,11 +741,12 @@ def test_what_is_not_measured_is_left_out_of_the_findings():
                               ("guidance", "unet ddpm eps", ["**The families**"]),
                               (None, "unet ddpm v", ["**One change at a time**", "**The noise schedule**"]),
                               (None, "dit ddpm cosine, v", ["**The noise schedule**"]),
+                              ("few steps", "longer meanflow", ["**One step**"]),
                               ("steps", "dit ddpm v", ["**Few steps**"])):
         some = [r for r in records if r["cell"] != cell or study not in (None, r["study"])]
         left = tables.summary(Measured(some))
         assert all(each in text and each not in left for each in lost)
-        assert "nan" not in left and left.count("\n") == 5 - len(lost)
+        assert "nan" not in left and left.count("\n") == 6 - len(lost)
     assert tables.summary(Measured([])) == ""
 
 
