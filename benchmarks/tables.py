@@ -83,8 +83,8 @@ def summary(m: Measured) -> str:
     if all(one_and_two) and parent(m, 8):
         one, two, eight = means([*one_and_two, parent(m, 8)])
         lines.append("**One step**: a MeanFlow that begins with this network of rectified flow and is "
-                     f"trained for twice as many steps reaches {one} with one evaluation and {two} with two; the "
-                     f"network that it began with, {eight} with eight (all with guidance {GUIDANCE:g}).")
+                     f"trained for twice as many steps reaches {one} with one evaluation and {two} with two; "
+                     f"the network that it began with, {eight} with eight (all with guidance {GUIDANCE:g}).")
     unet = next(each for each in whatever_the_sampler(m) if each.what == "unet")
     if measured(noisy, 1) and measured(unet, 1):
         flow, diffusion, best = means([unet.ours, unet.theirs, noisy.ours])
