@@ -917,7 +917,8 @@ def few_step_targets(m: Measured) -> str:
         values = m.values("few steps", cell, best_within(count))
         if values and parents:
             ratio = np.mean(values) / np.mean(parents)
-            parts.append(f"{name} with {count} has {ratio:.2f} times the distance (target: at most "
+            digits = 2 if round(ratio, 2) != target else 4       # enough to see on which side of it
+            parts.append(f"{name} with {count} has {ratio:.{digits}f} times the distance (target: at most "
                          f"{target:g}, {'met' if ratio <= target else 'missed'})")
     return f"Against the parent with 8 evaluations, {', '.join(parts)}. " if parts else ""
 
