@@ -347,8 +347,8 @@ def test_few_steps_are_compared_with_the_parent():
     targets = ("MeanFlow with 1 has 1.37 times the distance (target: at most 1.5, met), longer MeanFlow with "
                "1 has 2.25 times the distance (target: at most 1.5, missed), reflow with 4 has 0.75 times "
                "the distance (target: at most 1, met), reflow twice with 4 has 1.25 times the distance "
-               "(target: at most 1, missed), longer reflow with 4 has 1.00 times the distance (target: at "
-               "most 1, met). ")
+               "(target: at most 1, missed), longer reflow with 4 has 1.0000 times the distance (target: "
+               "at most 1, met). ")
     assert targets in text
     close = [r | {"evaluations": [row | {"frechet": 6.0} for row in r["evaluations"]]}
              if r["cell"] == "meanflow" else r for r in records]
