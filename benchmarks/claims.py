@@ -436,8 +436,8 @@ FAMILIES = (("dit", "rf logit-normal"), ("unet", "ddpm eps"))
 
 
 def best_guidance(m: Measured, cell: str) -> tuple[float, list[float]]:
-    """Of those in "guidance", the scale with the smallest mean distance, and its distances, one per seed; the
-    number of steps is the best, too. Without any results, scale 1 and no distances."""
+    """Of the scales and numbers of steps in "guidance", those with the smallest mean distance: the scale, and
+    the distances, one per seed. Without any results, scale 1 and no distances."""
     found = {}
     for each in next(each for each in STUDIES["guidance"].cells if each.name == cell).evaluations:
         values = m.values("guidance", cell, score(each.label))
@@ -733,7 +733,7 @@ CLAIMS = [
                "steps without noise", straight_path, 1, "grid"),
     Claim("2a", "logit-normal times beat uniform ones: Fréchet distance", logit_normal, 1, "grid"),
     Claim("2b", "the transformer beats the U-Net at equal FLOPs: Fréchet distance, 50 first-order steps "
-                "without noise, or at most 50, by samplers with noise too", transformer, 1, "grid"),
+                "without noise, or at most 50, also by samplers that add noise", transformer, 1, "grid"),
     Claim("2c", "rectified flow beats diffusion (with eps) whatever the sampler: Fréchet distance, at most "
                 "50 evaluations by the best of first-order steps and of samplers that add noise",
           whatever_the_sampler, 1, "noise"),
@@ -758,7 +758,7 @@ CLAIMS = [
     Claim("4a", "a U-Net's inductive bias helps early: error of the velocity after a quarter of the training",
           early, 3, "errors"),
     Claim("4b", "a U-Net's inductive bias helps on little data: Fréchet distance with a tenth of the "
-                "pictures, against the transformer of equal FLOPs, and what it is relative to that with all",
+                "pictures, and its ratio to that with all, against the transformer of equal FLOPs",
           little_data, 1, "sizes"),
     Claim("4c", "the transformer scales better: exponents of power laws in the training FLOPs, against the "
                 "U-Net; more negative is better", scaling, 3, "sizes"),

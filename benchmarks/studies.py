@@ -346,7 +346,8 @@ def few_step_cells() -> Iterator[Cell]:
     yield child("reflow", parent.run, reflow(GUIDANCE), few)
     yield parent
     yield child("reflow twice", "dit-reflow", reflow(1), few)
-    # Whether what they miss is a matter of training. More pairs take as long to draw as to train on.
+    # Whether what they miss is a matter of training. Twice the pairs, not four times: drawing them takes
+    # longer than training on them.
     yield child("longer meanflow", parent.run, meanflow, one, 2.0)
     yield child("longer reflow", parent.run, reflow(GUIDANCE, 20000), few, 1.0)
 

@@ -82,9 +82,10 @@ def summary(m: Measured) -> str:
     one_and_two = [m.values("few steps", "longer meanflow", best_within(count)) for count in (1, 2)]
     if all(one_and_two) and parent(m, 8):
         one, two, eight = means([*one_and_two, parent(m, 8)])
-        lines.append("**One step**: a MeanFlow that begins with this network of rectified flow and is "
-                     f"trained for twice as many steps reaches {one} with one evaluation and {two} with two; "
-                     f"the network that it began with, {eight} with eight (all with guidance {GUIDANCE:g}).")
+        lines.append("**One step**: a MeanFlow that begins with the transformer of rectified flow and is "
+                     f"trained for twice as many steps as that was reaches {one} with one evaluation and "
+                     f"{two} with two; that transformer, {eight} with eight (all with guidance "
+                     f"{GUIDANCE:g}).")
     unet = next(each for each in whatever_the_sampler(m) if each.what == "unet")
     if measured(noisy, 1) and measured(unet, 1):
         flow, diffusion, best = means([unet.ours, unet.theirs, noisy.ours])

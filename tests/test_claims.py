@@ -342,8 +342,8 @@ def test_few_steps_are_compared_with_the_parent():
     one = "5.5 (5.5 to 5.5)"
     assert f"| MeanFlow | {one} | {one} | {one} |  |  | 0.200" in text        # not measured beyond four
     assert tables.few_step_chart(m).series[-1].x == [1, 2, 4]
-    assert ("trained for twice as many steps reaches 9.0 with one evaluation and 9.0 with two; the network "
-            "that it began with, 4.0 with eight") in tables.summary(m)
+    assert ("trained for twice as many steps as that was reaches 9.0 with one evaluation and 9.0 with two; "
+            "that transformer, 4.0 with eight") in tables.summary(m)
     targets = ("MeanFlow with 1 has 1.37 times the distance (target: at most 1.5, met), longer MeanFlow with "
                "1 has 2.25 times the distance (target: at most 1.5, missed), reflow with 4 has 0.75 times "
                "the distance (target: at most 1, met), reflow twice with 4 has 1.25 times the distance "
